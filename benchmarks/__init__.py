@@ -1,0 +1,1 @@
+"""Named problems, kernel and whole-step benchmarks."""

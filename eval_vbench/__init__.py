@@ -1,0 +1,1 @@
+"""VBench: prompts, sampling, scoring and tables."""

@@ -1,0 +1,64 @@
+"""Block-sparse attention (XAttention, arXiv:2503.16428) for HunyuanVideo in Diffusers."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xattn_video.attention import block_sparse_attention, xattention
+    from xattn_video.errors import (
+        BackendUnavailableError,
+        UnboundProcessorError,
+        UnsupportedModelError,
+        XAttentionError,
+    )
+    from xattn_video.processors import XAttnProcessor, enable_xattention
+    from xattn_video.registry import available_backends
+    from xattn_video.report import SparsityReport
+    from xattn_video.schedule import ThresholdSchedule
+    from xattn_video.scoring import block_scores
+    from xattn_video.selection import select_blocks
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "BackendUnavailableError": "errors",
+    "SparsityReport": "report",
+    "ThresholdSchedule": "schedule",
+    "UnboundProcessorError": "errors",
+    "UnsupportedModelError": "errors",
+    "XAttentionError": "errors",
+    "XAttnProcessor": "processors",
+    "available_backends": "registry",
+    "block_scores": "scoring",
+    "block_sparse_attention": "attention",
+    "enable_xattention": "processors",
+    "select_blocks": "selection",
+    "xattention": "attention",
+}
+
+__all__ = [
+    "BackendUnavailableError",
+    "SparsityReport",
+    "ThresholdSchedule",
+    "UnboundProcessorError",
+    "UnsupportedModelError",
+    "XAttentionError",
+    "XAttnProcessor",
+    "available_backends",
+    "block_scores",
+    "block_sparse_attention",
+    "enable_xattention",
+    "select_blocks",
+    "xattention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch alone is enough for the operator."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

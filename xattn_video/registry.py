@@ -1,0 +1,101 @@
+"""The static table of attention backends, and how one is chosen."""
+
+import functools
+import importlib
+import logging
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from xattn_video.errors import BackendUnavailableError
+from xattn_video.inputs import AttentionInputs, Problem
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = {
+    "triton": "xattn_video.backends.triton",
+    "flex": "xattn_video.backends.flex",
+    "torch_gather": "xattn_video.backends.torch_gather",
+}
+
+# What `auto` tries, in this order; see docs/backends.md for the measurements behind it.
+AUTO_ORDER = {
+    "cuda": ("triton", "flex", "torch_gather"),
+    "cpu": ("torch_gather", "flex"),
+}
+
+
+class Backend(Protocol):
+    """What a backend file exports."""
+
+    NAME: str
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Every reason why the problem cannot run, each with its remedy; pure, never raises."""
+
+    def forward(self, inputs: AttentionInputs) -> Tensor:
+        """Attention over the blocks of the mask: `[B, H, Sq, D]`."""
+
+
+def load_backend(name: str) -> Backend:
+    """Import the backend called ``name``.
+
+    Raises:
+        ValueError: No backend has that name.
+    """
+    if name not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        raise ValueError(f"unknown attention backend {name!r}; expected one of {known}.")
+    return cast(Backend, importlib.import_module(BACKENDS[name]))
+
+
+def resolve_backend(name: str, problem: Problem) -> str:
+    """The name of the backend that runs ``problem``; never another than the one asked for.
+
+    Raises:
+        ValueError: No backend has that name.
+        BackendUnavailableError: It cannot run the problem, with every reason.
+    """
+    if name == "auto":
+        return _resolve_auto(problem)
+    reasons = load_backend(name).unsupported_reasons(problem)
+    if reasons:
+        raise BackendUnavailableError(name, reasons)
+    return name
+
+
+# Cached, so that one problem is looked into, and spoken of, once.
+@functools.lru_cache(maxsize=256)
+def _resolve_auto(problem: Problem) -> str:
+    refused: list[str] = []
+    for name in AUTO_ORDER.get(problem.device.type, ("torch_gather",)):
+        reasons = load_backend(name).unsupported_reasons(problem)
+        if not reasons:
+            passed_over = f"; passed over: {'; '.join(refused)}" if refused else ""
+            logger.info("attention backend %r chosen for %s%s", name, problem, passed_over)
+            return name
+        refused.extend(f"{name}: {reason}" for reason in reasons)
+    raise BackendUnavailableError("auto", refused)
+
+
+def available_backends(
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    head_dim: int = 128,
+    block_size: int = 128,
+) -> dict[str, list[str]]:
+    """Every backend with its reasons not to run; an empty list means that it can.
+
+    Args:
+        device: Where to run; a CUDA device where there is one, else the CPU, if None.
+        dtype: bfloat16 on CUDA and float32 elsewhere, if None.
+        head_dim: Size of a head.
+        block_size: Tokens in a block.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    problem = Problem(device=device, dtype=dtype, head_dim=head_dim, block_size=block_size)
+    return {name: load_backend(name).unsupported_reasons(problem) for name in BACKENDS}
