@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A block-sparse attention problem without its tensors: all that decides which backend can run."""
+    """An attention problem without its tensors: all that decides which backend can run it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -65,6 +65,6 @@ def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty_output(query: Tensor) -> Tensor:
-    """An uninitialised `[B, H, Sq, D]` output, laid out `[B, Sq, H, D]` in memory as Diffusers wants it."""
+    """An uninitialised `[B, H, Sq, D]`, stored `[B, Sq, H, D]` as Diffusers wants it."""
     B, H, Sq, D = query.shape
     return query.new_empty(B, Sq, H, D).transpose(1, 2)

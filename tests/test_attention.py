@@ -1,0 +1,253 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_within_budget, masked_attention
+
+from xattn_video import (
+    BackendUnavailableError,
+    available_backends,
+    block_scores,
+    block_sparse_attention,
+    select_blocks,
+    xattention,
+)
+from xattn_video.registry import BACKENDS
+
+
+def make_inputs(B, H, Sq, Sk, D, dtype=torch.float32):
+    shapes = [(B, H, Sq, D), (B, H, Sk, D), (B, H, Sk, D)]
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def random_mask(B, H, Sq, Sk, block_size, density=0.5):
+    mask = torch.rand(B, H, -(-Sq // block_size), -(-Sk // block_size)) < density
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("B", "H", "Sq", "Sk", "D", "block_size", "causal", "lengths"),
+    [
+        (1, 1, 64, 64, 64, 64, False, None),
+        (1, 2, 129, 129, 128, 128, False, None),
+        (2, 1, 127, 127, 64, 64, True, None),
+        (1, 1, 997, 997, 48, 128, True, None),
+        (1, 2, 200, 453, 64, 64, True, None),
+        (1, 2, 453, 200, 16, 64, False, None),
+        (2, 2, 300, 300, 64, 64, False, [300, 131]),
+        (2, 1, 300, 300, 64, 64, True, [299, 1]),
+    ],
+)
+def test_gathered_attention_is_the_formula(
+    B, H, Sq, Sk, D, block_size, causal, lengths, dtype, poisoned_memory
+):
+    inputs = make_inputs(B, H, Sq, Sk, D, dtype)
+    mask = random_mask(B, H, Sq, Sk, block_size)
+    key_lengths = None if lengths is None else torch.tensor(lengths)
+    options = {"block_size": block_size, "causal": causal, "key_lengths": key_lengths}
+    out = block_sparse_attention(*inputs, mask, **options, backend="torch_gather")
+    expected = masked_attention(*inputs, mask, **options)
+    same_dtype = masked_attention(*inputs, mask, **options, dtype=dtype)
+    assert out.dtype == dtype
+    assert_within_budget(out, expected, same_dtype)
+
+
+def test_a_query_without_a_key_gets_zero():
+    query, key, value = make_inputs(1, 1, 128, 128, 16)
+    mask = torch.tensor([[False, False], [True, True]])[None, None]
+    out = block_sparse_attention(query, key, value, mask, block_size=64)
+    assert (out[:, :, :64] == 0).all()
+    assert out[:, :, 64:].abs().min() > 0
+
+
+def test_one_mask_serves_every_item_and_head():
+    inputs = make_inputs(2, 3, 128, 128, 16)
+    mask = random_mask(1, 1, 128, 128, 64)
+    out = block_sparse_attention(*inputs, mask, block_size=64)
+    expanded = block_sparse_attention(*inputs, mask.expand(2, 3, -1, -1), block_size=64)
+    assert torch.equal(out, expanded)
+
+
+def test_the_output_is_laid_out_for_diffusers():
+    inputs = [tensor.transpose(1, 2) for tensor in torch.randn(3, 1, 256, 2, 32)]
+    out = xattention(*inputs, block_size=64)
+    assert out.shape == (1, 2, 256, 32)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_threshold_one_is_dense_attention(causal):
+    query, key, value = make_inputs(1, 2, 300, 300, 64)
+    out = xattention(query, key, value, threshold=1.0, causal=causal)
+    dense = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    expected = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), is_causal=causal
+    )
+    assert_within_budget(out, expected, dense)
+
+
+def test_xattention_computes_the_selected_blocks():
+    query, key, value = make_inputs(1, 2, 640, 640, 32)
+    out, mask = xattention(
+        query * 4, key, value, threshold=0.6, stride=4, block_size=64, return_block_mask=True
+    )
+    scores = block_scores(query * 4, key, stride=4, block_size=64)
+    assert torch.equal(mask, select_blocks(scores, 0.6))
+    assert 0.1 < mask.float().mean() < 0.9
+    assert torch.equal(out, block_sparse_attention(query * 4, key, value, mask, block_size=64))
+
+
+def test_text_is_always_computed():
+    """90 text tokens after 230 video tokens, of which 40 and 0 are valid, in blocks of 64."""
+    query, key, value = make_inputs(2, 1, 320, 320, 32)
+    lengths = torch.tensor([270, 230])
+    options = {"block_size": 64, "num_text_tokens": 90, "key_lengths": lengths}
+    _, mask = xattention(query * 8, key, value, threshold=0.05, **options, return_block_mask=True)
+    first, second = mask[:, 0]
+    assert first[:, 3:].all(dim=0).tolist() == [True, True]
+    assert first[3:].all()
+    assert not first[:3, :3].all()
+    assert not second[:, 4].any()
+    assert second.sum() == 5
+
+
+def test_padded_text_is_never_a_key():
+    query, key, value = make_inputs(1, 1, 320, 320, 32)
+    options = {"block_size": 64, "num_text_tokens": 90, "key_lengths": torch.tensor([250])}
+    expected = xattention(query, key, value, **options)
+    key[:, :, 250:] = 1e4
+    value[:, :, 250:] = torch.nan
+    out = xattention(query, key, value, **options)
+    assert torch.equal(out[:, :, :250], expected[:, :, :250])
+    assert out.isfinite().all()
+
+
+def test_cut_keys_give_what_key_lengths_give():
+    query, key, value = make_inputs(1, 2, 320, 320, 32)
+    whole = xattention(
+        query, key, value, block_size=64, num_text_tokens=90, key_lengths=torch.tensor([250])
+    )
+    cut = xattention(query, key[:, :, :250], value[:, :, :250], block_size=64, num_text_tokens=20)
+    torch.testing.assert_close(cut[:, :, :250], whole[:, :, :250])
+
+
+def test_nan_propagates_as_in_dense_attention():
+    query, key, value = make_inputs(1, 1, 256, 256, 16)
+    query[0, 0, 70, 3] = torch.nan
+    out = xattention(query * 4, key, value, threshold=0.3, block_size=64)
+    dense = F.scaled_dot_product_attention(query * 4, key, value)
+    assert torch.equal(out.isnan(), dense.isnan())
+    key[0, 0, 5] = torch.nan
+    assert xattention(query, key, value, threshold=0.3, block_size=64).isnan().all()
+
+
+def test_compiled_calls_keep_one_graph():
+    query, key, value = make_inputs(1, 2, 256, 256, 16)
+
+    def attend(query, key, value, threshold):
+        return xattention(query, key, value, threshold=threshold, block_size=64) * 2
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for tau in (0.5, 0.9):
+        threshold = torch.tensor(tau)
+        torch.testing.assert_close(
+            compiled(query, key, value, threshold), attend(query, key, value, threshold)
+        )
+
+
+def test_the_operators_are_sound_custom_ops():
+    query, key, value = make_inputs(1, 2, 256, 256, 16)
+    mask = random_mask(1, 2, 256, 256, 64)
+    torch.library.opcheck(
+        torch.ops.xattn_video.block_sparse_attention.default,
+        (query, key, value, mask, None, 64, False, 0.25, "torch_gather"),
+    )
+    torch.library.opcheck(
+        torch.ops.xattn_video.xattention.default,
+        (query, key, value, torch.tensor(0.9), None, 8, 64, False, 0, 0.25, "torch_gather"),
+    )
+
+
+def test_gradients_are_refused():
+    query, key, value = make_inputs(1, 1, 128, 128, 16)
+    query.requires_grad_()
+    with pytest.raises(ValueError, match=r"has no gradient; run under torch.no_grad\(\)"):
+        xattention(query, key, value)
+    with torch.no_grad():
+        xattention(query, key, value)
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    inputs = make_inputs(1, 1, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"'cutlass'; expected one of auto, .*torch_gather"):
+        xattention(*inputs, backend="cutlass")
+
+
+def test_auto_says_what_it_chose_once(caplog):
+    inputs = make_inputs(1, 1, 128, 128, 24)
+    with caplog.at_level("INFO", logger="xattn_video.registry"):
+        xattention(*inputs)
+        xattention(*inputs)
+    assert len(caplog.records) == 1
+    assert "'torch_gather' chosen" in caplog.text
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    from xattn_video.backends import torch_gather
+
+    monkeypatch.setattr(torch_gather, "unsupported_reasons", lambda problem: ["no.", "never."])
+    with pytest.raises(BackendUnavailableError, match=r"(?s)'torch_gather'.*- no\..*- never\."):
+        block_sparse_attention(
+            *make_inputs(1, 1, 64, 64, 16),
+            random_mask(1, 1, 64, 64, 64),
+            block_size=64,
+            backend="torch_gather",
+        )
+
+
+def test_available_backends_lists_all_of_them():
+    reasons = available_backends("cpu")
+    assert list(reasons) == list(BACKENDS)
+    assert reasons["torch_gather"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_mask": torch.ones(1, 1, 2, 2)}, "block_mask must be a bool tensor"),
+        (
+            {"block_mask": torch.ones(1, 1, 2, 3, dtype=torch.bool)},
+            r"\[B, H, Nq, Nk\] = \[1, 1, 2, 2\].*got \[1, 1, 2, 3\]",
+        ),
+        ({"value": torch.randn(1, 1, 100, 16)}, "key and value must have the same shape"),
+        ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
+        ({"key_lengths": [0]}, r"between 1 and Sk=128, got \[0\]"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    query, key, value = make_inputs(1, 1, 128, 128, 16)
+    arguments = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "block_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool),
+        "block_size": 64,
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        block_sparse_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], got 0.0"),
+        ({"threshold": 1.5}, r"threshold must lie in \(0, 1\], got 1.5"),
+        ({"stride": 7}, "stride must divide block_size, got stride=7"),
+        ({"num_text_tokens": 128}, "between 0 and Sk - 1 = 127, got 128"),
+        ({"num_text_tokens": 8, "causal": True}, "joint text-video attention is not causal"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        xattention(*make_inputs(1, 1, 128, 128, 16), **options)

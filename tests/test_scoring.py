@@ -1,0 +1,144 @@
+import pytest
+import torch
+from oracle import antidiagonal_block_scores, assert_within_budget
+
+from xattn_video import block_scores
+from xattn_video.scoring import torch_block_scores
+
+
+def make_pair(B, H, Sq, Sk, D, dtype=torch.float32):
+    return torch.randn(B, H, Sq, D, dtype=dtype) * 2, torch.randn(B, H, Sk, D, dtype=dtype) * 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "Sq", "Sk", "D", "block_size", "stride"),
+    [
+        (1, 1, 64, 64, 64, 64, 8),
+        (1, 2, 129, 129, 64, 128, 8),
+        (2, 1, 127, 127, 16, 64, 4),
+        (1, 1, 997, 997, 32, 128, 16),
+        (1, 2, 200, 453, 64, 64, 8),
+        (1, 1, 130, 300, 48, 128, 1),
+        (1, 1, 70, 75, 32, 64, 64),
+    ],
+)
+def test_scores_are_the_formula(B, H, Sq, Sk, D, block_size, stride, causal):
+    query, key = make_pair(B, H, Sq, Sk, D)
+    options = {"block_size": block_size, "stride": stride, "causal": causal}
+    expected = antidiagonal_block_scores(query, key, **options)
+    in_float32 = antidiagonal_block_scores(query, key, **options, dtype=torch.float32)
+    actual = block_scores(query, key, **options)
+    assert actual.dtype == torch.float32
+    assert_within_budget(actual, expected, in_float32)
+    torch.testing.assert_close(actual.sum(-1), torch.ones(actual.shape[:-1]))
+
+
+def test_half_precision_inputs_are_compared_in_float32():
+    query, key = make_pair(1, 1, 200, 200, 64, torch.bfloat16)
+    expected = antidiagonal_block_scores(query, key)
+    in_float32 = antidiagonal_block_scores(query, key, dtype=torch.float32)
+    assert_within_budget(block_scores(query, key), expected, in_float32)
+
+
+def test_each_item_of_a_batch_has_its_own_key_length():
+    query, key = make_pair(3, 2, 300, 300, 32)
+    lengths = torch.tensor([300, 131, 1])
+    options = {"block_size": 64, "stride": 8, "key_lengths": lengths}
+    expected = antidiagonal_block_scores(query, key, **options)
+    in_float32 = antidiagonal_block_scores(query, key, **options, dtype=torch.float32)
+    actual = block_scores(query, key, **options)
+    assert_within_budget(actual, expected, in_float32)
+    assert (actual[1, :, :, 3:] == 0).all()
+    assert (actual[2, :, :, 0] == 1).all()
+
+
+def test_padding_takes_no_mass():
+    """Zero-padded keys, as the authors' code pads them, would take mass: exp(0) is not 0."""
+    query, key = make_pair(1, 1, 256, 256, 32)
+    key[:, :, 100:] = 0
+    padded = block_scores(query, key, block_size=64)
+    cut = block_scores(query, key, block_size=64, key_lengths=torch.tensor([100]))
+    assert padded[0, 0, 0, 2:].min() > 0.01
+    assert cut[0, 0, 0, 2:].max() == 0
+    torch.testing.assert_close(
+        cut[..., :2], block_scores(query, key[:, :, :100].contiguous(), block_size=64)
+    )
+
+
+def test_values_beyond_the_key_length_do_not_matter():
+    query, key = make_pair(1, 1, 200, 200, 32)
+    lengths = torch.tensor([77])
+    expected = block_scores(query, key, block_size=64, key_lengths=lengths)
+    key[:, :, 77:] = torch.nan
+    assert torch.equal(block_scores(query, key, block_size=64, key_lengths=lengths), expected)
+
+
+def test_a_transposed_view_scores_as_its_copy():
+    query, key = (torch.randn(1, 300, 2, 32) for _ in range(2))
+    views = query.transpose(1, 2), key.transpose(1, 2)
+    copies = (view.contiguous() for view in views)
+    assert torch.equal(block_scores(*views), block_scores(*copies))
+
+
+def test_chunks_do_not_change_the_scores():
+    query, key = make_pair(1, 2, 700, 700, 32)
+    options = {"block_size": 64, "stride": 8, "causal": True, "key_lengths": None, "scale": 0.1}
+    whole = torch_block_scores(query, key, **options)
+    chunked = torch_block_scores(query, key, **options, chunk_size=128)
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_a_valid_block_never_scores_zero():
+    query, key = torch.rand(1, 1, 256, 32), torch.rand(1, 1, 256, 32)
+    key[:, :, :64] += 1e3
+    scores = block_scores(query, key, block_size=64)
+    assert (scores > 0).all()
+    assert (scores[..., 1:] == torch.finfo(torch.float32).tiny).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_query_breaks_its_row_of_blocks_alone(bad):
+    query, key = make_pair(1, 1, 256, 256, 32)
+    query[0, 0, 70, 3] = bad
+    scores = block_scores(query, key, block_size=64, key_lengths=torch.tensor([130]))
+    assert scores[0, 0, 1, :3].isnan().all()
+    assert scores[0, 0, 1, 3] == 0
+    assert scores[0, 0, [0, 2, 3]].isfinite().all()
+
+
+def test_stride_that_does_not_divide_is_refused():
+    query, key = make_pair(1, 1, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"stride=12, block_size=128; use 1, 2, 4, 8, 16, 32, 64"):
+        block_scores(query, key, stride=12)
+
+
+@pytest.mark.parametrize("lengths", [[0, 5], [129, 5]])
+def test_key_lengths_out_of_range_are_refused(lengths):
+    query, key = make_pair(2, 1, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"between 1 and Sk=128, got \[\d+, 5\]"):
+        block_scores(query, key, key_lengths=torch.tensor(lengths))
+
+
+def test_key_lengths_of_another_batch_are_refused():
+    query, key = make_pair(2, 1, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"one integer per item of the batch, \[2\]"):
+        block_scores(query, key, key_lengths=torch.tensor([5, 5, 5]))
+
+
+def test_mismatched_pairs_are_refused_with_their_shapes():
+    query, key = make_pair(1, 2, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"query \[1, 2, 128, 16\], key \[1, 1, 128, 16\]"):
+        block_scores(query, key[:, :1])
+    with pytest.raises(ValueError, match=r"share one dtype, got query torch.float32, key torch"):
+        block_scores(query, key.half())
+    with pytest.raises(ValueError, match=r"share one device"):
+        block_scores(query, key.to("meta"))
+    with pytest.raises(ValueError, match=r"must be \[B, H, S, D\]"):
+        block_scores(query[0], key[0])
+    with pytest.raises(TypeError, match="must be float32, float16 or bfloat16"):
+        block_scores(query.long(), key.long())
+    with pytest.raises(ValueError, match="query is empty"):
+        block_scores(query[:, :, :0], key)
+    with pytest.raises(ValueError, match="causal attention needs Sq <= Sk, got Sq=128, Sk=64"):
+        block_scores(query, key[:, :, :64], causal=True)

@@ -1,0 +1,85 @@
+"""Gathers each row's kept blocks and runs SDPA on them: right anywhere, quick on a CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn_video.inputs import AttentionInputs, Problem, empty_output
+
+NAME = "torch_gather"
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """None: it runs on every device, dtype and size."""
+    return []
+
+
+def forward(inputs: AttentionInputs) -> Tensor:
+    """Loop over the rows of blocks; reads the block mask on the host, so a GPU waits for it."""
+    B, H, _, _ = inputs.query.shape
+    out = empty_output(inputs.query)
+    mask = inputs.block_mask.cpu()
+    lengths = [inputs.key.shape[2]] * B
+    if inputs.key_lengths is not None:
+        lengths = inputs.key_lengths.tolist()
+    for item in range(B):
+        for head in range(H):
+            _attend_head(inputs, out, mask[item, head], item, head, lengths[item])
+    return out
+
+
+def _attend_head(
+    inputs: AttentionInputs, out: Tensor, mask: Tensor, item: int, head: int, key_length: int
+) -> None:
+    """Write one head of `out`."""
+    block_size = inputs.block_size
+    num_blocks = -(-key_length // block_size)
+    # [num_blocks, block_size, D]
+    key = _split_blocks(inputs.key[item, head, :key_length], block_size)
+    value = _split_blocks(inputs.value[item, head, :key_length], block_size)
+    query = inputs.query[item, head]
+    tail = num_blocks * block_size - key_length
+    offset = inputs.key.shape[2] - query.shape[0]
+    for row, kept in enumerate(mask[:, :num_blocks]):
+        start = row * block_size
+        queries = query[start : start + block_size]
+        indices = kept.nonzero().squeeze(1)
+        if len(indices) == 0:
+            out[item, head, start : start + block_size] = 0
+            continue
+        every = len(indices) == num_blocks
+        picked = indices.to(key.device)
+        keys = (key if every else key.index_select(0, picked)).flatten(0, 1)
+        values = (value if every else value.index_select(0, picked)).flatten(0, 1)
+        # The blocks ascend, so that the cut one, if it is kept, comes last.
+        num_keys = len(keys) - (tail if indices[-1] == num_blocks - 1 else 0)
+        visible = None
+        if inputs.causal and (int(indices[-1]) + 1) * block_size - 1 > start + offset:
+            positions = (picked[:, None] * block_size).add(
+                torch.arange(block_size, device=key.device)
+            )
+            last_visible = torch.arange(start, start + len(queries), device=key.device) + offset
+            visible = positions.flatten()[:num_keys] <= last_visible[:, None]
+        out[item, head, start : start + block_size] = _attend(
+            queries, keys[:num_keys], values[:num_keys], visible, inputs.scale
+        )
+
+
+def _split_blocks(tokens: Tensor, block_size: int) -> Tensor:
+    """`[S, D]` -> `[N, block_size, D]`, the last block filled up with zeros."""
+    missing = -len(tokens) % block_size
+    if missing:
+        tokens = F.pad(tokens, (0, 0, 0, missing))
+    return tokens.unflatten(0, (-1, block_size))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float
+) -> Tensor:
+    """Dense attention of one head, `[Sq, D]`; a query that sees no key gets 0."""
+    out = F.scaled_dot_product_attention(
+        query[None, None], key[None, None], value[None, None], attn_mask=visible, scale=scale
+    )[0, 0]
+    if visible is not None:
+        out = out.where(visible.any(dim=-1, keepdim=True), 0.0)
+    return out

@@ -1,0 +1,74 @@
+"""Checks of the operator's arguments, shared by its parts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_block_size(block_size: int, stride: int = 1) -> None:
+    """A positive block size that ``stride`` divides."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1 token, got {block_size}; use 64 or 128.")
+    if stride < 1 or block_size % stride:
+        divisors = [str(n) for n in (1, 2, 4, 8, 16, 32, 64) if block_size % n == 0]
+        raise ValueError(
+            f"stride must divide block_size, got stride={stride}, block_size={block_size}; "
+            f"use {', '.join(divisors)}."
+        )
+
+
+def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = None) -> None:
+    """Query, key and value `[B, H, S, D]` that belong together."""
+    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, S, D], got {shapes}.")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; cast it first."
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty, got {shapes}; every size must be at least 1.")
+    if (query.shape[:2], query.shape[3]) != (key.shape[:2], key.shape[3]):
+        raise ValueError(
+            f"query and key must agree in B, H and D, got {shapes}; "
+            "repeat the heads of a grouped key with repeat_interleave."
+        )
+    if value is not None and value.shape != key.shape:
+        raise ValueError(f"key and value must have the same shape, got {shapes}.")
+    for what in ("dtype", "device"):
+        if len({getattr(tensor, what) for tensor in tensors.values()}) > 1:
+            found = ", ".join(f"{name} {getattr(t, what)}" for name, t in tensors.items())
+            raise ValueError(f"query, key and value must share one {what}, got {found}.")
+    if causal and query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"causal attention needs Sq <= Sk, got Sq={query.shape[2]}, Sk={key.shape[2]}: "
+            "the first queries would see no key."
+        )
+
+
+def check_key_lengths(
+    key_lengths: Tensor | Sequence[int] | None, query: Tensor, key: Tensor
+) -> Tensor | None:
+    """Key lengths as int32 `[B]` on the query's device, within 1 to Sk.
+
+    On the CPU a value out of range raises; on another device it is clamped, because a look at it
+    would make the host wait.
+    """
+    if key_lengths is None:
+        return None
+    B, Sk = query.shape[0], key.shape[2]
+    lengths = torch.as_tensor(key_lengths)
+    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"key_lengths must hold one integer per item of the batch, [{B}], "
+            f"got {lengths.dtype} {list(lengths.shape)}."
+        )
+    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= Sk)).all()):
+        raise ValueError(
+            f"key_lengths must lie between 1 and Sk={Sk}, got {lengths.tolist()}; "
+            "an item needs at least one key."
+        )
+    return lengths.to(device=query.device, dtype=torch.int32, non_blocking=True).clamp(1, Sk)

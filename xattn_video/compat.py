@@ -1,0 +1,118 @@
+"""The published quick-use call of XAttention, for code written against it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn_video.attention import block_sparse_attention
+from xattn_video.checks import check_block_size, check_pair
+from xattn_video.forced import diagonal_blocks, sink_blocks
+from xattn_video.scoring import (
+    block_scores,
+    torch_block_scores,
+    triton_block_scores,
+    triton_unsupported_reasons,
+)
+from xattn_video.selection import select_blocks
+
+
+def Xattention_prefill(  # noqa: N802  (the published name)
+    query_states: Tensor,
+    key_states: Tensor,
+    value_states: Tensor,
+    stride: int,
+    norm: float = 1,
+    threshold: float | Tensor = 0.8,
+    block_size: int = 128,
+    use_triton: bool | None = None,
+    causal: bool = True,
+    kdb: int = 1,
+    chunk_size: int | None = None,
+    keep_sink: bool = False,
+    keep_recent: bool = False,
+) -> Tensor:
+    """Attention over the blocks that XAttention selects, with the published argument names.
+
+    Padded keys take no mass here; ``chunk_size`` therefore bounds memory and never changes the
+    result.
+
+    Args:
+        query_states: `[B, H, Sq, D]`.
+        key_states: `[B, H, Sk, D]`.
+        value_states: `[B, H, Sk, D]`.
+        stride: Tokens in a group of the estimate; divides ``block_size``.
+        norm: Divides the estimate's softmax scale.
+        threshold: Share of each row's estimated mass to keep; see `select_blocks`.
+        block_size: Tokens in a block.
+        use_triton: Score with the Triton kernel (True) or in torch (False); None takes the kernel
+            on a GPU where it can run.
+        causal: Query t sees keys up to t + Sk - Sq; the diagonal and key block 0 are kept.
+        kdb: Only 1.
+        chunk_size: The most query tokens whose scores may be in memory at once, a multiple of
+            ``block_size``. The Triton kernel keeps none, and torch picks its own bound unless
+            ``use_triton=False`` asks for it by name.
+        keep_sink: Keep key block 0 in every row, as a causal call always does.
+        keep_recent: Keep the diagonal block of every row, as a causal call always does.
+
+    Returns:
+        `[B, H, Sq, D]`.
+
+    Raises:
+        ValueError: An argument is out of range or cannot be honoured.
+    """
+    check_pair(query_states, key_states, causal, value_states)
+    check_block_size(block_size, stride)
+    _check_options(norm, kdb, chunk_size, block_size)
+    scores = _scores(
+        query_states,
+        key_states,
+        use_triton,
+        chunk_size,
+        block_size=block_size,
+        stride=stride,
+        causal=causal,
+        key_lengths=None,
+        scale=query_states.shape[-1] ** -0.5 / norm,
+    )
+    Sq, Sk = query_states.shape[2], key_states.shape[2]
+    forced = torch.zeros((), dtype=torch.bool, device=query_states.device)
+    if causal or keep_sink:
+        forced = forced | sink_blocks(Sk, block_size=block_size, device=forced.device)
+    if causal or keep_recent:
+        forced = forced | diagonal_blocks(Sq, Sk, block_size=block_size, device=forced.device)
+    return block_sparse_attention(
+        query_states,
+        key_states,
+        value_states,
+        select_blocks(scores, threshold, forced=forced),
+        block_size=block_size,
+        causal=causal,
+    )
+
+
+def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: int) -> None:
+    if kdb != 1:
+        raise ValueError(f"kdb must be 1, got {kdb}: larger key steps are not supported.")
+    if norm <= 0:
+        raise ValueError(f"norm must be positive, got {norm}; 1 leaves the scale as it is.")
+    if chunk_size is not None and (chunk_size < 1 or chunk_size % block_size):
+        raise ValueError(
+            f"chunk_size must be a multiple of block_size={block_size}, got {chunk_size}."
+        )
+
+
+def _scores(
+    query: Tensor, key: Tensor, use_triton: bool | None, chunk_size: int | None, **options: Any
+) -> Tensor:
+    """`block_scores` by the path that ``use_triton`` names."""
+    if use_triton is None:
+        return block_scores(query, key, **options)
+    if not use_triton:
+        return torch_block_scores(query, key, chunk_size=chunk_size, **options)
+    reasons = triton_unsupported_reasons(query, options["block_size"], options["stride"])
+    if reasons:
+        raise ValueError(
+            f"use_triton=True cannot be honoured: {' '.join(reasons)} Or pass use_triton=False."
+        )
+    return triton_block_scores(query, key, **options)

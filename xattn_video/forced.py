@@ -1,0 +1,50 @@
+"""Blocks that are computed whatever their score: bool, broadcastable to `[B, H, Nq, Nk]`."""
+
+import torch
+from torch import Tensor
+
+
+def sink_blocks(key_length: int, *, block_size: int, device: torch.device) -> Tensor:
+    """Key block 0 in every row, `[1, 1, 1, Nk]`."""
+    return (_block_range(key_length, block_size, device) == 0)[None, None, None]
+
+
+def diagonal_blocks(
+    query_length: int, key_length: int, *, block_size: int, device: torch.device
+) -> Tensor:
+    """The block of each row's last query, aligned at the end, `[1, 1, Nq, Nk]`."""
+    rows = _block_range(query_length, block_size, device)[:, None]
+    last_query = ((rows + 1) * block_size).clamp(max=query_length) - 1
+    diagonal = (last_query + key_length - query_length).clamp(min=0) // block_size
+    return (_block_range(key_length, block_size, device) == diagonal)[None, None]
+
+
+def text_blocks(
+    query_length: int,
+    key_length: int,
+    *,
+    num_text_tokens: int,
+    key_lengths: Tensor | None,
+    block_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Columns with a valid text key and rows with a valid text query, `[B or 1, 1, Nq, Nk]`.
+
+    The text is the last ``num_text_tokens`` of ``key_length``; item b's is valid up to
+    ``key_lengths[b]``, all of it if None.
+    """
+    num_video_tokens = key_length - num_text_tokens
+    lengths = torch.full((1,), key_length, device=device) if key_lengths is None else key_lengths
+    # [B or 1, 1, 1, 1]
+    lengths = lengths[:, None, None, None]
+    rows = _block_range(query_length, block_size, device)[:, None]
+    columns = _block_range(key_length, block_size, device)
+    valid = columns * block_size < lengths
+    text_columns = valid & ((columns + 1) * block_size > num_video_tokens)
+    text_rows = ((rows + 1) * block_size > num_video_tokens) & (rows * block_size < lengths)
+    has_text = lengths > num_video_tokens
+    return has_text & (text_columns | (text_rows & valid))
+
+
+def _block_range(length: int, block_size: int, device: torch.device) -> Tensor:
+    return torch.arange(-(-length // block_size), device=device)

@@ -1,0 +1,184 @@
+"""Antidiagonal block scores (XAttention, arXiv:2503.16428, section 2.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn_video.checks import check_block_size, check_key_lengths, check_pair
+
+# Elements of one chunk of the group matrix on the torch path: 64 MiB of float32.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def block_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int = 128,
+    stride: int = 8,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Estimate the softmax mass of every block of the attention matrix from its antidiagonals.
+
+    Groups of ``stride`` consecutive tokens are compared by pairing the tokens of the query group,
+    in reverse, with those of the key group: one antidiagonal of each stride x stride tile. A
+    softmax over the key groups gives their mass, which is summed over the groups of a block.
+
+    Args:
+        query: `[B, H, Sq, D]`, any strides.
+        key: `[B, H, Sk, D]`, same dtype and device.
+        block_size: Tokens in a block.
+        stride: Tokens in a group; divides ``block_size``.
+        causal: Query t sees keys up to t + Sk - Sq.
+        key_lengths: int `[B]`, valid keys of each item, 1 to Sk. Keys beyond take no mass. Values
+            are checked where the tensor is on the CPU and clamped, with no host
+            synchronisation, where it is on another device.
+        scale: Softmax scale, 1 / sqrt(D) if None.
+
+    Returns:
+        float32 `[B, H, Nq, Nk]`, Nq = ceil(Sq / block_size). Every row sums to 1. A block scores 0
+        where it holds no valid key, and only there: smaller masses are raised to the smallest
+        normal float32. NaN or inf in the inputs makes the valid blocks of the rows they reach NaN.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices disagree, ``stride`` does not divide ``block_size``,
+            or a key length is out of range.
+    """
+    check_pair(query, key, causal)
+    check_block_size(block_size, stride)
+    key_lengths = check_key_lengths(key_lengths, query, key)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    triton = query.is_cuda and not triton_unsupported_reasons(query, block_size, stride)
+    scores_of = triton_block_scores if triton else torch_block_scores
+    return scores_of(
+        query,
+        key,
+        block_size=block_size,
+        stride=stride,
+        causal=causal,
+        key_lengths=key_lengths,
+        scale=scale,
+    )
+
+
+def triton_unsupported_reasons(query: Tensor, block_size: int, stride: int) -> list[str]:
+    """Why the Triton kernel cannot score this query, each reason with its remedy."""
+    try:
+        from xattn_video.kernels import antidiagonal_scores
+    except ImportError:
+        return ["triton is not installed; pip install triton."]
+    return antidiagonal_scores.unsupported_reasons(
+        query.device, query.dtype, query.shape[-1], block_size, stride
+    )
+
+
+def triton_block_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    stride: int,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`block_scores` by the fused kernel: no group matrix in memory."""
+    from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores
+
+    return antidiagonal_scores(
+        query,
+        key,
+        block_size=block_size,
+        stride=stride,
+        causal=causal,
+        key_lengths=key_lengths,
+        scale=scale,
+    )
+
+
+def torch_block_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    stride: int,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """`block_scores` in plain torch, ``chunk_size`` query tokens at a time: runs anywhere."""
+    B, H, Sq, _ = query.shape
+    Sk = key.shape[2]
+    device = query.device
+    groups_per_block = block_size // stride
+    num_query_groups, num_key_groups = -(-Sq // stride), -(-Sk // stride)
+    num_query_blocks, num_key_blocks = -(-Sq // block_size), -(-Sk // block_size)
+
+    query_groups = _group_tokens(query, stride, None).flip(3).flatten(3)
+    # [B, H, S * D, Gk]
+    key_groups = _group_tokens(key, stride, key_lengths).flatten(3).float().mT
+    first_keys = torch.arange(num_key_groups, device=device) * stride
+    # [B, 1, 1, Gk] or [1, 1, 1, Gk]
+    lengths = torch.full((1,), Sk, device=device) if key_lengths is None else key_lengths
+    valid = (first_keys < lengths[:, None])[:, None, None]
+
+    if chunk_size is None:
+        chunk_size = _CHUNK_ELEMENTS // (B * H * num_key_groups) * stride
+    chunk_blocks = max(1, chunk_size // block_size)
+    scores = query.new_empty(B, H, num_query_blocks, num_key_blocks, dtype=torch.float32)
+    for first_block in range(0, num_query_blocks, chunk_blocks):
+        start = first_block * groups_per_block
+        stop = min(start + chunk_blocks * groups_per_block, num_query_groups)
+        # [B, H, chunk of Gq, Gk]
+        logits = query_groups[:, :, start:stop].float() @ key_groups
+        logits.mul_(scale / stride)
+        visible = valid
+        if causal:
+            last_queries = torch.arange(start + 1, stop + 1, device=device) * stride
+            last_queries = last_queries.clamp(max=Sq) - 1
+            visible = valid & (first_keys <= last_queries[:, None] + Sk - Sq)
+        mass = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
+        block_mass = _sum_blocks(mass, groups_per_block)
+        block_visible = _sum_blocks(visible.float(), groups_per_block) > 0
+        block_mass.clamp_(min=torch.finfo(torch.float32).tiny)
+        scores[:, :, first_block : first_block + block_mass.shape[2]] = block_mass.where(
+            block_visible, 0.0
+        )
+    return scores
+
+
+def _group_tokens(tokens: Tensor, stride: int, lengths: Tensor | None) -> Tensor:
+    """`[B, H, S, D]` -> `[B, H, G, stride, D]`; a cut group repeats its last valid token."""
+    B, H, S, D = tokens.shape
+    num_groups = -(-S // stride)
+    if lengths is not None:
+        index = torch.arange(num_groups * stride, device=tokens.device).expand(B, -1)
+        index = index.minimum(lengths[:, None].to(index.dtype) - 1)
+        tokens = tokens.gather(2, index[:, None, :, None].expand(B, H, -1, D))
+    elif num_groups * stride != S:
+        last = tokens[:, :, -1:].expand(-1, -1, num_groups * stride - S, -1)
+        tokens = torch.cat([tokens, last], dim=2)
+    return tokens.unflatten(2, (num_groups, stride))
+
+
+def _sum_blocks(mass: Tensor, groups_per_block: int) -> Tensor:
+    """Mass of groups `[..., Gq, Gk]` -> mass of blocks `[..., Nq, Nk]`: a mean over query groups.
+
+    A mask with one row for all query groups stays one row.
+    """
+    num_query_groups, num_key_groups = mass.shape[-2:]
+    missing_keys = -num_key_groups % groups_per_block
+    if missing_keys:
+        mass = F.pad(mass, (0, missing_keys))
+    mass = mass.unflatten(-1, (-1, groups_per_block)).sum(-1)
+    if num_query_groups == 1:
+        return mass
+    whole = num_query_groups // groups_per_block * groups_per_block
+    rows = [mass[..., :whole, :].unflatten(-2, (-1, groups_per_block)).mean(-2)]
+    if whole < num_query_groups:
+        rows.append(mass[..., whole:, :].mean(-2, keepdim=True))
+    return torch.cat(rows, dim=-2)

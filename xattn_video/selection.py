@@ -1,0 +1,72 @@
+"""Choice of the blocks to compute (XAttention, arXiv:2503.16428, section 2.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def select_blocks(
+    scores: Tensor, threshold: float | Tensor, *, forced: Tensor | None = None
+) -> Tensor:
+    """Keep, in each row, the fewest blocks whose mass reaches the threshold.
+
+    Forced blocks come first and their mass counts; then blocks by falling score until the kept
+    mass is at least ``threshold`` times the row's sum. A block that scores 0 holds no valid key
+    and is never kept; a threshold of 1 keeps all others, and every row keeps at least one of them.
+
+    Args:
+        scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`.
+        threshold: Share of the mass, in (0, 1]; or a tensor of them that broadcasts to
+            `[B, H, Nq]`, for instance `[H, 1]` for one per head. A tensor's values are checked
+            where it is on the CPU; elsewhere a look at them would make the host wait.
+        forced: bool, broadcastable to ``scores``; True = keep whatever the score.
+
+    Returns:
+        Block mask, bool `[B, H, Nq, Nk]`; True = compute. A row whose scores are not all finite
+        keeps every block that does not score 0, so that attention propagates the NaN as dense
+        attention would.
+
+    Raises:
+        ValueError: The threshold is out of range or does not broadcast, or the shapes disagree.
+    """
+    if scores.dim() != 4 or not scores.is_floating_point():
+        raise ValueError(
+            f"scores must be float [B, H, Nq, Nk], got {scores.dtype} {list(scores.shape)}."
+        )
+    threshold = _as_row_threshold(threshold, scores)
+    if forced is None:
+        forced = scores.new_zeros((), dtype=torch.bool)
+    elif forced.dtype != torch.bool:
+        raise TypeError(f"forced must be a bool tensor, got {forced.dtype}.")
+    forced = forced.expand_as(scores)
+
+    order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    ranked = scores.gather(-1, order)
+    mass_before = F.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
+    total = scores.sum(dim=-1, keepdim=True)
+    keep = torch.zeros_like(order, dtype=torch.bool)
+    keep.scatter_(-1, order, mass_before < threshold * total)
+    keep_all = (threshold >= 1) | ~total.isfinite()
+    return (keep | forced | keep_all) & (scores != 0)
+
+
+def _as_row_threshold(threshold: float | Tensor, scores: Tensor) -> Tensor:
+    """The threshold as a tensor that broadcasts to `[B, H, Nq, 1]`."""
+    if not isinstance(threshold, Tensor):
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], got {threshold}; try 0.9 or 0.95.")
+        return scores.new_full((), threshold)
+    if threshold.device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
+        raise ValueError(
+            f"threshold must lie in (0, 1], got values from {threshold.min().item()} "
+            f"to {threshold.max().item()}; try 0.9 or 0.95."
+        )
+    rows = scores.shape[:-1]
+    try:
+        threshold.expand(rows)
+    except RuntimeError:
+        raise ValueError(
+            f"threshold must broadcast to [B, H, Nq] = {list(rows)}, got {list(threshold.shape)}; "
+            "one per head is [H, 1]."
+        ) from None
+    return threshold.to(device=scores.device, dtype=scores.dtype).unsqueeze(-1)
