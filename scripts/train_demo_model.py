@@ -11,8 +11,8 @@ Three stages, each resumable in pieces that fit a machine lent for minutes:
 
 `--seconds` limits the wall time of a call, imports and final measurements included;
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
-its calls. To go on elsewhere copy `vae.pt`, `*.ckpt.*` and `training.json` from the work directory.
-Clips are rendered on the fly from seeds; nothing is downloaded.
+its calls. To go on elsewhere copy `vae.pt`, `*.ckpt.*` and `training.json` out of the work
+directory. Clips are rendered on the fly from seeds; nothing is downloaded.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> int:
     job.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(job.seed)
     random.seed(job.seed)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = job.stage != "package"
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
     name = torch.cuda.get_device_name() if job.device.type == "cuda" else "CPU"

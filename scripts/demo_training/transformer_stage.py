@@ -1,5 +1,6 @@
 """The transformer and its text encoders, trained together on pools of encoded clips."""
 
+import itertools
 import math
 import random
 import time
@@ -8,13 +9,14 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor
 
 from demo_training.attention import TrainingProcessor, rotation_of, use_training_attention
 from demo_training.causal_conv import use_faster_convolutions
 from demo_training.clips import CLIP_FRAMES, encode_windows
 from demo_training.latents import LatentPool, fill_pools
-from demo_training.models import LATENT_CHANNELS, TextStack, build_text_stack, build_transformer
+from demo_training.models import TextStack, build_text_stack, build_transformer
 from demo_training.plan import Clock, Job, Size
 from demo_training.vae_stage import load_vae
 from demo_training.weights import (
@@ -193,10 +195,6 @@ def _loss(
 @torch.no_grad()
 def _check_processor(trainee: Trainee) -> None:
     """The training processor must compute what the stock one does."""
-    from diffusers.models.transformers.transformer_hunyuan_video import (
-        HunyuanVideoAttnProcessor2_0,
-    )
-
     transformer = trainee.transformer
     shaken = [p for p in transformer.parameters() if p.requires_grad]
     kept = [p.clone() for p in shaken]
@@ -262,7 +260,7 @@ def _summary(recent: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Mean loss, in all and by sigma."""
     sigma, losses = (torch.cat(parts).cpu() for parts in zip(*recent, strict=True))
     by_sigma = {}
-    for low, high in zip(SIGMA_BINS, SIGMA_BINS[1:], strict=False):
+    for low, high in itertools.pairwise(SIGMA_BINS):
         inside = losses[(sigma >= low) & (sigma < high)]
         if len(inside):
             by_sigma[f"<{min(high, 1.0):g}"] = round(inside.mean().item(), 4)
@@ -286,4 +284,3 @@ def _log_sizes(job: Job, modules: list[torch.nn.Module]) -> None:
     for module in modules:
         count = sum(parameter.numel() for parameter in module.parameters())
         job.log(f"{type(module).__name__}: {count / 1e6:.2f} M parameters")
-    assert LATENT_CHANNELS == modules[0].config.in_channels

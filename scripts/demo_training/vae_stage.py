@@ -103,6 +103,8 @@ def run(job: Job) -> None:
     job.log(f"checkpoint saved at {clock.fraction:.0%} of the schedule")
     del pool
 
+    # From here on many sizes run a few times each.
+    torch.backends.cudnn.benchmark = False
     final = _averaged_vae(trained).to(job.device)
     statistics = normalise_latents(final, job)
     torch.save(

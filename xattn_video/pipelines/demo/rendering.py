@@ -94,7 +94,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     if shape == "circle":
         return torch.sqrt(x * x + y * y) - radius
     if shape == "ring":
-        return (torch.sqrt(x * x + y * y) - radius * 0.78).abs() - radius * 0.24
+        return (torch.sqrt(x * x + y * y) - radius * 0.8).abs() - radius * 0.21
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - radius * 0.86
     if shape == "triangle":
