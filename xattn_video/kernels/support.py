@@ -1,0 +1,66 @@
+"""What the Triton kernels can run and how they take their inputs; readable without Triton."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+# Triton reads this when a kernel is decorated, so a later change has no effect on either.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK_SIZES = (64, 128)
+LARGEST_HEAD_DIM = 256
+
+
+def kernel_unsupported_reasons(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
+) -> list[str]:
+    """Why no kernel of this package can run such inputs, each reason with its remedy."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed; pip install triton (Linux only).")
+    if not INTERPRETING:
+        reasons.extend(_device_reasons(device))
+    elif dtype == torch.bfloat16:
+        reasons.append(
+            "Triton's interpreter computes bfloat16 wrongly; use float32 or float16, or unset "
+            "TRITON_INTERPRET on a GPU."
+        )
+    if dtype not in DTYPES:
+        reasons.append(f"dtype must be float32, float16 or bfloat16, got {dtype}; convert inputs.")
+    if head_dim % 16 or not 16 <= head_dim <= LARGEST_HEAD_DIM:
+        reasons.append(
+            f"head_dim must be a multiple of 16 from 16 to {LARGEST_HEAD_DIM}, got {head_dim}; "
+            "use backend torch_gather."
+        )
+    if block_size not in BLOCK_SIZES:
+        reasons.append(
+            f"block_size must be 64 or 128, got {block_size}; use one of these, or backend "
+            "torch_gather."
+        )
+    return reasons
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    """Why Triton cannot compile for the device."""
+    if device.type != "cuda":
+        return [
+            f"the device must be CUDA, got {device}; move the inputs to a GPU, or set "
+            "TRITON_INTERPRET=1 before the first import to interpret the kernels, slowly."
+        ]
+    if not torch.cuda.is_available():
+        return [f"no CUDA device is present for {device}; use a machine with a GPU, or the CPU."]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return [
+            f"compute capability must be 8.0 or more, {device} has "
+            f"{capability[0]}.{capability[1]}; use backend torch_gather."
+        ]
+    return []
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is dense, as kernels read it; else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
