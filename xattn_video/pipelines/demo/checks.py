@@ -160,7 +160,7 @@ def _find_regions(frame: Tensor, background: Tensor, index: int) -> list[_Region
     distance = (frame - background).norm(dim=0)
     labels = _label(distance > _MIN_DISTANCE)
     regions = []
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.flatten().tolist())):
         if label == 0:
             continue
         inside = labels == label
