@@ -293,7 +293,9 @@ def measure_reconstruction(
 ) -> dict[str, dict[str, float]]:
     """PSNR of held-out 65-frame clips through the stock encoding and decoding, by frame size."""
     rng = random.Random(f"{job.seed}/held-out")
-    plan, result, pictures = job.plan, {}, []
+    plan = job.plan
+    result: dict[str, dict[str, float]] = {}
+    pictures: list[Tensor] = []
     counts = {plan.square: plan.eval_clips, plan.wide: 4, plan.tall: 4, plan.large: 4}
     if job.is_smoke:
         counts = {plan.square: 1, plan.wide: 1}

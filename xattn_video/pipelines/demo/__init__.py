@@ -67,5 +67,5 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     if torch.device(device).type == "cuda":
         return torch.bfloat16
     # Older torch cannot be asked; float32 is right everywhere.
-    ask = getattr(torch.cpu, "get_capabilities", dict)
-    return torch.bfloat16 if ask().get("avx512_bf16", False) else torch.float32
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return torch.bfloat16 if ask and ask().get("avx512_bf16") else torch.float32

@@ -38,18 +38,23 @@ class Placement:
     end_radius: float
 
 
-def place_objects(scene: Scene, rng: random.Random) -> tuple[Placement, ...]:
-    """A random placement for every object: the whole frame, or one half each, upper first."""
+def place_objects(scene: Scene, rng: random.Random | None = None) -> tuple[Placement, ...]:
+    """A placement for every object: the whole frame, or one half each, upper first.
+
+    Args:
+        scene: The scene.
+        rng: Varies size, place and travel a little; the middle of each range if None.
+    """
     if len(scene.objects) == 1:
-        radius = rng.uniform(0.20, 0.24)
-        centre = (0.5 + rng.uniform(-0.06, 0.06), 0.5 + rng.uniform(-0.06, 0.06))
-        travel = (rng.uniform(0.46, 0.52), rng.uniform(0.46, 0.52))
+        radius = _draw(rng, 0.20, 0.24)
+        centre = (_draw(rng, 0.44, 0.56), _draw(rng, 0.44, 0.56))
+        travel = (_draw(rng, 0.46, 0.52), _draw(rng, 0.46, 0.52))
         return (_place(scene.objects[0], centre, travel, radius, middle=(0.5, 0.5)),)
     placements = []
     for item, middle_y in zip(scene.objects, (0.25, 0.75), strict=True):
-        radius = rng.uniform(0.14, 0.155)
-        centre = (0.5 + rng.uniform(-0.12, 0.12), middle_y)
-        travel = (rng.uniform(0.48, 0.54), rng.uniform(0.16, 0.18))
+        radius = _draw(rng, 0.14, 0.155)
+        centre = (_draw(rng, 0.38, 0.62), middle_y)
+        travel = (_draw(rng, 0.48, 0.54), _draw(rng, 0.16, 0.18))
         placements.append(_place(item, centre, travel, radius, middle=(0.5, middle_y)))
     return tuple(placements)
 
@@ -104,6 +109,10 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         side = (math.sqrt(3) * x.abs() - lowered) * 0.5
         return torch.maximum(lowered, side) - inner
     raise ValueError(f"unknown shape {shape!r}; use circle, square, triangle or ring.")
+
+
+def _draw(rng: random.Random | None, low: float, high: float) -> float:
+    return (low + high) / 2 if rng is None else rng.uniform(low, high)
 
 
 def _place(

@@ -1,0 +1,79 @@
+"""The demo checker measures rendered clips rightly, sharp and blurred, and sees what is wrong."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn_video.pipelines.demo.checks import ATTRIBUTES, measure_clip, score_clip
+from xattn_video.pipelines.demo.grammar import Scene, parse_prompt, sample_scene
+from xattn_video.pipelines.demo.rendering import place_objects, render_scene
+
+
+def _frames(scene: Scene, rng: random.Random | None = None, size: int = 128) -> Tensor:
+    clip = render_scene(scene, place_objects(scene, rng), num_frames=65, height=size, width=size)
+    return (clip / 2 + 0.5).transpose(0, 1)
+
+
+def _blurred(frames: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(frames.shape, generator=generator)
+    soft = F.avg_pool2d(frames, 5, stride=1, padding=2, count_include_pad=False)
+    return (soft + 0.03 * noise).clamp(0, 1)
+
+
+@pytest.mark.parametrize("blurred", [False, True])
+def test_rendered_clips_are_right_in_every_attribute(blurred: bool) -> None:
+    rng = random.Random(0)
+    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    for index in range(16):
+        scene = sample_scene(rng, 1 + index % 2)
+        frames = _frames(scene, rng)
+        score = score_clip(_blurred(frames) if blurred else frames, scene)
+        for name in ATTRIBUTES:
+            right[name] += score[name]
+    assert {name: sum(values) / len(values) for name, values in right.items()} == dict.fromkeys(
+        ATTRIBUTES, 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("shown", "wrong"),
+    [
+        ("a red square moving left to right over a gray background", {"shape"}),
+        ("a cyan ring moving left to right over a gray background", {"colour"}),
+        ("a red ring moving right to left over a gray background", {"motion", "start"}),
+        ("a red ring moving left to right over a pink background", {"background"}),
+    ],
+)
+def test_what_differs_from_the_prompt_is_wrong(shown: str, wrong: set[str]) -> None:
+    asked = parse_prompt("a red ring moving left to right over a gray background")
+    score = score_clip(_frames(parse_prompt(shown)), asked)
+    assert {name for name in ATTRIBUTES if not all(score[name])} == wrong
+
+
+def test_a_missing_object_is_wrong_in_all_its_attributes() -> None:
+    asked = parse_prompt(
+        "a red ring moving left to right and a green circle moving left to right over a gray "
+        "background"
+    )
+    empty = torch.full((65, 3, 64, 64), 0.5)
+    score = score_clip(empty, asked)
+    assert score["background"] == [True]
+    assert score["number"] == [False]
+    assert score["shape"] == score["motion"] == score["colour"] == [False, False]
+
+
+def test_a_still_object_does_not_move() -> None:
+    scene = parse_prompt("a red circle moving left to right over a gray background")
+    frames = _frames(scene)[:1].expand(65, -1, -1, -1)
+    found = measure_clip(frames, num_objects=1).objects[0]
+    assert found is not None
+    assert found.motion == "still"
+
+
+def test_frames_of_another_layout_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"frames must be \[T, 3, H, W\], got \(65, 64, 64, 3\)"):
+        measure_clip(torch.zeros(65, 64, 64, 3), num_objects=1)
