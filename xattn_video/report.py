@@ -1,0 +1,217 @@
+"""What really ran: dense or sparse, by step and layer."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+State: TypeAlias = Literal["dense", "sparse", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """One layer in one forward pass.
+
+    Args:
+        state: ``"skipped"`` where a cache did not run the layer.
+        reason: Why the layer ran dense: "warm-up", "cool-down", "threshold 1", "too few tokens"
+            or "gradients".
+        kept: Blocks computed, over the batch and all heads; None unless sparse.
+        valid: Blocks that dense attention computes; None unless sparse.
+    """
+
+    state: State
+    reason: str | None = None
+    kept: int | None = None
+    valid: int | None = None
+
+    @property
+    def density(self) -> float | None:
+        """Kept over valid blocks; None unless sparse."""
+        return _ratio(self.kept or 0, self.valid or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRun:
+    """One forward pass of the transformer.
+
+    Args:
+        step: Denoising step, from 0.
+        forward_pass: Pass within the step, from 0: true classifier-free guidance runs two.
+        timestep: What the transformer was given.
+        threshold: Tau of the step where it is one number for all layers and heads, else None.
+        backend: What computed the sparse layers; None in a dense pass.
+        layers: One entry a layer.
+    """
+
+    step: int
+    forward_pass: int
+    timestep: float
+    threshold: float | None
+    backend: str | None
+    layers: tuple[LayerRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityReport:
+    """What ran in the latest generation: by step, forward pass and layer.
+
+    Args:
+        layer_names: The transformer's joint-attention layers that the processor serves.
+        forwards: In the order they ran. The processor keeps the latest 4,096.
+        num_refused: Forward passes that a backend refused; each raised.
+    """
+
+    layer_names: tuple[str, ...]
+    forwards: tuple[ForwardRun, ...]
+    num_refused: int = 0
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that ran, ascending."""
+        return tuple(sorted({forward.step for forward in self.forwards}))
+
+    @property
+    def sparse_steps(self) -> tuple[int, ...]:
+        """The steps in which at least one layer ran sparse, ascending."""
+        return tuple(sorted({forward.step for forward, _, _ in self._sparse_runs()}))
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that ran sparse at least once, ascending."""
+        return tuple(sorted({layer for _, layer, _ in self._sparse_runs()}))
+
+    @property
+    def density(self) -> float | None:
+        """Kept over valid blocks of all that ran sparse; None if nothing did."""
+        runs = [run for _, _, run in self._sparse_runs()]
+        return _ratio(sum(run.kept or 0 for run in runs), sum(run.valid or 0 for run in runs))
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """What computed the sparse layers."""
+        return tuple(sorted({forward.backend for forward in self.forwards if forward.backend}))
+
+    @property
+    def dense_reasons(self) -> dict[str, int]:
+        """{reason: layer runs} of all that ran dense."""
+        counts: dict[str, int] = {}
+        for forward in self.forwards:
+            for run in forward.layers:
+                if run.reason is not None:
+                    counts[run.reason] = counts.get(run.reason, 0) + 1
+        return counts
+
+    def summary(self) -> str:
+        """One line, such as "45/50 steps x 60/60 layers sparse, density 0.41, 0 refused"."""
+        sparse = (
+            f"{len(self.sparse_steps)}/{len(self.steps)} steps x "
+            f"{len(self.sparse_layers)}/{len(self.layer_names)} layers sparse"
+        )
+        if self.density is not None:
+            what = f"density {self.density:.2f}"
+        elif self.forwards:
+            what = f"dense throughout ({', '.join(self.dense_reasons)})"
+        else:
+            what = "nothing has run"
+        return f"{sparse}, {what}, {self.num_refused} refused"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form; the lists of a forward pass have one entry a layer."""
+        return {
+            "summary": self.summary(),
+            "num_steps": len(self.steps),
+            "num_sparse_steps": len(self.sparse_steps),
+            "num_layers": len(self.layer_names),
+            "num_sparse_layers": len(self.sparse_layers),
+            "density": self.density,
+            "backends": list(self.backends),
+            "dense_reasons": self.dense_reasons,
+            "num_refused": self.num_refused,
+            "layer_names": list(self.layer_names),
+            "forwards": [
+                {
+                    "step": forward.step,
+                    "forward_pass": forward.forward_pass,
+                    "timestep": forward.timestep,
+                    "threshold": forward.threshold,
+                    "backend": forward.backend,
+                    "states": [run.state for run in forward.layers],
+                    "reasons": [run.reason for run in forward.layers],
+                    "densities": [run.density for run in forward.layers],
+                }
+                for forward in self.forwards
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw density by step and layer; the passes of a step are taken together.
+
+        Raises:
+            ValueError: Nothing has run yet.
+        """
+        if not self.forwards:
+            raise ValueError("the report is empty; run the pipeline before plotting it.")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
+        steps, num_layers = self.steps, len(self.layer_names)
+        densities = self._grid()
+        figure = Figure(
+            figsize=(max(7.0, 0.16 * len(steps) + 3), max(3.5, 0.09 * num_layers + 1.8)),
+            layout="constrained",
+        )
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        edges = (-0.5, len(steps) - 0.5, num_layers - 0.5, -0.5)
+        dense = [[0.0 if cell == "dense" else float("nan") for cell in row] for row in densities]
+        axes.imshow(dense, ListedColormap(["0.82"]), extent=edges, aspect="auto")
+        sparse = [[float("nan") if isinstance(c, str) else c for c in row] for row in densities]
+        image = axes.imshow(sparse, "viridis", vmin=0, vmax=1, extent=edges, aspect="auto")
+        figure.colorbar(image, label="density (kept / valid blocks)")
+        columns = range(0, len(steps), max(1, len(steps) // 12))
+        axes.set_xticks(list(columns), [str(steps[column]) for column in columns])
+        axes.set_yticks(range(0, num_layers, max(1, num_layers // 10)))
+        axes.set(xlabel="denoising step", ylabel="layer", title=self.summary())
+        keys = [Patch(facecolor="0.82", label="dense")]
+        if any("skipped" in row for row in densities):
+            keys.append(Patch(facecolor="white", edgecolor="0.6", label="skipped by a cache"))
+        figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False)
+        figure.savefig(path, dpi=150)
+
+    def _sparse_runs(self) -> Iterator[tuple[ForwardRun, int, LayerRun]]:
+        """Every layer run that was sparse, with its forward pass and layer."""
+        for forward in self.forwards:
+            for layer, run in enumerate(forward.layers):
+                if run.state == "sparse":
+                    yield forward, layer, run
+
+    def _grid(self) -> list[list[float | Literal["dense", "skipped"]]]:
+        """`[layers][steps]`: a density, or what the layer did instead."""
+        column = {step: number for number, step in enumerate(self.steps)}
+        grid: list[list[float | Literal["dense", "skipped"]]] = [
+            ["skipped"] * len(column) for _ in self.layer_names
+        ]
+        kept = [[0] * len(column) for _ in self.layer_names]
+        valid = [[0] * len(column) for _ in self.layer_names]
+        for forward in self.forwards:
+            at = column[forward.step]
+            for layer, run in enumerate(forward.layers):
+                if run.state == "dense" and valid[layer][at] == 0:
+                    grid[layer][at] = "dense"
+                elif run.state == "sparse":
+                    kept[layer][at] += run.kept or 0
+                    valid[layer][at] += run.valid or 0
+                    grid[layer][at] = kept[layer][at] / valid[layer][at]
+        return grid
+
+
+def _ratio(kept: int, valid: int) -> float | None:
+    return kept / valid if valid else None
