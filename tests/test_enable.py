@@ -1,0 +1,115 @@
+import pytest
+import torch
+from hunyuan import generate, states, tiny_pipeline, tiny_transformer
+
+from xattn_video import UnsupportedModelError, XAttnProcessor, enable_xattention
+
+OPTIONS = {"stride": 4, "block_size": 8, "warmup_steps": 1, "min_tokens": 0}
+
+
+@pytest.mark.parametrize("give", ["pipeline", "transformer", "compiled"])
+def test_it_takes_a_pipeline_or_its_transformer(give):
+    pipe = tiny_pipeline()
+    model = {"pipeline": pipe, "transformer": pipe.transformer}.get(give)
+    if model is None:
+        model = torch.compile(pipe.transformer, backend="eager")
+    handle = enable_xattention(model, 0.5, **OPTIONS)
+    generate(pipe, 3)
+    assert states(handle.processor.report()) == ["dense", "sparse", "sparse"]
+    assert repr(handle.processor).startswith("XAttnProcessor(threshold=0.5, stride=4")
+
+
+def test_disabling_restores_the_very_processors():
+    pipe = tiny_pipeline()
+    expected = generate(pipe)
+    before = dict(pipe.transformer.attn_processors)
+    handle = enable_xattention(pipe, 0.5, **OPTIONS)
+    generate(pipe)
+    handle.disable()
+    after = pipe.transformer.attn_processors
+    assert all(after[name] is processor for name, processor in before.items())
+    assert not pipe.transformer._forward_pre_hooks
+    assert not any(hasattr(module, "_xattn_slot") for module in pipe.transformer.modules())
+    assert torch.equal(generate(pipe), expected)
+
+
+def test_disabling_twice_is_harmless():
+    transformer = tiny_transformer()
+    handle = enable_xattention(transformer)
+    handle.disable()
+    other = XAttnProcessor()
+    transformer.set_attn_processor(other)
+    handle.disable()
+    assert transformer.transformer_blocks[0].attn.processor is other
+
+
+def test_the_report_outlives_it():
+    pipe = tiny_pipeline()
+    with enable_xattention(pipe, 0.5, **OPTIONS) as handle:
+        generate(pipe, 3)
+    generate(pipe, 5)
+    assert handle.processor.report().summary().startswith("2/3 steps x 4/4 layers sparse")
+
+
+def test_a_with_block_disables_after_an_error():
+    pipe = tiny_pipeline()
+    with pytest.raises(ZeroDivisionError), enable_xattention(pipe):
+        raise ZeroDivisionError
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_enabling_twice_raises():
+    pipe = tiny_pipeline()
+    handle = enable_xattention(pipe)
+    with pytest.raises(RuntimeError, match=r"enabled on this transformer already; call disable"):
+        enable_xattention(pipe.transformer)
+    handle.disable()
+    enable_xattention(pipe)
+
+
+def test_a_wrong_threshold_leaves_the_model_alone():
+    pipe = tiny_pipeline()
+    before = dict(pipe.transformer.attn_processors)
+    with pytest.raises(ValueError, match="threshold must lie in"):
+        enable_xattention(pipe, 95)
+    assert pipe.transformer.attn_processors == before
+
+
+def test_what_has_no_hunyuan_video_transformer_is_refused():
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    with pytest.raises(UnsupportedModelError, match="DDIMPipeline has no transformer"):
+        enable_xattention(DDIMPipeline(unet, DDIMScheduler()))
+    with pytest.raises(UnsupportedModelError, match=r"UNet2DModel; supported is HunyuanVideo"):
+        enable_xattention(unet)
+
+
+def test_the_transformer_does_not_keep_its_pipeline_alive():
+    import gc
+    import weakref
+
+    pipe = tiny_pipeline()
+    transformer = pipe.transformer
+    enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
+    reference = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert reference() is None
+    with pytest.raises(ValueError, match="cooldown_steps needs the number of denoising steps"):
+        generate_alone(transformer)
+
+
+def generate_alone(transformer):
+    """Two steps of a transformer without a pipeline."""
+    from hunyuan import forward_inputs
+
+    with torch.no_grad():
+        for timestep in (900.0, 500.0):
+            transformer(**forward_inputs(timestep))

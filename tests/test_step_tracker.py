@@ -1,0 +1,159 @@
+import dataclasses
+
+import pytest
+import torch
+from hunyuan import TEXT_TOKENS, forward_inputs, tiny_processor, tiny_transformer
+
+from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker, read_inputs
+
+
+def seen(timestep, latents=0.0, dtype=torch.float32, shape=(4, 3, 8, 8), text=0.0):
+    """What one forward pass shows of itself."""
+    return ForwardInputs(
+        timestep=float(torch.tensor(timestep).to(dtype)),
+        timestep_dtype=dtype,
+        latent_shape=shape,
+        latent_sample=(latents,),
+        text_sample=(text,),
+        text_lengths=(10,),
+        text_tokens=16,
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+
+
+def steps_of(inputs):
+    """(step, pass) of each forward pass, and the number of generations."""
+    tracker = StepTracker()
+    generations, found = 0, []
+    for one in inputs:
+        generations += tracker.observe(one)
+        found.append((tracker.step, tracker.forward_pass))
+    return found, generations
+
+
+def shifted_timesteps(num_steps, shift=7.0):
+    """A HunyuanVideo schedule."""
+    share = torch.linspace(1, 0, num_steps + 1)[:-1]
+    return (1000 * shift * share / (1 + (shift - 1) * share)).tolist()
+
+
+def pipeline_run(num_steps, dtype, passes=1):
+    """A pipeline's forward passes: its first timestep is float32, the others have `dtype`."""
+    return [
+        seen(timestep, float(number), dtype if number else torch.float32, text=text)
+        for number, timestep in enumerate(shifted_timesteps(num_steps))
+        for text in range(passes)
+    ]
+
+
+def test_a_lower_timestep_is_the_next_step():
+    found, generations = steps_of([seen(1000.0), seen(700.0, 1.0), seen(300.0, 2.0)])
+    assert found == [(0, 0), (1, 0), (2, 0)]
+    assert generations == 1
+
+
+def test_the_same_timestep_is_the_same_step():
+    steps = [(1000.0, 0.0), (700.0, 1.0)]
+    found, _ = steps_of([seen(*step, text=text) for step in steps for text in (0.0, 1.0)])
+    assert found == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_a_higher_timestep_is_a_new_generation():
+    found, generations = steps_of([seen(1000.0), seen(300.0, 1.0), seen(1000.0, 2.0)])
+    assert found == [(0, 0), (1, 0), (0, 0)]
+    assert generations == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_steps", [1, 2, 20, 50, 100, 200])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_steps_whose_rounded_timesteps_are_equal_are_told_apart(dtype, num_steps, passes):
+    """In bfloat16 a 50-step schedule starts 1000, 996, 996, 992."""
+    run = pipeline_run(num_steps, dtype, passes)
+    found, generations = steps_of(run)
+    assert found == [(step, number) for step in range(num_steps) for number in range(passes)]
+    assert generations == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ran", [1, 2, 3, 30])
+@pytest.mark.parametrize("other_noise", [0.0, 0.5])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_generation_after_an_interrupted_one_starts_at_step_0(dtype, ran, other_noise, passes):
+    first = pipeline_run(100, dtype, passes)
+    again = [
+        dataclasses.replace(one, latent_sample=(one.latent_sample[0] + other_noise,))
+        for one in first
+    ]
+    found, generations = steps_of([*first[: ran * passes], *again])
+    expected = [(step, number) for step in range(100) for number in range(passes)]
+    assert found == [*expected[: ran * passes], *expected]
+    assert generations == 2
+
+
+def test_rounding_up_is_no_new_generation():
+    found, generations = steps_of([seen(994.5), seen(994.2, 1.0, torch.bfloat16)])
+    assert float(torch.tensor(994.2).bfloat16()) > 994.5
+    assert found == [(0, 0), (1, 0)]
+    assert generations == 1
+
+
+def test_another_latent_shape_is_a_new_generation():
+    found, generations = steps_of([seen(500.0), seen(300.0), seen(200.0, shape=(4, 3, 16, 8))])
+    assert found == [(0, 0), (1, 0), (0, 0)]
+    assert generations == 2
+
+
+def test_reset_starts_a_generation():
+    tracker = StepTracker()
+    for timestep in (900.0, 800.0):
+        tracker.observe(seen(timestep))
+    tracker.reset()
+    assert tracker.step is None
+    assert tracker.observe(seen(700.0))
+    assert tracker.step == 0
+
+
+def test_the_inputs_are_read_in_one_transfer(monkeypatch):
+    transfers = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda self: transfers.append(self) or to_list(self)
+    )
+    inputs = read_inputs(tiny_transformer(), (), forward_inputs(500.0, lengths=(10, 3)))
+    assert len(transfers) == 1
+    assert inputs.timestep == 500.0
+    assert inputs.text_lengths == (10, 3)
+    assert inputs.text_tokens == TEXT_TOKENS
+    assert inputs.latent_shape == (4, 3, 8, 8)
+
+
+def test_positional_arguments_are_read_too():
+    transformer = tiny_transformer()
+    arguments = forward_inputs(500.0)
+    assert read_inputs(transformer, tuple(arguments.values()), {}) == read_inputs(
+        transformer, (), arguments
+    )
+
+
+def test_a_missing_argument_is_left_to_the_forward():
+    transformer = tiny_transformer()
+    transformer.set_attn_processor(tiny_processor())
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'timestep'"):
+        transformer(**{k: v for k, v in forward_inputs().items() if k != "timestep"})
+
+
+def test_the_hook_goes_when_no_layer_uses_the_processor():
+    transformer = tiny_transformer()
+    stock = dict(transformer.attn_processors)
+    processor = tiny_processor()
+    transformer.set_attn_processor(processor)
+    for name, module in transformer.named_modules():
+        if f"{name}.processor" in stock:
+            module.processor = stock[f"{name}.processor"]
+    assert [type(hook) for hook in transformer._forward_pre_hooks.values()] == [StepHook]
+    transformer(**forward_inputs())
+    assert not transformer._forward_pre_hooks
+    assert not transformer._forward_pre_hooks_with_kwargs
+    assert processor.step_index is None

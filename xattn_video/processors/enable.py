@@ -1,0 +1,92 @@
+"""Switch XAttention on and off in one line."""
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from xattn_video.errors import UnsupportedModelError
+from xattn_video.processors.binding import supported_transformer
+from xattn_video.processors.hunyuan_video import XAttnProcessor
+from xattn_video.schedule import ThresholdLike
+
+
+class XAttentionHandle:
+    """XAttention on one transformer, until `disable` or the end of a ``with`` block.
+
+    Attributes:
+        processor: The `XAttnProcessor` in use; its report outlives `disable`.
+    """
+
+    def __init__(self, transformer: Any, processor: XAttnProcessor) -> None:
+        self.processor = processor
+        self._transformer = transformer
+        self._previous: dict[str, Any] | None = dict(transformer.attn_processors)
+
+    def disable(self) -> None:
+        """Put back the processors that were there before; harmless when done twice."""
+        if self._previous is not None:
+            self._transformer.set_attn_processor(self._previous)
+            self._previous = None
+
+    def __enter__(self) -> "XAttentionHandle":
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.disable()
+
+
+class _PipelineSteps:
+    """The number of steps that a pipeline is running."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline = weakref.ref(pipeline)
+
+    def __call__(self) -> int | None:
+        num_steps: int | None = getattr(self._pipeline(), "_num_timesteps", None)
+        return num_steps
+
+
+def enable_xattention(
+    pipe_or_transformer: Any, threshold: ThresholdLike = 0.95, **options: Any
+) -> XAttentionHandle:
+    """Set an `XAttnProcessor` on a pipeline's transformer.
+
+    Args:
+        pipe_or_transformer: A HunyuanVideo pipeline, or its transformer. Only a pipeline knows the
+            number of steps, which ``cooldown_steps`` needs.
+        threshold: See `XAttnProcessor`.
+        options: Its other arguments.
+
+    Returns:
+        A handle with ``processor`` and ``disable()``; also a context manager.
+
+    Raises:
+        UnsupportedModelError: There is no HunyuanVideo transformer.
+        RuntimeError: XAttention is enabled there already.
+    """
+    is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
+    if is_pipeline and not hasattr(pipe_or_transformer, "transformer"):
+        raise UnsupportedModelError(
+            f"{type(pipe_or_transformer).__name__} has no transformer; supported are pipelines "
+            "with a HunyuanVideoTransformer3DModel."
+        )
+    model = pipe_or_transformer.transformer if is_pipeline else pipe_or_transformer
+    transformer: Any = supported_transformer(model)
+    if any(isinstance(p, XAttnProcessor) for p in transformer.attn_processors.values()):
+        raise RuntimeError(
+            "XAttention is enabled on this transformer already; call disable() on its handle "
+            "first, or set another XAttnProcessor with transformer.set_attn_processor."
+        )
+    processor = XAttnProcessor(threshold, **options)
+    handle = XAttentionHandle(transformer, processor)
+    transformer.set_attn_processor(processor)
+    if is_pipeline:
+        processor.bind(transformer, num_steps=_PipelineSteps(pipe_or_transformer))
+    return handle

@@ -1,0 +1,334 @@
+"""XAttention as an attention processor of Diffusers' HunyuanVideo transformer."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from xattn_video.errors import UnboundProcessorError
+from xattn_video.processors.binding import TransformerBound, install, supported_transformer
+from xattn_video.processors.joint_attention import dense_attention, sparse_attention
+from xattn_video.processors.layer_slots import (
+    SLOT_NAME,
+    ForwardPlan,
+    LayerSlot,
+    Recorder,
+    joint_attentions,
+)
+from xattn_video.processors.session import NumSteps, Session, Settings
+from xattn_video.processors.step_tracker import ForwardInputs, StepHook
+from xattn_video.report import SparsityReport
+from xattn_video.schedule import ThresholdLike, ThresholdSchedule
+
+_HOW_TO_BIND = (
+    "set it with transformer.set_attn_processor(processor), or call processor.bind(transformer) "
+    "after setting it layer by layer; supported is HunyuanVideoTransformer3DModel."
+)
+
+
+class XAttnProcessor(TransformerBound):
+    """Joint text-video attention: dense while warming up, then block-sparse.
+
+    Set one instance on a transformer, ``pipe.transformer.set_attn_processor(XAttnProcessor())``;
+    it learns the denoising step from the transformer's own ``timestep``. One processor serves one
+    transformer; a deep copy is independent. The token refiner is computed as ever.
+
+    Args:
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1]. Lower is faster and
+            further from dense attention; 1 is dense. A float, a list (step i uses entry i, the
+            last one holds), a mapping {step: tau}, a callable step -> tau, or a
+            `ThresholdSchedule`.
+        stride: Tokens in a group of the estimate; divides ``block_size``. Smaller estimates
+            better and costs more.
+        block_size: Tokens in a block.
+        warmup_steps: First steps that run dense; they settle the layout of the video.
+        cooldown_steps: Last steps that run dense. Needs the number of steps: from the pipeline,
+            with `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
+        min_tokens: With fewer video tokens every step runs dense.
+        backend: A name from `available_backends`, or ``"auto"``.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of a wrong type.
+    """
+
+    # Diffusers' set_attention_backend and enable_parallelism set these.
+    _attention_backend = None
+    _parallel_config = None
+
+    _refiner_processor: ClassVar[AttnProcessor2_0] = AttnProcessor2_0()
+
+    def __init__(
+        self,
+        threshold: ThresholdLike = 0.95,
+        *,
+        stride: int = 8,
+        block_size: int = 128,
+        warmup_steps: int = 5,
+        cooldown_steps: int = 0,
+        min_tokens: int = 1024,
+        backend: str = "auto",
+    ) -> None:
+        self._threshold = threshold
+        self.settings = Settings(
+            ThresholdSchedule.coerce(threshold),
+            stride,
+            block_size,
+            warmup_steps,
+            cooldown_steps,
+            min_tokens,
+            backend,
+        )
+        self._session: Session | None = None
+        self._recorder: Recorder | None = None
+        self._plan: ForwardPlan | None = None
+
+    def __repr__(self) -> str:
+        names = ("stride", "block_size", "warmup_steps", "cooldown_steps", "min_tokens", "backend")
+        options = ", ".join(f"{name}={getattr(self.settings, name)!r}" for name in names)
+        return f"{type(self).__name__}(threshold={self._threshold!r}, {options})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy serves no transformer yet; that of a copied transformer is bound by its hook.
+        unbound = {"_session": None, "_recorder": None, "_plan": None, "_parallel_config": None}
+        return {**self.__dict__, **unbound}
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if encoder_hidden_states is None:
+            # The token refiner, whose processor set_attn_processor replaces as well.
+            refined: Tensor = self._refiner_processor(attn, hidden_states, None, attention_mask)
+            return refined
+        slot: LayerSlot | None = getattr(attn, SLOT_NAME, None)
+        plan = self._plan
+        if slot is None or plan is None:
+            raise UnboundProcessorError(
+                f"this XAttnProcessor knows no transformer and no step: {_HOW_TO_BIND}"
+            )
+        num_text_tokens = encoder_hidden_states.shape[1]
+
+        if attn.add_q_proj is None:
+            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+
+        # 1. QKV projections
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(hidden_states)
+        value = attn.to_v(hidden_states)
+
+        query = query.unflatten(2, (attn.heads, -1))
+        key = key.unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
+
+        # 2. QK normalization
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+
+        # 3. Rotational positional embeddings applied to latent stream
+        if image_rotary_emb is not None:
+            if attn.add_q_proj is None:
+                query = _rotate_video(query, image_rotary_emb, num_text_tokens)
+                key = _rotate_video(key, image_rotary_emb, num_text_tokens)
+            else:
+                query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+                key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        # 4. Encoder condition QKV projection and normalization
+        if attn.add_q_proj is not None:
+            encoder_query = attn.add_q_proj(encoder_hidden_states)
+            encoder_key = attn.add_k_proj(encoder_hidden_states)
+            encoder_value = attn.add_v_proj(encoder_hidden_states)
+
+            encoder_query = encoder_query.unflatten(2, (attn.heads, -1))
+            encoder_key = encoder_key.unflatten(2, (attn.heads, -1))
+            encoder_value = encoder_value.unflatten(2, (attn.heads, -1))
+
+            if attn.norm_added_q is not None:
+                encoder_query = attn.norm_added_q(encoder_query)
+            if attn.norm_added_k is not None:
+                encoder_key = attn.norm_added_k(encoder_key)
+
+            query = torch.cat([query, encoder_query], dim=1)
+            key = torch.cat([key, encoder_key], dim=1)
+            value = torch.cat([value, encoder_value], dim=1)
+
+        # 5. Attention
+        hidden_states = self._attend(
+            slot, plan, query, key, value, attention_mask, num_text_tokens
+        )
+        hidden_states = hidden_states.flatten(2, 3)
+        hidden_states = hidden_states.to(query.dtype)
+
+        # 6. Output projection
+        hidden_states, encoder_hidden_states = (
+            hidden_states[:, :-num_text_tokens],
+            hidden_states[:, -num_text_tokens:],
+        )
+
+        if getattr(attn, "to_out", None) is not None:
+            hidden_states = attn.to_out[0](hidden_states)
+            hidden_states = attn.to_out[1](hidden_states)
+
+        if getattr(attn, "to_add_out", None) is not None:
+            encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+
+        return hidden_states, encoder_hidden_states
+
+    def _attend(
+        self,
+        slot: LayerSlot,
+        plan: ForwardPlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        num_text_tokens: int,
+    ) -> Tensor:
+        """Attention as the plan of this forward pass says, `[B, S, H, D]`."""
+        needs_grad = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (query, key, value)
+        )
+        if needs_grad or self._parallel_config is not None:
+            slot.record_dense()
+            out: Tensor = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+            return out
+        # Under autocast the normalised queries and keys are float32, the values are not.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if not plan.sparse:
+            slot.record_dense()
+            return dense_attention(query, key, value, plan.key_lengths, self._attention_backend)
+        assert slot.threshold is not None
+        assert plan.backend is not None
+        out, kept = sparse_attention(
+            query,
+            key,
+            value,
+            slot.threshold,
+            plan.key_lengths,
+            plan.device_key_lengths,
+            num_text_tokens,
+            stride=self.settings.stride,
+            block_size=self.settings.block_size,
+            backend=plan.backend,
+        )
+        slot.record_sparse(kept)
+        return out
+
+    @property
+    def step_index(self) -> int | None:
+        """The denoising step of the latest forward pass; None before the first."""
+        return None if self._session is None else self._session.tracker.step
+
+    def report(self) -> SparsityReport:
+        """What ran in the latest generation, up to now; waits for the device.
+
+        Raises:
+            UnboundProcessorError: The processor has not served a transformer.
+        """
+        if self._recorder is None:
+            raise UnboundProcessorError(
+                f"this XAttnProcessor has nothing to report: {_HOW_TO_BIND}"
+            )
+        return self._recorder.report()
+
+    def reset(self) -> None:
+        """Start a new generation with the next forward pass.
+
+        Needed only where the timesteps cannot tell: after an interrupted generation, when the next
+        one starts at a lower timestep than the last one that ran.
+        """
+        if self._session is not None:
+            self._session.tracker.reset()
+
+    def bind(self, transformer: Any, num_steps: NumSteps = None) -> "XAttnProcessor":
+        """Serve a transformer whose layers have this processor; `set_attn_processor` does it.
+
+        Args:
+            transformer: A HunyuanVideoTransformer3DModel.
+            num_steps: Denoising steps of a generation, or what tells them; for cooldown_steps.
+
+        Raises:
+            UnsupportedModelError: The model is another one.
+            ValueError: The model does not use this processor, or another one does.
+        """
+        transformer = supported_transformer(transformer)
+        self.check_binding(transformer)
+        if not self.serves(transformer):
+            raise ValueError(
+                "no layer of this transformer uses this XAttnProcessor; "
+                "call transformer.set_attn_processor(processor) instead of bind."
+            )
+        attentions = joint_attentions(transformer)
+        own = [name for name, attn in attentions.items() if attn.processor is self]
+        hook = StepHook.of(self, transformer)
+        self._session = Session(transformer, hook, attentions, own, num_steps)
+        self._recorder = self._session.recorder
+        self._plan = None
+        parallel_config = getattr(transformer, "_parallel_config", None)
+        if getattr(parallel_config, "context_parallel_config", None) is not None:
+            self._parallel_config = parallel_config
+        return self
+
+    def check_binding(self, transformer: Any) -> None:
+        """Raise where the processor cannot serve the transformer."""
+        transformer = supported_transformer(transformer)
+        num_layers = len(joint_attentions(transformer))
+        self.settings.schedule.per_head(0, num_layers, transformer.config.num_attention_heads)
+        bound = None if self._session is None else self._session.transformer()
+        if bound is not None and bound is not transformer and self.serves(bound):
+            raise ValueError(
+                "this XAttnProcessor serves another transformer; give each its own, "
+                "such as copy.deepcopy(processor)."
+            )
+
+    def unbind(self, transformer: Any) -> None:
+        """Leave the transformer; the report of its latest generation stays."""
+        if self._session is None or self._session.transformer() is not transformer:
+            return
+        self._session.close()
+        self._session = None
+        self._plan = None
+
+    def serves(self, transformer: nn.Module) -> bool:
+        """Whether a layer of the transformer uses this processor."""
+        return any(getattr(module, "processor", None) is self for module in transformer.modules())
+
+    def begin_forward(self, transformer: nn.Module, inputs: ForwardInputs) -> None:
+        """Plan a forward pass; the hook calls this before the first layer runs."""
+        if self._session is None:
+            # The transformer is a copy, and so is this processor.
+            self.bind(transformer)
+        assert self._session is not None
+        self._plan = self._session.begin_forward(transformer, inputs, self.settings)
+        if self._plan.sparse and self._parallel_config is not None:
+            raise NotImplementedError(
+                "sparse steps do not run under context parallelism yet; use a threshold of 1, or "
+                "run without transformer.enable_parallelism."
+            )
+
+
+def _rotate_video(
+    tokens: Tensor, image_rotary_emb: tuple[Tensor, Tensor], num_text_tokens: int
+) -> Tensor:
+    """Rotary embedding on all but the text tokens, which come last, `[B, S, H, D]`."""
+    video, text = tokens[:, :-num_text_tokens], tokens[:, -num_text_tokens:]
+    return torch.cat([apply_rotary_emb(video, image_rotary_emb, sequence_dim=1), text], dim=1)
+
+
+install()

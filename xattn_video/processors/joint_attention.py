@@ -1,0 +1,156 @@
+"""Joint text-video attention on Diffusers' `[B, S, H, D]`, keys cut to their valid lengths.
+
+Both are opaque to torch.compile: the lengths are read on the host, from a tensor that lives there,
+so that prompts of all lengths share one compiled graph.
+"""
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from xattn_video.attention import xattention
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, backend: str | None
+) -> Tensor:
+    """Dense attention without a mask, so that flash-class kernels can run.
+
+    Args:
+        query: `[B, S, H, D]`.
+        key: `[B, S, H, D]`, the valid ones first.
+        value: `[B, S, H, D]`.
+        key_lengths: int64 `[B]` on the CPU, valid keys of each item.
+        backend: One of Diffusers' attention backends, its active one if None.
+
+    Returns:
+        `[B, S, H, D]`, contiguous.
+    """
+    out: Tensor = torch.ops.xattn_video.joint_dense_attention(
+        query, key, value, key_lengths, backend
+    )
+    return out
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    key_lengths: Tensor,
+    device_key_lengths: Tensor,
+    num_text_tokens: int,
+    *,
+    stride: int,
+    block_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`xattention` over video tokens followed by text tokens.
+
+    Args:
+        query: `[B, S, H, D]`.
+        key: `[B, S, H, D]`, the valid ones first.
+        value: `[B, S, H, D]`.
+        threshold: A scalar, or `[H, 1]`.
+        key_lengths: int64 `[B]` on the CPU, valid keys of each item.
+        device_key_lengths: The same on the device of the query.
+        num_text_tokens: The last of the S tokens, padding included.
+        stride: Tokens in a group of the estimate.
+        block_size: Tokens in a block.
+        backend: A name from `xattn_video.available_backends`.
+
+    Returns:
+        The attention's output, `[B, S, H, D]`, contiguous, and the number of blocks computed, an
+        int64 scalar on the device of the query.
+    """
+    out: Tensor
+    kept: Tensor
+    out, kept = torch.ops.xattn_video.joint_sparse_attention(
+        query,
+        key,
+        value,
+        threshold,
+        key_lengths,
+        device_key_lengths,
+        num_text_tokens,
+        stride,
+        block_size,
+        backend,
+    )
+    return out, kept
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, backend: str | None
+) -> Tensor:
+    lengths = key_lengths.tolist()
+    if len(set(lengths)) == 1:
+        lengths, items = lengths[:1], [slice(None)]
+    else:
+        items = [slice(number, number + 1) for number in range(len(lengths))]
+    outs: list[Tensor] = [
+        dispatch_attention_fn(
+            query[item], key[item, :length], value[item, :length], backend=backend
+        )
+        for item, length in zip(items, lengths, strict=True)
+    ]
+    # Backends lay their outputs out as they like; a compiled graph relies on one layout.
+    return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs)
+
+
+def _sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    key_lengths: Tensor,
+    device_key_lengths: Tensor,
+    num_text_tokens: int,
+    stride: int,
+    block_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    lengths = key_lengths.tolist()
+    longest = max(lengths)
+    num_video_tokens = query.shape[1] - num_text_tokens
+    out, block_mask = xattention(
+        query.transpose(1, 2),
+        key[:, :longest].transpose(1, 2),
+        value[:, :longest].transpose(1, 2),
+        threshold=threshold,
+        stride=stride,
+        block_size=block_size,
+        num_text_tokens=longest - num_video_tokens,
+        key_lengths=None if len(set(lengths)) == 1 else device_key_lengths,
+        backend=backend,
+        return_block_mask=True,
+    )
+    return out.transpose(1, 2).contiguous(), block_mask.sum()
+
+
+_dense_op = torch.library.custom_op(
+    "xattn_video::joint_dense_attention",
+    _dense_attention,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor key_lengths, str? backend) -> Tensor",
+)
+_sparse_op = torch.library.custom_op(
+    "xattn_video::joint_sparse_attention",
+    _sparse_attention,
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor key_lengths, "
+        "Tensor device_key_lengths, SymInt num_text_tokens, int stride, int block_size, "
+        "str backend) -> (Tensor, Tensor)"
+    ),
+)
+
+
+@_dense_op.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@_sparse_op.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty((), dtype=torch.int64)
