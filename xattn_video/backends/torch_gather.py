@@ -66,10 +66,8 @@ def _attend_head(
 
 
 def _split_blocks(tokens: Tensor, block_size: int) -> Tensor:
-    """`[S, D]` -> `[N, block_size, D]`, the last block filled up with zeros."""
-    missing = -len(tokens) % block_size
-    if missing:
-        tokens = F.pad(tokens, (0, 0, 0, missing))
+    """`[S, D]` -> contiguous `[N, block_size, D]`, the last block filled up with zeros."""
+    tokens = F.pad(tokens, (0, 0, 0, -len(tokens) % block_size)).contiguous()
     return tokens.unflatten(0, (-1, block_size))
 
 

@@ -1,0 +1,1 @@
+"""Training of the demo model: `scripts/train_demo_model.py` runs these stages."""

@@ -1,0 +1,286 @@
+"""The transformer and its text encoders, trained together on pools of encoded clips."""
+
+import itertools
+import math
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from torch import Tensor
+
+from demo_training.attention import TrainingProcessor, rotation_of, use_training_attention
+from demo_training.causal_conv import use_faster_convolutions
+from demo_training.clips import CLIP_FRAMES, encode_windows
+from demo_training.latents import LatentPool, fill_pools
+from demo_training.models import TextStack, build_text_stack, build_transformer
+from demo_training.plan import Clock, Job, Size
+from demo_training.vae_stage import load_vae
+from demo_training.weights import (
+    TrainedWeights,
+    add_report,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+
+LEARNING_RATE = 1.2e-3
+FLAT_UNTIL = 0.3
+WARMUP_STEPS = 120
+SIGMA_SHIFT = 6.0
+UNIFORM_SHARE = 0.3
+# Other frame sizes join in this far into the schedule.
+OTHER_SIZES_FROM = 0.5
+OTHER_SIZES_SHARE = 0.15
+POOL_S = 35.0
+SAVE_EVERY_S = 150.0
+# Left at the end of a call for saving.
+RESERVE_S = 14.0
+SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.97, 1.001)
+
+
+@dataclass(slots=True)
+class Trainee:
+    """Everything that a training step touches."""
+
+    job: Job
+    transformer: HunyuanVideoTransformer3DModel
+    text: TextStack
+    processor: TrainingProcessor
+    pools: dict[Size, dict[int, LatentPool]]
+    empty_ids: tuple[Tensor, Tensor]
+    rng: random.Random
+    rotations: dict[tuple[int, ...], Tensor]
+
+
+def run(job: Job) -> None:
+    """Train for one call; write `transformer.ckpt.*`."""
+    torch.manual_seed(job.seed)
+    text = build_text_stack()
+    transformer = build_transformer(job.plan.transformer).to(job.device).train()
+    modules = [
+        transformer,
+        text.text_encoder.to(job.device).train(),
+        text.text_encoder_2.to(job.device).train(),
+    ]
+    _log_sizes(job, modules)
+    trained = TrainedWeights(
+        modules,
+        dtype=job.dtype,
+        # What the working copies hold anyway: the masters lose their lower bits once a call.
+        stored_dtype=torch.bfloat16,
+        betas=(0.9, 0.98),
+        weight_decay=0.02,
+        ema_decay=0.998,
+    )
+    before, calls, history = 0.0, 0, []
+    if job.resume:
+        state = load_checkpoint(job.work_dir, "transformer")
+        trained.load_state(state["weights"])
+        before, calls, history = state["spent"], state["calls"], state["history"]
+
+    rng = random.Random(f"{job.seed}/transformer/{calls}")
+    planned = Clock.begin(job, before, RESERVE_S).planned_fraction
+    trainee = Trainee(
+        job=job,
+        transformer=transformer,
+        text=text,
+        processor=use_training_attention(transformer),
+        pools=_fill_all_pools(job, text, rng, with_others=planned > OTHER_SIZES_FROM),
+        empty_ids=text.tokenize([""], job.device),
+        rng=rng,
+        rotations={},
+    )
+    _check_processor(trainee)
+    if job.resume:
+        restore_random_state(state["random"])
+
+    clock = Clock.begin(job, before, 2.0 if job.is_smoke else RESERVE_S)
+    job.log(f"training from {clock.fraction:.1%} to {clock.planned_fraction:.1%} of the schedule")
+    _train(trainee, trained, clock, calls, history)
+    _save(job, trained, clock, calls + 1, history)
+    job.log(f"checkpoint saved at {clock.fraction:.1%} of the schedule")
+    add_report(
+        job.work_dir,
+        {
+            "stage": "transformer",
+            "training_seconds": round(clock.spent - before, 1),
+            "steps": trained.steps_since_start,
+            "schedule_fraction": round(clock.fraction, 4),
+            "losses": history[-1] if history else None,
+        },
+    )
+
+
+def _fill_all_pools(
+    job: Job, text: TextStack, rng: random.Random, *, with_others: bool
+) -> dict[Size, dict[int, LatentPool]]:
+    """Latents of every frame size that this call needs."""
+    plan = job.plan
+    vae = load_vae(job)
+    frames = torch.rand(
+        plan.encode_batch, 3, CLIP_FRAMES, *plan.square, device=job.device, dtype=job.dtype
+    )
+    with torch.no_grad():
+        times = use_faster_convolutions(
+            vae, lambda: encode_windows(vae, frames), plan.timing_repeats
+        )
+    job.log("convolutions, ms to encode: " + ", ".join(f"{k} {v:.1f}" for k, v in times.items()))
+    seconds = {plan.square: POOL_S}
+    if with_others:
+        seconds |= {plan.wide: 0.15 * POOL_S, plan.tall: 0.15 * POOL_S, plan.large: 0.3 * POOL_S}
+    if job.is_smoke:
+        seconds = dict.fromkeys(seconds, 0.5)
+    return {size: fill_pools(job, vae, text, rng, size, limit) for size, limit in seconds.items()}
+
+
+def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Latents, both prompts' ids, and the name of the batch's kind."""
+    plan, rng = trainee.job.plan, trainee.rng
+    if fraction < 0.3:
+        shares = {17: 1.0}
+    elif fraction < 0.45:
+        shares = {17: 0.35, 33: 0.65}
+    else:
+        shares = {17: 0.15, 33: 0.2, 65: 0.65}
+    num_frames = rng.choices(list(shares), list(shares.values()))[0]
+    size, count = plan.square, plan.batch_of[num_frames]
+    has_others = len(trainee.pools) > 1 and fraction >= OTHER_SIZES_FROM
+    if has_others and rng.random() < OTHER_SIZES_SHARE:
+        size, num_frames = rng.choice([plan.wide, plan.tall, plan.large]), 65
+        count = plan.large_batch if size == plan.large else plan.batch_of[65]
+    prompt = rng.choices(["one", "two", "empty"], [0.68, 0.26, 0.06])[0]
+    num_objects = 2 if prompt == "two" or (prompt == "empty" and rng.random() < 0.25) else 1
+    latents, ids, ids_2 = trainee.pools[size][num_objects].batch(count, (num_frames - 1) // 4 + 1)
+    if prompt == "empty":
+        ids, ids_2 = (part.expand(count, -1) for part in trainee.empty_ids)
+    return latents, ids, ids_2, f"{size[1]}x{size[0]}x{num_frames}"
+
+
+def _loss(
+    trainee: Trainee, latents: Tensor, ids: Tensor, ids_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss, each sample's loss and each sample's sigma."""
+    count, device, dtype = len(latents), latents.device, trainee.job.dtype
+    uniform = torch.rand(count, device=device)
+    middling = torch.sigmoid(1.1 * torch.randn(count, device=device))
+    u = torch.where(torch.rand(count, device=device) < UNIFORM_SHARE, uniform, middling)
+    sigma = (SIGMA_SHIFT * u / (1 + (SIGMA_SHIFT - 1) * u)).clamp(1e-3, 1)
+    noise = torch.randn_like(latents)
+    weight = sigma.view(-1, 1, 1, 1, 1)
+    noisy = (1 - weight) * latents + weight * noise
+    states, pooled = trainee.text.encode(ids, ids_2)
+    grid = tuple(latents.shape[2:])
+    if grid not in trainee.rotations:
+        trainee.rotations[grid] = rotation_of(trainee.transformer, latents)
+    trainee.processor.rotation = trainee.rotations[grid]
+    velocity = trainee.transformer(
+        hidden_states=noisy.to(dtype),
+        timestep=sigma * 1000,
+        encoder_hidden_states=states,
+        encoder_attention_mask=torch.ones(states.shape[:2], device=device, dtype=torch.long),
+        pooled_projections=pooled,
+        # Of no meaning in training; drawn at random so that any value is harmless.
+        guidance=torch.rand(count, device=device) * 9000 + 1000,
+        return_dict=False,
+    )[0]
+    losses = (velocity.float() - (noise - latents)).square().mean((1, 2, 3, 4))
+    return losses.mean(), losses.detach(), sigma
+
+
+@torch.no_grad()
+def _check_processor(trainee: Trainee) -> None:
+    """The training processor must compute what the stock one does."""
+    transformer = trainee.transformer
+    shaken = [p for p in transformer.parameters() if p.requires_grad]
+    kept = [p.clone() for p in shaken]
+    for parameter in shaken:
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+    latents, ids, ids_2, _ = _draw_batch(trainee, fraction=0.0)
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    losses = {}
+    for name, processor in (("stock", HunyuanVideoAttnProcessor2_0()), ("own", None)):
+        for block in blocks:
+            block.attn.set_processor(processor or trainee.processor)
+        torch.manual_seed(trainee.job.seed)
+        losses[name] = _loss(trainee, latents[:2], ids[:2], ids_2[:2])[0].item()
+    for parameter, value in zip(shaken, kept, strict=True):
+        parameter.copy_(value)
+    trainee.job.log(f"loss by attention processor: {losses}")
+    tolerance = 1e-4 if trainee.job.dtype == torch.float32 else 0.02
+    assert abs(losses["own"] - losses["stock"]) <= tolerance * losses["stock"]
+
+
+def _train(
+    trainee: Trainee,
+    trained: TrainedWeights,
+    clock: Clock,
+    calls: int,
+    history: list[dict[str, Any]],
+) -> None:
+    job = trainee.job
+    recent: list[tuple[Tensor, Tensor]] = []
+    kinds: dict[str, int] = {}
+    reported = saved = time.time()
+    reported_step = trained.step_count
+    while not clock.is_over:
+        fraction = clock.fraction
+        latents, ids, ids_2, kind = _draw_batch(trainee, fraction)
+        loss, losses, sigma = _loss(trainee, latents, ids, ids_2)
+        loss.backward()
+        trained.step(_learning_rate(fraction), WARMUP_STEPS)
+        recent.append((sigma, losses))
+        kinds[kind] = kinds.get(kind, 0) + 1
+        now = time.time()
+        if now - reported >= job.plan.report_every:
+            line: dict[str, Any] = _summary(recent)
+            steps = trained.step_count - reported_step
+            line |= {"step": trained.step_count, "fraction": round(clock.fraction, 4)}
+            line |= {"ms_a_step": round((time.time() - reported) / steps * 1e3, 1)}
+            history.append(line)
+            job.log(f"transformer {line} {kinds}")
+            recent, kinds = [], {}
+            reported, reported_step = time.time(), trained.step_count
+        if now - saved >= SAVE_EVERY_S:
+            _save(job, trained, clock, calls + 1, history)
+            saved = time.time()
+
+
+def _learning_rate(fraction: float) -> float:
+    """Flat, then a cosine down to a hundredth."""
+    course = max(0.0, (fraction - FLAT_UNTIL) / (1 - FLAT_UNTIL))
+    return LEARNING_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * course)))
+
+
+def _summary(recent: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Mean loss, in all and by sigma."""
+    sigma, losses = (torch.cat(parts).cpu() for parts in zip(*recent, strict=True))
+    by_sigma = {}
+    for low, high in itertools.pairwise(SIGMA_BINS):
+        inside = losses[(sigma >= low) & (sigma < high)]
+        if len(inside):
+            by_sigma[f"<{min(high, 1.0):g}"] = round(inside.mean().item(), 4)
+    return {"loss": round(losses.mean().item(), 4), "by_sigma": by_sigma}
+
+
+def _save(
+    job: Job, trained: TrainedWeights, clock: Clock, calls: int, history: list[dict[str, Any]]
+) -> None:
+    state = {
+        "weights": trained.state(),
+        "random": random_state(),
+        "spent": clock.spent,
+        "calls": calls,
+        "history": history,
+    }
+    save_checkpoint(job.work_dir, "transformer", state)
+
+
+def _log_sizes(job: Job, modules: list[torch.nn.Module]) -> None:
+    for module in modules:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        job.log(f"{type(module).__name__}: {count / 1e6:.2f} M parameters")

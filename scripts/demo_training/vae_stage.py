@@ -1,0 +1,317 @@
+"""The VAE: trained on windows of rendered clips, then normalised so that latents have unit scale.
+
+A window is decoded as the pipeline decodes a long clip: from latents that begin anywhere, not only
+at a clip's first frame. The loss is mostly squared error, which is what PSNR measures.
+"""
+
+import math
+import random
+import time
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from torch import Tensor
+
+from demo_training.causal_conv import use_faster_convolutions
+from demo_training.clips import WINDOW_FRAMES, encode_windows, random_scene, render_clip
+from demo_training.models import LATENT_CHANNELS, build_vae
+from demo_training.pictures import save_sheet
+from demo_training.plan import Clock, Job, Size
+from demo_training.weights import (
+    TrainedWeights,
+    add_report,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 60
+KL_WEIGHT = 5e-5
+CROPS_UNTIL = 0.55
+SAVE_EVERY_S = 150.0
+# Left at the end of a call for saving, measuring and pictures.
+RESERVE_S = 45.0
+VAE_FILE = "vae.pt"
+
+
+class ClipPool:
+    """Rendered clips on the device, replaced one by one while training goes on."""
+
+    def __init__(self, job: Job, rng: random.Random) -> None:
+        self._job = job
+        self._rng = rng
+        plan = job.plan
+        counts = {plan.square: plan.clips, plan.wide: 8, plan.tall: 8, plan.large: 6}
+        if job.is_smoke:
+            counts = dict.fromkeys(counts, 2)
+        self._clips = {size: [self._render(size) for _ in range(n)] for size, n in counts.items()}
+
+    def refresh(self) -> None:
+        """Replace one clip, mostly of the default size."""
+        size = self._job.plan.square
+        if self._rng.random() < 0.15:
+            size = self._rng.choice(list(self._clips))
+        clips = self._clips[size]
+        clips[self._rng.randrange(len(clips))] = self._render(size)
+
+    def batch(self, size: Size, crop: int | None, count: int, num_frames: int) -> Tensor:
+        """Random windows of ``num_frames`` frames, whole or cropped, mirrored as often as not."""
+        rng, windows = self._rng, []
+        for _ in range(count):
+            clip = rng.choice(self._clips[size])
+            first = rng.choice([0, rng.randint(0, clip.shape[1] - num_frames)])
+            window = clip[:, first : first + num_frames]
+            if crop is not None:
+                top, left = rng.randint(0, size[0] - crop), rng.randint(0, size[1] - crop)
+                window = window[:, :, top : top + crop, left : left + crop]
+            windows.append(window.flip(-1) if rng.random() < 0.5 else window)
+        return torch.stack(windows)
+
+    def _render(self, size: Size) -> Tensor:
+        scene = random_scene(self._rng)
+        return render_clip(scene, self._rng, size, self._job.device, self._job.dtype)
+
+
+def run(job: Job) -> None:
+    """Train the VAE for one call; write `vae.ckpt.*` and the normalised `vae.pt`."""
+    vae = build_vae().to(job.device).train()
+    trained = TrainedWeights(
+        [vae],
+        dtype=job.dtype,
+        stored_dtype=torch.float32,
+        betas=(0.9, 0.99),
+        weight_decay=1e-4,
+        ema_decay=0.998,
+    )
+    before, calls, history = 0.0, 0, []
+    if job.resume:
+        state = load_checkpoint(job.work_dir, "vae")
+        trained.load_state(state["weights"])
+        restore_random_state(state["random"])
+        before, calls, history = state["spent"], state["calls"], state["history"]
+    rng = random.Random(f"{job.seed}/vae/{calls}")
+    pool = ClipPool(job, rng)
+    job.log("clips rendered")
+    _pick_convolutions(job, vae, pool, trained)
+
+    clock = Clock.begin(job, before, 5.0 if job.is_smoke else RESERVE_S)
+    _train(job, vae, trained, pool, rng, clock, calls, history)
+    _save(job, trained, clock, calls + 1, history)
+    job.log(f"checkpoint saved at {clock.fraction:.0%} of the schedule")
+    del pool
+
+    # From here on many sizes run a few times each.
+    torch.backends.cudnn.benchmark = False
+    final = _averaged_vae(trained).to(job.device)
+    statistics = normalise_latents(final, job)
+    torch.save(
+        {name: value.to("cpu", torch.bfloat16) for name, value in final.state_dict().items()},
+        job.work_dir / VAE_FILE,
+    )
+    job.log(f"{VAE_FILE} saved; latents' own scale {statistics}")
+    quality = measure_reconstruction(job, load_vae(job))
+    add_report(
+        job.work_dir,
+        {
+            "stage": "vae",
+            "training_seconds": round(clock.spent - before, 1),
+            "steps": trained.steps_since_start,
+            "schedule_fraction": round(clock.fraction, 4),
+            "losses": history[-1] if history else None,
+            "reconstruction_psnr_db": quality,
+        },
+    )
+
+
+def load_vae(job: Job) -> AutoencoderKLHunyuanVideo:
+    """The trained, normalised VAE, frozen, as it will be shipped."""
+    path = job.work_dir / VAE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run the vae stage first.")
+    vae = build_vae()
+    vae.load_state_dict(torch.load(path, weights_only=True))
+    return vae.requires_grad_(False).eval().to(job.device, job.dtype)
+
+
+def _pick_convolutions(
+    job: Job, vae: AutoencoderKLHunyuanVideo, pool: ClipPool, trained: TrainedWeights
+) -> None:
+    frames = pool.batch(job.plan.square, job.plan.crop, job.plan.crop_batch, WINDOW_FRAMES)
+
+    def forward_and_backward() -> None:
+        loss, _ = _loss(vae, frames, first_latent=0)
+        loss.backward()
+        trained.drop_gradients()
+
+    times = use_faster_convolutions(vae, forward_and_backward, job.plan.timing_repeats)
+    job.log("convolutions, ms a step: " + ", ".join(f"{k} {v:.1f}" for k, v in times.items()))
+
+
+def _draw_batch(job: Job, pool: ClipPool, rng: random.Random, fraction: float) -> tuple[Any, ...]:
+    """Frames, the latent at which decoding begins, and the name of the batch's kind."""
+    plan = job.plan
+    early = {"crop": 0.85, "square": 0.15}
+    late = {"crop": 0.1, "square": 0.65, "wide": 0.08, "tall": 0.08, "large": 0.09}
+    shares = early if fraction < CROPS_UNTIL else late
+    kind = rng.choices(list(shares), list(shares.values()))[0]
+    size, count = {
+        "crop": (plan.square, plan.crop_batch),
+        "square": (plan.square, 2),
+        "wide": (plan.wide, 2),
+        "tall": (plan.tall, 2),
+        "large": (plan.large, 1),
+    }[kind]
+    first_latent = rng.choice([0, rng.randint(1, 4)])
+    num_frames = WINDOW_FRAMES if first_latent == 0 else 2 * WINDOW_FRAMES - 1
+    crop = plan.crop if kind == "crop" else None
+    return pool.batch(size, crop, count, num_frames), first_latent, kind
+
+
+def _loss(
+    vae: AutoencoderKLHunyuanVideo, frames: Tensor, first_latent: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Loss and (mean absolute error, mean squared error, KL) of one batch."""
+    mean, log_variance = encode_windows(vae, frames)
+    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    latents = latents[:, :, first_latent : first_latent + 5].to(frames.dtype)
+    decoded = vae.decoder(vae.post_quant_conv(latents)).float()
+    target = frames.float()[:, :, 4 * first_latent : 4 * first_latent + WINDOW_FRAMES]
+    if first_latent:
+        # The first latent of a later window only gives context.
+        decoded, target = decoded[:, :, 1:], target[:, :, 1:]
+    error = decoded - target
+    absolute, squared = error.abs().mean(), error.square().mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = 0.3 * absolute + 4 * squared + KL_WEIGHT * kl
+    return loss, (absolute.detach(), squared.detach(), kl.detach())
+
+
+def _train(
+    job: Job,
+    vae: AutoencoderKLHunyuanVideo,
+    trained: TrainedWeights,
+    pool: ClipPool,
+    rng: random.Random,
+    clock: Clock,
+    calls: int,
+    history: list[dict[str, Any]],
+) -> None:
+    recent: dict[str, list[Tensor]] = {}
+    reported = saved = time.time()
+    reported_step = trained.step_count
+    while not clock.is_over:
+        fraction = clock.fraction
+        frames, first_latent, kind = _draw_batch(job, pool, rng, fraction)
+        loss, parts = _loss(vae, frames, first_latent)
+        loss.backward()
+        rate = LEARNING_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
+        trained.step(rate, WARMUP_STEPS)
+        if trained.step_count % 5 == 0:
+            pool.refresh()
+        recent.setdefault(kind, []).append(torch.stack(parts))
+        now = time.time()
+        if now - reported >= job.plan.report_every:
+            line = _summary(recent)
+            steps = trained.step_count - reported_step
+            line |= {"step": trained.step_count, "fraction": round(clock.fraction, 4)}
+            line |= {"ms_a_step": round((time.time() - reported) / steps * 1e3, 1)}
+            history.append(line)
+            job.log(f"vae {line}")
+            recent, reported, reported_step = {}, time.time(), trained.step_count
+        if now - saved >= SAVE_EVERY_S:
+            _save(job, trained, clock, calls + 1, history)
+            saved = time.time()
+
+
+def _summary(recent: dict[str, list[Tensor]]) -> dict[str, Any]:
+    """PSNR by kind of batch, and the mean KL."""
+    means = {kind: torch.stack(rows).mean(0).tolist() for kind, rows in recent.items()}
+    line: dict[str, Any] = {kind: round(_psnr(row[1]), 2) for kind, row in means.items()}
+    line["kl"] = round(sum(row[2] for row in means.values()) / len(means), 3)
+    return line
+
+
+def _psnr(squared_error: float) -> float:
+    """Peak signal to noise of values in [-1, 1]."""
+    return 10 * math.log10(4 / max(squared_error, 1e-10))
+
+
+def _save(
+    job: Job, trained: TrainedWeights, clock: Clock, calls: int, history: list[dict[str, Any]]
+) -> None:
+    state = {
+        "weights": trained.state(),
+        "random": random_state(),
+        "spent": clock.spent,
+        "calls": calls,
+        "history": history,
+    }
+    save_checkpoint(job.work_dir, "vae", state)
+
+
+@torch.no_grad()
+def _averaged_vae(trained: TrainedWeights) -> AutoencoderKLHunyuanVideo:
+    """A float32 VAE with the moving average of the weights."""
+    vae = build_vae()
+    for parameter, average in zip(vae.parameters(), trained.ema, strict=True):
+        parameter.copy_(average)
+    return vae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKLHunyuanVideo, job: Job) -> dict[str, list[float]]:
+    """Fold each latent channel's mean and scale into the 1x1x1 convolutions beside it; exact."""
+    rng = random.Random(f"{job.seed}/statistics")
+    means, variances = [], []
+    for _ in range(2 if job.is_smoke else 32):
+        clip = render_clip(random_scene(rng), rng, job.plan.square, job.device, torch.float32)
+        mean, log_variance = encode_windows(vae, clip[None])
+        means.append(mean)
+        variances.append(log_variance.exp().mean((0, 2, 3, 4)))
+    stacked = torch.cat(means)
+    centre = stacked.mean((0, 2, 3, 4))
+    scale = (stacked.var((0, 2, 3, 4)) + torch.stack(variances).mean(0)).sqrt()
+    C = LATENT_CHANNELS
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:C] /= scale.view(-1, 1, 1, 1, 1)
+    before.bias[:C] = (before.bias[:C] - centre) / scale
+    before.bias[C:] -= 2 * scale.log()
+    after.bias += after.weight[:, :, 0, 0, 0] @ centre
+    after.weight *= scale.view(1, -1, 1, 1, 1)
+    return {
+        "mean": [round(value, 3) for value in centre.tolist()],
+        "std": [round(value, 3) for value in scale.tolist()],
+    }
+
+
+@torch.no_grad()
+def measure_reconstruction(
+    job: Job, vae: AutoencoderKLHunyuanVideo
+) -> dict[str, dict[str, float]]:
+    """PSNR of held-out 65-frame clips through the stock encoding and decoding, by frame size."""
+    rng = random.Random(f"{job.seed}/held-out")
+    plan, result, pictures = job.plan, {}, []
+    counts = {plan.square: plan.eval_clips, plan.wide: 4, plan.tall: 4, plan.large: 4}
+    if job.is_smoke:
+        counts = {plan.square: 1, plan.wide: 1}
+    for size, count in counts.items():
+        values = []
+        for _ in range(count):
+            scene = random_scene(rng, held_out=True)
+            clip = render_clip(scene, rng, size, job.device, job.dtype)[None]
+            decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample.float().clamp(-1, 1)
+            values.append(_psnr((decoded - clip.float()).square().mean().item()))
+            if size == plan.square and len(pictures) < 8:
+                pictures += [clip[0], decoded[0]]
+        name = f"{size[1]}x{size[0]}"
+        result[name] = {
+            "mean": round(sum(values) / count, 2),
+            "min": round(min(values), 2),
+            "clips": count,
+        }
+        job.log(f"reconstruction of held-out 65-frame clips {name}: {result[name]}")
+    save_sheet([picture / 2 + 0.5 for picture in pictures], job.work_dir / "vae_sheet.png")
+    return result

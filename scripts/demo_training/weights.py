@@ -1,0 +1,158 @@
+"""Trained weights: half-precision working copies, float32 masters, a moving average, checkpoints.
+
+A checkpoint is split into parts under 15 MB. It holds weights, moving average, random states and
+the place in the schedule, not the optimiser's moments: a resumed stage starts those anew with a
+short warm-up, which costs a few seconds and keeps the files small.
+"""
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PART_BYTES = 14 * 1024 * 1024
+
+
+class TrainedWeights:
+    """The parameters of some modules and how they are updated.
+
+    Args:
+        modules: On their device, in float32; they are turned to ``dtype``.
+        dtype: Of the working copies.
+        stored_dtype: Of weights and average in a checkpoint.
+        betas: Of AdamW.
+        weight_decay: Of AdamW.
+        ema_decay: Of the moving average, reached after a ramp.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        *,
+        dtype: torch.dtype,
+        stored_dtype: torch.dtype,
+        betas: tuple[float, float],
+        weight_decay: float,
+        ema_decay: float,
+    ) -> None:
+        parameters = [p for module in modules for p in module.parameters()]
+        self.masters = [nn.Parameter(p.detach().clone().float()) for p in parameters]
+        self.ema = [p.detach().clone() for p in self.masters]
+        for module in modules:
+            module.to(dtype)
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.stored_dtype = stored_dtype
+        self.ema_decay = ema_decay
+        self.step_count = 0
+        self.steps_since_start = 0
+        self.optimiser = torch.optim.AdamW(
+            self.masters,
+            lr=0.0,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=self.masters[0].is_cuda,
+        )
+
+    def step(self, learning_rate: float, warmup_steps: int) -> Tensor:
+        """Update from the working copies' gradients; gives the gradient's norm before clipping."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self.steps_since_start += 1
+        self.step_count += 1
+        warmup = min(1.0, self.steps_since_start / warmup_steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate * warmup
+        norm = nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
+        self.optimiser.step()
+        masters = [master.detach() for master in self.masters]
+        with torch.no_grad():
+            torch._foreach_copy_([p.detach() for p in self.parameters], masters)
+            decay = min(self.ema_decay, (1 + self.step_count) / (20 + self.step_count))
+            torch._foreach_lerp_(self.ema, masters, 1 - decay)
+        return norm
+
+    def drop_gradients(self) -> None:
+        """Forget gradients that no step will use."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def show_average(self) -> None:
+        """Put the moving average into the modules."""
+        torch._foreach_copy_([p.detach() for p in self.parameters], self.ema)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "weights": [w.detach().to("cpu", self.stored_dtype) for w in self.masters],
+            "ema": [w.to("cpu", self.stored_dtype) for w in self.ema],
+            "step_count": self.step_count,
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's weights."""
+        for own, stored in ((self.masters, state["weights"]), (self.ema, state["ema"])):
+            for target, source in zip(own, stored, strict=True):
+                target.copy_(source)
+        torch._foreach_copy_([p.detach() for p in self.parameters], list(self.masters))
+        self.step_count = state["step_count"]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on with every random generator where `random_state` was taken."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> list[Path]:
+    """Write `name.ckpt.0`, `name.ckpt.1`, ... of at most `PART_BYTES` each."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    for old in directory.glob(f"{name}.ckpt.*"):
+        old.unlink()
+    parts = []
+    for index, start in enumerate(range(0, len(data), PART_BYTES)):
+        part = directory / f"{name}.ckpt.{index}"
+        part.write_bytes(data[start : start + PART_BYTES])
+        parts.append(part)
+    return parts
+
+
+def load_checkpoint(directory: Path, name: str) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+    """
+    parts = sorted(directory.glob(f"{name}.ckpt.*"), key=lambda path: int(path.suffix[1:]))
+    if not parts:
+        raise FileNotFoundError(
+            f"no checkpoint of {name!r} in {directory}, expected {name}.ckpt.0; "
+            "run its stage first, or copy the files of the earlier call there."
+        )
+    data = b"".join(part.read_bytes() for part in parts)
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return state
+
+
+def add_report(directory: Path, entry: dict[str, Any]) -> None:
+    """Append what a call did to `training.json`."""
+    path = directory / "training.json"
+    entries = json.loads(path.read_text()) if path.is_file() else []
+    path.write_text(json.dumps([*entries, entry], indent=2) + "\n")
