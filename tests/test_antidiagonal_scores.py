@@ -79,12 +79,11 @@ def test_scores_are_the_formula(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stride", [4, 8, 16])
 def test_more_tiles_than_multiprocessors(stride, dtype, device):
-    query, key = make_pair(2, 8, 16 * 997, 4 * 997, 128, device, dtype)
-    lengths = make_lengths([4 * 997, 1300], device)
-    assert_is_the_formula(query, key, stride=stride, key_lengths=lengths)
+    query, key = make_pair(2, 5, 32 * 997, 997, 128, device, dtype)
+    assert_is_the_formula(query, key, stride=stride, key_lengths=make_lengths([997, 700], device))
 
 
 @pytest.mark.parametrize("causal", [False, True])
