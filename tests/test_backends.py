@@ -167,9 +167,9 @@ def test_flex_on_a_cpu_needs_vector_instructions(monkeypatch):
     assert any("the CPU must have AVX2 or AVX512, got DEFAULT" in given for given in reasons)
 
 
-def test_flex_needs_torch_compile(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    reasons = flex.unsupported_reasons(problem())
+def test_flex_needs_torch_compile():
+    with torch._dynamo.config.patch(disable=True):
+        reasons = flex.unsupported_reasons(problem())
     assert any(given.startswith("torch.compile is disabled") for given in reasons)
 
 
