@@ -1,0 +1,87 @@
+"""`xattn-video generate`: one video or many, with one load of the model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xattn_video.cli import options
+from xattn_video.cli.console import ErrorsToExitCodes
+from xattn_video.cli.job import Job, check_job, run_job
+from xattn_video.cli.outputs import choose_outputs, choose_prompts
+from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
+    ] = None,
+    model: options.Model = HUNYUAN_VIDEO,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    num_inference_steps: options.NumInferenceSteps = None,
+    guidance_scale: options.GuidanceScale = None,
+    true_cfg_scale: options.TrueCfgScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    seed: options.Seed = 0,
+    fps: options.Fps = 24,
+    threshold: options.Threshold = None,
+    schedule: options.Schedule = None,
+    stride: options.Stride = 8,
+    block_size: options.BlockSize = 128,
+    warmup_steps: options.WarmupSteps = 5,
+    cooldown_steps: options.CooldownSteps = 0,
+    dense: options.Dense = False,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.OffloadOption = None,
+    vae_tiling: options.VaeTiling = None,
+    attention_backend: options.AttentionBackend = None,
+    output: options.Output = None,
+    report: options.Report = None,
+    plot: options.Plot = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Generate a video, or one for each line of a file."""
+    with ErrorsToExitCodes(verbose) as errors:
+        prompts = choose_prompts(prompt, prompts_file)
+        video = options.video_settings(
+            model,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+        )
+        sparse = options.sparse_settings(
+            threshold,
+            schedule,
+            dense,
+            stride=stride,
+            block_size=block_size,
+            warmup_steps=warmup_steps,
+            cooldown_steps=cooldown_steps,
+            backend=backend,
+        )
+        requests = [
+            GenerationRequest(text, negative_prompt, seed, video, sparse) for text in prompts
+        ]
+        load = options.load_options(
+            model,
+            dtype,
+            device=device,
+            offload=offload,
+            vae_tiling=vae_tiling,
+            attention_backend=attention_backend,
+        )
+        names = [(request.prompt, request.seed) for request in requests]
+        outputs = choose_outputs(names, prompts_file is not None, output, report, plot)
+        job = Job(load, tuple(requests), outputs, fps, verbose)
+        check_job(job)
+        errors.running = True
+        run_job(job)
