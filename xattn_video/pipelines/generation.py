@@ -109,7 +109,7 @@ def generate(
             hook.remove()
         report = processor.report() if processor else None
     return GenerationResult(
-        frames=(np.asarray(video) * 255).round().clip(0, 255).astype(np.uint8),
+        frames=_to_bytes(np.asarray(video)),
         steps=tuple(recorder.steps),
         seconds=time.perf_counter() - start,
         peak_memory_gib=_peak_memory_gib(device),
@@ -195,6 +195,16 @@ def _pipeline_arguments(request: GenerationRequest) -> dict[str, Any]:
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
     }
+
+
+def _to_bytes(video: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Frames in 0 to 1 as bytes; NaN would turn black without a word."""
+    if not np.isfinite(video).all():
+        raise RuntimeError(
+            "the video holds values that are not finite: the dtype's range was too small; "
+            "load the model in bfloat16 or float32."
+        )
+    return (video * 255).round().astype(np.uint8)
 
 
 def _peak_memory_gib(device: torch.device) -> float | None:

@@ -20,7 +20,8 @@ DENSITIES = (0.2, *PAPER_DENSITIES, 0.6, 0.8)
 _HIDDEN_TENSORS = 18
 _SMALL_SHARE = 0.5
 _FEW_BLOCKS = 16
-_SLOW_CPU_TFLOP = 1000
+# What a CPU at one TFLOP/s does in an hour.
+_SLOW_CPU_TFLOP = 3600
 _GIB = 2**30
 
 
@@ -94,7 +95,7 @@ def plan_run(
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
     steps = video.num_inference_steps
-    dense_steps = settings.dense_steps(steps) if sparse else steps
+    dense_steps = settings.dense_steps(steps, video_tokens) if sparse else steps
     forwards = 2 if video.true_cfg_scale > 1 else 1
     attention = 4 * tokens**2 * shape.hidden * shape.layers
     linear = 2 * tokens * shape.linear_parameters * shape.layers
@@ -108,7 +109,7 @@ def plan_run(
     tflop = forwards * (attention + linear) / 1e12
     warnings = []
     if sparse:
-        warnings += _sparsity_warnings(settings, steps - dense_steps, steps, blocks, share)
+        warnings += _sparsity_warnings(settings, dense_steps, steps, video_tokens, share)
         warnings += [refusal] if refusal else _backend_warnings(backend, device)
     warnings += _cost_warnings(memory, tflop * steps, options)
     return RunPlan(
@@ -176,17 +177,23 @@ def _resolve(name: str, problem: Problem) -> tuple[str | None, str | None]:
 
 
 def _sparsity_warnings(
-    settings: SparseSettings, sparse_steps: int, steps: int, blocks: int, share: float
+    settings: SparseSettings, dense_steps: int, steps: int, video_tokens: int, share: float
 ) -> list[str]:
     """Why sparse attention would not pay."""
     warnings = []
-    if sparse_steps == 0:
+    blocks = video_tokens // settings.block_size
+    if video_tokens < settings.min_tokens:
+        warnings.append(
+            f"No step is sparse: {video_tokens:,} video tokens are fewer than "
+            f"min_tokens={settings.min_tokens:,}, and dense attention is faster there."
+        )
+    elif dense_steps == steps:
         warnings.append(
             f"No step is sparse: warmup_steps={settings.warmup_steps}, "
             f"cooldown_steps={settings.cooldown_steps} and steps with a threshold of 1 "
             f"make up all {steps} steps. Lower them, or run more steps."
         )
-    if blocks < _FEW_BLOCKS:
+    elif blocks < _FEW_BLOCKS:
         warnings.append(
             f"Few tokens: {blocks} blocks in a row leave little to skip, "
             "and choosing them takes its own time. Dense attention is likely faster."
@@ -214,7 +221,7 @@ def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -
     if device.type != "cuda":
         if tflop < _SLOW_CPU_TFLOP:
             return []
-        return [f"{tflop / 1000:,.0f} PFLOP on device {str(device)!r} take hours at the least."]
+        return [f"{tflop / 1000:,.0f} PFLOP on device {str(device)!r} take an hour at the least."]
     total = torch.cuda.get_device_properties(device).total_memory / _GIB
     if memory.peak < total:
         return []

@@ -70,6 +70,7 @@ class SparseSettings:
     block_size: int = 128
     warmup_steps: int = 5
     cooldown_steps: int = 0
+    min_tokens: int = 1024
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -82,12 +83,14 @@ class SparseSettings:
         from xattn_video.checks import check_block_size
 
         check_block_size(self.block_size, self.stride)
-        for name in ("warmup_steps", "cooldown_steps"):
+        for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
-    def dense_steps(self, num_inference_steps: int) -> int:
-        """Steps that stay dense: warm-up, cool-down, and where the threshold is 1 throughout."""
+    def dense_steps(self, num_inference_steps: int, video_tokens: int) -> int:
+        """Steps that stay dense: warm-up, cool-down, a threshold of 1; all, with few tokens."""
+        if video_tokens < self.min_tokens:
+            return num_inference_steps
         schedule = ThresholdSchedule.coerce(self.threshold)
         last = num_inference_steps - self.cooldown_steps
         return sum(
