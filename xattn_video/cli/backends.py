@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from xattn_video.cli import options
-from xattn_video.cli.console import ErrorsToExitCodes, output_console
+from xattn_video.cli.console import ErrorsToExitCodes, log_choices, output_console
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 
@@ -24,6 +25,7 @@ def backends(
     verbose: options.Verbose = False,
 ) -> None:
     """List the sparse attention backends that can run here; for the others, every reason."""
+    log_choices(verbose)
     with ErrorsToExitCodes(verbose):
         import torch
 
@@ -42,9 +44,11 @@ def backends(
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         for backend, why in reasons.items():
             if why:
-                table.add_row(backend, "[red]no[/]", "\n".join(f"- {reason}" for reason in why))
+                table.add_row(
+                    backend, Text("no", "red"), "\n".join(f"- {reason}" for reason in why)
+                )
             else:
-                table.add_row(backend, "[green]yes[/]", "")
+                table.add_row(backend, Text("yes", "green"), "")
         console.print(table)
         order = [b for b in AUTO_ORDER.get(place.type, ("torch_gather",)) if not reasons[b]]
         console.print(f"auto takes {order[0]}." if order else "auto finds none.")

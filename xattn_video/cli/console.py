@@ -18,12 +18,12 @@ FAILED = 1
 
 def output_console() -> Console:
     """Results, on stdout; plain text where that is no terminal."""
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def message_console() -> Console:
     """Progress, warnings and errors, on stderr."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_warning(text: str) -> None:
@@ -82,12 +82,17 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; run again with --verbose for the traceback."
 
 
-def set_verbosity(verbose: bool) -> None:
-    """Log what this package chooses if ``verbose``; else keep the libraries below it quiet."""
+def log_choices(verbose: bool) -> None:
+    """Log what this package chooses if ``verbose``; else not even the hub's retries."""
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("xattn_video").setLevel(logging.INFO)
-        return
+    else:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Keep Diffusers' and Transformers' advice and bars off the terminal; downloads still show."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -95,4 +100,3 @@ def set_verbosity(verbose: bool) -> None:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from xattn_video.cli import options
-from xattn_video.cli.console import ErrorsToExitCodes
+from xattn_video.cli.console import ErrorsToExitCodes, log_choices
 from xattn_video.cli.job import Job, check_job, run_job
 from xattn_video.cli.outputs import choose_outputs, choose_prompts
 from xattn_video.pipelines.request import GenerationRequest
@@ -34,6 +34,7 @@ def generate(
     block_size: options.BlockSize = 128,
     warmup_steps: options.WarmupSteps = 5,
     cooldown_steps: options.CooldownSteps = 0,
+    min_tokens: options.MinTokens = 1024,
     dense: options.Dense = False,
     backend: options.Backend = "auto",
     dtype: options.Dtype = None,
@@ -47,6 +48,7 @@ def generate(
     verbose: options.Verbose = False,
 ) -> None:
     """Generate a video, or one for each line of a file."""
+    log_choices(verbose)
     with ErrorsToExitCodes(verbose) as errors:
         prompts = choose_prompts(prompt, prompts_file)
         video = options.video_settings(
@@ -66,6 +68,7 @@ def generate(
             block_size=block_size,
             warmup_steps=warmup_steps,
             cooldown_steps=cooldown_steps,
+            min_tokens=min_tokens,
             backend=backend,
         )
         requests = [

@@ -8,7 +8,7 @@ from xattn_video.cli.console import (
     message_console,
     output_console,
     print_warning,
-    set_verbosity,
+    quiet_libraries,
 )
 from xattn_video.cli.outputs import Outputs
 from xattn_video.cli.progress import GenerationProgress
@@ -29,6 +29,10 @@ class Job:
     outputs: Outputs
     fps: int
     verbose: bool
+
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ValueError(f"fps must be at least 1, got {self.fps}; use 24.")
 
 
 def check_job(job: Job) -> None:
@@ -69,10 +73,12 @@ def run_job(job: Job) -> None:
     from xattn_video.pipelines.hunyuan_video import load_pipeline
     from xattn_video.pipelines.video import write_video
 
-    set_verbosity(job.verbose)
+    if not job.verbose:
+        quiet_libraries()
     messages = message_console()
-    with messages.status(f"loading {job.load.model}"):
-        pipe = load_pipeline(job.load)
+    # A plain line: a spinner would hide the bars of a download.
+    messages.print(f"loading {job.load.model}", soft_wrap=True)
+    pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
     runs: list[dict[str, Any]] = []
     for number, request in enumerate(job.requests):

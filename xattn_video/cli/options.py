@@ -97,6 +97,7 @@ Stride = Annotated[int, _option(_SPARSITY, "Tokens between scored antidiagonals.
 BlockSize = Annotated[int, _option(_SPARSITY, "Tokens in a block.")]
 WarmupSteps = Annotated[int, _option(_SPARSITY, "First steps that stay dense.")]
 CooldownSteps = Annotated[int, _option(_SPARSITY, "Last steps that stay dense.")]
+MinTokens = Annotated[int, _option(_SPARSITY, "With fewer video tokens all steps stay dense.")]
 Dense = Annotated[bool, _option(_SPARSITY, "Dense attention throughout.", "--dense")]
 Backend = Annotated[str, _option(_SPARSITY, "One of those that `xattn-video backends` lists.")]
 

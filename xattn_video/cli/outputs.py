@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xattn_video.pipelines.video import VIDEO_SUFFIXES, check_output_folder, check_output_path
 
-_SLUG_LENGTH = 60
+_SLUG_LENGTH = 50
 _DEFAULT_FOLDER = Path("videos")
 
 

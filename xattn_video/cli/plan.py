@@ -10,6 +10,7 @@ from rich.table import Table
 from xattn_video.cli import options
 from xattn_video.cli.console import (
     ErrorsToExitCodes,
+    log_choices,
     output_console,
     print_labelled,
     print_warning,
@@ -33,6 +34,7 @@ def plan(
     block_size: options.BlockSize = 128,
     warmup_steps: options.WarmupSteps = 5,
     cooldown_steps: options.CooldownSteps = 0,
+    min_tokens: options.MinTokens = 1024,
     dense: options.Dense = False,
     backend: options.Backend = "auto",
     dtype: options.Dtype = None,
@@ -42,6 +44,7 @@ def plan(
     verbose: options.Verbose = False,
 ) -> None:
     """Foretell a run without loading any weights: tokens, steps, memory, and whether it pays."""
+    log_choices(verbose)
     with ErrorsToExitCodes(verbose):
         from xattn_video.pipelines.model_shape import read_model_shape
         from xattn_video.pipelines.plan import plan_run
@@ -63,6 +66,7 @@ def plan(
             block_size=block_size,
             warmup_steps=warmup_steps,
             cooldown_steps=cooldown_steps,
+            min_tokens=min_tokens,
             backend=backend,
         )
         load = options.load_options(model, dtype, device=device, offload=offload)

@@ -1,12 +1,13 @@
 """What `--report` keeps of a command: settings, versions, times, and what attention really did."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video import __version__
 from xattn_video.pipelines.video import atomic_path
+from xattn_video.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.generation import GenerationResult
@@ -71,12 +72,7 @@ def _settings(request: "GenerationRequest") -> dict[str, Any] | None:
     sparse = request.sparse
     if sparse is None:
         return None
-    threshold = sparse.threshold
-    return {
-        "threshold": threshold if isinstance(threshold, int | float) else threshold.to_dict(),
-        "stride": sparse.stride,
-        "block_size": sparse.block_size,
-        "warmup_steps": sparse.warmup_steps,
-        "cooldown_steps": sparse.cooldown_steps,
-        "backend": sparse.backend,
-    }
+    settings = {field.name: getattr(sparse, field.name) for field in fields(sparse)}
+    if isinstance(sparse.threshold, ThresholdSchedule):
+        settings["threshold"] = sparse.threshold.to_dict()
+    return settings

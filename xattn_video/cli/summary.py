@@ -27,7 +27,7 @@ def print_summary(
     """
     lines = {"size": _size(request), "attention": _attention(result)}
     if result.report is not None:
-        lines["backend"] = ", ".join(result.report.backends) or "none"
+        lines["backend"] = ", ".join(result.report.backends) or "none needed"
     lines["time"] = _time(result)
     saved = result.estimated_seconds_saved
     if saved is not None:
