@@ -267,6 +267,17 @@ def test_verbose_tells_the_backend(generate, caplog):
     assert "attention backend 'torch_gather' chosen" in caplog.text
 
 
+def test_prompts_beyond_the_demo_models_words_are_warned_of(capsys):
+    from xattn_video.cli.job import _warn_of_unknown_words
+    from xattn_video.pipelines.request import GenerationRequest
+
+    known = GenerationRequest("a red circle moving left to right over a blue background")
+    _warn_of_unknown_words((known, GenerationRequest("a cat"), GenerationRequest("a dog")))
+    err = capsys.readouterr().err
+    assert err.startswith("warning: the prompt is not in the demo model's grammar, got 'a cat'")
+    assert err.count("warning") == 1
+
+
 def test_default_names_are_numbered(generate, tmp_path):
     for _ in range(2):
         code, _, err = generate("--prompt=A red circle!", "--dense", "--seed=7")

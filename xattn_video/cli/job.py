@@ -15,6 +15,7 @@ from xattn_video.cli.progress import GenerationProgress
 from xattn_video.cli.record import generation_record, job_record, write_json
 from xattn_video.cli.summary import print_summary
 from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.source import DEMO
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.hunyuan_video import LoadOptions
@@ -65,6 +66,20 @@ def check_job(job: Job) -> None:
         resolve_backend(request.sparse.backend, problem)
     for warning in plan_run(shape, request.video, request.sparse, load).warnings:
         print_warning(warning)
+    if load.model == DEMO:
+        _warn_of_unknown_words(job.requests)
+
+
+def _warn_of_unknown_words(requests: tuple[GenerationRequest, ...]) -> None:
+    """The demo model has a small language; say so at the first prompt that is not in it."""
+    from xattn_video.pipelines.demo import parse_prompt
+
+    for request in requests:
+        try:
+            parse_prompt(request.prompt)
+        except ValueError as error:
+            print_warning(str(error))
+            return
 
 
 def run_job(job: Job) -> None:
