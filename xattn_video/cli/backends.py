@@ -31,7 +31,7 @@ def backends(
 
         from xattn_video.registry import AUTO_ORDER, available_backends
 
-        loaded = options.load_options(HUNYUAN_VIDEO, dtype, device=device)
+        loaded = options.load_options(HUNYUAN_VIDEO, dtype, device)
         place, kind = loaded.resolved_device, loaded.resolved_dtype
         reasons = available_backends(place, dtype=kind, head_dim=head_dim, block_size=block_size)
         name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)

@@ -9,7 +9,7 @@ from xattn_video.cli import options
 from xattn_video.cli.console import ErrorsToExitCodes, log_choices
 from xattn_video.cli.job import Job, check_job, run_job
 from xattn_video.cli.outputs import choose_outputs, choose_prompts
-from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.request import GenerationRequest, SparseSettings
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 
@@ -52,39 +52,20 @@ def generate(
     with ErrorsToExitCodes(verbose) as errors:
         prompts = choose_prompts(prompt, prompts_file)
         video = options.video_settings(
-            model,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
+            model, height, width, num_frames, num_inference_steps, guidance_scale, true_cfg_scale
         )
-        sparse = options.sparse_settings(
-            threshold,
-            schedule,
-            dense,
-            stride=stride,
-            block_size=block_size,
-            warmup_steps=warmup_steps,
-            cooldown_steps=cooldown_steps,
-            min_tokens=min_tokens,
-            backend=backend,
+        tau = options.choose_threshold(threshold, schedule, dense)
+        sparse = None
+        if tau is not None:
+            sparse = SparseSettings(
+                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
+            )
+        load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
+        requests = tuple(
+            GenerationRequest(p, negative_prompt, seed, video, sparse) for p in prompts
         )
-        requests = [
-            GenerationRequest(text, negative_prompt, seed, video, sparse) for text in prompts
-        ]
-        load = options.load_options(
-            model,
-            dtype,
-            device=device,
-            offload=offload,
-            vae_tiling=vae_tiling,
-            attention_backend=attention_backend,
-        )
-        names = [(request.prompt, request.seed) for request in requests]
-        outputs = choose_outputs(names, prompts_file is not None, output, report, plot)
-        job = Job(load, tuple(requests), outputs, fps, verbose)
+        outputs = choose_outputs(requests, prompts_file is not None, output, report, plot)
+        job = Job(load, requests, outputs, fps, verbose)
         check_job(job)
         errors.running = True
         run_job(job)

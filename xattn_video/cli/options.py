@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,7 +15,7 @@ from xattn_video.pipelines.request import (
 from xattn_video.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.hunyuan_video import LoadOptions
+    from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
 
 _FULL = VideoSettings()
 
@@ -119,19 +119,39 @@ Verbose = Annotated[
 ]
 
 
-def video_settings(model: str, **options: float | None) -> VideoSettings:
-    """The model's settings with the options that were given."""
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+def video_settings(
+    model: str,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    true_cfg_scale: float | None,
+) -> VideoSettings:
+    """The model's settings with the options that were given.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+    options: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "true_cfg_scale": true_cfg_scale,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     return replace(default_settings(model), **given)
 
 
-def sparse_settings(
-    threshold: float | None, schedule: Path | None, dense: bool, **options: Any
-) -> SparseSettings | None:
-    """When and how attention is sparse; None for dense throughout.
+def choose_threshold(
+    threshold: float | None, schedule: Path | None, dense: bool
+) -> float | ThresholdSchedule | None:
+    """The threshold or the schedule; None for dense attention throughout.
 
     Raises:
-        ValueError: Options that exclude each other, or a value out of range.
+        ValueError: Options that exclude each other, or no schedule in the file.
     """
     given = {"--threshold": threshold, "--schedule": schedule, "--dense": dense or None}
     names = [name for name, value in given.items() if value is not None]
@@ -139,21 +159,24 @@ def sparse_settings(
         raise ValueError(f"{' and '.join(names)} exclude each other; give one of them.")
     if dense:
         return None
-    if schedule is not None:
-        return SparseSettings(threshold=_load_schedule(schedule), **options)
-    if threshold is not None:
-        options["threshold"] = threshold
-    return SparseSettings(**options)
-
-
-def _load_schedule(path: Path) -> ThresholdSchedule:
+    if schedule is None:
+        return SparseSettings().threshold if threshold is None else threshold
     try:
-        return ThresholdSchedule.load(path)
+        return ThresholdSchedule.load(schedule)
     except OSError as error:
-        raise ValueError(f"cannot read the schedule {str(path)!r}: {error.strerror}.") from None
+        raise ValueError(
+            f"cannot read the schedule {str(schedule)!r}: {error.strerror}."
+        ) from None
 
 
-def load_options(model: str, dtype: str | None, **options: Any) -> "LoadOptions":
+def load_options(
+    model: str,
+    dtype: str | None,
+    device: str | None,
+    offload: str | None = None,
+    vae_tiling: bool | None = None,
+    attention_backend: str | None = None,
+) -> "LoadOptions":
     """How to load the model.
 
     Raises:
@@ -163,4 +186,11 @@ def load_options(model: str, dtype: str | None, **options: Any) -> "LoadOptions"
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    return LoadOptions(model=model, dtype=None if dtype is None else DTYPES[dtype], **options)
+    return LoadOptions(
+        model,
+        None if dtype is None else DTYPES[dtype],
+        device,
+        cast("Offload | None", offload),  # checked by LoadOptions
+        vae_tiling,
+        attention_backend,
+    )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.video import VIDEO_SUFFIXES, check_output_folder, check_output_path
 
 _SLUG_LENGTH = 50
@@ -33,7 +34,7 @@ def choose_prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:
 
 
 def choose_outputs(
-    names: Sequence[tuple[str, int]],
+    requests: Sequence[GenerationRequest],
     many: bool,
     output: Path | None,
     report: Path | None,
@@ -42,7 +43,7 @@ def choose_outputs(
     """Name every file and make sure that it can be written; nothing is overwritten unasked.
 
     Args:
-        names: Prompt and seed of each video.
+        requests: One for each video.
         many: ``output`` and ``plot`` are folders.
         output, report, plot: As they were given.
 
@@ -53,8 +54,9 @@ def choose_outputs(
     if many or output is None:
         folder = (output or _DEFAULT_FOLDER) if many else Path()
         check_output_folder(folder)
-        for prompt, seed in names:
-            videos.append(unused_path(folder, default_name(prompt, seed), ".mp4", set(videos)))
+        for request in requests:
+            name = default_name(request.prompt, request.seed)
+            videos.append(unused_path(folder, name, ".mp4", set(videos)))
     else:
         check_output_path(output, VIDEO_SUFFIXES)
         videos.append(output)

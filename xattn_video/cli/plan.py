@@ -15,6 +15,7 @@ from xattn_video.cli.console import (
     print_labelled,
     print_warning,
 )
+from xattn_video.pipelines.request import SparseSettings
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 if TYPE_CHECKING:
@@ -51,25 +52,15 @@ def plan(
         from xattn_video.pipelines.source import find_model
 
         video = options.video_settings(
-            model,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            true_cfg_scale=true_cfg_scale,
+            model, height, width, num_frames, num_inference_steps, None, true_cfg_scale
         )
-        sparse = options.sparse_settings(
-            threshold,
-            schedule,
-            dense,
-            stride=stride,
-            block_size=block_size,
-            warmup_steps=warmup_steps,
-            cooldown_steps=cooldown_steps,
-            min_tokens=min_tokens,
-            backend=backend,
-        )
-        load = options.load_options(model, dtype, device=device, offload=offload)
+        tau = options.choose_threshold(threshold, schedule, dense)
+        sparse = None
+        if tau is not None:
+            sparse = SparseSettings(
+                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
+            )
+        load = options.load_options(model, dtype, device, offload)
         shape = read_model_shape(find_model(model))
         run_plan = plan_run(shape, video, sparse, load)
         if as_json:
