@@ -2,12 +2,14 @@
 
 import inspect
 from dataclasses import fields
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from xattn_video import ThresholdSchedule, XAttnProcessor
+from xattn_video.pipelines import hunyuan_video
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
 from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
@@ -21,6 +23,13 @@ def pipe(tiny_pipeline):
     pipe = load_pipeline(LoadOptions(str(tiny_pipeline), torch.float32, "cpu"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """Options that name a CUDA device are accepted; nothing is put on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
 def request(**options):
@@ -222,12 +231,39 @@ def test_load_options_are_checked(options, message):
         LoadOptions(**options)
 
 
-def test_defaults_follow_the_documented_advice(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+@pytest.mark.usefixtures("pretend_cuda")
+def test_defaults_follow_the_documented_advice():
     full = LoadOptions()
     assert (full.resolved_offload, full.resolved_vae_tiling) == ("model", True)
     assert full.resolved_dtype == torch.bfloat16
     demo = LoadOptions("demo")
     assert (demo.resolved_offload, demo.resolved_vae_tiling) == ("none", False)
     assert LoadOptions(device="cpu").resolved_dtype == torch.float32
+
+
+@pytest.mark.usefixtures("pretend_cuda")
+def test_on_cuda_the_parts_have_the_documented_dtypes(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(hunyuan_video, "_place", lambda pipe, options: None)
+    pipe = load_pipeline(LoadOptions(str(tiny_pipeline), device="cuda"))
+    assert pipe.transformer.dtype == torch.bfloat16
+    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        assert part.dtype == torch.float16
+    assert pipe.vae.use_tiling
+
+
+@pytest.mark.usefixtures("pretend_cuda")
+@pytest.mark.parametrize(
+    ("offload", "call"),
+    [
+        ("none", "to"),
+        ("model", "enable_model_cpu_offload"),
+        ("sequential", "enable_sequential_cpu_offload"),
+        ("group", "enable_group_offload"),
+    ],
+)
+def test_offloading_is_the_pipelines_own(offload, call):
+    pipe = Mock()
+    hunyuan_video._place(pipe, LoadOptions(device="cuda", offload=offload))
+    ((name, arguments, keywords),) = pipe.method_calls
+    assert name == call
+    assert torch.device("cuda") in [*arguments, *keywords.values()]
