@@ -143,6 +143,14 @@ def test_prompts_files_without_prompts_are_refused(content, message, generate, t
 
 
 @pytest.mark.usefixtures("no_model")
+def test_many_videos_need_a_folder(generate, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    code, _, err = generate("--prompts-file=p.txt", "--output=a.mp4")
+    assert code == 2
+    assert "with --prompts-file the output is a folder, got 'a.mp4'" in err
+
+
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [

@@ -53,6 +53,8 @@ def choose_outputs(
     videos: list[Path] = []
     if many or output is None:
         folder = (output or _DEFAULT_FOLDER) if many else Path()
+        if folder.suffix.lower() in VIDEO_SUFFIXES:
+            raise ValueError(f"with --prompts-file the output is a folder, got {str(folder)!r}.")
         check_output_folder(folder)
         for request in requests:
             name = default_name(request.prompt, request.seed)
