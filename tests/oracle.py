@@ -39,12 +39,13 @@ def antidiagonal_block_scores(
     groups_q, groups_k = -(-Sq // stride), -(-Sk // stride)
     per_block = block_size // stride
     scores = torch.zeros(B, H, -(-Sq // block_size), -(-Sk // block_size), dtype=dtype)
+    first_keys = torch.arange(groups_k) * stride
     for b, length in enumerate(_lengths(key, key_lengths)):
-        visible = torch.zeros(groups_q, groups_k, dtype=torch.bool)
+        visible = (first_keys < length).repeat(groups_q, 1)
         for i in range(groups_q):
-            last_query = min(i * stride + stride - 1, Sq - 1)
-            for j in range(-(-length // stride)):
-                visible[i, j] = not causal or j * stride <= last_query + Sk - Sq
+            if causal:
+                last_query = min(i * stride + stride - 1, Sq - 1)
+                visible[i] &= first_keys <= last_query + Sk - Sq
         for h in range(H):
             products = torch.zeros(groups_q, groups_k, dtype=dtype)
             for s in range(stride):

@@ -13,27 +13,6 @@ def _scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
-@pytest.mark.parametrize("stride", [1, 2, (1, 2, 2)])
-@pytest.mark.parametrize("num_frames", [1, 2, 5])
-def test_stacked_convolution_equals_the_stock_one(
-    stride: int | tuple[int, int, int], num_frames: int
-) -> None:
-    from demo_training.causal_conv import HunyuanVideoCausalConv3d, stacked_convolution
-
-    torch.manual_seed(0)
-    module = HunyuanVideoCausalConv3d(4, 6, 3, stride=stride).double()
-    x = torch.randn(2, 4, num_frames, 8, 6, dtype=torch.float64, requires_grad=True)
-    inputs = [x, module.conv.weight, module.conv.bias]
-    expected = module(x)
-    actual = stacked_convolution(module.conv, x)
-    upstream = torch.randn_like(expected)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, inputs, upstream),
-        torch.autograd.grad(expected, inputs, upstream),
-    )
-
-
 def test_a_checkpoint_comes_back_from_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,3 +31,7 @@ class UnsupportedModelError(XAttentionError, TypeError):
 
 class UnboundProcessorError(XAttentionError, RuntimeError):
     """A processor was called before it was bound to its transformer."""
+
+
+class PipelineLoadError(XAttentionError, OSError):
+    """A pipeline could not be had from the hub."""

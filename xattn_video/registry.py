@@ -14,13 +14,15 @@ from xattn_video.inputs import AttentionInputs, Problem
 logger = logging.getLogger(__name__)
 
 BACKENDS = {
+    "triton": "xattn_video.backends.triton",
+    "flex": "xattn_video.backends.flex",
     "torch_gather": "xattn_video.backends.torch_gather",
 }
 
 # What `auto` tries, in this order; see docs/backends.md for the measurements behind it.
 AUTO_ORDER = {
-    "cuda": ("torch_gather",),
-    "cpu": ("torch_gather",),
+    "cuda": ("triton", "flex", "torch_gather"),
+    "cpu": ("torch_gather", "flex"),
 }
 
 

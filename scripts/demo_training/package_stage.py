@@ -68,12 +68,10 @@ def _assemble(job: Job, state: dict[str, Any]) -> HunyuanVideoPipeline:
 def _provenance(job: Job, state: dict[str, Any]) -> dict[str, Any]:
     """How the weights came to be."""
     path = job.work_dir / "training.json"
-    on_gpu = job.device.type == "cuda"
     return {
         "made_by": "scripts/train_demo_model.py",
         "seed": job.seed,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -18,6 +18,7 @@ class Plan:
         other_sizes: Frames unlike it, with the share of late transformer steps each takes.
         crop: Side of the crops that the VAE sees first.
         crop_batch: Crops in a batch.
+        square_batch: Whole frames' windows in a batch.
         clips: Rendered clips that the VAE's crops are cut from.
         batch_of: Clips in a transformer batch, by number of frames, at the default frame.
         large_batch: Clips in a batch of the largest frame.
@@ -25,7 +26,6 @@ class Plan:
         transformer: Arguments of the transformer.
         eval_clips: Held-out clips that the VAE is measured on.
         inference_steps: Denoising steps of the pictures at the end.
-        timing_repeats: Runs when two ways are timed against each other.
         report_every: Seconds between two progress lines.
     """
 
@@ -35,13 +35,13 @@ class Plan:
     large: Size = (512, 512)
     crop: int = 128
     crop_batch: int = 6
+    square_batch: int = 2
     clips: int = 96
     batch_of: dict[int, int] = field(default_factory=lambda: {17: 36, 33: 20, 65: 10})
     large_batch: int = 3
     encode_batch: int = 4
     eval_clips: int = 24
     inference_steps: int = 25
-    timing_repeats: int = 10
     report_every: float = 10.0
     transformer: dict[str, object] = field(
         default_factory=lambda: {
@@ -63,13 +63,13 @@ SMOKE = Plan(
     large=(80, 80),
     crop=16,
     crop_batch=1,
+    square_batch=1,
     clips=3,
     batch_of={17: 2, 33: 2, 65: 1},
     large_batch=1,
     encode_batch=2,
     eval_clips=1,
     inference_steps=1,
-    timing_repeats=1,
     report_every=1.0,
     transformer={
         "num_attention_heads": 2,

@@ -13,8 +13,6 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor
 
 from demo_training.attention import TrainingProcessor, rotation_of, use_training_attention
-from demo_training.causal_conv import use_faster_convolutions
-from demo_training.clips import CLIP_FRAMES, encode_windows
 from demo_training.latents import LatentPool, fill_pools
 from demo_training.models import TextStack, build_text_stack, build_transformer
 from demo_training.plan import Clock, Job, Size
@@ -122,14 +120,6 @@ def _fill_all_pools(
     """Latents of every frame size that this call needs."""
     plan = job.plan
     vae = load_vae(job)
-    frames = torch.rand(
-        plan.encode_batch, 3, CLIP_FRAMES, *plan.square, device=job.device, dtype=job.dtype
-    )
-    with torch.no_grad():
-        times = use_faster_convolutions(
-            vae, lambda: encode_windows(vae, frames), plan.timing_repeats
-        )
-    job.log("convolutions, ms to encode: " + ", ".join(f"{k} {v:.1f}" for k, v in times.items()))
     seconds = {plan.square: POOL_S}
     if with_others:
         seconds |= {plan.wide: 0.15 * POOL_S, plan.tall: 0.15 * POOL_S, plan.large: 0.3 * POOL_S}

@@ -13,11 +13,10 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
-from demo_training.causal_conv import use_faster_convolutions
 from demo_training.clips import WINDOW_FRAMES, encode_windows, random_scene, render_clip
 from demo_training.models import LATENT_CHANNELS, build_vae
 from demo_training.pictures import save_sheet
-from demo_training.plan import Clock, Job, Size
+from demo_training.plan import Clock, Job
 from demo_training.weights import (
     TrainedWeights,
     add_report,
@@ -27,13 +26,13 @@ from demo_training.weights import (
     save_checkpoint,
 )
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 60
-KL_WEIGHT = 5e-5
-CROPS_UNTIL = 0.55
+KL_WEIGHT = 1e-4
+CROPS_UNTIL = 0.4
 SAVE_EVERY_S = 150.0
 # Left at the end of a call for saving, measuring and pictures.
-RESERVE_S = 45.0
+RESERVE_S = 18.0
 VAE_FILE = "vae.pt"
 
 
@@ -43,36 +42,30 @@ class ClipPool:
     def __init__(self, job: Job, rng: random.Random) -> None:
         self._job = job
         self._rng = rng
-        plan = job.plan
-        counts = {plan.square: plan.clips, plan.wide: 8, plan.tall: 8, plan.large: 6}
-        if job.is_smoke:
-            counts = dict.fromkeys(counts, 2)
-        self._clips = {size: [self._render(size) for _ in range(n)] for size, n in counts.items()}
+        self._clips = [self._render() for _ in range(job.plan.clips)]
 
     def refresh(self) -> None:
-        """Replace one clip, mostly of the default size."""
-        size = self._job.plan.square
-        if self._rng.random() < 0.15:
-            size = self._rng.choice(list(self._clips))
-        clips = self._clips[size]
-        clips[self._rng.randrange(len(clips))] = self._render(size)
+        """Replace one clip."""
+        self._clips[self._rng.randrange(len(self._clips))] = self._render()
 
-    def batch(self, size: Size, crop: int | None, count: int, num_frames: int) -> Tensor:
+    def batch(self, crop: int | None, count: int, num_frames: int) -> Tensor:
         """Random windows of ``num_frames`` frames, whole or cropped, mirrored as often as not."""
         rng, windows = self._rng, []
+        height, width = self._job.plan.square
         for _ in range(count):
-            clip = rng.choice(self._clips[size])
+            clip = rng.choice(self._clips)
             first = rng.choice([0, rng.randint(0, clip.shape[1] - num_frames)])
             window = clip[:, first : first + num_frames]
             if crop is not None:
-                top, left = rng.randint(0, size[0] - crop), rng.randint(0, size[1] - crop)
+                top, left = rng.randint(0, height - crop), rng.randint(0, width - crop)
                 window = window[:, :, top : top + crop, left : left + crop]
             windows.append(window.flip(-1) if rng.random() < 0.5 else window)
         return torch.stack(windows)
 
-    def _render(self, size: Size) -> Tensor:
+    def _render(self) -> Tensor:
+        job = self._job
         scene = random_scene(self._rng)
-        return render_clip(scene, self._rng, size, self._job.device, self._job.dtype)
+        return render_clip(scene, self._rng, job.plan.square, job.device, job.dtype)
 
 
 def run(job: Job) -> None:
@@ -95,7 +88,6 @@ def run(job: Job) -> None:
     rng = random.Random(f"{job.seed}/vae/{calls}")
     pool = ClipPool(job, rng)
     job.log("clips rendered")
-    _pick_convolutions(job, vae, pool, trained)
 
     clock = Clock.begin(job, before, 5.0 if job.is_smoke else RESERVE_S)
     _train(job, vae, trained, pool, rng, clock, calls, history)
@@ -136,38 +128,19 @@ def load_vae(job: Job) -> AutoencoderKLHunyuanVideo:
     return vae.requires_grad_(False).eval().to(job.device, job.dtype)
 
 
-def _pick_convolutions(
-    job: Job, vae: AutoencoderKLHunyuanVideo, pool: ClipPool, trained: TrainedWeights
-) -> None:
-    frames = pool.batch(job.plan.square, job.plan.crop, job.plan.crop_batch, WINDOW_FRAMES)
-
-    def forward_and_backward() -> None:
-        loss, _ = _loss(vae, frames, first_latent=0)
-        loss.backward()
-        trained.drop_gradients()
-
-    times = use_faster_convolutions(vae, forward_and_backward, job.plan.timing_repeats)
-    job.log("convolutions, ms a step: " + ", ".join(f"{k} {v:.1f}" for k, v in times.items()))
-
-
-def _draw_batch(job: Job, pool: ClipPool, rng: random.Random, fraction: float) -> tuple[Any, ...]:
+def _draw_batch(
+    job: Job, pool: ClipPool, rng: random.Random, fraction: float
+) -> tuple[Tensor, int, str]:
     """Frames, the latent at which decoding begins, and the name of the batch's kind."""
     plan = job.plan
-    early = {"crop": 0.85, "square": 0.15}
-    late = {"crop": 0.1, "square": 0.65, "wide": 0.08, "tall": 0.08, "large": 0.09}
-    shares = early if fraction < CROPS_UNTIL else late
-    kind = rng.choices(list(shares), list(shares.values()))[0]
-    size, count = {
-        "crop": (plan.square, plan.crop_batch),
-        "square": (plan.square, 2),
-        "wide": (plan.wide, 2),
-        "tall": (plan.tall, 2),
-        "large": (plan.large, 1),
-    }[kind]
+    crop_share = 0.85 if fraction < CROPS_UNTIL else 0.1
+    is_crop = rng.random() < crop_share
+    count = plan.crop_batch if is_crop else plan.square_batch
     first_latent = rng.choice([0, rng.randint(1, 4)])
     num_frames = WINDOW_FRAMES if first_latent == 0 else 2 * WINDOW_FRAMES - 1
-    crop = plan.crop if kind == "crop" else None
-    return pool.batch(size, crop, count, num_frames), first_latent, kind
+    crop = plan.crop if is_crop else None
+    frames = pool.batch(crop, count, num_frames)
+    return frames, first_latent, "crop" if is_crop else "square"
 
 
 def _loss(

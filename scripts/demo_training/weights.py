@@ -152,7 +152,8 @@ def load_checkpoint(directory: Path, name: str) -> dict[str, Any]:
 
 
 def add_report(directory: Path, entry: dict[str, Any]) -> None:
-    """Append what a call did to `training.json`."""
+    """Append what a call did, and on which GPU, to `training.json`."""
+    entry["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     path = directory / "training.json"
     entries = json.loads(path.read_text()) if path.is_file() else []
     path.write_text(json.dumps([*entries, entry], indent=2) + "\n")

@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xattn_video.kernels.support import kernel_unsupported_reasons, with_unit_stride
+from xattn_video.kernels.support import (
+    INTERPRETING,
+    kernel_unsupported_reasons,
+    with_unit_stride,
+)
 
 # Stands for the maximum of no products at all; finite, so that differences of maxima are.
 _LOWEST = tl.constexpr(-1e38)
@@ -182,13 +186,16 @@ class _Tiles:
 _HALF_LARGE = _Tiles(128, 256, 64, num_warps=8, num_stages=4, programs_per_multiprocessor=1)
 _HALF = _Tiles(128, 128, 32, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
 _SINGLE = _Tiles(64, 64, 32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
+_INTERPRETED = _Tiles(64, 64, 128, num_warps=1, num_stages=1, programs_per_multiprocessor=1)
 
 
 def _tiles(query: Tensor, groups: int) -> _Tiles:
     """The tiles for the dtype and the device; a tile holds whole blocks of ``groups`` groups."""
-    if query.dtype == torch.float32:
+    if INTERPRETING:
+        tiles = _INTERPRETED
+    elif query.dtype == torch.float32:
         tiles = _SINGLE
-    elif query.is_cuda and torch.cuda.get_device_capability(query.device) in ((9, 0), (10, 0)):
+    elif torch.cuda.get_device_capability(query.device) in ((9, 0), (10, 0)):
         tiles = _HALF_LARGE
     else:
         tiles = _HALF
@@ -203,7 +210,7 @@ def _tiles(query: Tensor, groups: int) -> _Tiles:
 
 def _program_count(device: torch.device, tiles: _Tiles) -> int:
     """As many programs as run at once; two where kernels are interpreted."""
-    if device.type != "cuda":
+    if INTERPRETING:
         return 2
     multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
     return multiprocessors * tiles.programs_per_multiprocessor

@@ -1,0 +1,169 @@
+import pytest
+import torch
+from oracle import assert_within_budget, masked_attention
+
+from xattn_video.inputs import block_lists
+
+pytest.importorskip("triton")
+
+from xattn_video.kernels.block_sparse_forward import block_sparse_forward
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+
+
+def make_inputs(B, H, Sq, Sk, D, device, dtype=torch.float32):
+    """Views of `[B, S, H, D]` tensors, as Diffusers has them."""
+    return tuple(
+        torch.randn(B, S, H, D, dtype=dtype, device=device).transpose(1, 2) for S in (Sq, Sk, Sk)
+    )
+
+
+def make_mask(B, H, Sq, Sk, block_size, device, density=0.4):
+    return torch.rand(B, H, -(-Sq // block_size), -(-Sk // block_size), device=device) < density
+
+
+def make_lengths(lengths, device):
+    return None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def attend(query, key, value, mask, *, block_size=64, causal=False, key_lengths=None, scale=None):
+    return block_sparse_forward(
+        query,
+        key,
+        value,
+        *block_lists(mask),
+        block_size=block_size,
+        causal=causal,
+        key_lengths=key_lengths,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def assert_is_masked_attention(query, key, value, mask, **options):
+    actual = attend(query, key, value, mask, **options)
+    expected = masked_attention(query, key, value, mask, **options)
+    same_dtype = masked_attention(query, key, value, mask, **options, dtype=query.dtype)
+    assert actual.dtype == query.dtype
+    assert_within_budget(actual, expected, same_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "Sq", "Sk", "D", "block_size", "lengths"),
+    [
+        pytest.param(1, 1, 128, 128, 64, 128, None, id="one block"),
+        pytest.param(1, 2, 129, 129, 64, 128, None, id="one token over"),
+        pytest.param(1, 2, 127, 127, 128, 64, None, id="one short"),
+        pytest.param(2, 1, 997, 997, 128, 128, [997, 613], id="prime"),
+        pytest.param(2, 2, 130, 453, 64, 64, [453, 131], id="more keys"),
+        pytest.param(1, 1, 453, 130, 80, 64, None, id="fewer keys"),
+        pytest.param(2, 1, 130, 200, 256, 128, [1, 128], id="wide head"),
+    ],
+)
+def test_attention_over_the_mask(B, H, Sq, Sk, D, block_size, lengths, causal, dtype, device):
+    assert_is_masked_attention(
+        *make_inputs(B, H, Sq, Sk, D, device, dtype),
+        make_mask(B, H, Sq, Sk, block_size, device),
+        block_size=block_size,
+        causal=causal,
+        key_lengths=make_lengths(lengths, device),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("D", "block_size"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_more_blocks_than_multiprocessors(D, block_size, dtype, device):
+    assert_is_masked_attention(
+        *make_inputs(2, 4, 4001, 3001, D, device, dtype),
+        make_mask(2, 4, 4001, 3001, block_size, device),
+        block_size=block_size,
+        key_lengths=make_lengths([3001, 1234], device),
+    )
+
+
+def test_a_row_without_blocks_gives_zero(device):
+    query, key, value = make_inputs(1, 2, 200, 200, 64, device)
+    mask = make_mask(1, 2, 200, 200, 64, device, density=1.0)
+    mask[0, 1, 2] = False
+    out = attend(query, key, value, mask)
+    assert (out[0, 1, 128:192] == 0).all()
+    assert (out[0, 1, :128] != 0).any()
+    assert (attend(query, key, value, torch.zeros_like(mask)) == 0).all()
+
+
+def test_blocks_that_no_query_sees_add_nothing(device):
+    """Above the diagonal, or past the keys' end, a kept block is as one left out."""
+    inputs = make_inputs(2, 1, 256, 256, 64, device)
+    lengths = make_lengths([256, 100], device)
+    everything = torch.ones(2, 1, 4, 4, dtype=torch.bool, device=device)
+    visible = everything.tril()
+    visible[1, :, :, 2:] = False
+    options = {"causal": True, "key_lengths": lengths}
+    expected = attend(*inputs, visible, **options)
+    assert torch.equal(attend(*inputs, everything, **options), expected)
+
+
+def test_only_the_counted_indices_are_read(device):
+    query, key, value = make_inputs(1, 1, 200, 256, 64, device)
+    counts, indices = block_lists(make_mask(1, 1, 200, 256, 64, device))
+    options = {"block_size": 64, "causal": False, "key_lengths": None, "scale": 0.125}
+    expected = block_sparse_forward(query, key, value, counts, indices, **options)
+    position = torch.arange(4, dtype=torch.int32, device=device)
+    indices = torch.where(position < counts[..., None], indices, 1 << 30)
+    actual = block_sparse_forward(query, key, value, counts, indices, **options)
+    assert torch.equal(actual, expected)
+
+
+def test_padding_is_not_read(device):
+    query, key, value = make_inputs(2, 1, 200, 200, 64, device)
+    mask = make_mask(2, 1, 200, 200, 64, device, density=1.0)
+    lengths = make_lengths([200, 70], device)
+    expected = attend(query, key, value, mask, key_lengths=lengths)
+    key[1, :, 70:] = torch.nan
+    value[1, :, 70:] = torch.nan
+    assert torch.equal(attend(query, key, value, mask, key_lengths=lengths), expected)
+
+
+def test_large_products_do_not_overflow(device):
+    query, key, value = make_inputs(1, 1, 130, 200, 64, device)
+    mask = make_mask(1, 1, 130, 200, 64, device, density=0.7)
+    assert_is_masked_attention(query * 50, key * 50, value, mask, block_size=64)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0.7])
+def test_any_scale(scale, device):
+    inputs = make_inputs(1, 1, 130, 200, 64, device)
+    mask = make_mask(1, 1, 130, 200, 64, device)
+    assert_is_masked_attention(*inputs, mask, block_size=64, scale=scale)
+
+
+def test_the_output_is_laid_out_as_diffusers_wants_it(device):
+    query, key, value = make_inputs(2, 3, 130, 200, 64, device)
+    mask = make_mask(2, 3, 130, 200, 64, device)
+    out = attend(query.contiguous(), key, value, mask)
+    assert out.transpose(1, 2).is_contiguous()
+    assert torch.equal(out, attend(query, key, value, mask))
+
+
+def test_a_last_dimension_that_is_not_dense(device):
+    query, key, value = make_inputs(1, 1, 130, 200, 64, device)
+    mask = make_mask(1, 1, 130, 200, 64, device)
+    scattered = value.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(attend(query, key, scattered, mask), attend(query, key, value, mask))
+
+
+def test_offsets_beyond_32_bits(device):
+    tokens, stride = 65, 2**25
+    # 4 GiB, of which only the pages that hold a token are ever touched.
+    storage = torch.UntypedStorage(2 * tokens * stride, device=device)
+    sparse = torch.tensor([], dtype=torch.float16, device=device)
+    sparse.set_(storage, 0, (1, 1, tokens, 64), (1, 1, stride, 1))
+    sparse.copy_(torch.randn(1, 1, tokens, 64))
+    dense = sparse.contiguous()
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
+    actual = attend(sparse, sparse, sparse, mask)
+    assert torch.equal(actual, attend(dense, dense, dense, mask))

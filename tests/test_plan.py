@@ -1,0 +1,174 @@
+"""The dry run: what it says, and that it says it without weights."""
+
+import json
+
+import pytest
+import torch
+
+from xattn_video import ThresholdSchedule
+from xattn_video.errors import UnsupportedModelError
+from xattn_video.pipelines import plan as plan_module
+from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
+from xattn_video.pipelines.plan import plan_run
+from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.pipelines.source import HUNYUAN_VIDEO, find_model
+
+CPU = LoadOptions(device="cpu", dtype=torch.bfloat16)
+
+
+def plan(video=None, sparse=None, load=CPU, shape=None, **settings):
+    return plan_run(
+        shape or ModelShape(),
+        video or VideoSettings(),
+        sparse or SparseSettings(**settings),
+        load,
+    )
+
+
+def test_tokens_and_blocks_of_hunyuan_video():
+    found = plan()
+    assert found.grid == (33, 45, 80)
+    assert (found.video_tokens, found.text_tokens) == (118_800, 256)
+    assert (found.blocks, found.last_block_tokens) == (931, 16)
+    assert (found.dense_steps, found.sparse_steps) == (5, 45)
+
+
+def test_arithmetic_follows_from_the_layers():
+    """Counted by hand for one layer, one block of tokens at a time."""
+    found = plan()
+    tokens, hidden, layers = 119_056, 3072, 60
+    attention = layers * 4 * tokens**2 * hidden
+    linear = layers * 2 * 12 * hidden**2 * tokens
+    assert found.dense_step_tflop == pytest.approx((attention + linear) / 1e12)
+    assert found.attention_share == pytest.approx(attention / (attention + linear))
+    assert found.scoring_share == pytest.approx(found.attention_share / 16)
+
+
+def test_parameters_agree_with_the_real_transformer():
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    with torch.device("meta"):
+        transformer = HunyuanVideoTransformer3DModel()
+    real = sum(parameter.numel() for parameter in transformer.parameters())
+    assert ModelShape().transformer_parameters == pytest.approx(real, rel=0.01)
+
+
+def test_true_guidance_doubles_the_arithmetic():
+    twice = plan(VideoSettings(true_cfg_scale=6.0))
+    assert twice.forwards_per_step == 2
+    assert twice.dense_step_tflop == pytest.approx(2 * plan().dense_step_tflop)
+
+
+def test_bounds_are_amdahls():
+    found = plan(warmup_steps=10)
+    for bound in found.speedup_bounds:
+        sparse = 1 - found.attention_share * (1 - bound.density) + found.scoring_share
+        assert bound.step == pytest.approx(1 / sparse)
+        assert bound.run == pytest.approx(50 / (10 + 40 * sparse))
+    assert [b.density for b in found.speedup_bounds if b.from_paper] == [0.34, 0.455]
+
+
+def test_dense_runs_have_no_sparse_step():
+    found = plan_run(ModelShape(), VideoSettings(), None, CPU)
+    assert (found.dense_steps, found.sparse_steps) == (50, 0)
+    assert found.speedup_bounds == ()
+    assert found.backend is None
+
+
+def test_a_schedule_of_ones_counts_as_dense():
+    schedule = ThresholdSchedule.from_list([0.9] * 20 + [1.0])
+    found = plan(threshold=schedule, warmup_steps=5, cooldown_steps=2)
+    assert (found.dense_steps, found.sparse_steps) == (35, 15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_steps": 50}, "No step is sparse: warmup_steps=50"),
+        ({"threshold": 1.0}, "No step is sparse"),
+        ({"cooldown_steps": 45}, "No step is sparse"),
+    ],
+)
+def test_no_sparse_step_is_warned_of(settings, message):
+    assert any(message in warning for warning in plan(**settings).warnings)
+
+
+def test_small_videos_are_warned_of():
+    warnings = "\n".join(plan(VideoSettings(height=256, width=256, num_frames=17)).warnings)
+    assert "Few tokens: 10 blocks" in warnings
+    assert "Attention is 8% of a step's arithmetic" in warnings
+
+
+def test_videos_that_stay_dense_for_their_size_are_warned_of():
+    found = plan(VideoSettings(height=128, width=128, num_frames=17))
+    assert found.sparse_steps == 0
+    assert "320 video tokens are fewer than min_tokens=1,024" in found.warnings[0]
+    assert plan(VideoSettings(height=128, width=128, num_frames=17), min_tokens=0).sparse_steps
+
+
+def test_large_videos_on_a_cpu_are_warned_of():
+    assert any("an hour at the least" in warning for warning in plan().warnings)
+
+
+def test_a_backend_that_cannot_run_is_warned_of(monkeypatch):
+    from xattn_video.backends import triton
+
+    monkeypatch.setattr(triton, "unsupported_reasons", lambda problem: ["no GPU; get one."])
+    found = plan(backend="triton")
+    assert found.backend is None
+    assert any("'triton' cannot run this problem" in warning for warning in found.warnings)
+
+
+def test_the_slow_backend_on_a_gpu_is_warned_of(monkeypatch):
+    reasons = {"triton": ["needs Triton 3.4; pip install triton"], "torch_gather": []}
+    monkeypatch.setattr(plan_module, "available_backends", lambda device: reasons)
+    warnings = plan_module._backend_warnings("torch_gather", torch.device("cuda"))
+    assert "slow on a GPU" in warnings[0]
+    assert "needs Triton 3.4; pip install triton" in warnings[0]
+
+
+def test_ordinary_runs_have_no_warning():
+    video = VideoSettings(height=256, width=256, num_frames=65, num_inference_steps=25)
+    shape = ModelShape(heads=2, double_layers=2, single_layers=5)
+    assert plan(video, shape=shape).warnings == ()
+
+
+def test_memory_holds_the_weights():
+    memory = plan().memory
+    assert memory.transformer == pytest.approx(12.8e9 * 2 / 2**30, rel=0.01)
+    assert memory.peak == pytest.approx(
+        memory.transformer + memory.text_encoders + memory.vae + memory.activations
+    )
+    # 36.3 GiB were measured on an H100: the weights and the activations of the transformer.
+    assert memory.transformer + memory.activations == pytest.approx(36.3, rel=0.02)
+
+
+def test_the_plan_is_plain_json():
+    found = json.loads(json.dumps(plan().to_dict()))
+    assert found["video_tokens"] == 118_800
+    assert found["memory"]["peak"] > 0
+    assert found["speedup_bounds"][1]["from_paper"] is True
+
+
+def test_shapes_come_from_the_folder(tiny_pipeline):
+    from diffusers import HunyuanVideoPipeline
+
+    shape = read_model_shape(find_model(str(tiny_pipeline)))
+    assert (shape.heads, shape.head_dim) == (2, 16)
+    assert (shape.double_layers, shape.single_layers, shape.mlp_ratio) == (1, 2, 2.0)
+    pipe = HunyuanVideoPipeline.from_pretrained(tiny_pipeline, local_files_only=True)
+    assert shape.vae_parameters == pipe.vae.num_parameters()
+    assert shape.text_parameters == sum(
+        encoder.num_parameters() for encoder in (pipe.text_encoder, pipe.text_encoder_2)
+    )
+
+
+def test_hunyuan_video_itself_needs_no_file():
+    assert read_model_shape(find_model(HUNYUAN_VIDEO)) == ModelShape()
+
+
+def test_other_pipelines_are_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(UnsupportedModelError, match="is a WanPipeline; supported is HunyuanVideo"):
+        read_model_shape(find_model(str(tmp_path)))

@@ -1,0 +1,178 @@
+"""FlexAttention, compiled: PyTorch's own block-sparse kernel, on CUDA and on x86 CPUs.
+
+It compiles once for each set of shapes, strides, dtype, block size, scale and causality (5 to 40
+seconds), never from step to step: masks and key lengths are tensors.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from xattn_video.inputs import AttentionInputs, Problem, block_lists
+
+NAME = "flex"
+
+_BLOCK_SIZES = (64, 128)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Shapes one process may compile for; beyond this torch raises, as the whole graph is asked for.
+_RECOMPILE_LIMIT = 64
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Every reason why FlexAttention cannot run the problem, each with its remedy."""
+    reasons = []
+    if problem.device.type == "cuda":
+        reasons.extend(_cuda_reasons(problem))
+    elif problem.device.type == "cpu":
+        reasons.extend(_cpu_reasons())
+    else:
+        reasons.append(
+            f"the device must be CUDA or the CPU, got {problem.device}; use backend torch_gather."
+        )
+    if torch._dynamo.config.disable:
+        reasons.append("torch.compile is disabled; unset TORCHDYNAMO_DISABLE.")
+    if problem.dtype not in _DTYPES:
+        reasons.append(
+            f"dtype must be float32, float16 or bfloat16, got {problem.dtype}; convert inputs."
+        )
+    if problem.block_size not in _BLOCK_SIZES:
+        reasons.append(
+            f"block_size must be 64 or 128, got {problem.block_size}; use one of these, or "
+            "backend torch_gather."
+        )
+    return reasons
+
+
+def _cuda_reasons(problem: Problem) -> list[str]:
+    """Why Inductor's Triton template cannot run."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed; pip install triton (Linux only).")
+    elif os.environ.get("TRITON_INTERPRET", "0") != "0":
+        reasons.append("TRITON_INTERPRET keeps Triton from compiling; unset it.")
+    if not torch.cuda.is_available():
+        reasons.append("no CUDA device is present; use a machine with a GPU, or the CPU.")
+    elif torch.cuda.get_device_capability(problem.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(problem.device)
+        reasons.append(
+            f"compute capability must be 8.0 or more, {problem.device} has {major}.{minor}; use "
+            "backend torch_gather."
+        )
+    if problem.head_dim & (problem.head_dim - 1) or not 16 <= problem.head_dim <= 256:
+        reasons.append(
+            f"head_dim must be a power of two from 16 to 256 on CUDA, got {problem.head_dim}; use "
+            "backend triton or torch_gather."
+        )
+    return reasons
+
+
+def _cpu_reasons() -> list[str]:
+    """Why Inductor's C++ template cannot run."""
+    reasons = []
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        reasons.append(
+            f"the CPU must have AVX2 or AVX512, got {capability}; use backend torch_gather."
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        reasons.append(
+            f"no C++ compiler was found ({compiler}); install g++, or set CXX before the import "
+            "of torch."
+        )
+    return reasons
+
+
+def forward(inputs: AttentionInputs) -> Tensor:
+    """Split the kept blocks into whole ones and those that need a mask, and run the kernel."""
+    lengths = inputs.key_lengths
+    if lengths is None:
+        B, _, Sk, _ = inputs.key.shape
+        lengths = torch.full((B,), Sk, dtype=torch.int32, device=inputs.key.device)
+    whole = inputs.block_mask & _whole_blocks(inputs, lengths)
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        out = _compiled()(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *block_lists(inputs.block_mask & ~whole),
+            *block_lists(whole),
+            lengths,
+            inputs.block_size,
+            inputs.causal,
+            inputs.scale,
+        )
+    # Laid out [B, Sq, H, D] whatever the strides of the query.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _whole_blocks(inputs: AttentionInputs, lengths: Tensor) -> Tensor:
+    """The blocks all of whose pairs are visible, bool `[B, 1, Nq or 1, Nk]`."""
+    Sq, Sk = inputs.query.shape[2], inputs.key.shape[2]
+    Nq, Nk = inputs.block_mask.shape[2:]
+    # [Nk], the end of each key block.
+    ends = (torch.arange(Nk, device=lengths.device) + 1) * inputs.block_size
+    whole = ends <= lengths[:, None, None, None]
+    if inputs.causal:
+        first_queries = torch.arange(Nq, device=lengths.device)[:, None] * inputs.block_size
+        whole = whole & (ends <= first_queries + 1 + Sk - Sq)
+    return whole
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """The compiled kernel; torch keeps one program for each set of shapes and constants."""
+    return torch.compile(_flex_forward, dynamic=False, fullgraph=True)
+
+
+def _flex_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masked_counts: Tensor,
+    masked_indices: Tensor,
+    whole_counts: Tensor,
+    whole_indices: Tensor,
+    key_lengths: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """FlexAttention over the listed blocks."""
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "FlexAttention ignores the block mask unless it is compiled, and torch.compile is "
+            "disabled here; use another backend or allow it to compile."
+        )
+    Sq, Sk = query.shape[2], key.shape[2]
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        inside = kv < key_lengths[b]
+        return inside & (kv <= q + (Sk - Sq)) if causal else inside
+
+    block_mask = BlockMask(
+        seq_lengths=(Sq, Sk),
+        kv_num_blocks=masked_counts,
+        kv_indices=masked_indices,
+        full_kv_num_blocks=whole_counts,
+        full_kv_indices=whole_indices,
+        # Lists by key block serve the backward pass only.
+        q_num_blocks=None,
+        q_indices=None,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=visible,
+    )
+    # The default tile of 128 queries does not divide smaller blocks.
+    tiles: Any = {"BLOCK_M": 64, "BLOCK_N": 64} if query.is_cuda and block_size < 128 else None
+    return flex_attention(
+        query, key, value, block_mask=block_mask, scale=scale, kernel_options=tiles
+    )

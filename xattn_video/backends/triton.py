@@ -1,0 +1,34 @@
+"""The package's own Triton kernel: any GPU of compute capability 8.0 or more, any key lengths."""
+
+from torch import Tensor
+
+from xattn_video.inputs import AttentionInputs, Problem, block_lists
+from xattn_video.kernels.support import kernel_unsupported_reasons
+
+NAME = "triton"
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Every reason why the kernel cannot run the problem, each with its remedy."""
+    return kernel_unsupported_reasons(
+        problem.device, problem.dtype, problem.head_dim, problem.block_size
+    )
+
+
+def forward(inputs: AttentionInputs) -> Tensor:
+    """List the kept blocks on the device, then walk the lists."""
+    # Imported here so that the reasons can be asked for where Triton is missing.
+    from xattn_video.kernels.block_sparse_forward import block_sparse_forward
+
+    counts, indices = block_lists(inputs.block_mask)
+    return block_sparse_forward(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        counts,
+        indices,
+        block_size=inputs.block_size,
+        causal=inputs.causal,
+        key_lengths=inputs.key_lengths,
+        scale=inputs.scale,
+    )

@@ -1,0 +1,45 @@
+"""The command line: `xattn-video generate | plan | backends`."""
+
+from typing import Annotated
+
+import typer
+
+from xattn_video import __version__
+from xattn_video.cli.backends import backends
+from xattn_video.cli.generate import generate
+from xattn_video.cli.plan import plan
+
+app = typer.Typer(
+    name="xattn-video",
+    help="HunyuanVideo with block-sparse attention (XAttention).",
+    epilog="Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(plan)
+app.command()(backends)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xattn-video {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """HunyuanVideo with block-sparse attention (XAttention)."""
+
+
+def main() -> None:
+    """Entry point of `xattn-video`."""
+    app()

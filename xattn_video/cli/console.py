@@ -1,0 +1,102 @@
+"""Where the command line writes, and how it reports what went wrong."""
+
+import logging
+import sys
+import traceback
+import warnings
+from types import TracebackType
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from xattn_video.errors import XAttentionError
+
+BAD_ARGUMENT = 2
+FAILED = 1
+
+
+def output_console() -> Console:
+    """Results, on stdout; plain text where that is no terminal."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def message_console() -> Console:
+    """Progress, warnings and errors, on stderr."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def print_warning(text: str) -> None:
+    """One warning on stderr."""
+    message_console().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+
+def print_labelled(console: Console, lines: dict[str, str]) -> None:
+    """One line for each label; a terminal wraps it, a file keeps it whole."""
+    for label, text in lines.items():
+        console.print(Text.assemble((f"{label:<11}", "bold"), text), soft_wrap=True)
+
+
+class ErrorsToExitCodes:
+    """Within it an exception becomes one line on stderr and an exit code.
+
+    Args:
+        verbose: Print the traceback too.
+
+    Attributes:
+        running: Set it once the arguments have proved sound: a ValueError is then a failure.
+    """
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.running = False
+
+    def __enter__(self) -> "ErrorsToExitCodes":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, typer.Exit):
+            return
+        if self.verbose:
+            sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
+        message_console().print(
+            Text.assemble(("error: ", "bold red"), describe(error)), soft_wrap=True
+        )
+        bad_argument = isinstance(error, ValueError | TypeError) and not self.running
+        raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
+
+
+def describe(error: Exception) -> str:
+    """What to tell a user: our own words as they are, another library's on one line."""
+    text = str(error)
+    if isinstance(error, XAttentionError):
+        return text
+    text = " ".join(text.split())
+    if isinstance(error, ValueError | TypeError | RuntimeError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}; run again with --verbose for the traceback."
+
+
+def log_choices(verbose: bool) -> None:
+    """Log what this package chooses if ``verbose``; else not even the hub's retries."""
+    if verbose:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logging.getLogger("xattn_video").setLevel(logging.INFO)
+    else:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Keep Diffusers' and Transformers' advice and bars off the terminal; downloads still show."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

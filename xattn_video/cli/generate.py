@@ -1,0 +1,71 @@
+"""`xattn-video generate`: one video or many, with one load of the model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xattn_video.cli import options
+from xattn_video.cli.console import ErrorsToExitCodes, log_choices
+from xattn_video.cli.job import Job, check_job, run_job
+from xattn_video.cli.outputs import choose_outputs, choose_prompts
+from xattn_video.pipelines.request import GenerationRequest, SparseSettings
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
+    ] = None,
+    model: options.Model = HUNYUAN_VIDEO,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    num_inference_steps: options.NumInferenceSteps = None,
+    guidance_scale: options.GuidanceScale = None,
+    true_cfg_scale: options.TrueCfgScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    seed: options.Seed = 0,
+    fps: options.Fps = 24,
+    threshold: options.Threshold = None,
+    schedule: options.Schedule = None,
+    stride: options.Stride = 8,
+    block_size: options.BlockSize = 128,
+    warmup_steps: options.WarmupSteps = 5,
+    cooldown_steps: options.CooldownSteps = 0,
+    min_tokens: options.MinTokens = 1024,
+    dense: options.Dense = False,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.OffloadOption = None,
+    vae_tiling: options.VaeTiling = None,
+    attention_backend: options.AttentionBackend = None,
+    output: options.Output = None,
+    report: options.Report = None,
+    plot: options.Plot = None,
+    verbose: options.Verbose = False,
+) -> None:
+    """Generate a video, or one for each line of a file."""
+    log_choices(verbose)
+    with ErrorsToExitCodes(verbose) as errors:
+        prompts = choose_prompts(prompt, prompts_file)
+        video = options.video_settings(
+            model, height, width, num_frames, num_inference_steps, guidance_scale, true_cfg_scale
+        )
+        tau = options.choose_threshold(threshold, schedule, dense)
+        sparse = None
+        if tau is not None:
+            sparse = SparseSettings(
+                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
+            )
+        load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
+        requests = tuple(
+            GenerationRequest(p, negative_prompt, seed, video, sparse) for p in prompts
+        )
+        outputs = choose_outputs(requests, prompts_file is not None, output, report, plot)
+        job = Job(load, requests, outputs, fps, verbose)
+        check_job(job)
+        errors.running = True
+        run_job(job)

@@ -1,0 +1,117 @@
+"""Run what `xattn-video generate` was asked for, once its arguments are sound."""
+
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from xattn_video.cli.console import (
+    message_console,
+    output_console,
+    print_warning,
+    quiet_libraries,
+)
+from xattn_video.cli.outputs import Outputs
+from xattn_video.cli.progress import GenerationProgress
+from xattn_video.cli.record import generation_record, job_record, write_json
+from xattn_video.cli.summary import print_summary
+from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.source import DEMO
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.hunyuan_video import LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All videos of one command; they share everything but the prompt."""
+
+    load: "LoadOptions"
+    requests: tuple[GenerationRequest, ...]
+    outputs: Outputs
+    fps: int
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ValueError(f"fps must be at least 1, got {self.fps}; use 24.")
+
+
+def check_job(job: Job) -> None:
+    """Find out what would fail or be in vain before the weights are loaded.
+
+    Raises:
+        ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
+        BackendUnavailableError: The backend cannot run the model's heads here.
+    """
+    from xattn_video.inputs import Problem
+    from xattn_video.pipelines.hunyuan_video import check_attention_backend
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.plan import plan_run
+    from xattn_video.pipelines.source import find_model
+    from xattn_video.registry import resolve_backend
+
+    load, request = job.load, job.requests[0]
+    if request.sparse is None and any(job.outputs.plots):
+        raise ValueError("--plot shows the density of sparse steps; --dense has none.")
+    shape = read_model_shape(find_model(load.model))
+    if load.attention_backend is not None:
+        check_attention_backend(load.attention_backend)
+    if request.sparse is not None:
+        problem = Problem(
+            load.resolved_device,
+            load.resolved_dtype,
+            shape.head_dim,
+            request.sparse.block_size,
+        )
+        resolve_backend(request.sparse.backend, problem)
+    for warning in plan_run(shape, request.video, request.sparse, load).warnings:
+        print_warning(warning)
+    if load.model == DEMO:
+        _warn_of_unknown_words(job.requests)
+
+
+def _warn_of_unknown_words(requests: tuple[GenerationRequest, ...]) -> None:
+    """The demo model has a small language; say so at the first prompt that is not in it."""
+    from xattn_video.pipelines.demo import parse_prompt
+
+    for request in requests:
+        try:
+            parse_prompt(request.prompt)
+        except ValueError as error:
+            print_warning(str(error))
+            return
+
+
+def run_job(job: Job) -> None:
+    """Load the model, generate every video and write the files."""
+    from xattn_video.pipelines.generation import generate
+    from xattn_video.pipelines.hunyuan_video import load_pipeline
+    from xattn_video.pipelines.video import write_video
+
+    if not job.verbose:
+        quiet_libraries()
+    messages = message_console()
+    # A plain line: a spinner would hide the bars of a download.
+    messages.print(f"loading {job.load.model}", soft_wrap=True)
+    pipe = load_pipeline(job.load)
+    pipe.set_progress_bar_config(disable=True)
+    runs: list[dict[str, Any]] = []
+    for number, request in enumerate(job.requests):
+        video, plot = job.outputs.videos[number], job.outputs.plots[number]
+        title = shorten(request.prompt, 50, placeholder="...")
+        if len(job.requests) > 1:
+            title = f"{number + 1}/{len(job.requests)} {title}"
+        with GenerationProgress(messages, title, request.video.num_inference_steps) as progress:
+            result = generate(pipe, request, progress)
+        replaced = video.exists()
+        write_video(video, result.frames, job.fps)
+        if plot is not None and result.report is not None:
+            result.report.plot(plot)
+        runs.append(generation_record(request, result, video))
+        if job.outputs.report is not None:
+            # Rewritten after every video, so that a run cut short leaves what it did.
+            write_json(job.outputs.report, job_record(job.load, job.fps, runs))
+        files = {"video": f"{video} (replaced)" if replaced else str(video)}
+        files |= {"plot": str(plot)} if plot is not None else {}
+        files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
+        print_summary(output_console(), request, result, files)

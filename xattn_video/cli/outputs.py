@@ -1,0 +1,115 @@
+"""Which prompts to run, and which files they become."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.video import VIDEO_SUFFIXES, check_output_folder, check_output_path
+
+_SLUG_LENGTH = 50
+_DEFAULT_FOLDER = Path("videos")
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The files of a run: a video and perhaps a plot for each prompt, and perhaps one report."""
+
+    videos: tuple[Path, ...]
+    plots: tuple[Path | None, ...]
+    report: Path | None
+
+
+def choose_prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:
+    """The prompts of the one of both that was given.
+
+    Raises:
+        ValueError: Both or none were given, or the file holds no prompt.
+    """
+    if (prompt is None) == (prompts_file is None):
+        found = "none" if prompt is None else "both"
+        raise ValueError(f"give --prompt or --prompts-file, got {found}.")
+    return [prompt] if prompt is not None else read_prompts(prompts_file or Path())
+
+
+def choose_outputs(
+    requests: Sequence[GenerationRequest],
+    many: bool,
+    output: Path | None,
+    report: Path | None,
+    plot: Path | None,
+) -> Outputs:
+    """Name every file and make sure that it can be written; nothing is overwritten unasked.
+
+    Args:
+        requests: One for each video.
+        many: ``output`` and ``plot`` are folders.
+        output, report, plot: As they were given.
+
+    Raises:
+        ValueError: A file could not be written.
+    """
+    videos: list[Path] = []
+    if many or output is None:
+        folder = (output or _DEFAULT_FOLDER) if many else Path()
+        if folder.suffix.lower() in VIDEO_SUFFIXES:
+            raise ValueError(f"with --prompts-file the output is a folder, got {str(folder)!r}.")
+        check_output_folder(folder)
+        for request in requests:
+            name = default_name(request.prompt, request.seed)
+            videos.append(unused_path(folder, name, ".mp4", set(videos)))
+    else:
+        check_output_path(output, VIDEO_SUFFIXES)
+        videos.append(output)
+    if report is not None:
+        check_output_path(report, (".json",), what="report")
+    plots: list[Path | None] = [plot] * len(videos)
+    if plot is not None and many:
+        check_output_folder(plot, what="plot")
+        plots = [plot / f"{video.stem}.png" for video in videos]
+    elif plot is not None:
+        check_output_path(plot, (".png",), what="plot")
+    return Outputs(tuple(videos), tuple(plots), report)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file, one a line; blank lines and lines that begin with # do not count.
+
+    Raises:
+        ValueError: The file is missing, is no UTF-8 text, or holds no prompt.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the prompts file {str(file)!r}: {error.strerror}."
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"the prompts file {str(file)!r} is not UTF-8 text; save it so."
+        ) from None
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"the prompts file {str(file)!r} holds no prompt; expected one a line.")
+    return prompts
+
+
+def default_name(prompt: str, seed: int) -> str:
+    """A file name, without its suffix, that tells the prompt and the seed."""
+    words = re.findall(r"\w+", prompt.lower())
+    slug = ""
+    for word in words:
+        if slug and len(slug) + len(word) >= _SLUG_LENGTH:
+            break
+        slug = f"{slug}-{word}" if slug else word[:_SLUG_LENGTH]
+    return f"{slug or 'video'}-seed{seed}"
+
+
+def unused_path(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
+    """``name`` in ``folder``, numbered where a file or one of ``taken`` has it already."""
+    path, number = folder / f"{name}{suffix}", 2
+    while path.exists() or path in taken:
+        path, number = folder / f"{name}-{number}{suffix}", number + 1
+    return path

@@ -1,0 +1,110 @@
+"""`xattn-video plan`: what a run will take, before any weight is loaded."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from xattn_video.cli import options
+from xattn_video.cli.console import (
+    ErrorsToExitCodes,
+    log_choices,
+    output_console,
+    print_labelled,
+    print_warning,
+)
+from xattn_video.pipelines.request import SparseSettings
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.plan import RunPlan
+
+
+def plan(
+    model: options.Model = HUNYUAN_VIDEO,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    num_inference_steps: options.NumInferenceSteps = None,
+    true_cfg_scale: options.TrueCfgScale = None,
+    threshold: options.Threshold = None,
+    schedule: options.Schedule = None,
+    stride: options.Stride = 8,
+    block_size: options.BlockSize = 128,
+    warmup_steps: options.WarmupSteps = 5,
+    cooldown_steps: options.CooldownSteps = 0,
+    min_tokens: options.MinTokens = 1024,
+    dense: options.Dense = False,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    offload: options.OffloadOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Foretell a run without loading any weights: tokens, steps, memory, and whether it pays."""
+    log_choices(verbose)
+    with ErrorsToExitCodes(verbose):
+        from xattn_video.pipelines.model_shape import read_model_shape
+        from xattn_video.pipelines.plan import plan_run
+        from xattn_video.pipelines.source import find_model
+
+        video = options.video_settings(
+            model, height, width, num_frames, num_inference_steps, None, true_cfg_scale
+        )
+        tau = options.choose_threshold(threshold, schedule, dense)
+        sparse = None
+        if tau is not None:
+            sparse = SparseSettings(
+                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
+            )
+        load = options.load_options(model, dtype, device, offload)
+        shape = read_model_shape(find_model(model))
+        run_plan = plan_run(shape, video, sparse, load)
+        if as_json:
+            typer.echo(json.dumps(run_plan.to_dict(), indent=2))
+            return
+        print_plan(run_plan, output_console())
+
+
+def print_plan(run_plan: "RunPlan", console: Console) -> None:
+    """Show a plan to a person; its warnings go to stderr."""
+    frames, rows, columns = run_plan.grid
+    memory = run_plan.memory
+    twice = ", two forwards each" if run_plan.forwards_per_step > 1 else ""
+    lines = {
+        "tokens": f"{run_plan.video_tokens:,} video ({frames} x {rows} x {columns}) "
+        f"+ up to {run_plan.text_tokens} text",
+        "blocks": f"{run_plan.blocks:,} of {run_plan.block_size} tokens in a row, "
+        f"the last one holds {run_plan.last_block_tokens}",
+        "steps": f"{run_plan.dense_steps} dense, {run_plan.sparse_steps} sparse{twice}, "
+        f"{run_plan.layers} layers",
+        "compute": f"{run_plan.dense_step_tflop:,.1f} TFLOP in a dense step, "
+        f"{run_plan.attention_share:.0%} of it attention; "
+        f"scoring costs {run_plan.scoring_share:.1%} of it",
+        "memory": f"about {memory.peak:.1f} GiB at the peak, without the video's decoding "
+        f"(an estimate: transformer {memory.transformer:.1f}, "
+        f"activations {memory.activations:.1f}, text encoders {memory.text_encoders:.1f}, "
+        f"VAE {memory.vae:.1f})",
+        "device": f"{run_plan.device}, {run_plan.dtype}",
+        "backend": run_plan.backend or "none, attention is dense",
+    }
+    print_labelled(console, lines)
+    if run_plan.speedup_bounds:
+        console.print("\nSpeed-up at most, by density (the share of blocks kept), compute alone:")
+        console.print(_bounds_table(run_plan))
+        console.print("* the paper's densities for HunyuanVideo, not a measurement")
+    for warning in run_plan.warnings:
+        print_warning(warning)
+
+
+def _bounds_table(run_plan: "RunPlan") -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("density", "a sparse step", f"all {run_plan.steps} steps"):
+        table.add_column(heading, justify="right")
+    for bound in run_plan.speedup_bounds:
+        mark = "*" if bound.from_paper else " "
+        table.add_row(f"{bound.density:.3g}{mark}", f"{bound.step:.2f}x", f"{bound.run:.2f}x")
+    return table

@@ -1,0 +1,64 @@
+"""Progress of a generation: a bar on a terminal, a few plain lines elsewhere."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.generation import StepRecord
+
+
+class GenerationProgress:
+    """Shows the steps of one generation; call it with each step that is over."""
+
+    def __init__(self, console: Console, title: str, steps: int) -> None:
+        self._console = console
+        self._title = title
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=steps, phase="reading the prompt")
+
+    def __enter__(self) -> "GenerationProgress":
+        if not self._console.is_terminal:
+            self._console.print(self._title, soft_wrap=True)
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: "StepRecord") -> None:
+        done = step.index + 1
+        phase = "dense"
+        if step.sparse:
+            phase = "sparse" if step.density is None else f"sparse, density {step.density:.2f}"
+        if self._console.is_terminal:
+            phase = "decoding the video" if done == step.total else phase
+            self._progress.update(self._task, completed=done, phase=phase)
+        elif done * 10 // step.total > step.index * 10 // step.total:
+            self._console.print(f"  step {done}/{step.total}  {phase}  {step.seconds:.2f} s")

@@ -1,0 +1,78 @@
+"""What `--report` keeps of a command: settings, versions, times, and what attention really did."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xattn_video import __version__
+from xattn_video.pipelines.video import atomic_path
+from xattn_video.schedule import ThresholdSchedule
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.generation import GenerationResult
+    from xattn_video.pipelines.hunyuan_video import LoadOptions
+    from xattn_video.pipelines.request import GenerationRequest
+
+
+def job_record(load: "LoadOptions", fps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole command: what its videos share, and then each of them."""
+    import diffusers
+    import torch
+
+    device = load.resolved_device
+    cuda = device.type == "cuda"
+    return {
+        "versions": {
+            "xattn_video": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "model": load.model,
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "dtype": str(load.resolved_dtype).removeprefix("torch."),
+        "offload": load.resolved_offload,
+        "vae_tiling": load.resolved_vae_tiling,
+        "attention_backend": load.attention_backend,
+        "fps": fps,
+        "runs": runs,
+    }
+
+
+def generation_record(
+    request: "GenerationRequest", result: "GenerationResult", video: Path
+) -> dict[str, Any]:
+    """One video."""
+    return {
+        "file": str(video),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        **asdict(request.video),
+        "sparse": _settings(request),
+        "seconds": result.seconds,
+        "dense_seconds": result.dense_seconds,
+        "sparse_seconds": result.sparse_seconds,
+        "seconds_per_dense_step": result.seconds_per_dense_step,
+        "seconds_per_sparse_step": result.seconds_per_sparse_step,
+        "peak_memory_gib": result.peak_memory_gib,
+        "steps": [asdict(step) for step in result.steps],
+        "report": result.report.to_dict() if result.report is not None else None,
+    }
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write ``record`` to ``path``, which holds all of it or stays as it was."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(request: "GenerationRequest") -> dict[str, Any] | None:
+    """The sparse settings as plain values."""
+    sparse = request.sparse
+    if sparse is None:
+        return None
+    settings = {field.name: getattr(sparse, field.name) for field in fields(sparse)}
+    if isinstance(sparse.threshold, ThresholdSchedule):
+        settings["threshold"] = sparse.threshold.to_dict()
+    return settings

@@ -1,0 +1,65 @@
+"""The few lines at the end of a generation."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from xattn_video.cli.console import print_labelled
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.generation import GenerationResult
+    from xattn_video.pipelines.request import GenerationRequest
+
+
+def print_summary(
+    console: Console,
+    request: "GenerationRequest",
+    result: "GenerationResult",
+    files: dict[str, str],
+) -> None:
+    """Print what was made and what it took, one labelled line each.
+
+    Args:
+        console: Where.
+        request: What was asked for.
+        result: What came of it.
+        files: What was written, by kind.
+    """
+    lines = {"size": _size(request), "attention": _attention(result)}
+    if result.report is not None:
+        lines["backend"] = ", ".join(result.report.backends) or "none needed"
+    lines["time"] = _time(result)
+    saved = result.estimated_seconds_saved
+    if saved is not None:
+        verb = "saved" if saved >= 0 else "lost"
+        lines[verb] = f"about {abs(saved):.1f} s against dense steps throughout (an estimate)"
+    if result.peak_memory_gib is not None:
+        lines["memory"] = f"{result.peak_memory_gib:.2f} GiB at the peak"
+    print_labelled(console, files | lines)
+
+
+def _size(request: "GenerationRequest") -> str:
+    video = request.video
+    return f"{video.width}x{video.height}, {video.num_frames} frames, seed {request.seed}"
+
+
+def _attention(result: "GenerationResult") -> str:
+    if result.report is None:
+        return f"dense in all {len(result.steps)} steps"
+    return result.report.summary()
+
+
+def _time(result: "GenerationResult") -> str:
+    """Seconds: total, a step of each kind, and what is not denoising."""
+    parts = [f"{result.seconds:.1f} s"]
+    kinds = (
+        ("dense", result.seconds_per_dense_step, False),
+        ("sparse", result.seconds_per_sparse_step, True),
+    )
+    for kind, seconds, sparse in kinds:
+        if seconds is not None:
+            count = sum(step.sparse == sparse for step in result.steps)
+            parts.append(f"{count} {kind} steps of {seconds:.2f} s")
+    rest = result.seconds - result.dense_seconds - result.sparse_seconds
+    parts.append(f"{rest:.1f} s for text and decoding")
+    return ", ".join(parts)

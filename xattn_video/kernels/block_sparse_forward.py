@@ -1,0 +1,218 @@
+"""Block-sparse attention from lists of kept blocks, with an online softmax.
+
+A program holds one block of queries, walks the row's list of key blocks and touches no other. The
+lists ascend, so the blocks that need a mask (cut by the end of the keys or by the diagonal) come
+last and have a loop of their own; the one before runs without masks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn_video.kernels.support import INTERPRETING, with_unit_stride
+
+# Stands for the maximum of no products at all; finite, so that differences of maxima are.
+_LOWEST = tl.constexpr(-1e38)
+
+
+@triton.jit
+def _load_rows(
+    base_ptr, stride, rows, num_rows,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows of a `[num_rows, HEAD_DIM]` matrix; rows and columns beyond it are 0."""
+    columns = tl.arange(0, PADDED_DIM)
+    ptrs = base_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if PADDED_DIM != HEAD_DIM:
+        mask = (columns < HEAD_DIM)[None, :]
+        if MASKED:
+            mask = mask & (rows < num_rows)[:, None]
+        return tl.load(ptrs, mask=mask, other=0.0)
+    if MASKED:
+        return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _attend(
+    accumulator, row_sum, row_maximum, query, key_ptr, value_ptr, stride_ks, stride_vs,
+    first_n, ends_m, key_length, scale_log2,
+    HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax, over keys from ``first_n`` on and before a query's end."""
+    PADDED_DIM: tl.constexpr = query.shape[1]
+    offsets_n = first_n + tl.arange(0, TILE_N)
+    # [TILE_N, PADDED_DIM]
+    key = _load_rows(key_ptr, stride_ks, offsets_n, key_length, HEAD_DIM, PADDED_DIM, MASKED)
+    # [TILE_M, TILE_N]
+    products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+    if MASKED:
+        visible = offsets_n[None, :] < ends_m[:, None]
+        products = tl.where(visible, products, _LOWEST)
+    # scale_log2 is not negative, so that it may follow the maximum.
+    new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
+    weights = tl.exp2(products * scale_log2 - new_maximum[:, None])
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    correction = tl.exp2(row_maximum - new_maximum)
+    row_sum = row_sum * correction + tl.sum(weights, axis=1)
+    value = _load_rows(value_ptr, stride_vs, offsets_n, key_length, HEAD_DIM, PADDED_DIM, MASKED)
+    accumulator = tl.dot(
+        weights.to(value.dtype), value, accumulator * correction[:, None],
+        input_precision=INPUT_PRECISION,
+    )  # fmt: skip
+    return accumulator, row_sum, new_maximum
+
+
+@triton.jit(do_not_specialize=["H", "Sq", "Sk", "Nq", "Nk"])
+def _block_sparse_forward_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    H, Sq, Sk, Nq, Nk, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, in a row of blocks, against the row's kept blocks."""
+    PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
+    # The last rows start first: text comes last and its rows keep every block.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    b, h = batch_head // H, batch_head % H
+    query_ptr += b * stride_qb + h * stride_qh
+    key_ptr += b * stride_kb + h * stride_kh
+    value_ptr += b * stride_vb + h * stride_vh
+    output_ptr += b * stride_ob + h * stride_oh
+    row = batch_head * Nq + tile * TILE_M // BLOCK_SIZE
+    indices_ptr += row * Nk
+    count = tl.load(counts_ptr + row)
+    key_length = Sk
+    if key_lengths_ptr is not None:
+        key_length = tl.load(key_lengths_ptr + b)
+
+    offsets_m = tile * TILE_M + tl.arange(0, TILE_M)
+    # [TILE_M], a query sees the keys before this one; the whole tile those before `seen_by_all`.
+    ends_m = tl.zeros([TILE_M], dtype=tl.int32) + key_length
+    seen_by_all = key_length
+    if CAUSAL:
+        ends_m = tl.minimum(ends_m, offsets_m + 1 + Sk - Sq)
+        seen_by_all = tl.maximum(tl.minimum(key_length, tile * TILE_M + 1 + Sk - Sq), 0)
+    # Blocks from this one on need a mask.
+    first_masked = seen_by_all // BLOCK_SIZE
+    unmasked = count
+    last = tl.load(indices_ptr + tl.maximum(unmasked - 1, 0))
+    while (unmasked > 0) & (last >= first_masked):
+        unmasked -= 1
+        last = tl.load(indices_ptr + tl.maximum(unmasked - 1, 0))
+
+    query = _load_rows(query_ptr, stride_qs, offsets_m, Sq, HEAD_DIM, PADDED_DIM, True)
+    accumulator = tl.zeros([TILE_M, PADDED_DIM], dtype=tl.float32)
+    row_sum = tl.zeros([TILE_M], dtype=tl.float32)
+    row_maximum = tl.full([TILE_M], _LOWEST, dtype=tl.float32)
+    # Read one step ahead, so that no load of keys waits for its index.
+    block = tl.load(indices_ptr)
+    for i in tl.range(0, unmasked * PARTS):
+        first_n = block * BLOCK_SIZE + (i % PARTS) * TILE_N
+        block = tl.load(indices_ptr + tl.minimum((i + 1) // PARTS, Nk - 1))
+        accumulator, row_sum, row_maximum = _attend(
+            accumulator, row_sum, row_maximum, query, key_ptr, value_ptr, stride_ks, stride_vs,
+            first_n, ends_m, key_length, scale_log2, HEAD_DIM, TILE_N, False, INPUT_PRECISION,
+        )  # fmt: skip
+    for i in tl.range(unmasked * PARTS, count * PARTS, num_stages=1):
+        first_n = tl.load(indices_ptr + i // PARTS) * BLOCK_SIZE + (i % PARTS) * TILE_N
+        accumulator, row_sum, row_maximum = _attend(
+            accumulator, row_sum, row_maximum, query, key_ptr, value_ptr, stride_ks, stride_vs,
+            first_n, ends_m, key_length, scale_log2, HEAD_DIM, TILE_N, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    # A query that saw no key has a sum of 0 and gives 0.
+    output = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    columns = tl.arange(0, PADDED_DIM)
+    tl.store(
+        output_ptr + offsets_m.to(tl.int64)[:, None] * stride_os + columns[None, :],
+        output.to(output_ptr.dtype.element_ty),
+        mask=(offsets_m < Sq)[:, None] & (columns < HEAD_DIM)[None, :],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """How the work is cut: queries of a program and keys of a step."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _tiles(query: Tensor, block_size: int) -> _Tiles:
+    """The tiles for the dtype, the head and the device; they divide a block."""
+    wide = query.shape[-1] > 128
+    if INTERPRETING:
+        return _Tiles(64, 64, num_warps=1, num_stages=1)
+    if query.dtype == torch.float32:
+        # Exact products keep their operands in registers, which hold no more than this.
+        return _Tiles(32, 16 if wide else 32, num_warps=8, num_stages=2)
+    if wide:
+        return _Tiles(64, 32, num_warps=4, num_stages=2)
+    # A third stage needs more shared memory than the 99 KiB of consumer GPUs.
+    large = torch.cuda.get_device_capability(query.device) in ((9, 0), (10, 0))
+    return _Tiles(block_size, 64, num_warps=block_size // 16, num_stages=3 if large else 2)
+
+
+def block_sparse_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention of every query over the key blocks listed for its row of blocks.
+
+    Args:
+        query: `[B, H, Sq, D]`, any strides.
+        key: `[B, H, Sk, D]`, same dtype and device, any strides.
+        value: `[B, H, Sk, D]`, likewise.
+        counts: Key blocks of each row, int32 `[B, H, Nq]`.
+        indices: The key blocks themselves, ascending and first in each row, int32
+            `[B, H, Nq, Nk]`; what follows the first ``counts`` of a row is not read as a block.
+        block_size: Tokens in a block, 64 or 128.
+        causal: Whether query t sees keys up to t + Sk - Sq only.
+        key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
+        scale: Factor on the products of queries and keys.
+
+    Returns:
+        `[B, H, Sq, D]`, laid out `[B, Sq, H, D]`. A query that sees no key gives 0.
+    """
+    B, H, Sq, D = query.shape
+    Sk = key.shape[2]
+    Nq, Nk = triton.cdiv(Sq, block_size), triton.cdiv(Sk, block_size)
+    assert counts.shape == (B, H, Nq), (counts.shape, (B, H, Nq))
+    assert indices.shape == (B, H, Nq, Nk), (indices.shape, (B, H, Nq, Nk))
+    if scale < 0:
+        query, scale = -query, -scale
+    query, key, value = (with_unit_stride(tensor) for tensor in (query, key, value))
+    counts, indices = counts.contiguous(), indices.contiguous()
+    output = query.new_empty(B, Sq, H, D).transpose(1, 2)
+    tiles = _tiles(query, block_size)
+    with torch.cuda.device_of(query):
+        _block_sparse_forward_kernel[(triton.cdiv(Sq, tiles.tile_m), B * H)](
+            query, key, value, output, counts, indices, key_lengths,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+            H, Sq, Sk, Nq, Nk, scale * math.log2(math.e),
+            HEAD_DIM=D, PADDED_DIM=triton.next_power_of_2(D), BLOCK_SIZE=block_size,
+            CAUSAL=causal, TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, INPUT_PRECISION="ieee",
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    return output

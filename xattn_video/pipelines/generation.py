@@ -1,0 +1,223 @@
+"""Generate a video and record what it took."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xattn_video.pipelines.request import GenerationRequest, SparseSettings
+from xattn_video.processors import XAttnProcessor, enable_xattention
+from xattn_video.report import SparsityReport
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One denoising step that is over."""
+
+    index: int
+    total: int
+    seconds: float
+    sparse: bool
+    density: float | None
+    """Of a sparse step: kept blocks over valid blocks, all layers together."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A video and what it took.
+
+    Attributes:
+        frames: uint8 `[T, H, W, 3]`, RGB.
+        steps: Every denoising step.
+        seconds: From the prompt to the frames.
+        peak_memory_gib: Largest allocation on the CUDA device during this generation; elsewhere
+            the largest resident size of the process so far, None where the system tells none.
+        report: What attention really did; None if it was dense throughout by request.
+    """
+
+    frames: NDArray[np.uint8]
+    steps: tuple[StepRecord, ...]
+    seconds: float
+    peak_memory_gib: float | None
+    report: SparsityReport | None
+
+    @property
+    def dense_seconds(self) -> float:
+        """Seconds spent in dense steps."""
+        return sum(step.seconds for step in self.steps if not step.sparse)
+
+    @property
+    def sparse_seconds(self) -> float:
+        """Seconds spent in sparse steps."""
+        return sum(step.seconds for step in self.steps if step.sparse)
+
+    @property
+    def seconds_per_dense_step(self) -> float | None:
+        """The median, which a first step that compiles or moves weights does not bend."""
+        return _median([step.seconds for step in self.steps if not step.sparse])
+
+    @property
+    def seconds_per_sparse_step(self) -> float | None:
+        """The median."""
+        return _median([step.seconds for step in self.steps if step.sparse])
+
+    @property
+    def estimated_seconds_saved(self) -> float | None:
+        """Against dense steps throughout, from the medians; None without steps of both kinds."""
+        dense, sparse = self.seconds_per_dense_step, self.seconds_per_sparse_step
+        if dense is None or sparse is None:
+            return None
+        return (dense - sparse) * sum(step.sparse for step in self.steps)
+
+
+def generate(
+    pipe: "HunyuanVideoPipeline",
+    request: GenerationRequest,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> GenerationResult:
+    """Generate one video.
+
+    Args:
+        pipe: Loaded and placed; afterwards its attention processors are those that were there.
+        request: What to generate.
+        on_step: Called after every denoising step.
+    """
+    device = pipe._execution_device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with _attention(pipe, request.sparse) as handle:
+        processor = handle.processor if handle else None
+        recorder = _StepRecorder(device, request.video.num_inference_steps, processor, on_step)
+        # Denoising begins when the transformer is first called, after the text is encoded.
+        hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
+        try:
+            video = pipe(
+                **_pipeline_arguments(request), callback_on_step_end=recorder.step_ends
+            ).frames[0]
+        finally:
+            hook.remove()
+        report = processor.report() if processor else None
+    return GenerationResult(
+        frames=_to_bytes(np.asarray(video)),
+        steps=tuple(recorder.steps),
+        seconds=time.perf_counter() - start,
+        peak_memory_gib=_peak_memory_gib(device),
+        report=report,
+    )
+
+
+class _StepRecorder:
+    """Times every step, and asks the processor what it was."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        total: int,
+        processor: XAttnProcessor | None,
+        on_step: Callable[[StepRecord], None] | None,
+    ) -> None:
+        self.steps: list[StepRecord] = []
+        self._device = device
+        self._total = total
+        self._processor = processor
+        self._on_step = on_step
+        self._last_end: float | None = None
+
+    def forward_begins(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook: the first forward begins the first step."""
+        if self._last_end is None:
+            self._last_end = self._now()
+
+    def step_ends(
+        self, pipe: object, index: int, timestep: object, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Diffusers' `callback_on_step_end`."""
+        now = self._now()
+        sparse, density = self._attention_of(index)
+        seconds = now - (self._last_end or now)
+        self.steps.append(StepRecord(index, self._total, seconds, sparse, density))
+        if self._on_step is not None:
+            self._on_step(self.steps[-1])
+        # What the reading and showing took belongs to no step.
+        self._last_end = self._now()
+        return {}
+
+    def _now(self) -> float:
+        """The time when the device has done all that it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _attention_of(self, step: int) -> tuple[bool, float | None]:
+        """Whether any layer of a step ran sparse, and the density of those that did."""
+        if self._processor is None:
+            return False, None
+        forwards = [run for run in self._processor.report().forwards if run.step == step]
+        layers = [run for forward in forwards for run in forward.layers if run.state == "sparse"]
+        if not layers:
+            return False, None
+        return True, sum(run.kept or 0 for run in layers) / sum(run.valid or 0 for run in layers)
+
+
+def _attention(
+    pipe: "HunyuanVideoPipeline", settings: SparseSettings | None
+) -> AbstractContextManager[Any]:
+    """Sparse attention while it is entered, or nothing at all."""
+    if settings is None:
+        return nullcontext()
+    return enable_xattention(
+        pipe, **{field.name: getattr(settings, field.name) for field in fields(settings)}
+    )
+
+
+def _pipeline_arguments(request: GenerationRequest) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        # With None the pipeline would leave out classifier-free guidance without a word.
+        "negative_prompt": request.negative_prompt or "",
+        "height": request.video.height,
+        "width": request.video.width,
+        "num_frames": request.video.num_frames,
+        "num_inference_steps": request.video.num_inference_steps,
+        "guidance_scale": request.video.guidance_scale,
+        "true_cfg_scale": request.video.true_cfg_scale,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "np",
+    }
+
+
+def _to_bytes(video: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Frames in 0 to 1 as bytes; NaN would turn black without a word."""
+    if not np.isfinite(video).all():
+        raise RuntimeError(
+            "the video holds values that are not finite: the dtype's range was too small; "
+            "load the model in bfloat16 or float32."
+        )
+    return (video * 255).round().astype(np.uint8)
+
+
+def _peak_memory_gib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # Bytes on macOS, KiB elsewhere.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _median(seconds: list[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None

@@ -1,0 +1,175 @@
+"""Load a HunyuanVideo pipeline, with the memory advice of the Diffusers documentation applied."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO, check_supported, find_model
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
+Offload = Literal["none", "model", "sequential", "group"]
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a pipeline. None leaves the choice to the model and the device.
+
+    Attributes:
+        model: ``"demo"``, a folder written by ``save_pretrained``, or a hub ID.
+        dtype: Of the transformer. On CUDA the text encoders and the VAE are float16 beside a
+            bfloat16 transformer, as Diffusers advises; elsewhere all parts share it.
+        device: A CUDA device where there is one, else the CPU, if None.
+        offload: Which parts wait in host memory: whole models, single layers one after the other
+            (slowest, least memory), or groups of layers with their transfers overlapped. If None,
+            whole models on CUDA and nothing elsewhere or for the demo model.
+        vae_tiling: Decode the video in tiles. If None, on but for the demo model.
+        attention_backend: A Diffusers attention backend for the dense steps.
+    """
+
+    model: str = HUNYUAN_VIDEO
+    dtype: torch.dtype | None = None
+    device: str | None = None
+    offload: Offload | None = None
+    vae_tiling: bool | None = None
+    attention_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}.")
+        if self.offload is not None and self.offload not in get_args(Offload):
+            raise ValueError(
+                f"offload must be one of {', '.join(get_args(Offload))}, got {self.offload!r}."
+            )
+        device = self.resolved_device
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} is not there: torch finds no CUDA; use cpu.")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {str(device)!r} is not there; "
+                f"this machine has {torch.cuda.device_count()} CUDA device(s)."
+            )
+        if device.type == "cpu" and self.resolved_offload != "none":
+            raise ValueError(
+                f"offload={self.offload!r} moves parts off an accelerator, got device 'cpu'; "
+                "use offload none."
+            )
+
+    @property
+    def resolved_device(self) -> torch.device:
+        """The device that computes."""
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}.") from None
+
+    @property
+    def resolved_dtype(self) -> torch.dtype:
+        """The transformer's dtype."""
+        if self.dtype is not None:
+            return self.dtype
+        if self.model == DEMO:
+            from xattn_video.pipelines.demo import default_dtype
+
+            return default_dtype(self.resolved_device)
+        return torch.bfloat16 if self.resolved_device.type == "cuda" else torch.float32
+
+    @property
+    def resolved_offload(self) -> Offload:
+        """What waits in host memory."""
+        if self.offload is not None:
+            return self.offload
+        whole_models = self.resolved_device.type == "cuda" and self.model != DEMO
+        return "model" if whole_models else "none"
+
+    @property
+    def resolved_vae_tiling(self) -> bool:
+        """Whether the video is decoded in tiles."""
+        return self.model != DEMO if self.vae_tiling is None else self.vae_tiling
+
+
+def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
+    """Load, place and set up the pipeline.
+
+    Raises:
+        ValueError: No such folder, no pipeline in it, or an unknown attention backend.
+        UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
+        PipelineLoadError: The hub has no such model, or cannot be reached.
+    """
+    source = find_model(options.model)
+    if options.model != DEMO:
+        check_supported(source)
+    pipe = _read_pipeline(options)
+    _place(pipe, options)
+    if options.resolved_vae_tiling:
+        pipe.vae.enable_tiling()
+    if options.attention_backend is not None:
+        # Sets the active backend of the process too, which a processor set later takes up.
+        pipe.transformer.set_attention_backend(options.attention_backend)
+    return pipe
+
+
+def check_attention_backend(name: str) -> None:
+    """Raise ValueError, with the known names, unless Diffusers has the backend ``name``."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted(member.value for member in AttentionBackendName)
+    if name.lower() not in known:
+        raise ValueError(
+            f"unknown attention backend {name!r} for the dense steps; "
+            f"Diffusers has {', '.join(known)}."
+        )
+
+
+def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
+    """The pipeline on the host, or on its device where it stays there."""
+    from diffusers import HunyuanVideoPipeline
+
+    dtype = options.resolved_dtype
+    if options.model == DEMO:
+        from xattn_video.pipelines.demo import load_demo_pipeline
+
+        return load_demo_pipeline(dtype, "cpu")
+    others = dtype
+    if options.resolved_device.type == "cuda" and dtype == torch.bfloat16:
+        others = torch.float16
+    folder = find_model(options.model).folder
+    return HunyuanVideoPipeline.from_pretrained(
+        options.model if folder is None else folder,
+        **_dtype_argument({"transformer": dtype, "default": others}),
+    )
+
+
+def _dtype_argument(dtype: dict[str, torch.dtype]) -> dict[str, Any]:
+    """`from_pretrained`'s dtype argument; before 0.42 its name was torch_dtype."""
+    import diffusers
+    from packaging.version import Version
+
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    return {name: dtype}
+
+
+def _place(pipe: "HunyuanVideoPipeline", options: LoadOptions) -> None:
+    """Put the parts where they wait and compute."""
+    device = options.resolved_device
+    match options.resolved_offload:
+        case "none":
+            pipe.to(device)
+        case "model":
+            pipe.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        case "group":
+            pipe.enable_group_offload(
+                onload_device=device, offload_type="leaf_level", use_stream=True
+            )

@@ -1,0 +1,110 @@
+"""What a plan must know of a model, read from its configuration files and tensor headers alone."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported
+
+# HunyuanVideo's Llama and CLIP text encoders, and its VAE.
+_TEXT_PARAMETERS = 7_505_186_816 + 123_060_480
+_VAE_PARAMETERS = 246_478_803
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a HunyuanVideo pipeline; the defaults are HunyuanVideo's own."""
+
+    heads: int = 24
+    head_dim: int = 128
+    double_layers: int = 20
+    single_layers: int = 40
+    refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    patch_size_t: int = 1
+    spatial_compression: int = 8
+    temporal_compression: int = 4
+    text_tokens: int = 256
+    text_parameters: int = _TEXT_PARAMETERS
+    vae_parameters: int = _VAE_PARAMETERS
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def layers(self) -> int:
+        return self.double_layers + self.single_layers
+
+    @property
+    def linear_parameters(self) -> float:
+        """Weights of one layer that each token passes through; a token uses one stream of two."""
+        return (4 + 2 * self.mlp_ratio) * self.hidden**2
+
+    @property
+    def transformer_parameters(self) -> int:
+        """The blocks, their modulation and the refiner; the small embedders are left out."""
+        single = self.linear_parameters + 3 * self.hidden**2
+        double = 2 * (self.linear_parameters + 6 * self.hidden**2)
+        refiner = (12 + 2) * self.hidden**2
+        return round(
+            self.double_layers * double
+            + self.single_layers * single
+            + self.refiner_layers * refiner
+        )
+
+    def grid(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """T, H and W of the latent patches, each of which is one video token."""
+        latent_frames = (num_frames - 1) // self.temporal_compression + 1
+        side = self.spatial_compression * self.patch_size
+        return latent_frames // self.patch_size_t, height // side, width // side
+
+
+def read_model_shape(source: ModelSource) -> ModelShape:
+    """The shape of a model, without its weights; HunyuanVideo's own needs no file.
+
+    Raises:
+        ValueError: Its folder lacks a configuration file.
+        UnsupportedModelError: It is not HunyuanVideo.
+        PipelineLoadError: The hub has no such model, or cannot be reached.
+    """
+    if source.name == HUNYUAN_VIDEO and source.folder is None:
+        return ModelShape()
+    check_supported(source)
+    transformer = source.read_json("transformer/config.json")
+    vae = source.read_json("vae/config.json")
+    default = ModelShape()
+    text_parameters, vae_parameters = _TEXT_PARAMETERS, _VAE_PARAMETERS
+    if source.folder is not None:
+        parts = (source.folder / name for name in ("text_encoder", "text_encoder_2"))
+        text_parameters = sum(map(count_parameters, parts))
+        vae_parameters = count_parameters(source.folder / "vae")
+    return ModelShape(
+        heads=transformer.get("num_attention_heads", default.heads),
+        head_dim=transformer.get("attention_head_dim", default.head_dim),
+        double_layers=transformer.get("num_layers", default.double_layers),
+        single_layers=transformer.get("num_single_layers", default.single_layers),
+        refiner_layers=transformer.get("num_refiner_layers", default.refiner_layers),
+        mlp_ratio=transformer.get("mlp_ratio", default.mlp_ratio),
+        patch_size=transformer.get("patch_size", default.patch_size),
+        patch_size_t=transformer.get("patch_size_t", default.patch_size_t),
+        spatial_compression=vae.get("spatial_compression_ratio", default.spatial_compression),
+        temporal_compression=vae.get("temporal_compression_ratio", default.temporal_compression),
+        text_parameters=text_parameters,
+        vae_parameters=vae_parameters,
+    )
+
+
+def count_parameters(folder: Path) -> int:
+    """Elements of all tensors in a folder's safetensors files, from the headers of the files."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            # The format: the header's length in 8 bytes, then the header as JSON.
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        count += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return count

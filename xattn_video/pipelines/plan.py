@@ -1,0 +1,231 @@
+"""Foretell a run from sizes alone: tokens, blocks, arithmetic, memory, and whether it pays."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from xattn_video.errors import BackendUnavailableError
+from xattn_video.inputs import Problem
+from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.model_shape import ModelShape
+from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.registry import available_backends, resolve_backend
+
+PAPER_DENSITIES = (0.34, 0.455)
+"""Densities that the XAttention paper reports for HunyuanVideo; not a measurement of this run."""
+DENSITIES = (0.2, *PAPER_DENSITIES, 0.6, 0.8)
+# Tensors of the hidden size that a forward holds at its peak; fits the 36.3 GiB measured on an
+# H100 for HunyuanVideo's transformer at 720x1280x129, 23.9 GiB of which are weights.
+_HIDDEN_TENSORS = 18
+_SMALL_SHARE = 0.5
+_FEW_BLOCKS = 16
+# What a CPU at one TFLOP/s does in an hour.
+_SLOW_CPU_TFLOP = 3600
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedupBound:
+    """What cannot be exceeded at a density, counting matrix products alone."""
+
+    density: float
+    step: float
+    """A sparse step against a dense one."""
+    run: float
+    """All steps, the dense ones included."""
+    from_paper: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """GiB. An estimate; the VAE's decoding comes on top of none of it."""
+
+    transformer: float
+    text_encoders: float
+    vae: float
+    activations: float
+    peak: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run will do, as far as sizes tell."""
+
+    grid: tuple[int, int, int]
+    video_tokens: int
+    text_tokens: int
+    blocks: int
+    block_size: int
+    last_block_tokens: int
+    layers: int
+    forwards_per_step: int
+    steps: int
+    dense_steps: int
+    sparse_steps: int
+    dense_step_tflop: float
+    attention_share: float
+    scoring_share: float
+    speedup_bounds: tuple[SpeedupBound, ...]
+    memory: MemoryEstimate
+    device: str
+    dtype: str
+    backend: str | None
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def plan_run(
+    shape: ModelShape, video: VideoSettings, sparse: SparseSettings | None, options: LoadOptions
+) -> RunPlan:
+    """Foretell a run. No weights are read, nothing is computed.
+
+    Args:
+        shape: Of the model.
+        video: Size and sampling.
+        sparse: None for dense attention throughout.
+        options: Device, dtype and offload.
+    """
+    settings = sparse or SparseSettings()
+    grid = shape.grid(video.height, video.width, video.num_frames)
+    video_tokens = grid[0] * grid[1] * grid[2]
+    tokens = video_tokens + shape.text_tokens
+    blocks = -(-tokens // settings.block_size)
+    steps = video.num_inference_steps
+    dense_steps = settings.dense_steps(steps, video_tokens) if sparse else steps
+    forwards = 2 if video.true_cfg_scale > 1 else 1
+    attention = 4 * tokens**2 * shape.hidden * shape.layers
+    linear = 2 * tokens * shape.linear_parameters * shape.layers
+    share = attention / (attention + linear)
+    # Half a product of queries and keys that are `stride` times fewer.
+    scoring = 1 / (2 * settings.stride)
+    memory = _estimate_memory(shape, tokens, options)
+    device, dtype = options.resolved_device, options.resolved_dtype
+    problem = Problem(device, dtype, shape.head_dim, settings.block_size)
+    backend, refusal = _resolve(settings.backend, problem) if sparse else (None, None)
+    tflop = forwards * (attention + linear) / 1e12
+    warnings = []
+    if sparse:
+        warnings += _sparsity_warnings(settings, dense_steps, steps, video_tokens, share)
+        warnings += [refusal] if refusal else _backend_warnings(backend, device)
+    warnings += _cost_warnings(memory, tflop * steps, options)
+    return RunPlan(
+        grid=grid,
+        video_tokens=video_tokens,
+        text_tokens=shape.text_tokens,
+        blocks=blocks,
+        block_size=settings.block_size,
+        last_block_tokens=tokens - (blocks - 1) * settings.block_size,
+        layers=shape.layers,
+        forwards_per_step=forwards,
+        steps=steps,
+        dense_steps=dense_steps,
+        sparse_steps=steps - dense_steps,
+        dense_step_tflop=tflop,
+        attention_share=share,
+        scoring_share=share * scoring,
+        speedup_bounds=_speedup_bounds(share, scoring, steps, dense_steps) if sparse else (),
+        memory=memory,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        backend=backend,
+        warnings=tuple(warnings),
+    )
+
+
+def _speedup_bounds(
+    share: float, scoring: float, steps: int, dense_steps: int
+) -> tuple[SpeedupBound, ...]:
+    """Amdahl's bound for a row of densities."""
+    bounds = []
+    for density in DENSITIES:
+        sparse_cost = 1 - share + share * (density + scoring)
+        run_cost = dense_steps + (steps - dense_steps) * sparse_cost
+        bounds.append(
+            SpeedupBound(density, 1 / sparse_cost, steps / run_cost, density in PAPER_DENSITIES)
+        )
+    return tuple(bounds)
+
+
+def _estimate_memory(shape: ModelShape, tokens: int, options: LoadOptions) -> MemoryEstimate:
+    """Weights from their number, activations from the size of the hidden states."""
+    size = options.resolved_dtype.itemsize
+    others = 2 if options.resolved_device.type == "cuda" else size
+    transformer = shape.transformer_parameters * size / _GIB
+    text_encoders = shape.text_parameters * others / _GIB
+    vae = shape.vae_parameters * others / _GIB
+    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB
+    match options.resolved_offload:
+        case "none":
+            peak = transformer + text_encoders + vae + activations
+        case "model":
+            peak = max(transformer + activations, text_encoders, vae)
+        case _:
+            peak = transformer / shape.layers + activations
+    return MemoryEstimate(transformer, text_encoders, vae, activations, peak)
+
+
+def _resolve(name: str, problem: Problem) -> tuple[str | None, str | None]:
+    """The backend that will run, or why none can."""
+    try:
+        return resolve_backend(name, problem), None
+    except BackendUnavailableError as error:
+        return None, str(error)
+
+
+def _sparsity_warnings(
+    settings: SparseSettings, dense_steps: int, steps: int, video_tokens: int, share: float
+) -> list[str]:
+    """Why sparse attention would not pay."""
+    warnings = []
+    blocks = video_tokens // settings.block_size
+    if video_tokens < settings.min_tokens:
+        warnings.append(
+            f"No step is sparse: {video_tokens:,} video tokens are fewer than "
+            f"min_tokens={settings.min_tokens:,}, and dense attention is faster there."
+        )
+    elif dense_steps == steps:
+        warnings.append(
+            f"No step is sparse: warmup_steps={settings.warmup_steps}, "
+            f"cooldown_steps={settings.cooldown_steps} and steps with a threshold of 1 "
+            f"make up all {steps} steps. Lower them, or run more steps."
+        )
+    elif blocks < _FEW_BLOCKS:
+        warnings.append(
+            f"Few tokens: {blocks} blocks in a row leave little to skip, "
+            "and choosing them takes its own time. Dense attention is likely faster."
+        )
+    if share < _SMALL_SHARE:
+        warnings.append(
+            f"Attention is {share:.0%} of a step's arithmetic: were it free, a step would be "
+            f"{1 / (1 - share):.2f}x faster. Longer or larger videos gain more."
+        )
+    return warnings
+
+
+def _backend_warnings(backend: str | None, device: torch.device) -> list[str]:
+    """Whether a faster backend is missing."""
+    if device.type != "cuda" or backend != "torch_gather":
+        return []
+    refused = available_backends(device)
+    reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items() if why)
+    return [f"Only the portable backend can run, which is slow on a GPU. {reasons}".rstrip()]
+
+
+def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -> list[str]:
+    """Whether the run is too large for where it would run."""
+    device = options.resolved_device
+    if device.type != "cuda":
+        if tflop < _SLOW_CPU_TFLOP:
+            return []
+        return [f"{tflop / 1000:,.0f} PFLOP on device {str(device)!r} take an hour at the least."]
+    total = torch.cuda.get_device_properties(device).total_memory / _GIB
+    if memory.peak < total:
+        return []
+    return [
+        f"About {memory.peak:.0f} GiB are needed and the GPU has {total:.0f}. "
+        "Try --offload group or sequential, or a smaller video."
+    ]

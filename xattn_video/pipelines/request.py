@@ -1,0 +1,130 @@
+"""What to generate, checked before any model is loaded."""
+
+from dataclasses import dataclass, field
+
+from xattn_video.pipelines.source import DEMO
+from xattn_video.schedule import ThresholdSchedule
+
+SIZE_STEP = 16
+"""Pixels that one latent patch covers on each side."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSettings:
+    """The video's size and how it is sampled; the defaults are HunyuanVideo's own.
+
+    Attributes:
+        height, width: In pixels, multiples of 16.
+        num_frames: 4k + 1.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Guidance that the model takes as an input.
+        true_cfg_scale: Classifier-free guidance by a second forward; none at 1.
+    """
+
+    height: int = 720
+    width: int = 1280
+    num_frames: int = 129
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    true_cfg_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size < SIZE_STEP or size % SIZE_STEP:
+                nearest = max(1, round(size / SIZE_STEP)) * SIZE_STEP
+                raise ValueError(
+                    f"{name} must be a positive multiple of {SIZE_STEP} pixels, got {size}; "
+                    f"use {nearest}."
+                )
+        if self.num_frames < 1 or self.num_frames % 4 != 1:
+            nearest = max(0, round((self.num_frames - 1) / 4)) * 4 + 1
+            raise ValueError(
+                f"num_frames must be 4k + 1, such as 33, 65 or 129, got {self.num_frames}; "
+                f"use {nearest}."
+            )
+        if self.num_inference_steps < 1:
+            raise ValueError(
+                f"num_inference_steps must be at least 1, got {self.num_inference_steps}."
+            )
+        for name in ("guidance_scale", "true_cfg_scale"):
+            scale = getattr(self, name)
+            if not 0 <= scale < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {scale}.")
+
+
+DEMO_SETTINGS = VideoSettings(height=256, width=256, num_frames=65, num_inference_steps=25)
+
+
+def default_settings(model: str) -> VideoSettings:
+    """The settings that a model is meant to run at."""
+    return DEMO_SETTINGS if model == DEMO else VideoSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSettings:
+    """When and how attention is sparse; the arguments of `enable_xattention`."""
+
+    threshold: float | ThresholdSchedule = 0.95
+    stride: int = 8
+    block_size: int = 128
+    warmup_steps: int = 5
+    cooldown_steps: int = 0
+    min_tokens: int = 1024
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"threshold must lie in (0, 1], got {self.threshold}; "
+                "the share of attention mass to keep, such as 0.9."
+            )
+        # It brings torch, which a command line that only shows its help need not wait for.
+        from xattn_video.checks import check_block_size
+
+        check_block_size(self.block_size, self.stride)
+        for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+    def dense_steps(self, num_inference_steps: int, video_tokens: int) -> int:
+        """Steps that stay dense: warm-up, cool-down, a threshold of 1; all, with few tokens."""
+        if video_tokens < self.min_tokens:
+            return num_inference_steps
+        schedule = ThresholdSchedule.coerce(self.threshold)
+        last = num_inference_steps - self.cooldown_steps
+        return sum(
+            not self.warmup_steps <= step < last
+            or (schedule.is_uniform and schedule.threshold(step) == 1)
+            for step in range(num_inference_steps)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One video.
+
+    Attributes:
+        prompt: What the video shows.
+        negative_prompt: What it must not show; needs ``video.true_cfg_scale`` above 1.
+        seed: Of the initial noise, which is drawn on the host: the same on every device.
+        video: Size and sampling.
+        sparse: When and how attention is sparse; None for dense attention throughout.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    video: VideoSettings = field(default_factory=VideoSettings)
+    sparse: SparseSettings | None = field(default_factory=SparseSettings)
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what the video shows.")
+        if self.negative_prompt is not None and self.video.true_cfg_scale <= 1:
+            raise ValueError(
+                "a negative prompt needs true_cfg_scale above 1, "
+                f"got {self.video.true_cfg_scale}; try 6."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}.")

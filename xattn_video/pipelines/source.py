@@ -1,0 +1,106 @@
+"""Where a model comes from: the package, a folder or the hub. Reads JSON files, no weights."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xattn_video.errors import PipelineLoadError, UnsupportedModelError
+
+DEMO = "demo"
+HUNYUAN_VIDEO = "hunyuanvideo-community/HunyuanVideo"
+SUPPORTED_PIPELINE = "HunyuanVideoPipeline"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that was asked for by name, and the folder that holds it unless it is on the hub."""
+
+    name: str
+    folder: Path | None
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        """A JSON file of the model, from its folder or from the hub and its cache.
+
+        Raises:
+            ValueError: The folder has no such file.
+            PipelineLoadError: The hub has no such model or file, or cannot be reached.
+        """
+        file = self._fetch(path) if self.folder is None else self.folder / path
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.folder} is no Diffusers pipeline: it has no {path}; "
+                "give a folder written by save_pretrained."
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not valid JSON ({error}); download it again.") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
+        return content
+
+    def _fetch(self, path: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+
+        try:
+            return Path(hf_hub_download(self.name, path))
+        except GatedRepoError:
+            reason = "its owner must grant you access; accept its terms, then `hf auth login`"
+        except RepositoryNotFoundError:
+            reason = "there is no such model, or it is private; check the name, or `hf auth login`"
+        except LocalEntryNotFoundError:
+            reason = (
+                "the hub cannot be reached and the model is not in the cache; "
+                f"connect, give a folder, or use --model {DEMO}, which needs no network"
+            )
+        except EntryNotFoundError:
+            reason = f"it has no {path}, so it is no Diffusers pipeline"
+        except HfHubHTTPError as error:
+            reason = f"the hub answered: {error.args[0].splitlines()[0]}"
+        raise PipelineLoadError(f"cannot load {self.name!r} from the hub: {reason}.")
+
+
+def find_model(name: str) -> ModelSource:
+    """Tell the demo model, a folder and a model on the hub apart.
+
+    Raises:
+        ValueError: ``name`` is neither an existing folder nor a hub ID.
+    """
+    if name == DEMO:
+        from xattn_video.pipelines.demo import DEMO_DIR
+
+        return ModelSource(name, DEMO_DIR)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return ModelSource(name, folder)
+    if _HUB_ID.fullmatch(name):
+        return ModelSource(name, None)
+    raise ValueError(
+        f"model {name!r} is neither a folder nor a hub ID; "
+        f"expected {DEMO!r}, a folder, or an ID such as {HUNYUAN_VIDEO!r}."
+    )
+
+
+def check_supported(source: ModelSource) -> None:
+    """Refuse any pipeline but HunyuanVideo's, from its model_index.json alone.
+
+    Raises:
+        UnsupportedModelError: The model is of another kind.
+    """
+    found = source.read_json("model_index.json").get("_class_name")
+    if found != SUPPORTED_PIPELINE:
+        raise UnsupportedModelError(
+            f"model {source.name!r} is a {found}; supported is {SUPPORTED_PIPELINE} "
+            f"(text to video), for example {HUNYUAN_VIDEO!r} or {DEMO!r}."
+        )

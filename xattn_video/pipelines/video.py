@@ -1,0 +1,100 @@
+"""Write videos, and find out beforehand whether a file can be written."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Suffix -> what imageio's ffmpeg plugin is told. Matroska holds the frames without loss.
+_ENCODERS: dict[str, dict[str, Any]] = {
+    ".mp4": {
+        "codec": "libx264",
+        "pixelformat": "yuv420p",
+        "quality": 8,
+        "output_params": ["-movflags", "+faststart"],
+    },
+    ".mkv": {"codec": "ffv1", "pixelformat": "bgr0", "quality": None},
+}
+VIDEO_SUFFIXES = tuple(_ENCODERS)
+
+
+def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "output") -> None:
+    """Make sure that ``path`` can be written later; missing parent folders are created now.
+
+    Raises:
+        ValueError: Wrong suffix, a folder is in its place, or its folder cannot be written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}.")
+    if path.is_dir():
+        raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
+    check_output_folder(path.parent, what=what)
+
+
+def check_output_folder(folder: Path, *, what: str = "output") -> None:
+    """Create ``folder`` where it is missing and make sure that files can be written in it.
+
+    Raises:
+        ValueError: It cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits say nothing of a read-only file system; a file does.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be written to {str(folder)!r}: {error.strerror}; use another."
+        ) from None
+
+
+def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
+    """Write ``frames`` to ``path``, which holds the whole video or is not there.
+
+    Args:
+        path: ``.mp4`` (H.264, 4:2:0, plays everywhere) or ``.mkv`` (FFV1, lossless).
+        frames: uint8 `[T, H, W, 3]`, RGB; H and W even.
+        fps: Frames per second.
+
+    Raises:
+        ValueError: Unknown suffix, or frames of another shape or dtype.
+    """
+    import imageio.v2 as imageio
+
+    suffix = path.suffix.lower()
+    if suffix not in _ENCODERS:
+        raise ValueError(f"a video ends in {' or '.join(_ENCODERS)}, got {str(path)!r}.")
+    shape = frames.shape
+    even = len(shape) == 4 and shape[1] % 2 == 0 and shape[2] % 2 == 0
+    if frames.dtype != "uint8" or not even or shape[3] != 3:
+        raise ValueError(
+            "frames must be uint8 [T, H, W, 3] with H and W even, "
+            f"got {frames.dtype} {list(shape)}."
+        )
+    with atomic_path(path) as temporary:
+        imageio.mimwrite(
+            temporary,
+            list(frames),
+            format="FFMPEG",
+            fps=fps,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+            **_ENCODERS[suffix],
+        )
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the place of ``path`` when all went well."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
