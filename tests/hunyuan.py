@@ -20,22 +20,22 @@ VIDEO_TOKENS = 48
 
 def tiny_transformer(**config) -> HunyuanVideoTransformer3DModel:
     """Two double-stream, two single-stream blocks and one refiner block, the same every time."""
+    defaults = {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": TEXT_DIM,
+        "pooled_projection_dim": POOLED_DIM,
+        "rope_axes_dim": (4, 6, 6),
+    }
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        transformer = HunyuanVideoTransformer3DModel(
-            in_channels=CHANNELS,
-            out_channels=CHANNELS,
-            num_attention_heads=HEADS,
-            attention_head_dim=HEAD_DIM,
-            num_layers=2,
-            num_single_layers=2,
-            num_refiner_layers=1,
-            mlp_ratio=2.0,
-            text_embed_dim=TEXT_DIM,
-            pooled_projection_dim=POOLED_DIM,
-            rope_axes_dim=(4, 6, 6),
-            **config,
-        )
+        transformer = HunyuanVideoTransformer3DModel(**(defaults | config))
         # Peaky enough for blocks to differ: PyTorch's own initialisation attends evenly.
         for name, weight in transformer.named_parameters():
             if "norm_q" in name or "norm_k" in name or "norm_added" in name:
@@ -116,3 +116,17 @@ def states(report) -> list[str]:
         found = {run.state for run in forward.layers}
         words.append(found.pop() if len(found) == 1 else "mixed")
     return words
+
+
+def run(transformer, **options):
+    """One forward pass without gradients."""
+    with torch.no_grad():
+        return transformer(**forward_inputs(**options)).sample
+
+
+def with_processor(threshold=0.5, model=None, **options):
+    """A transformer and the processor that was set on it; sparse from step 0."""
+    transformer = tiny_transformer() if model is None else model
+    processor = tiny_processor(threshold, **({"warmup_steps": 0} | options))
+    transformer.set_attn_processor(processor)
+    return transformer, processor

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.attention_dispatch import AttentionBackendName
 from hunyuan import (
     NUM_LAYERS,
     SIZE,
@@ -302,6 +303,17 @@ def test_a_compiled_transformer_has_two_variants_and_no_graph_break(compile_with
         assert_right(processor, 5)
     assert backend.frame_count == num_graphs
     assert not counters["graph_break"]
+    torch.compiler.reset()
+
+
+def test_a_compiled_dense_step_uses_the_attention_backend_that_was_set():
+    torch.compiler.reset()
+    pipe, _ = sparse_pipeline(threshold=1.0)
+    expected = generate(pipe, 2)
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.processor._attention_backend = AttentionBackendName._NATIVE_MATH
+    compile_blocks(pipe, CompileCounter())
+    torch.testing.assert_close(generate(pipe, 2), expected)
     torch.compiler.reset()
 
 

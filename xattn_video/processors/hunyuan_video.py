@@ -34,7 +34,8 @@ class XAttnProcessor(TransformerBound):
 
     Set one instance on a transformer, ``pipe.transformer.set_attn_processor(XAttnProcessor())``;
     it learns the denoising step from the transformer's own ``timestep``. One processor serves one
-    transformer; a deep copy is independent. The token refiner is computed as ever.
+    transformer; a deep copy is independent. The token refiner is computed as ever. How setting it
+    tells it the transformer: `xattn_video.processors.binding`.
 
     Args:
         threshold: Share tau of each row's estimated mass to keep, in (0, 1]. Lower is faster and

@@ -26,9 +26,9 @@ def dense_attention(
     Returns:
         `[B, S, H, D]`, contiguous.
     """
-    out: Tensor = torch.ops.xattn_video.joint_dense_attention(
-        query, key, value, key_lengths, backend
-    )
+    # Diffusers keeps a member of its enumeration.
+    name = getattr(backend, "value", backend)
+    out: Tensor = torch.ops.xattn_video.joint_dense_attention(query, key, value, key_lengths, name)
     return out
 
 

@@ -117,6 +117,10 @@ class Recorder:
     def report(self) -> SparsityReport:
         """The latest generation up to now; waits for the device."""
         self.end_forward()
+        for forward in self._forwards:
+            if forward.kept is not None:
+                # Kept there: a report after every step copies each number once.
+                forward.kept = forward.kept.cpu()
         forwards = tuple(_as_run(forward) for forward in self._forwards)
         return SparsityReport(self.layer_names, forwards, self.num_refused)
 

@@ -170,7 +170,7 @@ class StepHook:
 def _starts_generation(
     first: ForwardInputs, last: ForwardInputs, inputs: ForwardInputs, step: int
 ) -> bool:
-    """Whether a generation starts with ``inputs``; ``first`` and ``last`` are of the one before."""
+    """Whether a generation starts here; ``first`` and ``last`` are of the one before."""
     exact = inputs.timestep_dtype in _EXACT_DTYPES
     before, now = _comparable(last, inputs)
     # After a generation of one step; guidance's second pass has another text.
