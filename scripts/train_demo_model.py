@@ -9,6 +9,9 @@ Three stages, each resumable in pieces that fit a machine lent for minutes:
         --total-seconds 800 --resume
     python scripts/train_demo_model.py --stage package --work-dir runs/demo
 
+To refine a finished model instead, give its folder to the first call of the vae and of the
+transformer stage: `--start-from xattn_video/pipelines/demo/model`.
+
 `--seconds` limits the wall time of a call, imports and final measurements included;
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
 its calls. To go on elsewhere copy `vae.pt`, `*.ckpt.*` and `training.json` out of the work
@@ -40,6 +43,7 @@ def main() -> int:
         seconds=arguments.seconds,
         total_seconds=arguments.total_seconds,
         resume=arguments.resume,
+        start_from=arguments.start_from,
         seed=arguments.seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         plan=SMOKE if arguments.smoke else Plan(),
@@ -71,6 +75,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--total-seconds", type=float)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start-from", type=Path, help="a finished model to refine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a check on a CPU")
     return parser.parse_args()

@@ -34,7 +34,7 @@ class Plan:
     tall: Size = (512, 128)
     large: Size = (512, 512)
     crop: int = 128
-    crop_batch: int = 6
+    crop_batch: int = 12
     square_batch: int = 2
     clips: int = 96
     batch_of: dict[int, int] = field(default_factory=lambda: {17: 36, 33: 20, 65: 10})
@@ -94,6 +94,7 @@ class Job:
         seconds: Wall seconds that this call may take.
         total_seconds: Training seconds of the stage over all its calls; this call alone if None.
         resume: Whether to go on from the stage's checkpoint.
+        start_from: A finished model whose weights the stage begins with; random ones if None.
         seed: Of everything random.
         device: Where to train.
         plan: The sizes.
@@ -105,6 +106,7 @@ class Job:
     seconds: float
     total_seconds: float | None
     resume: bool
+    start_from: Path | None
     seed: int
     device: torch.device
     plan: Plan

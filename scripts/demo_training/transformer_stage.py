@@ -21,6 +21,7 @@ from demo_training.weights import (
     TrainedWeights,
     add_report,
     load_checkpoint,
+    load_weights,
     random_state,
     restore_random_state,
     save_checkpoint,
@@ -59,12 +60,14 @@ def run(job: Job) -> None:
     """Train for one call; write `transformer.ckpt.*`."""
     torch.manual_seed(job.seed)
     text = build_text_stack()
-    transformer = build_transformer(job.plan.transformer).to(job.device).train()
-    modules = [
-        transformer,
-        text.text_encoder.to(job.device).train(),
-        text.text_encoder_2.to(job.device).train(),
-    ]
+    transformer = build_transformer(job.plan.transformer)
+    modules = [transformer, text.text_encoder, text.text_encoder_2]
+    if job.start_from is not None:
+        for module, name in zip(
+            modules, ("transformer", "text_encoder", "text_encoder_2"), strict=True
+        ):
+            load_weights(module, job.start_from / name)
+    modules = [module.to(job.device).train() for module in modules]
     _log_sizes(job, modules)
     trained = TrainedWeights(
         modules,
@@ -131,6 +134,9 @@ def _fill_all_pools(
 def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tensor, str]:
     """Latents, both prompts' ids, and the name of the batch's kind."""
     plan, rng = trainee.job.plan, trainee.rng
+    if trainee.job.start_from is not None:
+        # A finished model has been through the short clips.
+        fraction = 1.0
     if fraction < 0.3:
         shares = {17: 1.0}
     elif fraction < 0.45:

@@ -1,7 +1,8 @@
 """The VAE: trained on windows of rendered clips, then normalised so that latents have unit scale.
 
 A window is decoded as the pipeline decodes a long clip: from latents that begin anywhere, not only
-at a clip's first frame. The loss is mostly squared error, which is what PSNR measures.
+at a clip's first frame. Squared error is what PSNR measures; absolute error keeps wide flat
+areas in their colours.
 """
 
 import math
@@ -21,6 +22,7 @@ from demo_training.weights import (
     TrainedWeights,
     add_report,
     load_checkpoint,
+    load_weights,
     random_state,
     restore_random_state,
     save_checkpoint,
@@ -70,7 +72,10 @@ class ClipPool:
 
 def run(job: Job) -> None:
     """Train the VAE for one call; write `vae.ckpt.*` and the normalised `vae.pt`."""
-    vae = build_vae().to(job.device).train()
+    vae = build_vae()
+    if job.start_from is not None:
+        load_weights(vae, job.start_from / "vae")
+    vae = vae.to(job.device).train()
     trained = TrainedWeights(
         [vae],
         dtype=job.dtype,
@@ -158,7 +163,7 @@ def _loss(
     error = decoded - target
     absolute, squared = error.abs().mean(), error.square().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = 0.3 * absolute + 4 * squared + KL_WEIGHT * kl
+    loss = absolute + 2 * squared + KL_WEIGHT * kl
     return loss, (absolute.detach(), squared.detach(), kl.detach())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 PART_BYTES = 14 * 1024 * 1024
@@ -149,6 +150,16 @@ def load_checkpoint(directory: Path, name: str) -> dict[str, Any]:
     data = b"".join(part.read_bytes() for part in parts)
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Copy a saved model's weights, in one file or several, into ``module``."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no .safetensors; give a finished model's folder.")
+    state = {name: value for path in paths for name, value in load_file(path).items()}
+    module.load_state_dict(state)
 
 
 def add_report(directory: Path, entry: dict[str, Any]) -> None:
