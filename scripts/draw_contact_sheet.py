@@ -1,0 +1,27 @@
+"""Draw a row of frames of each video, one below the other.
+
+python scripts/draw_contact_sheet.py videos/*.mp4 --output docs/images/demo.png
+"""
+
+import argparse
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+from demo_training.pictures import save_sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("videos", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    # [3, T, H, W]
+    clips = [
+        torch.from_numpy(iio.imread(video)).permute(3, 0, 1, 2) / 255 for video in arguments.videos
+    ]
+    save_sheet(clips, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
