@@ -95,6 +95,12 @@ def test_a_backend_that_was_chosen_is_kept(monkeypatch):
     attend([40, 40])
 
 
+def test_a_restriction_of_pytorch_is_kept(monkeypatch):
+    monkeypatch.setattr(joint_attention, "fastest_dense_kernel", lambda *_: "flash4")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        attend([40, 40])
+
+
 def test_the_choice_leaves_pytorch_as_it_was():
     order = torch._C._get_sdp_priority_order()
     attend_with("cudnn", *torch.randn(3, 1, 8, 1, 16))

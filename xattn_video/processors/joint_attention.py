@@ -109,7 +109,11 @@ def _dense_attention(
 def _dense_kernel(query: Tensor, backend: str | None) -> Callable[..., Tensor]:
     """Diffusers' dispatch, unless nobody chose a backend and a faster kernel is present."""
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    if backend is None and active == AttentionBackendName.NATIVE:
+    # A kernel that PyTorch was told not to use is a choice too.
+    unrestricted = torch.backends.cuda.flash_sdp_enabled() and (
+        torch.backends.cuda.cudnn_sdp_enabled()
+    )
+    if backend is None and active == AttentionBackendName.NATIVE and unrestricted:
         kernel = fastest_dense_kernel(query.device, query.dtype, query.shape[-1])
         if kernel is not None:
             return partial(attend_with, kernel)
