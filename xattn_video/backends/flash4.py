@@ -58,11 +58,13 @@ def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
     Raises:
         BackendUnavailableError: It ignores the block lists, or is wrong in another way.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # The last block holds 44 keys; rows with it, without it, and with no block at all.
     mask = torch.tensor([[[1, 0, 1], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]]])
     block_mask = mask.bool()[None].to(device)
-    query, key, value = torch.randn(3, 1, 2, 300, head_dim, generator=generator).to(device, dtype)
+    # On the CPU whatever the default device, as its generator asks.
+    tensors = torch.randn(3, 1, 2, 300, head_dim, generator=generator, device="cpu")
+    query, key, value = tensors.to(device, dtype)
     scale = head_dim**-0.5
     found = _attend(query, key, value, block_mask, scale).float()
 
