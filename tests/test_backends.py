@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from xattn_video.inputs import Problem
 from xattn_video.kernels import support
 from xattn_video.registry import load_backend
 
-BACKENDS = ["triton", "flex", "torch_gather"]
+BACKENDS = ["flash4", "triton", "flex", "torch_gather"]
 CPU = torch.device("cpu")
 
 
@@ -27,11 +28,10 @@ def problem(device=CPU, dtype=torch.float32, head_dim=64, block_size=128):
     return Problem(device=device, dtype=dtype, head_dim=head_dim, block_size=block_size)
 
 
-def require(name, device, dtype, head_dim, block_size):
-    """Skip where the machine, not the problem, is what the backend refuses."""
-    if reasons := load_backend(name).unsupported_reasons(
-        problem(device, dtype, head_dim, block_size)
-    ):
+def require(name, device, dtype, head_dim, block_size, **features):
+    """Skip where the backend refuses."""
+    asked = dataclasses.replace(problem(device, dtype, head_dim, block_size), **features)
+    if reasons := load_backend(name).unsupported_reasons(asked):
         pytest.skip(f"{name}: {'; '.join(reasons)}")
 
 
@@ -44,13 +44,14 @@ def require(name, device, dtype, head_dim, block_size):
             2, 2, 257, 257, 64, 64, False, [257, 130], torch.bfloat16, marks=pytest.mark.gpu
         ),
         pytest.param(1, 1, 129, 397, 128, 128, True, None, torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(2, 2, 413, 397, 128, 128, False, None, torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backends_agree_with_the_formula(
     name, B, H, Sq, Sk, D, block_size, causal, lengths, dtype, device
 ):
-    require(name, device, dtype, D, block_size)
+    require(name, device, dtype, D, block_size, causal=causal, ragged=lengths is not None)
     query, key, value, mask = make_inputs(B, H, Sq, Sk, D, block_size, device, dtype)
     mask[0, 0, 0] = False
     options = {"block_size": block_size, "causal": causal, "key_lengths": lengths}

@@ -20,6 +20,7 @@ ALLOWED = {
     "forced": set(),
     "kernels": {"kernels"},
     "backends": {"kernels", "errors", "inputs"},
+    "dense": {"kernels"},
     "scoring": {"checks", "errors", "kernels"},
     "selection": {"errors"},
     "registry": {"errors", "inputs"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "compat": OPERATOR,
     "schedule": {"errors"},
     "report": {"errors"},
-    "processors": OPERATOR | {"schedule", "report", "processors"},
+    "processors": OPERATOR | {"dense", "schedule", "report", "processors"},
     "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
     "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "cli"},
 }

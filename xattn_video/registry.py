@@ -14,6 +14,7 @@ from xattn_video.inputs import AttentionInputs, Problem
 logger = logging.getLogger(__name__)
 
 BACKENDS = {
+    "flash4": "xattn_video.backends.flash4",
     "triton": "xattn_video.backends.triton",
     "flex": "xattn_video.backends.flex",
     "torch_gather": "xattn_video.backends.torch_gather",
@@ -21,7 +22,7 @@ BACKENDS = {
 
 # What `auto` tries, in this order; see docs/backends.md for the measurements behind it.
 AUTO_ORDER = {
-    "cuda": ("triton", "flex", "torch_gather"),
+    "cuda": ("flash4", "triton", "flex", "torch_gather"),
     "cpu": ("torch_gather", "flex"),
 }
 

@@ -4,11 +4,19 @@ Both are opaque to torch.compile: the lengths are read on the host, from a tenso
 so that prompts of all lengths share one compiled graph.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor
 
 from xattn_video.attention import xattention
+from xattn_video.dense import attend_with, fastest_dense_kernel
 
 
 def dense_attention(
@@ -21,7 +29,8 @@ def dense_attention(
         key: `[B, S, H, D]`, the valid ones first.
         value: `[B, S, H, D]`.
         key_lengths: int64 `[B]` on the CPU, valid keys of each item.
-        backend: One of Diffusers' attention backends, its active one if None.
+        backend: One of Diffusers' attention backends. If None its active one; where that is
+            the default, the fastest kernel present on a Hopper GPU.
 
     Returns:
         `[B, S, H, D]`, contiguous.
@@ -88,14 +97,27 @@ def _dense_attention(
         lengths, items = lengths[:1], [slice(None)]
     else:
         items = [slice(number, number + 1) for number in range(len(lengths))]
-    outs: list[Tensor] = [
-        dispatch_attention_fn(
-            query[item], key[item, :length], value[item, :length], backend=backend
-        )
+    attend = _dense_kernel(query, backend)
+    outs = [
+        attend(query[item], key[item, :length], value[item, :length])
         for item, length in zip(items, lengths, strict=True)
     ]
     # Backends lay their outputs out as they like; a compiled graph relies on one layout.
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs)
+
+
+def _dense_kernel(query: Tensor, backend: str | None) -> Callable[..., Tensor]:
+    """Diffusers' dispatch, unless nobody chose a backend and a faster kernel is present."""
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    # A kernel that PyTorch was told not to use is a choice too.
+    unrestricted = torch.backends.cuda.flash_sdp_enabled() and (
+        torch.backends.cuda.cudnn_sdp_enabled()
+    )
+    if backend is None and active == AttentionBackendName.NATIVE and unrestricted:
+        kernel = fastest_dense_kernel(query.device, query.dtype, query.shape[-1])
+        if kernel is not None:
+            return partial(attend_with, kernel)
+    return partial(dispatch_attention_fn, backend=backend)
 
 
 def _sparse_attention(

@@ -1,0 +1,183 @@
+"""The flash4 backend: its reasons and its check on the CPU, its kernel on Hopper."""
+
+import dataclasses
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import assert_within_budget, masked_attention
+
+from xattn_video import BackendUnavailableError, block_sparse_attention
+from xattn_video.backends import flash4
+from xattn_video.inputs import AttentionInputs, Problem
+from xattn_video.kernels import flash_attention_4
+from xattn_video.registry import AUTO_ORDER, resolve_backend
+
+CPU = torch.device("cpu")
+HOPPER = Problem(
+    device=torch.device("cuda", 0), dtype=torch.bfloat16, head_dim=128, block_size=128
+)
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Pretend to be a machine that has the package and a GPU; call it to choose which GPU."""
+
+    def pretend(major, minor):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+    return pretend
+
+
+@pytest.fixture
+def fresh_check():
+    flash4._check_kernel.cache_clear()
+    yield
+    flash4._check_kernel.cache_clear()
+
+
+def fake_kernel(monkeypatch, obey=True):
+    """Put the formula in the kernel's place; without `obey` it ignores the lists."""
+    calls = []
+
+    def attend(query, key, value, counts, indices, *, block_size, scale):
+        calls.append(counts.shape)
+        mask = torch.ones(indices.shape, dtype=torch.bool)
+        if obey:
+            kept = torch.arange(indices.shape[-1]) < counts[..., None]
+            mask = torch.zeros_like(mask).scatter(-1, indices.long(), kept)
+        return masked_attention(query, key, value, mask, block_size=block_size, scale=scale).to(
+            query.dtype
+        )
+
+    monkeypatch.setattr(flash_attention_4, "block_sparse_forward", attend)
+    return calls
+
+
+def small_inputs():
+    query, key, value = torch.randn(3, 1, 1, 257, 64, dtype=torch.bfloat16)
+    mask = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]]).bool()[None, None]
+    return AttentionInputs(query, key, value, mask, 128, False, None, 0.125)
+
+
+def test_hopper_is_supported(capability):
+    capability(9, 0)
+    assert flash4.unsupported_reasons(HOPPER) == []
+
+
+def test_auto_takes_it_first_on_hopper(capability):
+    capability(9, 0)
+    assert AUTO_ORDER["cuda"][0] == "flash4"
+    assert resolve_backend("flash4", HOPPER) == "flash4"
+
+
+@pytest.mark.parametrize("found", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_are_refused(capability, found):
+    """On 8.x the package would compute dense attention without a word."""
+    capability(*found)
+    (reason,) = flash4.unsupported_reasons(HOPPER)
+    assert reason == (
+        f"compute capability must be 9.x (Hopper), cuda:0 has {found[0]}.{found[1]}; "
+        "use backend triton."
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"dtype": torch.float32}, "dtype must be float16 or bfloat16, got torch.float32; "),
+        ({"head_dim": 256}, "head_dim must be 64 or 128, got 256; "),
+        ({"block_size": 64}, "block_size must be 128, got 64; "),
+        ({"causal": True}, "causal attention is not supported; "),
+        ({"ragged": True}, "key lengths per item of the batch are not supported; "),
+        ({"device": CPU}, "the device must be CUDA, got cpu; "),
+    ],
+)
+def test_what_it_cannot_run_is_refused(capability, found, expected):
+    capability(9, 0)
+    (reason,) = flash4.unsupported_reasons(dataclasses.replace(HOPPER, **found))
+    assert reason.startswith(expected)
+
+
+def test_a_gpu_that_is_missing_is_refused(capability, monkeypatch):
+    capability(9, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (reason,) = flash4.unsupported_reasons(HOPPER)
+    assert reason.startswith("no CUDA device is present for cuda:0; ")
+
+
+def test_the_package_that_is_missing_is_named():
+    program = """
+import importlib.metadata, sys
+def absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = absent
+sys.modules["flash_attn"] = None
+from xattn_video import available_backends
+print(available_backends("cpu", head_dim=64)["flash4"][0])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    expected = 'flash-attn-4 is not installed; pip install "xattn-video[hopper]".'
+    assert run.stdout.strip() == expected
+
+
+def test_the_check_runs_once_for_each_kind_of_input(monkeypatch, fresh_check):
+    calls = fake_kernel(monkeypatch)
+    inputs = small_inputs()
+    first = flash4.forward(inputs)
+    flash4.forward(inputs)
+    assert len(calls) == 3
+    options = {"block_size": 128, "scale": 0.125}
+    expected = masked_attention(
+        inputs.query, inputs.key, inputs.value, inputs.block_mask, **options
+    )
+    torch.testing.assert_close(first, expected.to(first.dtype))
+    flash4.forward(dataclasses.replace(inputs, query=inputs.query.half()))
+    assert len(calls) == 5
+
+
+def test_a_kernel_that_ignores_the_lists_is_refused(monkeypatch, fresh_check):
+    fake_kernel(monkeypatch, obey=False)
+    with pytest.raises(
+        BackendUnavailableError, match="ignores the block lists and computes dense"
+    ):
+        flash4.forward(small_inputs())
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_a_kernel_that_is_wrong_is_refused(monkeypatch, fresh_check, fill):
+    monkeypatch.setattr(
+        flash_attention_4,
+        "block_sparse_forward",
+        lambda query, *_, **options: torch.full_like(query, fill),
+    )
+    with pytest.raises(BackendUnavailableError, match="is wrong on cpu with"):
+        flash4.forward(small_inputs())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(("Sq", "Sk"), [(512, 512), (997, 997), (129, 641), (413, 385)])
+def test_the_kernel_agrees_with_the_formula(Sq, Sk, D, dtype, device):
+    problem = Problem(device=device, dtype=dtype, head_dim=D, block_size=128)
+    if reasons := flash4.unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
+    # Laid out as Diffusers does, the keys cut from a longer tensor.
+    query = torch.randn(2, Sq, 3, D, dtype=dtype, device=device).transpose(1, 2)
+    keys = torch.randn(2, 2, Sk + 7, 3, D, dtype=dtype, device=device)[:, :, :Sk]
+    key, value = keys.transpose(2, 3)
+    mask = torch.rand(2, 3, -(-Sq // 128), -(-Sk // 128), device=device) < 0.5
+    mask[0, 0, 0] = False
+    mask[1, :, -1] = True
+    actual = block_sparse_attention(query, key, value, mask, backend="flash4")
+    expected = masked_attention(query, key, value, mask, block_size=128)
+    same_dtype = masked_attention(query, key, value, mask, block_size=128, dtype=dtype)
+    assert actual.transpose(1, 2).is_contiguous()
+    assert_within_budget(actual, expected, same_dtype)

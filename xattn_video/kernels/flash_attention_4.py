@@ -1,0 +1,100 @@
+"""The kernels of the flash-attn-4 package on Hopper; what they can run is readable without it."""
+
+import importlib.metadata
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16)
+# Those for which its Hopper tiles are 128 x 128 in the block-sparse kernel.
+HEAD_DIMS = (64, 128)
+
+
+def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Why neither kernel can run such inputs, each reason with its remedy."""
+    reasons = []
+    try:
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        reasons.append('flash-attn-4 is not installed; pip install "xattn-video[hopper]".')
+    if device.type != "cuda":
+        reasons.append(f"the device must be CUDA, got {device}; move the inputs to a GPU.")
+    elif not torch.cuda.is_available():
+        reasons.append(
+            f"no CUDA device is present for {device}; use a machine with a GPU, or the CPU."
+        )
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        # On 8.x flash-attn-4 ignores the block lists without a word; 10.x wants other blocks.
+        if major != 9:
+            reasons.append(
+                f"compute capability must be 9.x (Hopper), {device} has {major}.{minor}; use "
+                "backend triton."
+            )
+    if dtype not in DTYPES:
+        reasons.append(f"dtype must be float16 or bfloat16, got {dtype}; convert inputs.")
+    if head_dim not in HEAD_DIMS:
+        reasons.append(f"head_dim must be 64 or 128, got {head_dim}; use backend triton.")
+    return reasons
+
+
+def dense_forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense attention on `[B, S, H, D]`."""
+    from flash_attn.cute.interface import flash_attn_func
+
+    with torch.cuda.device(query.device):
+        out: Tensor = flash_attn_func(query, key, value, return_lse=True)[0]
+    return out
+
+
+def block_sparse_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Attention over the listed blocks.
+
+    Args:
+        query: `[B, H, Sq, D]`.
+        key: `[B, H, Sk, D]`, all of them valid.
+        value: `[B, H, Sk, D]`.
+        counts: int32 `[B, H, Nq]`, blocks of each row.
+        indices: int32 `[B, H, Nq, Nk]`, ascending: only the last of a row may be cut by Sk.
+        block_size: 128.
+        scale: Softmax scale.
+
+    Returns:
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; rows without a block are 0.
+    """
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import flash_attn_func
+
+    rows = counts.shape[2]
+    zeros = partial(torch.zeros, dtype=torch.int32, device=counts.device)
+    lists: Any = BlockSparseTensorsTorch(
+        # Blocks that need a mask function; there are none, but it asks for the lists.
+        mask_block_cnt=zeros(1, 1, rows),
+        mask_block_idx=zeros(1, 1, rows, 1),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+        block_size=(block_size, block_size),
+    )
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    with torch.cuda.device(query.device):
+        # A tuple whose length differs between versions; the output comes first.
+        out: Tensor = flash_attn_func(
+            query,
+            key,
+            value,
+            softmax_scale=scale,
+            block_sparse_tensors=lists,
+            return_lse=True,
+        )[0]
+    return out.transpose(1, 2)
