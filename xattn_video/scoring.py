@@ -6,8 +6,10 @@ from torch import Tensor
 
 from xattn_video.checks import check_block_size, check_key_lengths, check_pair
 
-# Elements of one chunk of the group matrix on the torch path: 64 MiB of float32.
-_CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk of the group matrix on the torch path. On a CPU 4 MiB of float32 stay in
+# the caches; a GPU wants large products.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20}
+_DEFAULT_CHUNK_ELEMENTS = 1 << 24
 
 
 def block_scores(
@@ -127,7 +129,8 @@ def torch_block_scores(
     valid = (first_keys < lengths[:, None])[:, None, None]
 
     if chunk_size is None:
-        chunk_size = _CHUNK_ELEMENTS // (B * H * num_key_groups) * stride
+        elements = _CHUNK_ELEMENTS.get(device.type, _DEFAULT_CHUNK_ELEMENTS)
+        chunk_size = elements // (B * H * num_key_groups) * stride
     chunk_blocks = max(1, chunk_size // block_size)
     scores = query.new_empty(B, H, num_query_blocks, num_key_blocks, dtype=torch.float32)
     for first_block in range(0, num_query_blocks, chunk_blocks):
