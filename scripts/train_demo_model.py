@@ -1,8 +1,9 @@
 """Train the small HunyuanVideo pipeline that ships with the package.
 
-Three stages, each resumable in pieces that fit a machine lent for minutes:
+Four stages, the long ones resumable in pieces that fit a machine lent for minutes:
 
     python scripts/train_demo_model.py --stage vae --work-dir runs/demo --seconds 560
+    python scripts/train_demo_model.py --stage text --work-dir runs/demo --seconds 60
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 560 \
         --total-seconds 800
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 330 \
@@ -14,8 +15,8 @@ transformer stage: `--start-from xattn_video/pipelines/demo/model`.
 
 `--seconds` limits the wall time of a call, imports and final measurements included;
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
-its calls. To go on elsewhere copy `vae.pt`, `*.ckpt.*` and `training.json` out of the work
-directory. Clips are rendered on the fly from seeds; nothing is downloaded.
+its calls. To go on elsewhere copy `vae.pt`, `text.pt`, `*.ckpt.*` and `training.json` out of the
+work directory. Clips are rendered on the fly from seeds; nothing is downloaded.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> int:
 
     # Imported late, so that --help is quick and the clock counts the imports.
     import torch
-    from demo_training import package_stage, transformer_stage, vae_stage
+    from demo_training import package_stage, text_stage, transformer_stage, vae_stage
     from demo_training.plan import SMOKE, Job, Plan
 
     job = Job(
@@ -58,6 +59,7 @@ def main() -> int:
     job.log(f"{job.stage} on {name}, torch {torch.__version__}")
     stages = {
         "vae": vae_stage.run,
+        "text": text_stage.run,
         "transformer": transformer_stage.run,
         "package": package_stage.run,
     }
@@ -70,7 +72,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", required=True, choices=("vae", "transformer", "package"))
+    parser.add_argument(
+        "--stage", required=True, choices=("vae", "text", "transformer", "package")
+    )
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--total-seconds", type=float)

@@ -1,7 +1,7 @@
 """The formulas of the operator written as plain loops: what every implementation is held to.
 
 They run in float64 unless told otherwise; ``dtype`` gives the same formula as torch would compute
-it in that precision, which is what an error budget compares with.
+it in that precision on the tensors' device, which is what an error budget compares with.
 """
 
 import torch
@@ -47,14 +47,14 @@ def antidiagonal_block_scores(
                 last_query = min(i * stride + stride - 1, Sq - 1)
                 visible[i] &= first_keys <= last_query + Sk - Sq
         for h in range(H):
-            products = torch.zeros(groups_q, groups_k, dtype=dtype)
+            products = torch.zeros(groups_q, groups_k, dtype=dtype, device=query.device)
             for s in range(stride):
                 rows = [min(i * stride + stride - 1 - s, Sq - 1) for i in range(groups_q)]
                 columns = [min(j * stride + s, length - 1) for j in range(groups_k)]
-                q, k = query[b, h, rows].cpu().to(dtype), key[b, h, columns].cpu().to(dtype)
-                products += q @ k.T
-            products = (products * (scale / stride)).masked_fill(~visible, -torch.inf)
-            weights = torch.nan_to_num(torch.softmax(products, dim=-1), nan=0.0)
+                products += query[b, h, rows].to(dtype) @ key[b, h, columns].to(dtype).T
+            hidden = ~visible.to(query.device)
+            products = (products * (scale / stride)).masked_fill(hidden, -torch.inf)
+            weights = torch.nan_to_num(torch.softmax(products, dim=-1), nan=0.0).cpu()
             for m in range(scores.shape[2]):
                 of_row = slice(m * per_block, (m + 1) * per_block)
                 seeing = int(visible[of_row].any(dim=-1).sum())
@@ -138,14 +138,14 @@ def masked_attention(
     B, H, Sq, D = query.shape
     Sk = key.shape[-2]
     scale = D**-0.5 if scale is None else scale
-    output = torch.zeros(B, H, Sq, D, dtype=dtype)
-    tokens = torch.arange(Sk)
+    output = torch.zeros(B, H, Sq, D, dtype=dtype, device=query.device)
+    tokens = torch.arange(Sk, device=query.device)
     for b, length in enumerate(_lengths(key, key_lengths)):
         for h in range(H):
-            q, k, v = (x[b, h].cpu().to(dtype) for x in (query, key, value))
+            q, k, v = (x[b, h].to(dtype) for x in (query, key, value))
             for m in range(block_mask.shape[2]):
-                kept = block_mask[b, h, m].cpu().repeat_interleave(block_size)[:Sk]
-                rows = torch.arange(m * block_size, min((m + 1) * block_size, Sq))
+                kept = block_mask[b, h, m].to(q.device).repeat_interleave(block_size)[:Sk]
+                rows = torch.arange(m * block_size, min((m + 1) * block_size, Sq), device=q.device)
                 visible = (kept & (tokens < length)).expand(len(rows), Sk)
                 if causal:
                     visible = visible & (tokens <= rows[:, None] + Sk - Sq)

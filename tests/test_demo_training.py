@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from xattn_video.pipelines.demo.grammar import parse_prompt
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
@@ -49,3 +51,47 @@ def test_windows_are_encoded_as_the_stock_tiles_are() -> None:
         mean, log_variance = encode_windows(vae, frames)
     torch.testing.assert_close(mean, expected.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(log_variance, expected.logvar, rtol=1e-4, atol=1e-5)
+
+
+def test_an_object_s_words_stand_where_the_text_stage_reads_them() -> None:
+    from demo_training import text_stage
+    from demo_training.models import TEMPLATE_TOKENS, build_text_stack
+
+    prompt = (
+        "a red circle moving left to right and a green ring growing small to large "
+        "on a gray background"
+    )
+    scene = parse_prompt(prompt)
+    text = build_text_stack()
+    ids, _ = text.tokenize([prompt], torch.device("cpu"))
+    words = [text.tokenizer.decode(token).strip() for token in ids[0, TEMPLATE_TOKENS:]]
+    assert words[1:8] == ["a", "red", "circle", "moving", "left", "to", "right"]
+    assert words[9:16] == ["a", "green", "ring", "growing", "small", "to", "large"]
+
+    rows = text_stage._object_targets(scene)
+    hidden = text_stage.IGNORED
+    assert len(rows) == 14
+    assert rows[1] == [0, 0, hidden, hidden], "a colour's word tells place and colour"
+    assert rows[13] == [1, 1, 3, 4], "the last word tells all of its object"
+
+
+def test_the_text_encoders_learn_the_order_of_words() -> None:
+    from demo_training import text_stage
+    from demo_training.models import build_text_stack
+
+    torch.manual_seed(0)
+    text = build_text_stack()
+    heads = text_stage.Heads(128, 64)
+    device = torch.device("cpu")
+    scene = parse_prompt("a red circle moving left to right over a blue background")
+    mirrored = parse_prompt("a red circle moving right to left over a blue background")
+    parameters = [*heads.parameters(), *text.text_encoder.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+    for _ in range(30):
+        text_stage._loss(text, heads, [scene, mirrored], device).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    _, logits, targets, choices = text_stage._readings(text, heads, [scene, mirrored], device)[0]
+    motion = logits.split(choices, -1)[3][:, 6].argmax(-1)
+    assert torch.equal(motion, targets[:, 6, 3])
+    assert motion[0] != motion[1]

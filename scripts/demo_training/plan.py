@@ -88,7 +88,7 @@ class Job:
     """One call of the training script.
 
     Attributes:
-        stage: `vae`, `transformer` or `package`.
+        stage: `vae`, `text`, `transformer` or `package`.
         work_dir: Checkpoints, reports and pictures.
         started: Wall clock when the process began.
         seconds: Wall seconds that this call may take.

@@ -16,6 +16,7 @@ from demo_training.attention import TrainingProcessor, rotation_of, use_training
 from demo_training.latents import LatentPool, fill_pools
 from demo_training.models import TextStack, build_text_stack, build_transformer
 from demo_training.plan import Clock, Job, Size
+from demo_training.text_stage import load_text_stack
 from demo_training.vae_stage import load_vae
 from demo_training.weights import (
     TrainedWeights,
@@ -59,7 +60,9 @@ class Trainee:
 def run(job: Job) -> None:
     """Train for one call; write `transformer.ckpt.*`."""
     torch.manual_seed(job.seed)
-    text = build_text_stack()
+    # A finished model and a checkpoint bring their own text encoders.
+    begins = job.start_from is None and not job.resume
+    text = load_text_stack(job) if begins else build_text_stack()
     transformer = build_transformer(job.plan.transformer)
     modules = [transformer, text.text_encoder, text.text_encoder_2]
     if job.start_from is not None:
@@ -149,7 +152,7 @@ def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tens
     if has_others and rng.random() < OTHER_SIZES_SHARE:
         size, num_frames = rng.choice([plan.wide, plan.tall, plan.large]), 65
         count = plan.large_batch if size == plan.large else plan.batch_of[65]
-    prompt = rng.choices(["one", "two", "empty"], [0.68, 0.26, 0.06])[0]
+    prompt = rng.choices(["one", "two", "empty"], [0.6, 0.35, 0.05])[0]
     num_objects = 2 if prompt == "two" or (prompt == "empty" and rng.random() < 0.25) else 1
     latents, ids, ids_2 = trainee.pools[size][num_objects].batch(count, (num_frames - 1) // 4 + 1)
     if prompt == "empty":

@@ -31,7 +31,7 @@ from demo_training.weights import (
 LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 60
 KL_WEIGHT = 1e-4
-CROPS_UNTIL = 0.4
+CROPS_UNTIL = 0.3
 SAVE_EVERY_S = 150.0
 # Left at the end of a call for saving, measuring and pictures.
 RESERVE_S = 18.0

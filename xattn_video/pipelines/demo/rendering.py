@@ -19,6 +19,8 @@ COURSE_FRAMES = 64
 # The background fades from the top of the frame to its bottom: factor = TOP + FALL * y.
 BACKGROUND_TOP, BACKGROUND_FALL = 1.05, -0.20
 _OBJECT_SHADING = 0.12
+# An object's edge fades over this share of the frame's shorter side, as a lens would have it.
+_EDGE_WIDTH = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,7 @@ def render_scene(
         offset_x = (x[None, None, :] - centre_x) * (width / unit)
         offset_y = (y[None, :, None] - centre_y) * (height / unit)
         distance = signed_distance(item.shape, offset_x, offset_y, radius)
-        # The edge fades over 1.2 pixels.
-        coverage = (0.5 - distance * (unit / 1.2)).clamp(0, 1)
+        coverage = (0.5 - distance / _EDGE_WIDTH).clamp(0, 1)
         colour = torch.tensor(COLOURS[item.colour], device=device)[:, None, None, None]
         colour = colour * (1 - _OBJECT_SHADING * (offset_y / radius).clamp(-1, 1))
         image = image * (1 - coverage) + colour * coverage

@@ -1,0 +1,178 @@
+"""The text encoders: trained to hold what a prompt says, before the transformer reads them.
+
+Left to the transformer's loss alone they stay near bags of words: "left to right" and "right to
+left" have the same words, and so have two objects that swap their colours. Here linear heads, used
+nowhere else, read each object's place, colour, shape and motion from the states of its own words
+and the whole scene from the prompt's end and from the pooled state.
+"""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from demo_training.models import TextStack, build_text_stack
+from demo_training.plan import Clock, Job
+from demo_training.weights import add_report
+from xattn_video.pipelines.demo.grammar import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    sample_scene,
+)
+
+TEXT_FILE = "text.pt"
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 50
+BATCH = 64
+EVAL_PROMPTS = 512
+RESERVE_S = 10.0
+IGNORED = -100
+# An object's place, colour, shape and motion; then the background, for a whole scene.
+_OBJECT_CHOICES = (2, len(COLOURS), len(SHAPES), len(MOTIONS))
+_SCENE_CHOICES = (*_OBJECT_CHOICES[1:], *_OBJECT_CHOICES[1:], len(BACKGROUNDS))
+# Of an object's seven words ("a red circle moving left to right") the first that tells each part.
+_FIRST_WORD = (0, 1, 2, 6)
+_WORDS = 7
+
+
+class Heads(nn.Module):
+    """Linear readings of the states; thrown away after training."""
+
+    def __init__(self, width: int, pooled_width: int) -> None:
+        super().__init__()
+        self.of_object = nn.Linear(width, sum(_OBJECT_CHOICES))
+        self.of_scene = nn.Linear(width, sum(_SCENE_CHOICES))
+        self.of_pooled = nn.Linear(pooled_width, sum(_SCENE_CHOICES))
+
+
+def run(job: Job) -> None:
+    """Train both text encoders for one call; write `text.pt`."""
+    torch.manual_seed(job.seed)
+    text = build_text_stack()
+    encoders = [text.text_encoder, text.text_encoder_2]
+    for encoder in encoders:
+        encoder.to(job.device).train()
+    config, config_2 = text.text_encoder.config, text.text_encoder_2.config
+    heads = Heads(config.hidden_size, config_2.hidden_size).to(job.device)
+    parameters = [p for module in (*encoders, heads) for p in module.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    rng = random.Random(f"{job.seed}/text")
+    clock = Clock.begin(job, 0.0, 1.0 if job.is_smoke else RESERVE_S)
+    step, reported = 0, time.time()
+    while not clock.is_over:
+        loss = _loss(text, heads, [_random_scene(rng, step) for _ in range(BATCH)], job.device)
+        loss.backward()
+        step += 1
+        course = 0.5 * (1 + math.cos(math.pi * clock.fraction))
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS) * course
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        if time.time() - reported >= job.plan.report_every:
+            reported = time.time()
+            job.log(f"text step {step}, loss {loss.item():.4f}, {clock.fraction:.0%}")
+    shares = measure_readings(text, heads, job)
+    job.log(f"read right from held-out prompts: {shares}")
+    torch.save([encoder.state_dict() for encoder in encoders], job.work_dir / TEXT_FILE)
+    add_report(
+        job.work_dir,
+        {
+            "stage": "text",
+            "training_seconds": round(clock.spent, 1),
+            "steps": step,
+            "read_right": shares,
+        },
+    )
+
+
+def load_text_stack(job: Job) -> TextStack:
+    """Both tokenizers and the encoders that the text stage trained, in float32 on the CPU."""
+    path = job.work_dir / TEXT_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run the text stage first.")
+    text = build_text_stack()
+    states = torch.load(path, map_location="cpu", weights_only=True)
+    for encoder, state in zip((text.text_encoder, text.text_encoder_2), states, strict=True):
+        encoder.load_state_dict(state)
+    return text
+
+
+@torch.no_grad()
+def measure_readings(text: TextStack, heads: Heads, job: Job) -> dict[str, float]:
+    """Share of held-out prompts whose every part is read right, by kind of reading."""
+    rng = random.Random(f"{job.seed}/text/held-out")
+    count = BATCH if job.is_smoke else EVAL_PROMPTS
+    right: dict[str, list[Tensor]] = {}
+    for index in range(count // BATCH):
+        scenes = [_random_scene(rng, index, held_out=True) for _ in range(BATCH)]
+        for name, logits, targets, choices in _readings(text, heads, scenes, job.device):
+            per_part = [
+                (part.argmax(-1) == wanted) | (wanted == IGNORED)
+                for part, wanted in zip(logits.split(choices, -1), targets.unbind(-1), strict=True)
+            ]
+            right.setdefault(name, []).append(torch.stack(per_part).all(0).flatten().float())
+    return {name: round(torch.cat(rows).mean().item(), 4) for name, rows in right.items()}
+
+
+def _random_scene(rng: random.Random, step: int, *, held_out: bool = False) -> Scene:
+    """Prompts of one batch have one length: two objects in every other batch."""
+    return sample_scene(rng, 1 + step % 2, held_out=held_out)
+
+
+def _loss(text: TextStack, heads: Heads, scenes: Sequence[Scene], device: torch.device) -> Tensor:
+    """Mean cross entropy of every reading."""
+    losses = []
+    for _, logits, targets, choices in _readings(text, heads, scenes, device):
+        for part, wanted in zip(logits.split(choices, -1), targets.unbind(-1), strict=True):
+            if (wanted != IGNORED).any():
+                losses.append(F.cross_entropy(part.flatten(0, -2), wanted.flatten()))
+    return torch.stack(losses).mean()
+
+
+def _readings(
+    text: TextStack, heads: Heads, scenes: Sequence[Scene], device: torch.device
+) -> list[tuple[str, Tensor, Tensor, tuple[int, ...]]]:
+    """Name, logits ``[B, ..., sum of choices]``, targets ``[B, ..., parts]`` and choices."""
+    states, pooled = text.encode(*text.tokenize([scene.prompt for scene in scenes], device))
+    num_objects = len(scenes[0].objects)
+    # Before the prompt the template has one more token, between two objects stands "and".
+    first_words = [1 + index * (_WORDS + 1) for index in range(num_objects)]
+    of_objects = torch.cat([states[:, first : first + _WORDS] for first in first_words], dim=1)
+    object_targets = torch.tensor([_object_targets(scene) for scene in scenes], device=device)
+    scene_targets = torch.tensor([_scene_targets(scene) for scene in scenes], device=device)
+    return [
+        ("words", heads.of_object(of_objects), object_targets, _OBJECT_CHOICES),
+        ("end", heads.of_scene(states[:, -1]), scene_targets, _SCENE_CHOICES),
+        ("pooled", heads.of_pooled(pooled), scene_targets, _SCENE_CHOICES),
+    ]
+
+
+def _object_targets(scene: Scene) -> list[list[int]]:
+    """What each word of the objects' phrases should tell: those before it and itself."""
+    rows = []
+    for place, item in enumerate(scene.objects):
+        parts = (place, *_choices_of(item.colour, item.shape, item.motion))
+        for word in range(_WORDS):
+            known = [word >= first for first in _FIRST_WORD]
+            rows.append([p if k else IGNORED for p, k in zip(parts, known, strict=True)])
+    return rows
+
+
+def _scene_targets(scene: Scene) -> list[int]:
+    objects = [_choices_of(item.colour, item.shape, item.motion) for item in scene.objects]
+    objects += [(IGNORED,) * 3] * (2 - len(objects))
+    background = tuple(BACKGROUNDS).index(scene.background)
+    return [*itertools.chain.from_iterable(objects), background]
+
+
+def _choices_of(colour: str, shape: str, motion: str) -> tuple[int, int, int]:
+    return tuple(COLOURS).index(colour), SHAPES.index(shape), MOTIONS.index(motion)
