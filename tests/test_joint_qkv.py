@@ -25,6 +25,7 @@ from xattn_video.kernels import support
 from xattn_video.processors import joint_qkv
 from xattn_video.processors.joint_qkv import (
     can_fuse,
+    join,
     kernel_runs_on,
     prepare_eagerly,
     prepare_fused,
@@ -59,6 +60,52 @@ def layer_inputs(name, dtype=torch.float32, B=2):
     text = torch.randn(B, TEXT_TOKENS, HEADS * HEAD_DIM).to(dtype)
     angles = torch.randn(VIDEO_TOKENS, HEAD_DIM // 2).repeat_interleave(2, dim=1)
     return attn, video, text, (angles.cos(), angles.sin())
+
+
+# Video and text in one tensor
+
+
+def test_slices_of_a_joint_tensor_are_joined_without_a_copy():
+    joint = torch.randn(2, 7, 3)
+    with torch.no_grad():
+        joined = join(joint[:, :-2], joint[:, -2:])
+    assert torch.equal(joined, joint)
+    assert joined.stride() == joint.stride()
+    assert joined.data_ptr() == joint.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("video", "text"),
+    [
+        pytest.param(slice(0, 4), slice(5, 7), id="apart"),
+        pytest.param(slice(4, 7), slice(0, 4), id="the other way round"),
+        pytest.param(slice(0, 4), slice(3, 7), id="overlapping"),
+        pytest.param(slice(0, 4), slice(4, 7, 2), id="with gaps"),
+    ],
+)
+def test_other_slices_are_joined_with_a_copy(video, text):
+    joint = torch.randn(2, 7, 3)
+    video, text = joint[:, video], joint[:, text]
+    with torch.no_grad():
+        assert torch.equal(join(video, text), torch.cat([video, text], dim=1))
+        assert torch.equal(join(video, text + 1), torch.cat([video, text + 1], dim=1))
+
+
+def test_slices_that_need_gradients_are_joined_with_a_copy():
+    joint = torch.randn(2, 7, 3, requires_grad=True)
+    join(joint[:, :-2], joint[:, -2:]).sum().backward()
+    assert torch.equal(joint.grad, torch.ones(2, 7, 3))
+
+
+def test_a_single_stream_layer_projects_what_its_block_normalised():
+    normalised, projected = [], []
+    transformer, _ = with_processor(1.0)
+    attn = transformer.get_submodule(SINGLE)
+    attn.to_q.register_forward_pre_hook(lambda _, args: projected.append(args[0].data_ptr()))
+    block = transformer.get_submodule("single_transformer_blocks.0")
+    block.norm.register_forward_hook(lambda *call: normalised.append(call[2][0].data_ptr()))
+    run(transformer)
+    assert projected == normalised
 
 
 # What the kernel gives
@@ -124,6 +171,19 @@ def test_a_compiled_transformer_has_no_graph_break(compiled, num_graphs, launche
     assert len(launches) == 2 * NUM_LAYERS
     assert backend.frame_count == num_graphs
     assert not counters["graph_break"]
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_inductor_runs_it(launches):
+    torch.compiler.reset()
+    pipe = tiny_pipeline()
+    transformer, _ = with_processor([1.0, 0.9], pipe.transformer)
+    expected = generate(pipe, 2)
+    launches.clear()
+    transformer.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(generate(pipe, 2), expected, rtol=1e-4, atol=1e-4)
+    assert len(launches) == 2 * NUM_LAYERS
     torch.compiler.reset()
 
 

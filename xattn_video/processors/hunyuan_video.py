@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xattn_video.errors import UnboundProcessorError
 from xattn_video.processors.binding import TransformerBound, install, supported_transformer
 from xattn_video.processors.joint_attention import dense_attention, sparse_attention
-from xattn_video.processors.joint_qkv import can_fuse, prepare_eagerly, prepare_fused
+from xattn_video.processors.joint_qkv import can_fuse, join, prepare_eagerly, prepare_fused
 from xattn_video.processors.layer_slots import (
     SLOT_NAME,
     ForwardPlan,
@@ -117,7 +117,7 @@ class XAttnProcessor(TransformerBound):
         num_text_tokens = encoder_hidden_states.shape[1]
 
         if attn.add_q_proj is None:
-            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+            hidden_states = join(hidden_states, encoder_hidden_states)
 
         # 1. QKV projections
         query = attn.to_q(hidden_states)

@@ -23,6 +23,26 @@ RotaryEmb = tuple[Tensor, Tensor]
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
+def join(video: Tensor, text: Tensor) -> Tensor:
+    """Video and text in one tensor, `[B, Sv + St, C]`.
+
+    No copy where they are slices of one that holds them so, which single-stream blocks have cut
+    just before. A compiled graph sees to that itself.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and video._base is not None
+        and video._base is text._base
+        and video.dtype == text.dtype
+        and video.stride() == text.stride()
+        and text.storage_offset() == video.storage_offset() + video.shape[1] * video.stride(1)
+    ):
+        B, num_video, C = video.shape
+        return video.as_strided((B, num_video + text.shape[1], C), video.stride())
+    return torch.cat([video, text], dim=1)
+
+
 def kernel_runs_on(device: torch.device) -> bool:
     """Whether the fused kernel runs on the device; asked once a forward, not by its layers."""
     return device.type == "cuda" and not device_unsupported_reasons(device)
