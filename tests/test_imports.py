@@ -28,7 +28,7 @@ ALLOWED = {
     "compat": OPERATOR,
     "schedule": {"errors"},
     "report": {"errors"},
-    "processors": OPERATOR | {"dense", "schedule", "report", "processors"},
+    "processors": OPERATOR | {"dense", "kernels", "schedule", "report", "processors"},
     "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
     "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "cli"},
 }

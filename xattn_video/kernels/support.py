@@ -18,12 +18,8 @@ def kernel_unsupported_reasons(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
 ) -> list[str]:
     """Why no kernel of this package can run such inputs, each reason with its remedy."""
-    reasons = []
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed; pip install triton (Linux only).")
-    if not INTERPRETING:
-        reasons.extend(_device_reasons(device))
-    elif dtype == torch.bfloat16:
+    reasons = device_unsupported_reasons(device)
+    if INTERPRETING and dtype == torch.bfloat16:
         reasons.append(
             "Triton's interpreter computes bfloat16 wrongly; use float32 or float16, or unset "
             "TRITON_INTERPRET on a GPU."
@@ -40,6 +36,16 @@ def kernel_unsupported_reasons(
             f"block_size must be 64 or 128, got {block_size}; use one of these, or backend "
             "torch_gather."
         )
+    return reasons
+
+
+def device_unsupported_reasons(device: torch.device) -> list[str]:
+    """Why no kernel of this package can run on the device, whatever the inputs."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed; pip install triton (Linux only).")
+    if not INTERPRETING:
+        reasons.extend(_device_reasons(device))
     return reasons
 
 

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from xattn_video.errors import UnboundProcessorError
 from xattn_video.processors.binding import TransformerBound, install, supported_transformer
 from xattn_video.processors.joint_attention import dense_attention, sparse_attention
+from xattn_video.processors.joint_qkv import can_fuse, join, prepare_eagerly, prepare_fused
 from xattn_video.processors.layer_slots import (
     SLOT_NAME,
     ForwardPlan,
@@ -117,7 +117,7 @@ class XAttnProcessor(TransformerBound):
         num_text_tokens = encoder_hidden_states.shape[1]
 
         if attn.add_q_proj is None:
-            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+            hidden_states = join(hidden_states, encoder_hidden_states)
 
         # 1. QKV projections
         query = attn.to_q(hidden_states)
@@ -128,39 +128,17 @@ class XAttnProcessor(TransformerBound):
         key = key.unflatten(2, (attn.heads, -1))
         value = value.unflatten(2, (attn.heads, -1))
 
-        # 2. QK normalization
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-
-        # 3. Rotational positional embeddings applied to latent stream
-        if image_rotary_emb is not None:
-            if attn.add_q_proj is None:
-                query = _rotate_video(query, image_rotary_emb, num_text_tokens)
-                key = _rotate_video(key, image_rotary_emb, num_text_tokens)
-            else:
-                query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-                key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-
-        # 4. Encoder condition QKV projection and normalization
-        if attn.add_q_proj is not None:
-            encoder_query = attn.add_q_proj(encoder_hidden_states)
-            encoder_key = attn.add_k_proj(encoder_hidden_states)
-            encoder_value = attn.add_v_proj(encoder_hidden_states)
-
-            encoder_query = encoder_query.unflatten(2, (attn.heads, -1))
-            encoder_key = encoder_key.unflatten(2, (attn.heads, -1))
-            encoder_value = encoder_value.unflatten(2, (attn.heads, -1))
-
-            if attn.norm_added_q is not None:
-                encoder_query = attn.norm_added_q(encoder_query)
-            if attn.norm_added_k is not None:
-                encoder_key = attn.norm_added_k(encoder_key)
-
-            query = torch.cat([query, encoder_query], dim=1)
-            key = torch.cat([key, encoder_key], dim=1)
-            value = torch.cat([value, encoder_value], dim=1)
+        # 2. to 4. QK normalization, rotary embedding of the video, QKV projections of the text
+        heads = (query, key, value)
+        if (
+            query.device.type == plan.fused_on
+            and image_rotary_emb is not None
+            and can_fuse(attn, heads, encoder_hidden_states, image_rotary_emb)
+        ):
+            heads = prepare_fused(attn, heads, encoder_hidden_states, image_rotary_emb)
+        else:
+            heads = prepare_eagerly(attn, heads, encoder_hidden_states, image_rotary_emb)
+        query, key, value = heads
 
         # 5. Attention
         hidden_states = self._attend(
@@ -322,14 +300,6 @@ class XAttnProcessor(TransformerBound):
                 "sparse steps do not run under context parallelism yet; use a threshold of 1, or "
                 "run without transformer.enable_parallelism."
             )
-
-
-def _rotate_video(
-    tokens: Tensor, image_rotary_emb: tuple[Tensor, Tensor], num_text_tokens: int
-) -> Tensor:
-    """Rotary embedding on all but the text tokens, which come last, `[B, S, H, D]`."""
-    video, text = tokens[:, :-num_text_tokens], tokens[:, -num_text_tokens:]
-    return torch.cat([apply_rotary_emb(video, image_rotary_emb, sequence_dim=1), text], dim=1)
 
 
 install()

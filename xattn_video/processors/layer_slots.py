@@ -52,6 +52,7 @@ class ForwardPlan:
         reason: Why they do not.
         backend: What computes sparse attention; None where the layers run dense.
         threshold: Tau where it is one number for all layers and heads.
+        fused_on: The type of device on which one kernel prepares queries and keys, or None.
         key_lengths: int64 `[B]` on the CPU: valid video and text keys of each item.
         device_key_lengths: The same as int32 on the device of the latents.
         valid_blocks: Blocks that dense attention computes in a layer, over batch and heads.
@@ -61,6 +62,7 @@ class ForwardPlan:
     reason: str | None
     backend: str | None
     threshold: float | None
+    fused_on: str | None
     key_lengths: Tensor
     device_key_lengths: Tensor
     valid_blocks: int

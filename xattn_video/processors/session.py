@@ -12,6 +12,7 @@ from torch import nn
 from xattn_video.checks import check_block_size
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.inputs import Problem
+from xattn_video.processors import joint_qkv
 from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
 from xattn_video.registry import load_backend, resolve_backend
@@ -118,6 +119,7 @@ class Session:
             reason=reason,
             backend=backend,
             threshold=taus[0][0] if settings.schedule.is_uniform else None,
+            fused_on=device.type if joint_qkv.kernel_runs_on(device) else None,
             key_lengths=lengths,
             device_key_lengths=lengths.to(device, torch.int32, non_blocking=True),
             valid_blocks=blocks[0] * sum(blocks[1:]) * config.num_attention_heads,

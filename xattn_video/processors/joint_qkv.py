@@ -1,0 +1,237 @@
+"""Queries, keys and values of joint text-video attention, from their projections on.
+
+`prepare_eagerly` follows Diffusers' processor step by step. `prepare_fused` gives the same from
+one kernel, where `can_fuse` allows it. Projections stay calls of their modules in both, so that
+adapters and quantised layers work as ever.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
+
+from xattn_video.kernels.support import (
+    DTYPES,
+    LARGEST_HEAD_DIM,
+    device_unsupported_reasons,
+)
+
+RotaryEmb = tuple[Tensor, Tensor]
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def join(video: Tensor, text: Tensor) -> Tensor:
+    """Video and text in one tensor, `[B, Sv + St, C]`.
+
+    No copy where they are slices of one that holds them so, which single-stream blocks have cut
+    just before. A compiled graph sees to that itself.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and video._base is not None
+        and video._base is text._base
+        and video.dtype == text.dtype
+        and video.stride() == text.stride()
+        and text.storage_offset() == video.storage_offset() + video.shape[1] * video.stride(1)
+    ):
+        B, num_video, C = video.shape
+        return video.as_strided((B, num_video + text.shape[1], C), video.stride())
+    return torch.cat([video, text], dim=1)
+
+
+def kernel_runs_on(device: torch.device) -> bool:
+    """Whether the fused kernel runs on the device; asked once a forward, not by its layers."""
+    return device.type == "cuda" and not device_unsupported_reasons(device)
+
+
+def can_fuse(
+    attn: Attention, video: Heads, encoder_hidden_states: Tensor, image_rotary_emb: RotaryEmb
+) -> bool:
+    """Whether the fused kernel computes what the layer's own modules would.
+
+    Args:
+        attn: The layer.
+        video: As `prepare_eagerly` takes it.
+        encoder_hidden_states: Likewise.
+        image_rotary_emb: Likewise.
+    """
+    query = video[0]
+    head_dim = query.shape[-1]
+    num_video_tokens = query.shape[1]
+    if attn.add_q_proj is None:
+        num_video_tokens -= encoder_hidden_states.shape[1]
+    norms = _norms(attn)
+    # The kernel has no backward.
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*video, encoder_hidden_states, *attn.parameters())
+    )
+    return (
+        not needs_grad
+        and query.dtype in DTYPES
+        and head_dim % 16 == 0
+        and head_dim <= LARGEST_HEAD_DIM
+        and all(tensor.shape == query.shape and tensor.dtype == query.dtype for tensor in video)
+        and all(_is_plain(norm, query) and norm.eps == norms[0].eps for norm in norms)
+        and all(
+            part.dtype == torch.float32
+            and part.device == query.device
+            and part.shape == (num_video_tokens, head_dim)
+            for part in image_rotary_emb
+        )
+    )
+
+
+def prepare_fused(
+    attn: Attention, video: Heads, encoder_hidden_states: Tensor, image_rotary_emb: RotaryEmb
+) -> Heads:
+    """What `prepare_eagerly` gives, from one kernel; only where `can_fuse` allows it."""
+    norms = _norms(attn)
+    weights = [norm.weight for norm in norms]
+    if attn.add_q_proj is not None:
+        text = _project_text(attn, encoder_hidden_states)
+        query, key, value = torch.ops.xattn_video.qk_norm_rope(
+            video, text, weights, *image_rotary_emb, norms[0].eps
+        )
+        return query, key, value
+    num_text_tokens = encoder_hidden_states.shape[1]
+    query, key = torch.ops.xattn_video.qk_norm_rope(
+        [tokens[:, :-num_text_tokens] for tokens in video[:2]],
+        [tokens[:, -num_text_tokens:] for tokens in video[:2]],
+        [*weights, *weights],
+        *image_rotary_emb,
+        norms[0].eps,
+    )
+    return query, key, video[2]
+
+
+def prepare_eagerly(
+    attn: Attention,
+    video: Heads,
+    encoder_hidden_states: Tensor,
+    image_rotary_emb: RotaryEmb | None,
+) -> Heads:
+    """Normalise, rotate the video and join it with the text.
+
+    Args:
+        attn: The layer.
+        video: Projected queries, keys and values, `[B, S, H, D]`: of the video where the layer
+            has projections for the text, else of video and text.
+        encoder_hidden_states: The text, `[B, St, C]`.
+        image_rotary_emb: Cosines and sines for the video tokens, `[Sv, D]`, or None.
+
+    Returns:
+        Queries, keys and values, `[B, Sv + St, H, D]`.
+    """
+    query, key, value = video
+
+    # 2. QK normalization
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+
+    # 3. Rotational positional embeddings applied to latent stream
+    if image_rotary_emb is not None:
+        if attn.add_q_proj is None:
+            num_text_tokens = encoder_hidden_states.shape[1]
+            query = _rotate_video(query, image_rotary_emb, num_text_tokens)
+            key = _rotate_video(key, image_rotary_emb, num_text_tokens)
+        else:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+    # 4. Encoder condition QKV projection and normalization
+    if attn.add_q_proj is not None:
+        encoder_query, encoder_key, encoder_value = _project_text(attn, encoder_hidden_states)
+
+        if attn.norm_added_q is not None:
+            encoder_query = attn.norm_added_q(encoder_query)
+        if attn.norm_added_k is not None:
+            encoder_key = attn.norm_added_k(encoder_key)
+
+        query = torch.cat([query, encoder_query], dim=1)
+        key = torch.cat([key, encoder_key], dim=1)
+        value = torch.cat([value, encoder_value], dim=1)
+
+    return query, key, value
+
+
+def _project_text(attn: Attention, encoder_hidden_states: Tensor) -> Heads:
+    """Queries, keys and values of the text, `[B, St, H, D]`."""
+    encoder_query = attn.add_q_proj(encoder_hidden_states)
+    encoder_key = attn.add_k_proj(encoder_hidden_states)
+    encoder_value = attn.add_v_proj(encoder_hidden_states)
+
+    return (
+        encoder_query.unflatten(2, (attn.heads, -1)),
+        encoder_key.unflatten(2, (attn.heads, -1)),
+        encoder_value.unflatten(2, (attn.heads, -1)),
+    )
+
+
+def _rotate_video(tokens: Tensor, image_rotary_emb: RotaryEmb, num_text_tokens: int) -> Tensor:
+    """Rotary embedding on all but the text tokens, which come last, `[B, S, H, D]`."""
+    video, text = tokens[:, :-num_text_tokens], tokens[:, -num_text_tokens:]
+    return torch.cat([apply_rotary_emb(video, image_rotary_emb, sequence_dim=1), text], dim=1)
+
+
+def _norms(attn: Attention) -> list[nn.Module]:
+    """The norms of the layer's queries and keys, then those of the text if it has its own."""
+    own_text = attn.add_q_proj is not None
+    return [attn.norm_q, attn.norm_k] + [attn.norm_added_q, attn.norm_added_k] * own_text
+
+
+def _is_plain(norm: nn.Module, rows: Tensor) -> bool:
+    """Whether the module's weight, on the rows' device and of their dtype, is all there is to it.
+
+    What replaces ``forward`` or hangs hooks on the module, such as offloading, may also move the
+    weight when the module is called, which the kernel does not do.
+    """
+    return (
+        type(norm) is RMSNorm
+        and "forward" not in vars(norm)
+        and not norm._forward_pre_hooks
+        and not norm._forward_hooks
+        and norm.bias is None
+        and norm.weight is not None
+        and norm.weight.shape == rows.shape[-1:]
+        and norm.weight.dtype == rows.dtype
+        and norm.weight.device == rows.device
+    )
+
+
+def _qk_norm_rope(
+    video: Sequence[Tensor],
+    text: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    # Imported here because Triton may be missing.
+    from xattn_video.kernels.qk_norm_rope import qk_norm_rope
+
+    return qk_norm_rope(video, text, weights, (cos, sin), eps)
+
+
+# Opaque to torch.compile, so that a compiled transformer keeps whole graphs.
+_op = torch.library.custom_op(
+    "xattn_video::qk_norm_rope",
+    _qk_norm_rope,
+    mutates_args=(),
+    schema=(
+        "(Tensor[] video, Tensor[] text, Tensor[] weights, Tensor cos, Tensor sin, float eps) "
+        "-> Tensor[]"
+    ),
+)
+
+
+@_op.register_fake
+def _(video: Sequence[Tensor], text: Sequence[Tensor], *_: object) -> list[Tensor]:
+    B, num_video, H, D = video[0].shape
+    joint = (B, num_video + text[0].shape[1], H, D)
+    return [tokens.new_empty(joint) for tokens in video]
