@@ -30,7 +30,8 @@ ALLOWED = {
     "report": {"errors"},
     "processors": OPERATOR | {"dense", "schedule", "report", "processors"},
     "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
-    "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "cli"},
+    "benchmark": OPERATOR | {"kernels", "benchmark"},
+    "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "benchmark", "cli"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
