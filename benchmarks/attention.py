@@ -10,7 +10,8 @@ the options before it as defaults.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks import upstream
 from benchmarks.arguments import comma_separated
+from benchmarks.inputs_file import input_names, load_inputs
 from benchmarks.measure import ResultFile, environment
 from benchmarks.problems import GROUPS, PROBLEMS, find_problems
 from xattn_video.benchmark.parts import (
@@ -38,13 +40,27 @@ def main(words: list[str] | None = None) -> None:
     results = ResultFile(runs[0].output, environment(device, runs[0].commit))
     for arguments in runs:
         budget = Budget(arguments.repeats, arguments.max_seconds)
-        for problem in find_problems(arguments.problem):
-            tensors = clustered_tensors(problem, device, arguments.dtype, focus=arguments.focus)
-            for row, done in measure_cases(cases(tensors, arguments), device, budget):
-                results.add({"problem": problem.name} | row, done)
+        for name, make_tensors in problems(arguments, device):
+            for row, done in measure_cases(cases(make_tensors, arguments), device, budget):
+                results.add({"problem": name} | row, done)
                 print(describe_row(row), file=sys.stderr, flush=True)
-            del tensors
     print_table(results)
+
+
+def problems(
+    arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], AttentionTensors]]]:
+    """Name and tensors of each problem; the tensors are made when they are first asked for."""
+    if arguments.inputs is not None:
+        for name in input_names(arguments.inputs):
+            yield name, partial(load_inputs, arguments.inputs, name, device, arguments.dtype)
+        return
+    for problem in find_problems(arguments.problem):
+        focus = arguments.focus
+        yield (
+            problem.name,
+            partial(clustered_tensors, problem, device, arguments.dtype, focus=focus),
+        )
 
 
 def parse_runs(words: list[str]) -> list[argparse.Namespace]:
@@ -74,6 +90,8 @@ def complete(run: argparse.Namespace) -> None:
     if not run.density and not run.threshold:
         run.density = [0.2, 0.345, 0.456]
     find_problems(run.problem)
+    if run.inputs is not None and not run.inputs.is_file():
+        raise FileNotFoundError(f"--inputs {run.inputs} is no file; write it with demo_inputs.")
     run.time_upstream = upstream.find_checkouts(run.upstream)
 
 
@@ -83,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     names, numbers = comma_separated(str), comma_separated(float)
     known = ", ".join([*PROBLEMS, *GROUPS])
     add("--problem", type=names, default=["hunyuan-720p-129f"], help=f"any of {known}")
+    add("--inputs", type=Path, help="a file of benchmarks.demo_inputs, in place of --problem")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA")
     add("--density", type=numbers, default=[], help="of the blocks; it sets the threshold")
@@ -101,8 +120,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def cases(tensors: AttentionTensors, arguments: argparse.Namespace) -> Iterator[Case]:
+def cases(
+    make_tensors: Callable[[], AttentionTensors], arguments: argparse.Namespace
+) -> Iterator[Case]:
     """All rows of one problem."""
+    tensors = make_tensors()
     settings = SparseSettings(
         densities=tuple(arguments.density),
         thresholds=tuple(arguments.threshold),
@@ -137,7 +159,8 @@ def describe_row(row: dict[str, Any]) -> str:
         tflops = f"{row['tflops']:7.1f} TFLOP/s" if "tflops" in row else ""
         memory = row["extra_memory_gib"]
         extra = "" if memory is None else f"{memory:6.2f} GiB"
-        result = f"{row['latency_ms']:10.2f} ms {extra} {tflops}"
+        mass = f"kept mass {row['kept_mass']:.3f}" if "kept_mass" in row else ""
+        result = f"{row['latency_ms']:10.2f} ms {extra} {tflops} {mass}".rstrip()
     stride = f"S={row['stride']}" if "stride" in row else ""
     density = f"{row['density']:.3f}" if "density" in row else ""
     name, backend = row.get("name", "?"), row.get("backend") or ""
@@ -145,10 +168,16 @@ def describe_row(row: dict[str, Any]) -> str:
 
 
 def print_table(results: ResultFile) -> None:
-    """All rows, then all failures."""
-    print(f"{'N':>7} {'part':<10} {'by':<18} {'':<5} {'density':<6}")
-    for row in [*results.rows, *results.failures]:
+    """All rows, a heading for each problem, then all failures."""
+    print(f"{'N':>7} {'part':<10} {'by':<18} {'':<5} density")
+    problem = None
+    for row in results.rows:
+        if row["problem"] != problem:
+            problem = row["problem"]
+            print(problem)
         print(describe_row(row))
+    for row in results.failures:
+        print(row["problem"], describe_row(row))
 
 
 if __name__ == "__main__":

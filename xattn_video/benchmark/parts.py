@@ -13,6 +13,7 @@ from xattn_video.attention import block_sparse_attention, xattention
 from xattn_video.benchmark.checks import check_attention, check_scores, check_selection
 from xattn_video.benchmark.dense import dense_kernels
 from xattn_video.benchmark.problems import AttentionTensors, density_of, threshold_for_density
+from xattn_video.benchmark.quality import selection_quality
 from xattn_video.benchmark.timing import Budget, measure, time_limit
 from xattn_video.scoring import block_scores
 from xattn_video.selection import select_blocks
@@ -33,12 +34,14 @@ class Case:
         check: Runs it once and compares it with the formula; its error, or an exception.
         run: What is timed.
         flops: Of matrix products, where the row is about them.
+        more: Further columns, computed after the row was timed.
     """
 
     row: Row
     check: Callable[[], float]
     run: Callable[[], object]
     flops: float | None = None
+    more: Callable[[], Row] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterato
                 _row(tensors, "selection", **chosen),
                 partial(_selection_error, select, scores, tau, forced),
                 select,
+                more=_quality_of(tensors, mask, chosen),
             )
             for backend in settings.backends:
                 if stride == settings.strides[0]:
@@ -106,6 +110,13 @@ def _selection_error(
     run: Callable[[], Tensor], scores: Tensor, threshold: float, forced: Tensor | None
 ) -> float:
     return check_selection(run(), scores, threshold, forced)
+
+
+def _quality_of(tensors: AttentionTensors, mask: Tensor, chosen: Row) -> Callable[[], Row] | None:
+    """What the selection keeps of the true attention; of random tensors it says nothing."""
+    if not tensors.from_model:
+        return None
+    return partial(selection_quality, tensors, mask, chosen["stride"], chosen["threshold"])
 
 
 def _attention_case(tensors: AttentionTensors, mask: Tensor, backend: str, chosen: Row) -> Case:
@@ -178,6 +189,8 @@ def _measure_case(case: Case, device: torch.device, budget: Budget) -> Row:
     with time_limit(budget.max_seconds + _SECONDS_TO_COMPILE):
         error = case.check()
         row = case.row | {"error": error} | measure(case.run, device, budget)
+        if case.more is not None:
+            row |= case.more()
     if case.flops is not None:
         row["tflops"] = case.flops / row["latency_ms"] / 1e9
     return row
