@@ -156,7 +156,7 @@ def describe_row(row: dict[str, Any]) -> str:
     if "failure" in row:
         result = f"failed: {' '.join(row['failure'].split())[:160]}"
     else:
-        tflops = f"{row['tflops']:7.1f} TFLOP/s" if "tflops" in row else ""
+        tflops = f"{row['tflops']:6.3g} TFLOP/s" if "tflops" in row else ""
         memory = row["extra_memory_gib"]
         extra = "" if memory is None else f"{memory:6.2f} GiB"
         mass = f"kept mass {row['kept_mass']:.3f}" if "kept_mass" in row else ""

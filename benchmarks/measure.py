@@ -2,8 +2,10 @@
 
 import json
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,13 +31,34 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
             versions[package] = None
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit or _commit(),
+        "command": _command(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _command() -> str:
+    """What was typed, without the place of the output."""
+    module = Path(sys.argv[0]).stem
+    words = sys.argv[1:]
+    if "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
 
 
 def _commit() -> str | None:

@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from xattn_video.benchmark.speedup import STOCK, Speedup
+from xattn_video.benchmark.dense import STOCK
+from xattn_video.benchmark.speedup import Speedup
 from xattn_video.cli import app
 from xattn_video.cli.bench import _warn_of_waiting, print_speedup
 from xattn_video.cli.console import output_console

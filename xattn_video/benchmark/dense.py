@@ -12,6 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xattn_video.benchmark.problems import AttentionTensors
 from xattn_video.kernels import flash_attention_4
 
+STOCK = "sdpa-padding-mask"
+"""The baseline that does what the stock processor does."""
+
 # Padded text tokens of a prompt of 60, which the stock processor masks.
 _STOCK_PADDING = 196
 
@@ -21,8 +24,8 @@ def dense_kernels(
 ) -> Iterator[tuple[str, Callable[[], Tensor], int]]:
     """Name, call and valid keys of each baseline.
 
-    ``sdpa-padding-mask`` is the stock processor's call: PyTorch's own choice under the boolean
-    mask of a padded prompt. All others see every key and no mask.
+    `STOCK` is PyTorch's own choice under the boolean mask of a padded prompt. All others see
+    every key and no mask.
     """
     query, key, value = tensors.query, tensors.key, tensors.value
     if not flash_attention_4.unsupported_reasons(query.device, query.dtype, query.shape[-1]):
@@ -40,7 +43,7 @@ def dense_kernels(
     num_keys = max(1, tensors.length - _STOCK_PADDING)
     mask[..., num_keys:] = False
     masked = partial(F.scaled_dot_product_attention, query, key, value, attn_mask=mask)
-    yield "sdpa-padding-mask", masked, num_keys
+    yield STOCK, masked, num_keys
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, kernel: SDPBackend | None) -> Tensor:
