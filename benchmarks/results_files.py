@@ -94,15 +94,14 @@ class ResultFile:
     @property
     def single_problems(self) -> list[Problem]:
         """Problems on random inputs that stand for themselves."""
-        return [p for p in self.problems if not p.is_sweep and not p.from_model]
+        sweep = {problem.name for problem in self.sweep}
+        return [p for p in self.problems if p.name not in sweep and not p.from_model]
 
     @property
     def sweep(self) -> list[Problem]:
-        """A row of sizes, by size."""
-        return sorted(
-            (problem for problem in self.problems if problem.is_sweep),
-            key=lambda problem: problem.first["n"],
-        )
+        """A row of sizes, by size; none where there is only one."""
+        found = [problem for problem in self.problems if problem.is_sweep]
+        return sorted(found, key=lambda p: int(p.first["n"])) if len(found) > 1 else []
 
     @property
     def model_problems(self) -> list[Problem]:

@@ -118,6 +118,13 @@ def test_what_was_not_measured_has_no_section(gpu_file):
         assert word not in page.partition("## A GPU")[2]
 
 
+def test_one_size_is_no_row_of_sizes(gpu_file):
+    content = gpu_file.content | {"rows": rows_of("8k", 8192)}
+    page = render_page([ResultFile("x", content)])
+    assert "### 8k: 8,192 tokens" in page
+    assert "By number of tokens" not in page
+
+
 def test_the_readme_takes_the_fastest_backend(gpu_file):
     table = render_readme_table([gpu_file]).splitlines()
     assert table[2] == (
