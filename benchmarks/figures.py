@@ -36,7 +36,7 @@ def draw_parts(problem: Problem, device: str) -> Figure:
             axes.barh(position, length, left=start, color=_COLOURS[part])
             start += length
     labels = [row["backend"] for row in dense]
-    labels += [f"{r['backend']}, {r['density']:.2f}, S={r['stride']}" for r in sparse]
+    labels += [f"{r['backend']}, {r['density']:.3f}, S={r['stride']}" for r in sparse]
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=f"{problem.first['n']:,} tokens, {device}")
@@ -66,7 +66,8 @@ def draw_speedups(sweep: list[Problem], device: str) -> Figure:
     lines: dict[str, list[tuple[int, float]]] = {}
     for problem in sweep:
         for row in problem.select("xattention"):
-            label = f"{row['backend']}, density {row['density']:.1f}, S={row['stride']}"
+            density = row.get("wanted_density", row["density"])
+            label = f"{row['backend']}, density {density:.3g}, S={row['stride']}"
             speedup = problem.speedup(row, problem.best_dense)
             if speedup is not None:
                 lines.setdefault(label, []).append((row["n"], speedup))

@@ -187,13 +187,15 @@ def _readme_rows(file: ResultFile, problem: Problem) -> Iterator[list[object]]:
     best_dense = problem.best_dense
     if best_dense is None:
         return
-    for density in sorted({round(row["density"], 2) for row in ours}):
-        same = [row for row in ours if round(row["density"], 2) == density]
+    wanted: dict[float, list[Row]] = {}
+    for row in ours:
+        wanted.setdefault(row.get("wanted_density", row["threshold"]), []).append(row)
+    for same in wanted.values():
         total = min(same, key=lambda row: row["latency_ms"])
         yield [
             file.device,
             f"{problem.first['n']:,}",
-            f"{total['density']:.2f}",
+            f"{total['density']:.3f}",
             f"{_ms(best_dense)} ms ({best_dense['backend']})",
             f"{_ms(total)} ms ({total['backend']})",
             _times(problem.speedup(total, best_dense)),

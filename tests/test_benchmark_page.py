@@ -128,7 +128,7 @@ def test_one_size_is_no_row_of_sizes(gpu_file):
 def test_the_readme_takes_the_fastest_backend(gpu_file):
     table = render_readme_table([gpu_file]).splitlines()
     assert table[2] == (
-        "| A GPU | 119,056 | 0.34 | 298 ms (flash-attn-4) | 149 ms (flash4) | 2.00x | 3.60x |"
+        "| A GPU | 119,056 | 0.345 | 298 ms (flash-attn-4) | 149 ms (flash4) | 2.00x | 3.60x |"
     )
     assert "8,192" in table[3]
     assert len(table) == 4

@@ -80,12 +80,10 @@ def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterato
             score,
         )
         scores = score()
-        taus = [*settings.thresholds]
-        taus += [threshold_for_density(scores, want, forced) for want in settings.densities]
-        for tau in taus:
+        for tau, wanted in _thresholds(settings, scores, forced):
             select = partial(select_blocks, scores, tau, forced=forced)
             mask = select()
-            chosen = {"stride": stride, "threshold": tau, "density": density_of(mask)}
+            chosen = {"stride": stride, "threshold": tau, "density": density_of(mask), **wanted}
             yield Case(
                 _row(tensors, "selection", **chosen),
                 partial(_selection_error, select, scores, tau, forced),
@@ -96,6 +94,16 @@ def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterato
                 if stride == settings.strides[0]:
                     yield _attention_case(tensors, mask, backend, chosen)
                 yield _xattention_case(tensors, backend, chosen)
+
+
+def _thresholds(
+    settings: SparseSettings, scores: Tensor, forced: Tensor | None
+) -> Iterator[tuple[float, Row]]:
+    """Each threshold, and the density that it stands for, if it does."""
+    for tau in settings.thresholds:
+        yield tau, {}
+    for density in settings.densities:
+        yield threshold_for_density(scores, density, forced), {"wanted_density": density}
 
 
 def _dense_error(run: Callable[[], Tensor], tensors: AttentionTensors, num_keys: int) -> float:
