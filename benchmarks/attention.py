@@ -1,154 +1,183 @@
-"""Times dense attention, and XAttention part by part, on one problem.
+"""Times dense attention, and XAttention part by part.
 
-    python -m benchmarks.attention --problem hunyuan-720p-129f --output results.json
-    python -m benchmarks.attention --problem cpu-8k --device cpu --threshold 0.5
+    python -m benchmarks.attention --problem hunyuan-720p-129f,sweep --output results.json
+    python -m benchmarks.attention --problem cpu-sweep --device cpu --density 0.3
 
-Nothing is timed before it has been compared with dense attention in the same run.
+Every row is compared with the formula before it is timed: what differs, or fails in another way,
+is listed as a failure. Options after `--then` make another run in the same process and file, with
+the options before it as defaults.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import extra_memory_gib, latency_ms, save_rows
-from benchmarks.problems import PROBLEMS, AttentionProblem, clustered_inputs, random_block_mask
-from xattn_video import block_scores, block_sparse_attention, select_blocks, xattention
+from benchmarks import upstream
+from benchmarks.arguments import comma_separated
+from benchmarks.inputs_file import input_names, load_inputs
+from benchmarks.measure import ResultFile, environment
+from benchmarks.problems import GROUPS, PROBLEMS, find_problems
+from xattn_video.benchmark.parts import (
+    Case,
+    SparseSettings,
+    dense_cases,
+    measure_cases,
+    sparse_cases,
+)
+from xattn_video.benchmark.problems import AttentionTensors, clustered_tensors
+from xattn_video.benchmark.timing import Budget
 from xattn_video.registry import available_backends
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+
+def main(words: list[str] | None = None) -> None:
+    runs = parse_runs(sys.argv[1:] if words is None else words)
+    device = torch.device(runs[0].device)
+    results = ResultFile(runs[0].output, environment(device, runs[0].commit))
+    for arguments in runs:
+        budget = Budget(arguments.repeats, arguments.max_seconds)
+        for name, make_tensors in problems(arguments, device):
+            for row, done in measure_cases(cases(make_tensors, arguments), device, budget):
+                results.add({"problem": name} | row, done)
+                print(describe_row(row), file=sys.stderr, flush=True)
+    print_table(results)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problem", choices=PROBLEMS, default="hunyuan-720p-129f")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.95])
-    parser.add_argument("--density", type=float, nargs="*", default=[])
-    parser.add_argument("--stride", type=int, nargs="+", default=[8])
-    parser.add_argument("--focus", type=float, default=0.6)
-    parser.add_argument("--backend", nargs="+", default=None, help="every one that can run")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-
-    device = torch.device(arguments.device)
-    default_dtype = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, arguments.dtype or default_dtype)
-    problem = PROBLEMS[arguments.problem]
-    inputs = clustered_inputs(problem, device, dtype, focus=arguments.focus)
-    backends = arguments.backend or [
-        name
-        for name, reasons in available_backends(
-            device, dtype=dtype, head_dim=problem.head_dim
-        ).items()
-        if not reasons
-    ]
-    rows = []
-    with torch.no_grad():
-        for row, run in cases(problem, inputs, backends, arguments):
-            row["latency_ms"] = latency_ms(run, device, repeats=arguments.repeats)
-            row["extra_memory_gib"] = extra_memory_gib(run, device)
-            work = problem.dense_flops * row["density"] if "density" in row else None
-            if work and row["name"] in ("dense", "attention"):
-                row["tflops"] = work / row["latency_ms"] / 1e9
-            rows.append(row)
-            print_row(row)
-    if arguments.output:
-        save_rows(arguments.output, device, rows)
-
-
-def cases(
-    problem: AttentionProblem, inputs: Inputs, backends: list[str], arguments: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
-    """Every row to measure, described, with the call to time."""
-    query, key, _ = inputs
-    common = {
-        "problem": problem.name,
-        "n": problem.length,
-        "heads": problem.heads,
-        "head_dim": problem.head_dim,
-        "dtype": str(query.dtype).removeprefix("torch."),
-    }
-    for name, run in dense_kernels(inputs):
-        yield common | {"name": "dense", "backend": name, "density": 1.0}, run
-    for density in arguments.density:
-        mask = random_block_mask(problem, density, query.device)
-        for backend in backends:
-            run = partial(block_sparse_attention, *inputs, mask, backend=backend)
-            found = {"backend": backend, "density": mask.float().mean().item(), "mask": "random"}
-            yield common | {"name": "attention"} | found, run
-    for stride in arguments.stride:
-        run = partial(block_scores, query, key, stride=stride)
-        yield common | {"name": "scoring", "stride": stride}, run
-        scores = run()
-        for tau in arguments.threshold:
-            chosen = {"stride": stride, "threshold": tau}
-            mask = select_blocks(scores, tau)
-            chosen["density"] = mask.float().mean().item()
-            run = partial(select_blocks, scores, tau)
-            yield common | {"name": "selection"} | chosen, run
-            for backend in backends:
-                check_against_dense(inputs, backend)
-                named = chosen | {"backend": backend}
-                run = partial(block_sparse_attention, *inputs, mask, backend=backend)
-                yield common | {"name": "attention"} | named, run
-                run = partial(xattention, *inputs, threshold=tau, stride=stride, backend=backend)
-                yield common | {"name": "xattention"} | named, run
-
-
-def dense_kernels(inputs: Inputs) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Dense SDPA through each kernel that runs here, and as stock Diffusers calls it."""
-    query, key, _ = inputs
-    kernels = {"sdpa": None}
-    if query.is_cuda:
-        kernels = {
-            "sdpa flash": SDPBackend.FLASH_ATTENTION,
-            "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-        }
-    for name, kernel in kernels.items():
-
-        def run(kernel: SDPBackend | None = kernel) -> Tensor:
-            with sdpa_kernel(kernel) if kernel else nullcontext():
-                return F.scaled_dot_product_attention(*inputs)
-
-        yield name, run
-    mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
-    mask[..., -196:] = False
-    yield "sdpa with padding mask", partial(F.scaled_dot_product_attention, *inputs, mask)
-
-
-def check_against_dense(inputs: Inputs, backend: str) -> None:
-    """Stop unless the backend, given every block of the first rows, is dense attention."""
-    query, key, value = inputs
-    query = query[:, :, : 128 * 3]
-    mask = torch.ones(1, 1, 3, -(-key.shape[2] // 128), dtype=torch.bool, device=key.device)
-    out = block_sparse_attention(query, key, value, mask, backend=backend).float()
-    dense = F.scaled_dot_product_attention(query, key, value).float()
-    error = ((out - dense).norm() / dense.norm()).item()
-    if not error < 1e-2:
-        raise SystemExit(
-            f"{backend} differs from dense attention by {error:.2e}; nothing is timed."
+def problems(
+    arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], AttentionTensors]]]:
+    """Name and tensors of each problem; the tensors are made when they are first asked for."""
+    if arguments.inputs is not None:
+        for name in input_names(arguments.inputs):
+            yield name, partial(load_inputs, arguments.inputs, name, device, arguments.dtype)
+        return
+    for problem in find_problems(arguments.problem):
+        focus = arguments.focus
+        yield (
+            problem.name,
+            partial(clustered_tensors, problem, device, arguments.dtype, focus=focus),
         )
 
 
-def print_row(row: dict[str, Any]) -> None:
-    tau = f"tau {row['threshold']}" if "threshold" in row else ""
-    density = f"density {row['density']:.3f}" if "density" in row else ""
-    tflops = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else ""
-    print(
-        f"{row['name']:<10} {row.get('backend', ''):<24} {tau:<9} {density:<14} "
-        f"{row['latency_ms']:9.2f} ms  {tflops}",
-        flush=True,
+def parse_runs(words: list[str]) -> list[argparse.Namespace]:
+    """The arguments of each run."""
+    parser = make_parser()
+    parsed = argparse.Namespace()
+    runs = []
+    while True:
+        end = words.index("--then") if "--then" in words else len(words)
+        parsed = parser.parse_args(words[:end], argparse.Namespace(**vars(parsed)))
+        runs.append(parsed)
+        if end == len(words):
+            break
+        words = words[end + 1 :]
+    for run in runs:
+        try:
+            complete(run)
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
+    return runs
+
+
+def complete(run: argparse.Namespace) -> None:
+    """Check what depends on more than one argument, and fill in its defaults."""
+    on_gpu = torch.device(run.device).type == "cuda"
+    run.dtype = getattr(torch, run.dtype or ("bfloat16" if on_gpu else "float32"))
+    if not run.density and not run.threshold:
+        run.density = [0.2, 0.345, 0.456]
+    find_problems(run.problem)
+    if run.inputs is not None and not run.inputs.is_file():
+        raise FileNotFoundError(f"--inputs {run.inputs} is no file; write it with demo_inputs.")
+    run.time_upstream = upstream.find_checkouts(run.upstream)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    names, numbers = comma_separated(str), comma_separated(float)
+    known = ", ".join([*PROBLEMS, *GROUPS])
+    add("--problem", type=names, default=["hunyuan-720p-129f"], help=f"any of {known}")
+    add("--inputs", type=Path, help="a file of benchmarks.demo_inputs, in place of --problem")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA")
+    add("--density", type=numbers, default=[], help="of the blocks; it sets the threshold")
+    add("--threshold", type=numbers, default=[], help="share of the estimated mass to keep")
+    strides = comma_separated(int)
+    add("--stride", type=strides, default=[8], help="the first also times attention apart")
+    add("--backends", type=names, help="if left out, all that can run")
+    add("--dense", type=names, help="baselines by name, or none; if left out, all present")
+    checkout = "your checkout of x-attention, or of block_sparse_attn where it was built"
+    add("--upstream", type=Path, action="append", default=[], help=checkout)
+    add("--focus", type=float, default=0.6, help="how unlike the random blocks are")
+    add("--repeats", type=int, default=10)
+    add("--max-seconds", type=float, default=20.0, help="for timing one row; compiling adds to it")
+    add("--commit", help="of this repository, where git cannot tell")
+    add("--output", type=Path, help="the JSON file")
+    return parser
+
+
+def cases(
+    make_tensors: Callable[[], AttentionTensors], arguments: argparse.Namespace
+) -> Iterator[Case]:
+    """All rows of one problem."""
+    tensors = make_tensors()
+    settings = SparseSettings(
+        densities=tuple(arguments.density),
+        thresholds=tuple(arguments.threshold),
+        strides=tuple(arguments.stride),
+        backends=tuple(arguments.backends or runnable_backends(tensors)),
     )
+    wanted = arguments.dense
+    for case in dense_cases(tensors):
+        if wanted is None or case.row["backend"] in wanted:
+            yield case
+    if arguments.time_upstream:
+        yield from upstream.cases(tensors, settings)
+    yield from sparse_cases(tensors, settings)
+
+
+def runnable_backends(tensors: AttentionTensors) -> list[str]:
+    """All backends that can run, but for the portable one on a GPU, which is for tests there."""
+    query = tensors.query
+    found = available_backends(query.device, dtype=query.dtype, head_dim=query.shape[-1])
+    return [
+        name
+        for name, reasons in found.items()
+        if not reasons and not (query.is_cuda and name == "torch_gather")
+    ]
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "failure" in row:
+        result = f"failed: {' '.join(row['failure'].split())[:160]}"
+    else:
+        tflops = f"{row['tflops']:6.3g} TFLOP/s" if "tflops" in row else ""
+        memory = row["extra_memory_gib"]
+        extra = "" if memory is None else f"{memory:6.2f} GiB"
+        mass = f"kept mass {row['kept_mass']:.3f}" if "kept_mass" in row else ""
+        result = f"{row['latency_ms']:10.2f} ms {extra} {tflops} {mass}".rstrip()
+    stride = f"S={row['stride']}" if "stride" in row else ""
+    density = f"{row['density']:.3f}" if "density" in row else ""
+    name, backend = row.get("name", "?"), row.get("backend") or ""
+    return f"{row.get('n', ''):>7} {name:<10} {backend:<18} {stride:<5} {density:<6} {result}"
+
+
+def print_table(results: ResultFile) -> None:
+    """All rows, a heading for each problem, then all failures."""
+    print(f"{'N':>7} {'part':<10} {'by':<18} {'':<5} density")
+    problem = None
+    for row in results.rows:
+        if row["problem"] != problem:
+            problem = row["problem"]
+            print(problem)
+        print(describe_row(row))
+    for row in results.failures:
+        print(row["problem"], describe_row(row))
 
 
 if __name__ == "__main__":

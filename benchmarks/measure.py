@@ -1,78 +1,94 @@
-"""Timing, memory and the record of where a figure comes from."""
+"""The file that a benchmark writes: where its figures come from, its rows, and what failed."""
 
 import json
 import platform
-import statistics
+import shlex
+import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "xattn-video")
+PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "block-sparse-attn", "xattn-video")
 
 
-def latency_ms(run: Callable[[], object], device: torch.device, *, repeats: int = 10) -> float:
-    """Median time of a call after two warm-up calls: CUDA events, or the clock on a CPU."""
-    run()
-    run()
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start_event, end_event in events:
-        start_event.record()
-        run()
-        end_event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """The machine, the versions and the commit that a figure belongs to.
 
-
-def extra_memory_gib(run: Callable[[], object], device: torch.device) -> float | None:
-    """Peak CUDA memory that a call takes beyond what was allocated before it, GiB."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit that a figure belongs to."""
+    Args:
+        device: What computes.
+        commit: Of this repository; asked of git if None.
+    """
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or _commit(),
+        "command": _command(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def save_rows(path: Path, device: torch.device, rows: list[dict[str, Any]]) -> None:
-    """Write the environment and the rows as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**environment(device), "rows": rows}, indent=1) + "\n")
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _command() -> str:
+    """What was typed, without the place of the output."""
+    module = Path(sys.argv[0]).stem
+    words = sys.argv[1:]
+    if "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
+
+
+def _commit() -> str | None:
+    """What git calls the checked-out commit; None outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    described = subprocess.run(
+        [git, "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return described.stdout.strip() or None
+
+
+class ResultFile:
+    """Rows and failures, written anew after each of them, so that a killed run keeps its rows."""
+
+    def __init__(self, path: Path | None, found: dict[str, Any]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self._path = path
+        self._environment = found
+
+    def add(self, row: dict[str, Any], done: bool) -> None:
+        """Keep a row, or what failed in its place."""
+        (self.rows if done else self.failures).append(row)
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = {**self._environment, "rows": self.rows, "failures": self.failures}
+        self._path.write_text(json.dumps(content, indent=1) + "\n")

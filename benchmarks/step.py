@@ -1,6 +1,6 @@
 """Times whole denoising steps of a full-size HunyuanVideo transformer with random weights.
 
-    python -m benchmarks.step --thresholds 0.345 0.455 --output results.json
+    python -m benchmarks.step --threshold 0.345,0.455 --output results.json
 
 Random weights prove speed and memory, never quality: their attention is nearly uniform, so the
 density comes out near the threshold. Scoring and selection are included.
@@ -14,77 +14,104 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from benchmarks.measure import save_rows
+from benchmarks.arguments import comma_separated
+from benchmarks.measure import ResultFile, environment
 from xattn_video import XAttnProcessor, enable_xattention
 
 TEXT_TOKENS = 256
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--height", type=int, default=720)
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--num-frames", type=int, default=129)
-    parser.add_argument("--valid-text-tokens", type=int, default=60)
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.345, 0.455])
-    parser.add_argument("--stride", type=int, default=8)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--skip-stock", action="store_true", help="only this package's steps")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
+    device = torch.device(arguments.device)
+    transformer = random_transformer(device, arguments.layers)
+    results = ResultFile(arguments.output, environment(device, arguments.commit))
+    with torch.no_grad():
+        if not arguments.skip_stock:
+            measure(transformer, None, {"phase": "stock", "backend": "stock"}, arguments, results)
+        for tau in [1.0, *arguments.threshold]:
+            options = {"warmup_steps": 0, "stride": arguments.stride, "backend": arguments.backend}
+            with enable_xattention(transformer, tau, **options) as handle:
+                phase = {"phase": "dense"} if tau == 1 else {"phase": "sparse", "threshold": tau}
+                row = {**phase, "stride": arguments.stride}
+                measure(transformer, handle.processor, row, arguments, results)
 
-    device = torch.device("cuda")
-    transformer = random_transformer(device)
-    inputs = step_inputs(arguments, transformer.config.in_channels, device)
-    warm_up = step_inputs(arguments, transformer.config.in_channels, device, frames=9)
+
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--height", type=int, default=720)
+    add("--width", type=int, default=1280)
+    add("--num-frames", type=int, default=129)
+    add("--valid-text-tokens", type=int, default=60)
+    add("--threshold", type=comma_separated(float), default=[0.345, 0.455])
+    add("--stride", type=int, default=8)
+    add("--backend", default="auto")
+    add("--device", default="cuda")
+    add("--layers", type=comma_separated(int), default=[20, 40], help="double, single stream")
+    add("--skip-stock", action="store_true", help="only this package's steps")
+    add("--repeats", type=int, default=1)
+    add("--commit", help="of this repository, where git cannot tell")
+    add("--output", type=Path)
+    return parser.parse_args(words)
+
+
+def measure(
+    transformer: HunyuanVideoTransformer3DModel,
+    processor: XAttnProcessor | None,
+    row: dict[str, Any],
+    arguments: argparse.Namespace,
+    results: ResultFile,
+) -> None:
+    """Add one row: a step of the full size, after one of 9 frames that compiles what it needs."""
+    config, device = transformer.config, torch.device(arguments.device)
+    inputs = step_inputs(arguments, config, device)
     grid = inputs["hidden_states"].shape[2:]
     common = {
         "name": "step",
         "height": arguments.height,
         "width": arguments.width,
         "num_frames": arguments.num_frames,
+        "layers": arguments.layers,
         "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
         "valid_text_tokens": arguments.valid_text_tokens,
+        "batch": 1,
+        "heads": config.num_attention_heads,
+        "head_dim": config.attention_head_dim,
+        "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
     }
-    rows: list[dict[str, Any]] = []
-
-    def measure(row: dict[str, Any], processor: XAttnProcessor | None) -> None:
-        for sizes in (warm_up, inputs):
-            row |= time_step(transformer, sizes, processor, arguments.repeats)
-        rows.append(common | row)
-        print(rows[-1], flush=True)
-        if arguments.output:
-            save_rows(arguments.output, device, rows)
-
-    with torch.no_grad():
-        if not arguments.skip_stock:
-            measure({"phase": "stock"}, None)
-        for tau in [1.0, *arguments.thresholds]:
-            options = {"warmup_steps": 0, "stride": arguments.stride, "backend": arguments.backend}
-            with enable_xattention(transformer, tau, **options) as handle:
-                phase = {"phase": "dense"} if tau == 1 else {"phase": "sparse", "threshold": tau}
-                measure(phase | {"stride": arguments.stride}, handle.processor)
+    time_step(transformer, step_inputs(arguments, config, device, frames=9), processor, 1)
+    row = common | row | time_step(transformer, inputs, processor, arguments.repeats)
+    results.add(row, True)
+    density = f"density {row['density']:.3f}" if row.get("density") is not None else ""
+    memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f} GiB"
+    print(
+        f"{row['phase']:<7} {row['backend'] or '':<8} {density:<14} "
+        f"{row['latency_ms'] / 1e3:8.2f} s  {memory}",
+        flush=True,
+    )
 
 
-def random_transformer(device: torch.device) -> HunyuanVideoTransformer3DModel:
+def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoTransformer3DModel:
     """HunyuanVideo's transformer in bfloat16, weights drawn at random on the device."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            transformer = HunyuanVideoTransformer3DModel()
+            transformer = HunyuanVideoTransformer3DModel(
+                num_layers=layers[0], num_single_layers=layers[1]
+            )
     finally:
         torch.set_default_dtype(previous)
     return transformer.eval().requires_grad_(False)
 
 
 def step_inputs(
-    arguments: argparse.Namespace, channels: int, device: torch.device, frames: int | None = None
+    arguments: argparse.Namespace, config: Any, device: torch.device, frames: int | None = None
 ) -> dict[str, torch.Tensor]:
     """The keyword arguments of one forward at the problem's size."""
     latent_frames = ((frames or arguments.num_frames) - 1) // 4 + 1
-    size = (1, channels, latent_frames, arguments.height // 8, arguments.width // 8)
+    size = (1, config.in_channels, latent_frames, arguments.height // 8, arguments.width // 8)
     mask = torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device=device)
     mask[:, : arguments.valid_text_tokens] = 1
 
@@ -94,9 +121,9 @@ def step_inputs(
     return {
         "hidden_states": normal(*size),
         "timestep": torch.tensor([500.0], device=device),
-        "encoder_hidden_states": normal(1, TEXT_TOKENS, 4096),
+        "encoder_hidden_states": normal(1, TEXT_TOKENS, config.text_embed_dim),
         "encoder_attention_mask": mask,
-        "pooled_projections": normal(1, 768),
+        "pooled_projections": normal(1, config.pooled_projection_dim),
         "guidance": torch.tensor([6000.0], device=device, dtype=torch.bfloat16),
     }
 
@@ -107,23 +134,26 @@ def time_step(
     processor: XAttnProcessor | None,
     repeats: int,
 ) -> dict[str, Any]:
-    """Seconds of the fastest of ``repeats`` forwards, peak memory and what the report says."""
-    torch.cuda.reset_peak_memory_stats()
+    """The fastest of ``repeats`` forwards, peak memory, and what the report says."""
+    device = inputs["hidden_states"].device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
         start = time.perf_counter()
         sample = transformer(**inputs, return_dict=False)[0]
-        torch.cuda.synchronize()
+        # Waits for the device too.
+        if not bool(sample.isfinite().all()):
+            raise SystemExit("the step's output is not finite; nothing is recorded.")
         seconds.append(time.perf_counter() - start)
-    if not bool(sample.isfinite().all()):
-        raise SystemExit("the step's output is not finite; nothing is recorded.")
-    row: dict[str, Any] = {
-        "seconds": min(seconds),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
+    row: dict[str, Any] = {"latency_ms": min(seconds) * 1e3, "peak_memory_gib": peak}
     if processor is not None:
-        row["report"] = processor.report().summary()
+        report = processor.report()
+        row["density"] = report.density
+        row["backend"] = report.backends[0] if report.backends else "dense"
+        row["report"] = report.summary()
     return row
 
 

@@ -19,7 +19,8 @@ ALLOWED = {
     "inputs": set(),
     "forced": set(),
     "kernels": {"kernels"},
-    "backends": {"kernels", "errors", "inputs"},
+    "first_use": {"errors"},
+    "backends": {"kernels", "errors", "first_use", "inputs"},
     "dense": {"kernels"},
     "scoring": {"checks", "errors", "kernels"},
     "selection": {"errors"},
@@ -30,7 +31,8 @@ ALLOWED = {
     "report": {"errors"},
     "processors": OPERATOR | {"dense", "kernels", "schedule", "report", "processors"},
     "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
-    "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "cli"},
+    "benchmark": OPERATOR | {"kernels", "benchmark"},
+    "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "benchmark", "cli"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -17,10 +17,12 @@ BACKENDS = {
     "flash4": "xattn_video.backends.flash4",
     "triton": "xattn_video.backends.triton",
     "flex": "xattn_video.backends.flex",
+    "block_sparse_attn": "xattn_video.backends.block_sparse_attn",
     "torch_gather": "xattn_video.backends.torch_gather",
 }
 
-# What `auto` tries, in this order; see docs/backends.md for the measurements behind it.
+# What `auto` tries, in this order; see docs/backends.md for the measurements behind it. It leaves
+# out block_sparse_attn, which has not been run.
 AUTO_ORDER = {
     "cuda": ("flash4", "triton", "flex", "torch_gather"),
     "cpu": ("torch_gather", "flex"),

@@ -1,0 +1,122 @@
+"""Writes queries, keys and values of the demo model, for `benchmarks.attention --inputs`.
+
+    python -m benchmarks.demo_inputs --height 512 --width 512 --output demo.safetensors
+
+They come from a generation that is dense throughout: what selection would see, at sizes where it
+matters. The demo model was trained at 256x256; larger pictures are worse, their attention is real.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.arguments import comma_separated
+from benchmarks.inputs_file import save_inputs
+from xattn_video import XAttnProcessor
+from xattn_video.pipelines.demo import load_demo_pipeline
+from xattn_video.processors.layer_slots import ForwardPlan, LayerSlot
+
+PROMPT = (
+    "a red circle moving left to right and a blue square moving top to bottom "
+    "over a white background"
+)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--height", type=int, default=512)
+    add("--width", type=int, default=512)
+    add("--num-frames", type=int, default=65)
+    add("--num-inference-steps", type=int, default=25)
+    add("--prompt", default=PROMPT)
+    add("--seed", type=int, default=0)
+    add("--steps", type=comma_separated(int), default=[6, 18], help="denoising steps, from 0")
+    layers = ["transformer_blocks.1", "single_transformer_blocks.1", "single_transformer_blocks.4"]
+    add("--layers", type=comma_separated(str), default=layers)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, required=True)
+    arguments = parser.parse_args(words)
+
+    pipe = load_demo_pipeline(device=arguments.device)
+    processor = capture(pipe, arguments)
+    size = f"{arguments.height}x{arguments.width}x{arguments.num_frames}"
+    captures = {
+        f"demo-{size}-step{step}-{layer}": tensors
+        for (step, layer), tensors in processor.captures.items()
+    }
+    save_inputs(arguments.output, captures, processor.num_text_tokens)
+    for name, (query, _, _) in captures.items():
+        print(f"{name}: {list(query.shape)}, {processor.num_text_tokens} of them text")
+
+
+def capture(pipe: Any, arguments: argparse.Namespace) -> "CaptureProcessor":
+    """Generate, dense, until the last step of interest is over."""
+    processor = CaptureProcessor(arguments.layers, arguments.steps)
+    pipe.transformer.set_attn_processor(processor)
+    unknown = set(arguments.layers) - set(processor.layer_names)
+    if unknown:
+        raise ValueError(
+            f"the transformer has no layer {sorted(unknown)[0]!r}; "
+            f"expected some of {', '.join(processor.layer_names)}."
+        )
+
+    def stop_after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= max(arguments.steps)
+        return tensors
+
+    with torch.no_grad():
+        pipe(
+            prompt=arguments.prompt,
+            height=arguments.height,
+            width=arguments.width,
+            num_frames=arguments.num_frames,
+            num_inference_steps=arguments.num_inference_steps,
+            generator=torch.Generator("cpu").manual_seed(arguments.seed),
+            output_type="latent",
+            callback_on_step_end=stop_after,
+        )
+    return processor
+
+
+class CaptureProcessor(XAttnProcessor):
+    """Dense attention that keeps the valid queries, keys and values of some layers and steps."""
+
+    def __init__(self, layers: list[str], steps: list[int]) -> None:
+        super().__init__(threshold=1.0)
+        self.captures: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+        self.num_text_tokens = 0
+        self._layers = set(layers)
+        self._steps = set(steps)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Of all layers that the processor serves."""
+        assert self._recorder is not None
+        return self._recorder.layer_names
+
+    def _attend(
+        self,
+        slot: LayerSlot,
+        plan: ForwardPlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        num_text_tokens: int,
+    ) -> Tensor:
+        assert self._recorder is not None
+        layer = self.layer_names[self._recorder.slots.index(slot)]
+        if self.step_index in self._steps and layer in self._layers:
+            length = int(plan.key_lengths[0])
+            self.num_text_tokens = length - (query.shape[1] - num_text_tokens)
+            query_part, key_part = (tensor[:, :length].to(value.dtype) for tensor in (query, key))
+            self.captures[self.step_index, layer] = (query_part, key_part, value[:, :length])
+        return super()._attend(slot, plan, query, key, value, attention_mask, num_text_tokens)
+
+
+if __name__ == "__main__":
+    main()

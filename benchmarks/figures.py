@@ -1,0 +1,89 @@
+"""Draws result files: time by part, and speed-up by number of tokens."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.page import figure_names
+from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
+
+_COLOURS = {"dense": "0.7", "scoring": "#4477aa", "selection": "#ccbb44", "attention": "#228833"}
+
+
+def draw_figures(files: list[ResultFile], folder: Path) -> None:
+    """Write every picture that the page shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        names = figure_names(file)
+        for problem in file.single_problems:
+            draw_parts(problem, file.device).savefig(folder / names[problem.name], dpi=120)
+        if file.sweep:
+            draw_speedups(file.sweep, file.device).savefig(folder / names["sweep"], dpi=120)
+
+
+def draw_parts(problem: Problem, device: str) -> Figure:
+    """One bar for each dense kernel and each sparse run, the latter split into its parts."""
+    dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
+    sparse = problem.select("xattention")
+    figure, axes = _figure(0.34 * (len(dense) + len(sparse)) + 1.4)
+    for position, row in enumerate(dense):
+        axes.barh(position, row["latency_ms"], color=_COLOURS["dense"])
+    for position, row in enumerate(sparse, len(dense)):
+        start = 0.0
+        for part, length in _split(problem, row).items():
+            axes.barh(position, length, left=start, color=_COLOURS[part])
+            start += length
+    labels = [row["backend"] for row in dense]
+    labels += [f"{r['backend']}, {r['density']:.3f}, S={r['stride']}" for r in sparse]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=f"{problem.first['n']:,} tokens, {device}")
+    for part, colour in _COLOURS.items():
+        axes.barh(0, 0, color=colour, label=part)
+    figure.legend(loc="outside lower center", ncols=len(_COLOURS), frameon=False)
+    return figure
+
+
+def _split(problem: Problem, total: Row) -> dict[str, float]:
+    """A sparse run's parts; attention is what scoring and selection leave of the whole."""
+    threshold = {"threshold": total["threshold"], "stride": total["stride"]}
+    if total["backend"] == AUTHORS:
+        found = {"scoring": problem.find("scoring", backend=AUTHORS, **threshold)}
+    else:
+        found = {
+            "scoring": problem.find("scoring", backend=None, stride=total["stride"]),
+            "selection": problem.find("selection", **threshold),
+        }
+    parts = {name: row["latency_ms"] for name, row in found.items() if row is not None}
+    parts["attention"] = max(0.0, total["latency_ms"] - sum(parts.values()))
+    return parts
+
+
+def draw_speedups(sweep: list[Problem], device: str) -> Figure:
+    """Best dense over XAttention, a line for each backend, stride and density."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for problem in sweep:
+        for row in problem.select("xattention"):
+            density = row.get("wanted_density", row["density"])
+            label = f"{row['backend']}, density {density:.3g}, S={row['stride']}"
+            speedup = problem.speedup(row, problem.best_dense)
+            if speedup is not None:
+                lines.setdefault(label, []).append((row["n"], speedup))
+    figure, axes = _figure(4.2)
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.set_xscale("log", base=2)
+    lengths = [problem.first["n"] for problem in sweep]
+    axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+    axes.set(xlabel="tokens", ylabel="best dense / XAttention", ylim=(0, None), title=device)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()

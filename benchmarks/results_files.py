@@ -1,0 +1,118 @@
+"""Reads the files of `benchmarks/results` and finds the rows that belong together."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xattn_video.benchmark.dense import STOCK
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+AUTHORS = "x-attention"
+_SWEEP = re.compile(r"(cpu-)?\d+k")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The rows of one attention problem in one file."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        """A row that has the problem's sizes."""
+        return self.rows[0]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is one of a row of sizes."""
+        return _SWEEP.fullmatch(self.name) is not None
+
+    @property
+    def from_model(self) -> bool:
+        """Whether a model computed the inputs."""
+        return bool(self.first["inputs"] == "model")
+
+    def select(self, name: str, **columns: object) -> list[Row]:
+        """The rows of a part that have these values."""
+        return [
+            row
+            for row in self.rows
+            if row["name"] == name and all(row.get(key) == columns[key] for key in columns)
+        ]
+
+    def find(self, name: str, **columns: object) -> Row | None:
+        """The first of them."""
+        return next(iter(self.select(name, **columns)), None)
+
+    @property
+    def best_dense(self) -> Row | None:
+        """The fastest dense kernel in the same run that sees every key."""
+        dense = [row for row in self.select("dense") if row["backend"] != STOCK]
+        return min(dense, key=lambda row: row["latency_ms"], default=None)
+
+    def speedup(self, total: Row, dense: Row | None) -> float | None:
+        """How many times faster than a dense row; None without one."""
+        return None if dense is None else dense["latency_ms"] / total["latency_ms"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """One file: one run on one machine."""
+
+    stem: str
+    content: dict[str, Any]
+
+    @property
+    def device(self) -> str:
+        """The GPU, or what is known of the CPU."""
+        gpu: str | None = self.content["gpu"]
+        return gpu or f"CPU ({self.content['cpu']}, {self.content['threads']} threads)"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.content["gpu"] is not None
+
+    @property
+    def problems(self) -> list[Problem]:
+        """In the order in which they were run."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.content["rows"]:
+            if row["name"] != "step":
+                rows.setdefault(row["problem"], []).append(row)
+        return [Problem(name, tuple(found)) for name, found in rows.items()]
+
+    @property
+    def steps(self) -> list[Row]:
+        """Whole denoising steps."""
+        return [row for row in self.content["rows"] if row["name"] == "step"]
+
+    @property
+    def single_problems(self) -> list[Problem]:
+        """Problems on random inputs that stand for themselves."""
+        sweep = {problem.name for problem in self.sweep}
+        return [p for p in self.problems if p.name not in sweep and not p.from_model]
+
+    @property
+    def sweep(self) -> list[Problem]:
+        """A row of sizes, by size; none where there is only one."""
+        found = [problem for problem in self.problems if problem.is_sweep]
+        return sorted(found, key=lambda p: int(p.first["n"])) if len(found) > 1 else []
+
+    @property
+    def model_problems(self) -> list[Problem]:
+        """Problems on a model's own queries and keys."""
+        return [problem for problem in self.problems if problem.from_model]
+
+
+def read_results(folder: Path = RESULTS) -> list[ResultFile]:
+    """All files of a folder, GPUs first, then by name."""
+    found = [
+        ResultFile(path.stem, json.loads(path.read_text(encoding="utf-8")))
+        for path in folder.glob("*.json")
+    ]
+    return sorted(found, key=lambda file: (not file.on_gpu, file.stem))

@@ -1,0 +1,111 @@
+"""Times a user's own checkout of the authors' code (mit-han-lab/x-attention) beside this package.
+
+Nothing of it is copied here: the checkout is imported from where the user has put it. Its sparse
+attention needs the `block_sparse_attn` package; without it only its estimate is timed.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from xattn_video.benchmark.checks import check_attention
+from xattn_video.benchmark.parts import Case, SparseSettings
+from xattn_video.benchmark.problems import AttentionTensors
+
+_ATTENTION_PACKAGE = "block_sparse_attn"
+
+
+def cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]:
+    """Its estimate (scores and selection in one), and the whole where its kernel is installed.
+
+    Its thresholds are those asked for; a density stands for itself as a threshold, which is near
+    it on random tensors.
+    """
+    has_kernel = importlib.util.find_spec(_ATTENTION_PACKAGE) is not None
+    module = _load()
+    for stride in settings.strides:
+        for tau in (*settings.thresholds, *settings.densities):
+            columns = {
+                "backend": "x-attention",
+                **tensors.describe(),
+                "stride": stride,
+                "threshold": tau,
+            }
+            estimate = partial(
+                module.xattn_estimate,
+                tensors.query,
+                tensors.key,
+                block_size=128,
+                stride=stride,
+                threshold=tau,
+                causal=False,
+                chunk_size=default_chunk_size(tensors.length),
+            )
+            row = {"name": "scoring", **columns, "includes": "selection"}
+            yield Case(row, lambda run=estimate: _check_estimate(run(), tensors), estimate)
+            if has_kernel:
+                yield _whole(module, tensors, columns, estimate)
+
+
+def _whole(
+    module: Any, tensors: AttentionTensors, columns: dict[str, Any], estimate: Callable[[], Any]
+) -> Case:
+    """Its operator, held to the formula on the blocks of its own selection."""
+    blocks = -(-tensors.length // 128)
+    mask = estimate()[1][:, :, :blocks, :blocks].bool()
+    run = partial(
+        module.Xattention_prefill,
+        tensors.query,
+        tensors.key,
+        tensors.value,
+        stride=columns["stride"],
+        threshold=columns["threshold"],
+        causal=False,
+    )
+    row = {"name": "xattention", **columns, "density": mask.sum().item() / mask.numel()}
+    return Case(row, lambda: check_attention(run(), tensors, mask), run)
+
+
+def _check_estimate(found: tuple[Tensor, Tensor], tensors: AttentionTensors) -> float:
+    """It keeps a block in every row; its scores count padding, so they are not compared."""
+    blocks = -(-tensors.length // 128)
+    mask = found[1][:, :, :blocks, :blocks].bool()
+    if not bool(mask.any(dim=-1).all()):
+        raise ValueError("x-attention's estimate keeps no block in some row.")
+    return 0.0
+
+
+def default_chunk_size(length: int) -> int:
+    """What its operator takes if none is given: 2048 from 128k tokens on, more for fewer."""
+    power = 1 << (length - 1).bit_length()
+    return max(2048, min(power, (1 << 28) // power))
+
+
+def find_checkouts(folders: list[Path]) -> bool:
+    """Make the folders importable; whether x-attention is one of them."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--upstream {folder} is no folder; clone the code there.")
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    return any((folder / "xattn" / "src" / "Xattention.py").is_file() for folder in folders)
+
+
+def _load() -> Any:
+    """Its module; its estimate can run without the kernel's package that it imports."""
+    if importlib.util.find_spec(_ATTENTION_PACKAGE) is not None:
+        return importlib.import_module("xattn.src.Xattention")
+    placeholder = ModuleType(_ATTENTION_PACKAGE)
+    placeholder.block_sparse_attn_func = None  # type: ignore[attr-defined]
+    sys.modules[_ATTENTION_PACKAGE] = placeholder
+    try:
+        return importlib.import_module("xattn.src.Xattention")
+    finally:
+        del sys.modules[_ATTENTION_PACKAGE]

@@ -1,0 +1,211 @@
+"""The rows of a benchmark: what is run, how it is checked, and what came out."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xattn_video.attention import block_sparse_attention, xattention
+from xattn_video.benchmark.checks import check_attention, check_scores, check_selection
+from xattn_video.benchmark.dense import dense_kernels
+from xattn_video.benchmark.problems import AttentionTensors, density_of, threshold_for_density
+from xattn_video.benchmark.quality import selection_quality
+from xattn_video.benchmark.timing import Budget, measure, time_limit
+from xattn_video.scoring import block_scores
+from xattn_video.selection import select_blocks
+
+Part = Literal["dense", "scoring", "selection", "attention", "xattention"]
+Row = dict[str, Any]
+
+# A row may compile for longer than it is timed for.
+_SECONDS_TO_COMPILE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row to be measured.
+
+    Attributes:
+        row: Its columns, those that are known before it runs.
+        check: Runs it once and compares it with the formula; its error, or an exception.
+        run: What is timed.
+        flops: Of matrix products, where the row is about them.
+        more: Further columns, computed after the row was timed.
+    """
+
+    row: Row
+    check: Callable[[], float]
+    run: Callable[[], object]
+    flops: float | None = None
+    more: Callable[[], Row] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SparseSettings:
+    """Which sparse rows to measure: every stride with every threshold or density and backend.
+
+    A density stands for the threshold that gives it on the tensors at hand. `attention` rows
+    belong to the first stride alone.
+    """
+
+    densities: tuple[float, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    strides: tuple[int, ...] = (8,)
+    backends: tuple[str, ...] = ("auto",)
+
+
+def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
+    """A row for each dense kernel that is present."""
+    for name, run, num_keys in dense_kernels(tensors):
+        yield Case(
+            _row(tensors, "dense", backend=name, density=1.0),
+            partial(_dense_error, run, tensors, num_keys),
+            run,
+            tensors.dense_flops,
+        )
+
+
+def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]:
+    """Scoring, selection and attention apart, then `xattention`, which is all of them."""
+    forced = tensors.forced_blocks()
+    for stride in settings.strides:
+        score = partial(block_scores, tensors.query, tensors.key, stride=stride)
+        yield Case(
+            _row(tensors, "scoring", stride=stride),
+            partial(_scoring_error, score, tensors, stride),
+            score,
+        )
+        scores = score()
+        for tau, wanted in _thresholds(settings, scores, forced):
+            select = partial(select_blocks, scores, tau, forced=forced)
+            mask = select()
+            chosen = {"stride": stride, "threshold": tau, "density": density_of(mask), **wanted}
+            yield Case(
+                _row(tensors, "selection", **chosen),
+                partial(_selection_error, select, scores, tau, forced),
+                select,
+                more=_quality_of(tensors, mask, chosen),
+            )
+            for backend in settings.backends:
+                if stride == settings.strides[0]:
+                    yield _attention_case(tensors, mask, backend, chosen)
+                yield _xattention_case(tensors, backend, chosen)
+
+
+def _thresholds(
+    settings: SparseSettings, scores: Tensor, forced: Tensor | None
+) -> Iterator[tuple[float, Row]]:
+    """Each threshold, and the density that it stands for, if it does."""
+    for tau in settings.thresholds:
+        yield tau, {}
+    for density in settings.densities:
+        yield threshold_for_density(scores, density, forced), {"wanted_density": density}
+
+
+def _dense_error(run: Callable[[], Tensor], tensors: AttentionTensors, num_keys: int) -> float:
+    return check_attention(run(), tensors, None, num_keys)
+
+
+def _scoring_error(run: Callable[[], Tensor], tensors: AttentionTensors, stride: int) -> float:
+    return check_scores(run(), tensors, stride)
+
+
+def _selection_error(
+    run: Callable[[], Tensor], scores: Tensor, threshold: float, forced: Tensor | None
+) -> float:
+    return check_selection(run(), scores, threshold, forced)
+
+
+def _quality_of(tensors: AttentionTensors, mask: Tensor, chosen: Row) -> Callable[[], Row] | None:
+    """What the selection keeps of the true attention; of random tensors it says nothing."""
+    if not tensors.from_model:
+        return None
+    return partial(selection_quality, tensors, mask, chosen["stride"], chosen["threshold"])
+
+
+def _attention_case(tensors: AttentionTensors, mask: Tensor, backend: str, chosen: Row) -> Case:
+    """Attention over the selected blocks, from a block mask."""
+    run = partial(
+        block_sparse_attention,
+        tensors.query,
+        tensors.key,
+        tensors.value,
+        mask,
+        backend=backend,
+    )
+    return Case(
+        _row(tensors, "attention", backend=backend, **chosen),
+        lambda: check_attention(run(), tensors, mask),
+        run,
+        tensors.dense_flops * chosen["density"],
+    )
+
+
+def _xattention_case(tensors: AttentionTensors, backend: str, chosen: Row) -> Case:
+    """The whole of XAttention."""
+    run = partial(
+        xattention,
+        tensors.query,
+        tensors.key,
+        tensors.value,
+        threshold=chosen["threshold"],
+        stride=chosen["stride"],
+        num_text_tokens=tensors.num_text_tokens,
+        backend=backend,
+    )
+
+    def check() -> float:
+        out, mask = run(return_block_mask=True)
+        return check_attention(out, tensors, mask)
+
+    return Case(_row(tensors, "xattention", backend=backend, **chosen), check, run)
+
+
+def _row(tensors: AttentionTensors, name: Part, **columns: object) -> Row:
+    return {"name": name, "backend": None, **tensors.describe(), **columns}
+
+
+def measure_cases(
+    cases: Iterable[Case], device: torch.device, budget: Budget
+) -> Iterator[tuple[Row, bool]]:
+    """Check and time each case: its finished row and True, or its columns, the failure and False.
+
+    Nothing that fails keeps the next case from being measured.
+    """
+    iterator = iter(cases)
+    while True:
+        case: Case | None = None
+        try:
+            with torch.no_grad():
+                case = next(iterator, None)
+                if case is None:
+                    return
+                row, done = _measure_case(case, device, budget), True
+        # Whatever a kernel, its compiler or another's checkout may raise is that row's failure.
+        except Exception as failure:
+            row = {} if case is None else case.row
+            row, done = row | {"failure": f"{type(failure).__name__}: {failure}"}, False
+        _release_memory(device)
+        yield row, done
+
+
+def _measure_case(case: Case, device: torch.device, budget: Budget) -> Row:
+    with time_limit(budget.max_seconds + _SECONDS_TO_COMPILE):
+        error = case.check()
+        row = case.row | {"error": error} | measure(case.run, device, budget)
+        if case.more is not None:
+            row |= case.more()
+    if case.flops is not None:
+        row["tflops"] = case.flops / row["latency_ms"] / 1e9
+    return row
+
+
+def _release_memory(device: torch.device) -> None:
+    """Give back what a case, or its exception, has left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,95 @@
+"""What speed-up to expect on this machine, from one attention problem."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from xattn_video.benchmark.dense import STOCK
+from xattn_video.benchmark.parts import (
+    Row,
+    SparseSettings,
+    dense_cases,
+    measure_cases,
+    sparse_cases,
+)
+from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionProblem, clustered_tensors
+from xattn_video.benchmark.timing import Budget
+from xattn_video.inputs import Problem
+from xattn_video.registry import resolve_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Measured rows, and what follows from them.
+
+    Attributes:
+        rows: Dense kernels, scoring, selection, attention and the whole of XAttention.
+        failures: Rows that could not be measured.
+    """
+
+    rows: tuple[Row, ...]
+    failures: tuple[Row, ...]
+
+    @property
+    def best_dense(self) -> Row | None:
+        """The fastest dense kernel that sees every key."""
+        dense = [r for r in self.rows if r["name"] == "dense" and r["backend"] != STOCK]
+        return min(dense, key=lambda row: float(row["latency_ms"]), default=None)
+
+    @property
+    def stock(self) -> Row | None:
+        """The stock processor's kernel."""
+        return next((row for row in self.rows if row["backend"] == STOCK), None)
+
+    @property
+    def whole(self) -> Row | None:
+        """XAttention: scoring, selection and attention."""
+        return next((row for row in self.rows if row["name"] == "xattention"), None)
+
+    def of_attention(self, dense: Row | None) -> float | None:
+        """How many times faster XAttention is; None where either was not measured."""
+        if dense is None or self.whole is None:
+            return None
+        return float(dense["latency_ms"]) / float(self.whole["latency_ms"])
+
+    def of_step(self, attention_share: float) -> float | None:
+        """The same for a whole step, of which dense attention is ``attention_share``."""
+        attention = self.of_attention(self.best_dense)
+        if attention is None:
+            return None
+        return 1 / (1 - attention_share + attention_share / attention)
+
+
+def measure_speedup(
+    problem: AttentionProblem,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    density: float,
+    stride: int,
+    backend: str,
+    budget: Budget,
+    on_row: Callable[[Row], None],
+) -> Speedup:
+    """Measure on random tensors; ``on_row`` is told of every row, measured or failed.
+
+    Raises:
+        ValueError: The density is out of range, or no backend has that name.
+        BackendUnavailableError: The backend cannot run the problem, with every reason.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"density must lie in (0, 1], got {density}; the share of blocks to compute, "
+            "such as 0.4."
+        )
+    backend = resolve_backend(backend, Problem(device, dtype, problem.head_dim, BLOCK_SIZE))
+    tensors = clustered_tensors(problem, device, dtype)
+    settings = SparseSettings(densities=(density,), strides=(stride,), backends=(backend,))
+    rows: list[Row] = []
+    failures: list[Row] = []
+    for cases in (dense_cases(tensors), sparse_cases(tensors, settings)):
+        for row, done in measure_cases(cases, device, budget):
+            (rows if done else failures).append(row)
+            on_row(row)
+    return Speedup(tuple(rows), tuple(failures))

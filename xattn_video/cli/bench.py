@@ -1,0 +1,171 @@
+"""`xattn-video bench`: what speed-up to expect on this machine at this size."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from xattn_video.cli import options
+from xattn_video.cli.console import (
+    ErrorsToExitCodes,
+    log_choices,
+    message_console,
+    output_console,
+    print_labelled,
+    print_warning,
+)
+from xattn_video.pipelines.request import SparseSettings
+from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+
+if TYPE_CHECKING:
+    from xattn_video.benchmark.speedup import Speedup
+    from xattn_video.pipelines.plan import RunPlan
+
+# A CPU does about this much in a second, and every part runs some ten times.
+_CPU_TFLOP_PER_SECOND = 0.1
+_CALLS = 10
+_PATIENCE_SECONDS = 120
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose attention: demo, a hub ID, or a folder.",
+            show_default=f"{HUNYUAN_VIDEO}; demo on a CPU",
+        ),
+    ] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_frames: options.NumFrames = None,
+    density: Annotated[
+        float, typer.Option(help="Share of blocks computed, which a real run's threshold decides.")
+    ] = 0.4,
+    stride: options.Stride = 8,
+    warmup_steps: options.WarmupSteps = 5,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    seconds: Annotated[float, typer.Option(help="The most that timing one row may take.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Time dense attention and XAttention here, at a video's size, on random tensors."""
+    log_choices(verbose)
+    with ErrorsToExitCodes(verbose) as errors:
+        from xattn_video.benchmark.problems import AttentionProblem
+        from xattn_video.benchmark.speedup import measure_speedup
+        from xattn_video.benchmark.timing import Budget
+        from xattn_video.pipelines.model_shape import read_model_shape
+        from xattn_video.pipelines.plan import plan_run
+        from xattn_video.pipelines.source import find_model
+
+        if model is None:
+            on_cpu = options.load_options(DEMO, dtype, device).resolved_device.type == "cpu"
+            model = DEMO if on_cpu else HUNYUAN_VIDEO
+        load = options.load_options(model, dtype, device)
+        video = options.video_settings(model, height, width, num_frames, None, None, None)
+        shape = read_model_shape(find_model(model))
+        sparse = SparseSettings(stride=stride, warmup_steps=warmup_steps, min_tokens=0)
+        run_plan = plan_run(shape, video, sparse, load)
+        tokens = run_plan.video_tokens + run_plan.text_tokens
+        problem = AttentionProblem("bench", tokens, shape.heads, shape.head_dim)
+        _warn_of_waiting(4e-12 * tokens**2 * shape.hidden, load.resolved_device.type)
+        messages = message_console()
+        found = measure_speedup(
+            problem,
+            load.resolved_device,
+            load.resolved_dtype,
+            density=density,
+            stride=stride,
+            backend=backend,
+            budget=Budget(max_seconds=seconds),
+            on_row=lambda row: messages.print(_progress(row), style="dim"),
+        )
+        errors.running = True
+        if as_json:
+            typer.echo(json.dumps(_as_dict(found, run_plan), indent=2))
+            return
+        print_speedup(found, run_plan, output_console())
+
+
+def _progress(row: dict[str, Any]) -> str:
+    """One line while a person waits."""
+    what = " ".join(str(row[key]) for key in ("name", "backend") if row.get(key)) or "inputs"
+    return f"{what}: failed" if "failure" in row else f"{what}: {row['latency_ms']:.3g} ms"
+
+
+def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> None:
+    """Show the rows and what follows from them; failures go to stderr."""
+    tokens = run_plan.video_tokens + run_plan.text_tokens
+    console.print(f"{tokens:,} tokens on {run_plan.device}, {run_plan.dtype}\n")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("part", "by", "density", "ms", "TFLOP/s"):
+        table.add_column(heading, justify="left" if heading in ("part", "by") else "right")
+    for row in found.rows:
+        density = f"{row['density']:.3f}" if "density" in row else ""
+        tflops = f"{row['tflops']:.3g}" if "tflops" in row else ""
+        what = "total" if row["name"] == "xattention" else row["name"]
+        table.add_row(what, row["backend"] or "", density, f"{row['latency_ms']:.3g}", tflops)
+    console.print(table)
+    for row in found.failures:
+        where = " ".join(str(row[key]) for key in ("name", "backend") if row.get(key))
+        print_warning(f"{where or 'inputs'}: {' '.join(row['failure'].split())}")
+    best = found.of_attention(found.best_dense)
+    step = found.of_step(run_plan.attention_share)
+    if best is None or step is None:
+        return
+    assert found.best_dense is not None
+    run = _of_run(step, run_plan)
+    lines = {
+        "attention": f"{best:.2f}x as fast as {found.best_dense['backend']}, the best dense kernel"
+        + _over_stock(found),
+        "step": f"about {step:.2f}x: attention is {run_plan.attention_share:.0%} of a dense "
+        "step's matrix products; norms and other work lower it",
+        "video": f"about {run:.2f}x over {run_plan.steps} steps, "
+        f"{run_plan.dense_steps} of them dense",
+    }
+    console.print()
+    print_labelled(console, lines)
+    if best < 1:
+        print_warning(
+            "Sparse attention does not pay here: it is slower than the best dense kernel. Use "
+            "--dense, or a larger or longer video."
+        )
+
+
+def _over_stock(found: "Speedup") -> str:
+    """How it compares with the stock processor's call."""
+    stock = found.of_attention(found.stock)
+    if stock is None:
+        return ""
+    return f"; {stock:.2f}x as fast as the stock processor's"
+
+
+def _of_run(step: float, run_plan: "RunPlan") -> float:
+    """The speed-up of all steps, the dense ones included."""
+    return run_plan.steps / (run_plan.dense_steps + run_plan.sparse_steps / step)
+
+
+def _as_dict(found: "Speedup", run_plan: "RunPlan") -> dict[str, Any]:
+    step = found.of_step(run_plan.attention_share)
+    return {
+        **asdict(found),
+        "attention_speedup": found.of_attention(found.best_dense),
+        "attention_speedup_over_stock": found.of_attention(found.stock),
+        "step_speedup": step,
+        "video_speedup": None if step is None else _of_run(step, run_plan),
+    }
+
+
+def _warn_of_waiting(tflop: float, device: str) -> None:
+    """Say so before a CPU works for minutes."""
+    seconds = tflop * _CALLS / _CPU_TFLOP_PER_SECOND
+    if device == "cpu" and seconds > _PATIENCE_SECONDS:
+        print_warning(
+            f"This takes about {seconds / 60:.0f} minutes on a CPU; a smaller --height, --width "
+            "or --num-frames takes less."
+        )
