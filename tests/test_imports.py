@@ -22,7 +22,7 @@ ALLOWED = {
     "backends": {"kernels", "errors", "inputs"},
     "dense": {"kernels"},
     "scoring": {"checks", "errors", "kernels"},
-    "selection": {"errors"},
+    "selection": {"forced", "inputs", "kernels"},
     "registry": {"errors", "inputs"},
     "attention": OPERATOR - {"attention"},
     "compat": OPERATOR,

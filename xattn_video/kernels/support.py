@@ -18,12 +18,8 @@ def kernel_unsupported_reasons(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
 ) -> list[str]:
     """Why no kernel of this package can run such inputs, each reason with its remedy."""
-    reasons = []
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed; pip install triton (Linux only).")
-    if not INTERPRETING:
-        reasons.extend(_device_reasons(device))
-    elif dtype == torch.bfloat16:
+    reasons = device_unsupported_reasons(device)
+    if INTERPRETING and dtype == torch.bfloat16:
         reasons.append(
             "Triton's interpreter computes bfloat16 wrongly; use float32 or float16, or unset "
             "TRITON_INTERPRET on a GPU."
@@ -43,7 +39,17 @@ def kernel_unsupported_reasons(
     return reasons
 
 
-def _device_reasons(device: torch.device) -> list[str]:
+def device_unsupported_reasons(device: torch.device) -> list[str]:
+    """Why Triton cannot run on the device, each reason with its remedy."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed; pip install triton (Linux only).")
+    if not INTERPRETING:
+        reasons.extend(_compiler_reasons(device))
+    return reasons
+
+
+def _compiler_reasons(device: torch.device) -> list[str]:
     """Why Triton cannot compile for the device."""
     if device.type != "cuda":
         return [
