@@ -6,6 +6,7 @@ from oracle import antidiagonal_block_scores, assert_within_budget
 
 pytest.importorskip("triton")
 
+from xattn_video.kernels import antidiagonal_scores as kernel
 from xattn_video.kernels import support
 from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores, unsupported_reasons
 
@@ -92,6 +93,26 @@ def test_every_row_sums_to_one(causal, device):
     lengths = make_lengths([500, 100], device)
     sums = scores_of(query, key, block_size=64, causal=causal, key_lengths=lengths).sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_a_few_heads_at_a_time(num_heads, monkeypatch, device):
+    query, key = make_pair(1, 3, 130, 130, 64, device)
+    expected = scores_of(query, key, block_size=64)
+    # 64 rows of 8 sums of 4 bytes for each head.
+    monkeypatch.setattr(kernel, "_SCRATCH_BYTES", num_heads * 64 * 8 * 4)
+    assert torch.equal(scores_of(query, key, block_size=64), expected)
+
+
+def test_tensors_that_tma_cannot_load(device):
+    """An address or a stride that is no multiple of 16 bytes."""
+    storage = torch.randn(1, 1, 130, 67, device=device)
+    for tensor in (storage[..., :64], storage.flatten()[3:][: 130 * 64].view(1, 1, 130, 64)):
+        assert not kernel._fits_descriptor(tensor)
+        aligned = tensor.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(
+            scores_of(tensor, tensor, block_size=64), scores_of(aligned, aligned, block_size=64)
+        )
 
 
 def test_a_valid_block_is_never_zero(device):

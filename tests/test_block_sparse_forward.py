@@ -2,7 +2,7 @@ import pytest
 import torch
 from oracle import assert_within_budget, masked_attention
 
-from xattn_video.inputs import block_lists
+from xattn_video.inputs import BlockLists
 
 pytest.importorskip("triton")
 
@@ -29,11 +29,13 @@ def make_lengths(lengths, device):
 
 
 def attend(query, key, value, mask, *, block_size=64, causal=False, key_lengths=None, scale=None):
+    blocks = BlockLists.from_mask(mask)
     return block_sparse_forward(
         query,
         key,
         value,
-        *block_lists(mask),
+        blocks.counts,
+        blocks.indices,
         block_size=block_size,
         causal=causal,
         key_lengths=key_lengths,
@@ -109,7 +111,8 @@ def test_blocks_that_no_query_sees_add_nothing(device):
 
 def test_only_the_counted_indices_are_read(device):
     query, key, value = make_inputs(1, 1, 200, 256, 64, device)
-    counts, indices = block_lists(make_mask(1, 1, 200, 256, 64, device))
+    blocks = BlockLists.from_mask(make_mask(1, 1, 200, 256, 64, device))
+    counts, indices = blocks.counts, blocks.indices
     options = {"block_size": 64, "causal": False, "key_lengths": None, "scale": 0.125}
     expected = block_sparse_forward(query, key, value, counts, indices, **options)
     position = torch.arange(4, dtype=torch.int32, device=device)

@@ -11,7 +11,7 @@ from oracle import assert_within_budget, masked_attention
 
 from xattn_video import BackendUnavailableError, block_sparse_attention
 from xattn_video.backends import flash4
-from xattn_video.inputs import AttentionInputs, Problem
+from xattn_video.inputs import AttentionInputs, BlockLists, Problem
 from xattn_video.kernels import flash_attention_4
 from xattn_video.registry import AUTO_ORDER, resolve_backend
 
@@ -61,7 +61,7 @@ def fake_kernel(monkeypatch, obey=True):
 def small_inputs():
     query, key, value = torch.randn(3, 1, 1, 257, 64, dtype=torch.bfloat16)
     mask = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]]).bool()[None, None]
-    return AttentionInputs(query, key, value, mask, 128, False, None, 0.125)
+    return AttentionInputs(query, key, value, BlockLists.from_mask(mask), 128, False, None, 0.125)
 
 
 def test_hopper_is_supported(capability):
@@ -135,7 +135,7 @@ def test_the_check_runs_once_for_each_kind_of_input(monkeypatch, fresh_check):
     assert len(calls) == 3
     options = {"block_size": 128, "scale": 0.125}
     expected = masked_attention(
-        inputs.query, inputs.key, inputs.value, inputs.block_mask, **options
+        inputs.query, inputs.key, inputs.value, inputs.blocks.to_mask(), **options
     )
     torch.testing.assert_close(first, expected.to(first.dtype))
     flash4.forward(dataclasses.replace(inputs, query=inputs.query.half()))

@@ -23,7 +23,7 @@ ALLOWED = {
     "backends": {"kernels", "errors", "first_use", "inputs"},
     "dense": {"kernels"},
     "scoring": {"checks", "errors", "kernels"},
-    "selection": {"errors"},
+    "selection": {"forced", "inputs", "kernels"},
     "registry": {"errors", "inputs"},
     "attention": OPERATOR - {"attention"},
     "compat": OPERATOR,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from xattn_video.checks import check_block_size, check_key_lengths, check_pair
-from xattn_video.forced import diagonal_blocks, sink_blocks, text_blocks
-from xattn_video.inputs import AttentionInputs, empty_output
+from xattn_video.forced import ForcedBlocks
+from xattn_video.inputs import AttentionInputs, BlockLists, empty_output
 from xattn_video.registry import load_backend, resolve_backend
 from xattn_video.scoring import block_scores
-from xattn_video.selection import select_blocks
+from xattn_video.selection import select_block_lists
 
 
 def block_sparse_attention(
@@ -155,6 +155,37 @@ def xattention(
         ValueError: An argument is out of range, or shapes, dtypes or devices disagree.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
+    out, blocks = attend_selected(
+        query,
+        key,
+        value,
+        threshold=threshold,
+        stride=stride,
+        block_size=block_size,
+        causal=causal,
+        num_text_tokens=num_text_tokens,
+        key_lengths=key_lengths,
+        scale=scale,
+        backend=backend,
+    )
+    return (out, blocks.to_mask()) if return_block_mask else out
+
+
+def attend_selected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    threshold: float | Tensor,
+    stride: int,
+    block_size: int,
+    causal: bool = False,
+    num_text_tokens: int = 0,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, BlockLists]:
+    """`xattention`, and the blocks that it computed as lists: no block mask is made."""
     _check_inference(query, key, value)
     check_pair(query, key, causal, value)
     check_block_size(block_size, stride)
@@ -172,9 +203,7 @@ def xattention(
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], got {threshold}; try 0.9 or 0.95.")
         threshold = torch.full((), threshold, device=query.device)
-    out: Tensor
-    block_mask: Tensor
-    out, block_mask = torch.ops.xattn_video.xattention(
+    out, counts, indices = torch.ops.xattn_video.xattention(
         query,
         key,
         value,
@@ -187,7 +216,7 @@ def xattention(
         query.shape[-1] ** -0.5 if scale is None else scale,
         backend,
     )
-    return (out, block_mask) if return_block_mask else out
+    return out, BlockLists(counts, indices)
 
 
 def _check_inference(*tensors: Tensor) -> None:
@@ -214,7 +243,8 @@ def _block_sparse_attention(
     backend: str,
 ) -> Tensor:
     lengths = check_key_lengths(key_lengths, query, key)
-    inputs = AttentionInputs(query, key, value, block_mask, block_size, causal, lengths, scale)
+    blocks = BlockLists.from_mask(block_mask)
+    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
     return load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
 
 
@@ -230,7 +260,7 @@ def _xattention(
     num_text_tokens: int,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     lengths = check_key_lengths(key_lengths, query, key)
     scores = block_scores(
         query,
@@ -241,26 +271,13 @@ def _xattention(
         key_lengths=lengths,
         scale=scale,
     )
-    Sq, Sk = query.shape[2], key.shape[2]
-    device = query.device
-    forced = None
-    if causal:
-        forced = sink_blocks(Sk, block_size=block_size, device=device) | diagonal_blocks(
-            Sq, Sk, block_size=block_size, device=device
-        )
-    elif num_text_tokens:
-        forced = text_blocks(
-            Sq,
-            Sk,
-            num_text_tokens=num_text_tokens,
-            key_lengths=lengths,
-            block_size=block_size,
-            device=device,
-        )
-    block_mask = select_blocks(scores, threshold, forced=forced)
-    inputs = AttentionInputs(query, key, value, block_mask, block_size, causal, lengths, scale)
+    forced = ForcedBlocks(
+        query.shape[2], key.shape[2], block_size, causal, num_text_tokens, lengths
+    )
+    blocks = select_block_lists(scores, threshold, forced)
+    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
     out = load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
-    return out, block_mask
+    return out, blocks.counts, blocks.indices
 
 
 # Opaque to torch.compile, so that a compiled transformer keeps whole graphs: the schemas are
@@ -281,7 +298,7 @@ _xattention_op = torch.library.custom_op(
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor? key_lengths, "
         "int stride, int block_size, bool causal, int num_text_tokens, float scale, str backend) "
-        "-> (Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor)"
     ),
 )
 
@@ -301,7 +318,8 @@ def _(
     stride: int,
     block_size: int,
     *_: object,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, Sq, _D = query.shape
     rows, columns = -(-Sq // block_size), -(-key.shape[2] // block_size)
-    return empty_output(query), query.new_empty(B, H, rows, columns, dtype=torch.bool)
+    counts = query.new_empty(B, H, rows, dtype=torch.int32)
+    return empty_output(query), counts, counts.new_empty(B, H, rows, columns)

@@ -1,7 +1,44 @@
 """Blocks that are computed whatever their score: bool, broadcastable to `[B, H, Nq, Nk]`."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedBlocks:
+    """Which blocks of an attention are forced, described rather than written out.
+
+    Causal attention keeps key block 0 and the diagonal. Where the last ``num_text_tokens`` keys
+    are text, every block that touches a valid text key is kept, and every valid block of the rows
+    that hold a valid text query. key_lengths is int32 `[B]`, or None where all keys are valid.
+    """
+
+    query_length: int
+    key_length: int
+    block_size: int
+    causal: bool = False
+    num_text_tokens: int = 0
+    key_lengths: Tensor | None = None
+
+    def to_mask(self, device: torch.device) -> Tensor | None:
+        """bool, broadcastable to `[B, H, Nq, Nk]`; None where nothing is forced."""
+        Sq, Sk, block_size = self.query_length, self.key_length, self.block_size
+        if self.causal:
+            return sink_blocks(Sk, block_size=block_size, device=device) | diagonal_blocks(
+                Sq, Sk, block_size=block_size, device=device
+            )
+        if self.num_text_tokens == 0:
+            return None
+        return text_blocks(
+            Sq,
+            Sk,
+            num_text_tokens=self.num_text_tokens,
+            key_lengths=self.key_lengths,
+            block_size=block_size,
+            device=device,
+        )
 
 
 def sink_blocks(key_length: int, *, block_size: int, device: torch.device) -> Tensor:

@@ -20,18 +20,43 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockLists:
+    """The key blocks of each row of blocks, as the kernels walk them.
+
+    counts is int32 `[B, H, Nq]`; indices is int32 `[B, H, Nq, Nk]`, of which the first ``counts``
+    of a row are its blocks, ascending; the others follow, each once.
+    """
+
+    counts: Tensor
+    indices: Tensor
+
+    @classmethod
+    def from_mask(cls, block_mask: Tensor) -> "BlockLists":
+        """The lists of a bool mask `[B, H, Nq, Nk]`, without a host synchronisation."""
+        counts = block_mask.sum(dim=-1, dtype=torch.int32)
+        indices = torch.argsort(~block_mask, dim=-1, stable=True).to(torch.int32)
+        return cls(counts, indices)
+
+    def to_mask(self) -> Tensor:
+        """The block mask, bool `[B, H, Nq, Nk]`; True = compute."""
+        places = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        listed = places < self.counts[..., None]
+        return torch.empty_like(listed).scatter_(-1, self.indices.long(), listed)
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """The checked arguments of `block_sparse_attention`.
+    """What a backend computes from, checked.
 
     query is `[B, H, Sq, D]`, key and value `[B, H, Sk, D]`, any strides with the last one 1;
-    block_mask is bool `[B, H, Nq, Nk]`, True = compute; key_lengths is int32 `[B]` on the same
-    device, or None where all Sk keys are valid.
+    blocks are the key blocks to compute; key_lengths is int32 `[B]` on the same device, or None
+    where all Sk keys are valid.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    block_mask: Tensor
+    blocks: BlockLists
     block_size: int
     causal: bool
     key_lengths: Tensor | None
@@ -47,21 +72,6 @@ class AttentionInputs:
             causal=self.causal,
             ragged=self.key_lengths is not None,
         )
-
-
-def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a block mask into the lists that kernels walk, without a host synchronisation.
-
-    Args:
-        block_mask: bool `[B, H, Nq, Nk]`, True = compute.
-
-    Returns:
-        counts, int32 `[B, H, Nq]`: kept blocks of each row; and indices, int32 `[B, H, Nq, Nk]`:
-        the kept blocks first, ascending, then the others, ascending.
-    """
-    counts = block_mask.sum(dim=-1, dtype=torch.int32)
-    indices = torch.argsort(~block_mask, dim=-1, stable=True).to(torch.int32)
-    return counts, indices
 
 
 def empty_output(query: Tensor) -> Tensor:

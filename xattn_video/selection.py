@@ -4,6 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn_video.forced import ForcedBlocks
+from xattn_video.inputs import BlockLists
+from xattn_video.kernels.support import device_unsupported_reasons
+
+# Longer rows do not stay in the registers of a program; they are sorted.
+_LARGEST_KERNEL_ROW = 8192
+
 
 def select_blocks(
     scores: Tensor, threshold: float | Tensor, *, forced: Tensor | None = None
@@ -48,6 +55,40 @@ def select_blocks(
     keep.scatter_(-1, order, mass_before < threshold * total)
     keep_all = (threshold >= 1) | ~total.isfinite()
     return (keep | forced | keep_all) & (scores != 0)
+
+
+def select_block_lists(
+    scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks
+) -> BlockLists:
+    """The choice of `select_blocks` as lists, without a mask in between where a kernel makes it.
+
+    Args:
+        scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
+        threshold: As in `select_blocks`.
+        forced: Describes the blocks that are kept whatever they score.
+
+    Raises:
+        ValueError: The threshold is out of range or does not broadcast.
+    """
+    on_kernel = scores.is_cuda and scores.shape[-1] <= _LARGEST_KERNEL_ROW
+    if not on_kernel or device_unsupported_reasons(scores.device):
+        forced_mask = forced.to_mask(scores.device)
+        return BlockLists.from_mask(select_blocks(scores, threshold, forced=forced_mask))
+    # Imported here so that selection works where Triton is missing.
+    from xattn_video.kernels.block_selection import block_selection
+
+    row_threshold = _as_row_threshold(threshold, scores).squeeze(-1)
+    counts, indices = block_selection(
+        scores,
+        row_threshold.expand(scores.shape[:-1]),
+        query_length=forced.query_length,
+        key_length=forced.key_length,
+        block_size=forced.block_size,
+        causal=forced.causal,
+        num_text_tokens=forced.num_text_tokens,
+        key_lengths=forced.key_lengths,
+    )
+    return BlockLists(counts, indices)
 
 
 def _as_row_threshold(threshold: float | Tensor, scores: Tensor) -> Tensor:

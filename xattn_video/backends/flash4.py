@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.errors import BackendUnavailableError
-from xattn_video.inputs import AttentionInputs, Problem, block_lists
+from xattn_video.inputs import AttentionInputs, BlockLists, Problem
 from xattn_video.kernels import flash_attention_4
 
 NAME = "flash4"
@@ -38,16 +38,15 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
-    """List the kept blocks on the device, then walk the lists."""
+    """Walk the lists of kept blocks."""
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim)
-    return _attend(inputs.query, inputs.key, inputs.value, inputs.block_mask, inputs.scale)
+    return _attend(inputs.query, inputs.key, inputs.value, inputs.blocks, inputs.scale)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, scale: float) -> Tensor:
-    counts, indices = block_lists(block_mask)
+def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockLists, scale: float) -> Tensor:
     return flash_attention_4.block_sparse_forward(
-        query, key, value, counts, indices, block_size=_BLOCK_SIZE, scale=scale
+        query, key, value, blocks.counts, blocks.indices, block_size=_BLOCK_SIZE, scale=scale
     )
 
 
@@ -66,7 +65,7 @@ def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> No
     tensors = torch.randn(3, 1, 2, 300, head_dim, generator=generator, device="cpu")
     query, key, value = tensors.to(device, dtype)
     scale = head_dim**-0.5
-    found = _attend(query, key, value, block_mask, scale).float()
+    found = _attend(query, key, value, BlockLists.from_mask(block_mask), scale).float()
 
     visible = block_mask.repeat_interleave(_BLOCK_SIZE, 2).repeat_interleave(_BLOCK_SIZE, 3)
     visible = visible[:, :, :300, :300]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from xattn_video.inputs import AttentionInputs, Problem, block_lists
+from xattn_video.inputs import AttentionInputs, Problem
 
 NAME = "flex"
 
@@ -91,19 +91,17 @@ def _cpu_reasons() -> list[str]:
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
-    """Split the kept blocks into whole ones and those that need a mask, and run the kernel."""
+    """Split the lists into whole blocks and those that need a mask, and run the kernel."""
     lengths = inputs.key_lengths
     if lengths is None:
         B, _, Sk, _ = inputs.key.shape
         lengths = torch.full((B,), Sk, dtype=torch.int32, device=inputs.key.device)
-    whole = inputs.block_mask & _whole_blocks(inputs, lengths)
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         out = _compiled()(
             inputs.query,
             inputs.key,
             inputs.value,
-            *block_lists(inputs.block_mask & ~whole),
-            *block_lists(whole),
+            *_split_lists(inputs, lengths),
             lengths,
             inputs.block_size,
             inputs.causal,
@@ -113,17 +111,26 @@ def forward(inputs: AttentionInputs) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _whole_blocks(inputs: AttentionInputs, lengths: Tensor) -> Tensor:
-    """The blocks all of whose pairs are visible, bool `[B, 1, Nq or 1, Nk]`."""
+def _split_lists(inputs: AttentionInputs, lengths: Tensor) -> tuple[Tensor, ...]:
+    """Counts and indices of the blocks that need a mask, then of those seen whole.
+
+    Lists ascend, so that the former are the end of each list and the latter its beginning.
+    """
+    counts, indices = inputs.blocks.counts, inputs.blocks.indices
     Sq, Sk = inputs.query.shape[2], inputs.key.shape[2]
-    Nq, Nk = inputs.block_mask.shape[2:]
-    # [Nk], the end of each key block.
-    ends = (torch.arange(Nk, device=lengths.device) + 1) * inputs.block_size
-    whole = ends <= lengths[:, None, None, None]
+    Nq, Nk = indices.shape[2:]
+    # [B, 1, 1], keys that every query of the row sees.
+    seen_by_all = lengths[:, None, None]
     if inputs.causal:
-        first_queries = torch.arange(Nq, device=lengths.device)[:, None] * inputs.block_size
-        whole = whole & (ends <= first_queries + 1 + Sk - Sq)
-    return whole
+        first_queries = torch.arange(Nq, device=lengths.device) * inputs.block_size
+        # [B, 1, Nq]
+        seen_by_all = seen_by_all.minimum((first_queries + 1 + Sk - Sq).clamp(min=0))
+    places = torch.arange(Nk, dtype=torch.int32, device=counts.device)
+    first_masked = (seen_by_all // inputs.block_size)[..., None]
+    whole = (places < counts[..., None]) & (indices < first_masked)
+    whole_counts = whole.sum(dim=-1, dtype=torch.int32)
+    shifted = (places + whole_counts[..., None]).clamp_(max=Nk - 1)
+    return counts - whole_counts, indices.gather(-1, shifted.long()), whole_counts, indices
 
 
 @functools.cache

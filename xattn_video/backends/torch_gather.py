@@ -15,23 +15,30 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
-    """Loop over the rows of blocks; reads the block mask on the host, so a GPU waits for it."""
+    """Loop over the rows of blocks; reads the lists on the host, so that a GPU waits for it."""
     B, H, _, _ = inputs.query.shape
     out = empty_output(inputs.query)
-    mask = inputs.block_mask.cpu()
+    counts, indices = inputs.blocks.counts.tolist(), inputs.blocks.indices.cpu()
     lengths = [inputs.key.shape[2]] * B
     if inputs.key_lengths is not None:
         lengths = inputs.key_lengths.tolist()
     for item in range(B):
         for head in range(H):
-            _attend_head(inputs, out, mask[item, head], item, head, lengths[item])
+            listed = zip(indices[item, head], counts[item][head], strict=True)
+            rows = [row[:count] for row, count in listed]
+            _attend_head(inputs, out, rows, item, head, lengths[item])
     return out
 
 
 def _attend_head(
-    inputs: AttentionInputs, out: Tensor, mask: Tensor, item: int, head: int, key_length: int
+    inputs: AttentionInputs,
+    out: Tensor,
+    rows: list[Tensor],
+    item: int,
+    head: int,
+    key_length: int,
 ) -> None:
-    """Write one head of `out`."""
+    """Write one head of `out`, given the kept blocks of each row."""
     block_size = inputs.block_size
     num_blocks = -(-key_length // block_size)
     # [num_blocks, block_size, D]
@@ -40,10 +47,11 @@ def _attend_head(
     query = inputs.query[item, head]
     tail = num_blocks * block_size - key_length
     offset = inputs.key.shape[2] - query.shape[0]
-    for row, kept in enumerate(mask[:, :num_blocks]):
+    for row, listed in enumerate(rows):
         start = row * block_size
         queries = query[start : start + block_size]
-        indices = kept.nonzero().squeeze(1)
+        # Blocks without a valid key come last, if any is listed.
+        indices = listed if key_length == inputs.key.shape[2] else listed[listed < num_blocks]
         if len(indices) == 0:
             out[item, head, start : start + block_size] = 0
             continue

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from xattn_video.inputs import AttentionInputs, Problem, block_lists
+from xattn_video.inputs import AttentionInputs, Problem
 from xattn_video.kernels.support import kernel_unsupported_reasons
 
 NAME = "triton"
@@ -16,17 +16,16 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
-    """List the kept blocks on the device, then walk the lists."""
+    """Walk the lists of kept blocks."""
     # Imported here so that the reasons can be asked for where Triton is missing.
     from xattn_video.kernels.block_sparse_forward import block_sparse_forward
 
-    counts, indices = block_lists(inputs.block_mask)
     return block_sparse_forward(
         inputs.query,
         inputs.key,
         inputs.value,
-        counts,
-        indices,
+        inputs.blocks.counts,
+        inputs.blocks.indices,
         block_size=inputs.block_size,
         causal=inputs.causal,
         key_lengths=inputs.key_lengths,

@@ -1,21 +1,23 @@
-"""Antidiagonal block scores in one pass over the keys.
+"""Antidiagonal block scores: one matrix product, of which only sums over key blocks are stored.
 
-Groups of `stride` tokens make the product a plain matrix product with `stride * head_dim` as its
-inner dimension. A program holds a tile of query groups, walks the key groups once and keeps, for
-each of its rows and each key block, the sum of exp2(product - maximum of the row in this tile of
-keys). Once a row's maximum over all keys is known, these partial sums are rescaled and added up
-to block scores. They live in a scratch of one tile per program, so that nothing of the size of
-the scores between single groups is ever in memory.
+Groups of `stride` tokens make the product a plain one with `stride * head_dim` as its inner
+dimension. The first kernel computes it tile by tile and keeps, for each row of a tile and each key
+block, the sum of exp2(product - maximum of the row in this tile), and the maximum. The second one
+takes a row of blocks, rescales its sums to the maximum over all keys and adds them up to scores.
+The sums of a few heads at a time are in memory, never the product.
 """
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xattn_video.kernels.support import (
     INTERPRETING,
@@ -26,185 +28,219 @@ from xattn_video.kernels.support import (
 # Stands for the maximum of no products at all; finite, so that differences of maxima are.
 _LOWEST = tl.constexpr(-1e38)
 _SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
+# Partial sums in memory at one time.
+_SCRATCH_BYTES = 2**29
 
 
 @triton.jit
-def _fold_tile(
-    products, partial_ptr, maxima_ptr, running_maximum, running_sum, n, tiles_n,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Put down, for each row of a tile, the sum of each key block and the maximum it refers to."""
-    TILE_M: tl.constexpr = products.shape[0]
-    COLUMNS: tl.constexpr = products.shape[1] // GROUPS
-    maximum = tl.maximum(tl.max(products, axis=1), _LOWEST)
-    weights = tl.exp2(products - maximum[:, None])
-    # [TILE_M, COLUMNS]
-    partial = tl.sum(tl.reshape(weights, [TILE_M, COLUMNS, GROUPS]), axis=2)
-    rows = tl.arange(0, TILE_M).to(tl.int64)
-    columns = n * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(partial_ptr + rows[:, None] * (tiles_n * COLUMNS) + columns[None, :], partial)
-    tl.store(maxima_ptr + rows * tiles_n + n, maximum)
-    new_maximum = tl.maximum(running_maximum, maximum)
-    running_sum *= tl.exp2(running_maximum - new_maximum)
-    running_sum += tl.sum(partial, axis=1) * tl.exp2(maximum - new_maximum)
-    return new_maximum, running_sum
+def _ends(groups, key_length, Sq, Sk, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """The first key that each query group does not see; 0 for groups beyond the queries."""
+    ends = tl.zeros_like(groups) + key_length
+    if CAUSAL:
+        ends = tl.minimum(ends, tl.minimum(groups * STRIDE + STRIDE, Sq) + (Sk - Sq))
+    return tl.where(groups * STRIDE < Sq, ends, 0)
 
 
 @triton.jit
-def _store_scores(
-    scores_ptr, partial_ptr, maxima_ptr, running_maximum, running_sum, end_m, first_row, walked,
-    pitch, tiles_n, Nq, Nk,
-    BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
-    STORE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Rescale the partial sums of a tile of query groups and add them up to block scores."""
-    TILE_M: tl.constexpr = end_m.shape[0]
-    ROWS: tl.constexpr = TILE_M // GROUPS
-    rows = tl.arange(0, TILE_M).to(tl.int64)
-    share = tl.where(end_m > 0, 1.0 / tl.where(end_m > 0, running_sum, 1.0), 0.0)
-    # [ROWS]
-    block_rows = first_row + tl.arange(0, ROWS)
-    block_ends = tl.max(tl.reshape(end_m, [ROWS, GROUPS]), axis=1)
-    seeing = tl.sum(tl.reshape((end_m > 0).to(tl.int32), [ROWS, GROUPS]), axis=1)
-    groups_seeing = tl.maximum(seeing, 1).to(tl.float32)
-    for first_column in tl.range(0, Nk, STORE_COLUMNS):
-        columns = first_column + tl.arange(0, STORE_COLUMNS)
-        mask_n = (columns < walked * COLUMNS)[None, :]
-        # [TILE_M, STORE_COLUMNS]
-        partial_ptrs = partial_ptr + rows[:, None] * pitch + columns[None, :]
-        partial = tl.load(partial_ptrs, mask=mask_n, other=0.0)
-        maxima_ptrs = maxima_ptr + rows[:, None] * tiles_n + (columns // COLUMNS)[None, :]
-        maxima = tl.load(maxima_ptrs, mask=mask_n, other=_LOWEST)
-        mass = partial * tl.exp2(maxima - running_maximum[:, None]) * share[:, None]
-        # [ROWS, STORE_COLUMNS]
-        mass = tl.sum(tl.reshape(mass, [ROWS, GROUPS, STORE_COLUMNS]), axis=1)
-        scores = tl.maximum(
-            mass / groups_seeing[:, None], _SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL
-        )
-        valid = (columns * BLOCK_SIZE)[None, :] < block_ends[:, None]
-        tl.store(
-            scores_ptr + block_rows[:, None].to(tl.int64) * Nk + columns[None, :],
-            tl.where(valid, scores, 0.0),
-            mask=(block_rows < Nq)[:, None] & (columns < Nk)[None, :],
-        )
+def _locate(tile, num_m, num_n, RASTER: tl.constexpr):
+    """Row and column of a tile; RASTER rows of tiles at a time, so that neighbours share loads."""
+    per_band = RASTER * num_n
+    first_m = tile // per_band * RASTER
+    height = tl.minimum(num_m - first_m, RASTER)
+    return first_m + tile % per_band % height, tile % per_band // height
 
 
-@triton.jit(do_not_specialize=["B", "H", "Sq", "Sk", "Nq", "Nk"])
-def _antidiagonal_scores_kernel(
-    query_ptr, key_ptr, scores_ptr, partial_ptr, maxima_ptr, key_lengths_ptr,
+@triton.jit(
+    do_not_specialize=[
+        "first_head", "num_heads", "H", "Sq", "Sk", "first_m", "num_m", "first_n", "num_n",
+    ]
+)  # fmt: skip
+def _partial_sums_kernel(
+    query, key, partial_ptr, maxima_ptr, key_lengths_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    B, H, Sq, Sk, Nq, Nk, scale_log2,
+    first_head, num_heads, H, Sq, Sk, first_m, num_m, first_n, num_n, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-    STORE_COLUMNS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, RASTER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """TILE_M // GROUPS rows of blocks at a time, by programs that take turns."""
-    GROUPS: tl.constexpr = BLOCK_SIZE // STRIDE
-    COLUMNS: tl.constexpr = TILE_N // GROUPS
+    """A rectangle of num_m x num_n tiles of some heads, by programs that take turns.
+
+    With DESCRIPTORS query and key are TMA descriptors `[B, H, STRIDE, whole groups, HEAD_DIM]` and
+    the rectangle holds no group that an end cuts; else they are pointers.
+    """
+    COLUMNS: tl.constexpr = TILE_N // (BLOCK_SIZE // STRIDE)
     CHUNKS: tl.constexpr = HEAD_DIM // TILE_K
-    STEPS: tl.constexpr = STRIDE * CHUNKS
     tiles_m = tl.cdiv(Sq, TILE_M * STRIDE)
     tiles_n = tl.cdiv(Sk, TILE_N * STRIDE)
-    pitch = tiles_n * COLUMNS
-    # The scratch of this program.
-    program = tl.program_id(0).to(tl.int64)
-    partial_ptr += program * TILE_M * pitch
-    maxima_ptr += program * TILE_M * tiles_n
-    rows = tl.arange(0, TILE_M)
-
-    for tile in tl.range(tl.program_id(0), B * H * tiles_m, tl.num_programs(0)):
-        batch_head = (tile // tiles_m).to(tl.int64)
-        b, h = batch_head // H, batch_head % H
-        query_head_ptr = query_ptr + b * stride_qb + h * stride_qh
-        key_head_ptr = key_ptr + b * stride_kb + h * stride_kh
-        groups_m = (tile % tiles_m) * TILE_M + rows
+    for turn in tl.range(
+        tl.program_id(0), num_heads * num_m * num_n, tl.num_programs(0), flatten=True
+    ):
+        local_head = turn // (num_m * num_n)
+        m, n = _locate(turn % (num_m * num_n), num_m, num_n, RASTER)
+        m, n = m + first_m, n + first_n
+        b, h = (first_head + local_head) // H, (first_head + local_head) % H
+        groups_m = m * TILE_M + tl.arange(0, TILE_M)
+        groups_n = n * TILE_N + tl.arange(0, TILE_N)
         key_length = Sk
         if key_lengths_ptr is not None:
             key_length = tl.load(key_lengths_ptr + b)
-        # [TILE_M], a query group sees the keys before this one.
-        end_m = tl.zeros([TILE_M], dtype=tl.int32) + key_length
-        if CAUSAL:
-            end_m = tl.minimum(end_m, tl.minimum(groups_m * STRIDE + STRIDE, Sq) + (Sk - Sq))
-        end_m = tl.where(groups_m * STRIDE < Sq, end_m, 0)
-        seen_by_all, seen_by_any = tl.min(end_m, axis=0), tl.max(end_m, axis=0)
 
-        running_maximum = tl.full([TILE_M], _LOWEST, dtype=tl.float32)
-        running_sum = tl.zeros([TILE_M], dtype=tl.float32)
-        walked = tl.cdiv(tl.maximum(seen_by_any, 0), TILE_N * STRIDE)
         products = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
-        # One flat loop over tiles of keys and inner dimension, so that loads run ahead of both.
-        for step in tl.range(0, walked * STEPS):
-            n = step // STEPS
-            s = (step % STEPS) // CHUNKS
-            offsets_k = (step % CHUNKS) * TILE_K + tl.arange(0, TILE_K)
-            groups_n = n * TILE_N + tl.arange(0, TILE_N)
-            # A group that an end cuts repeats its last token.
-            tokens_m = tl.minimum(groups_m * STRIDE + (STRIDE - 1 - s), Sq - 1).to(tl.int64)
-            tokens_n = tl.maximum(tl.minimum(groups_n * STRIDE + s, key_length - 1), 0).to(
-                tl.int64
+        for step in tl.range(0, STRIDE * CHUNKS):
+            s = step // CHUNKS
+            first_k = (step % CHUNKS) * TILE_K
+            if DESCRIPTORS:
+                query_tile = query.load([b, h, STRIDE - 1 - s, m * TILE_M, first_k])
+                query_tile = tl.reshape(query_tile, [TILE_M, TILE_K])
+                key_tile = key.load([b, h, s, n * TILE_N, first_k])
+                key_tile = tl.reshape(key_tile, [TILE_N, TILE_K])
+            else:
+                offsets_k = first_k + tl.arange(0, TILE_K)
+                # A group that an end cuts repeats its last token.
+                tokens_m = tl.minimum(groups_m * STRIDE + (STRIDE - 1 - s), Sq - 1).to(tl.int64)
+                tokens_n = tl.minimum(groups_n * STRIDE + s, key_length - 1).to(tl.int64)
+                query_head = query + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
+                key_head = key + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+                # [TILE_M, TILE_K]
+                query_tile = tl.load(
+                    query_head + tokens_m[:, None] * stride_qs + offsets_k[None, :]
+                )
+                # [TILE_N, TILE_K]
+                key_tile = tl.load(key_head + tokens_n[:, None] * stride_ks + offsets_k[None, :])
+            products = tl.dot(
+                query_tile, tl.trans(key_tile), products, input_precision=INPUT_PRECISION
             )
-            # [TILE_M, TILE_K]
-            query = tl.load(query_head_ptr + tokens_m[:, None] * stride_qs + offsets_k[None, :])
-            # [TILE_N, TILE_K]
-            key = tl.load(key_head_ptr + tokens_n[:, None] * stride_ks + offsets_k[None, :])
-            products = tl.dot(query, tl.trans(key), products, input_precision=INPUT_PRECISION)
-            if step % STEPS == STEPS - 1:
-                products *= scale_log2
-                if (n + 1) * TILE_N * STRIDE > seen_by_all:
-                    visible = (groups_n * STRIDE)[None, :] < end_m[:, None]
-                    products = tl.where(visible, products, -float("inf"))
-                running_maximum, running_sum = _fold_tile(
-                    products, partial_ptr, maxima_ptr, running_maximum, running_sum, n, tiles_n,
-                    GROUPS,
-                )  # fmt: skip
-                products = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
 
-        # A thread reads what others of its program wrote, here and again in the next turn.
-        tl.debug_barrier()
-        _store_scores(
-            scores_ptr + batch_head * Nq * Nk, partial_ptr, maxima_ptr, running_maximum,
-            running_sum, end_m, (tile % tiles_m) * (TILE_M // GROUPS), walked, pitch, tiles_n,
-            Nq, Nk, BLOCK_SIZE, GROUPS, COLUMNS, STORE_COLUMNS,
-        )  # fmt: skip
-        tl.debug_barrier()
+        products *= scale_log2
+        ends = _ends(groups_m, key_length, Sq, Sk, STRIDE, CAUSAL)
+        if (n + 1) * TILE_N * STRIDE > tl.min(ends, axis=0):
+            visible = (groups_n * STRIDE)[None, :] < ends[:, None]
+            products = tl.where(visible, products, -float("inf"))
+        maximum = tl.maximum(tl.max(products, axis=1), _LOWEST)
+        weights = tl.exp2(products - maximum[:, None])
+        # [TILE_M, COLUMNS]
+        partial = tl.sum(tl.reshape(weights, [TILE_M, COLUMNS, TILE_N // COLUMNS]), axis=2)
+        rows = local_head.to(tl.int64) * tiles_m * TILE_M + groups_m
+        columns = n * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(partial_ptr + rows[:, None] * (tiles_n * COLUMNS) + columns[None, :], partial)
+        tl.store(maxima_ptr + rows * tiles_n + n, maximum)
+
+
+@triton.jit(do_not_specialize=["first_head", "H", "Sq", "Sk", "Nq", "Nk", "tiles_m", "tiles_n"])
+def _block_scores_kernel(
+    scores_ptr, partial_ptr, maxima_ptr, key_lengths_ptr,
+    first_head, H, Sq, Sk, Nq, Nk, tiles_m, tiles_n,
+    BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One row of blocks: rescale its partial sums and add them up, STEP columns at a time."""
+    GROUPS: tl.constexpr = BLOCK_SIZE // STRIDE
+    COLUMNS: tl.constexpr = TILE_N // GROUPS
+    block_row, local_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    key_length = Sk
+    if key_lengths_ptr is not None:
+        key_length = tl.load(key_lengths_ptr + (first_head + local_head) // H)
+    groups = block_row * GROUPS + tl.arange(0, GROUPS)
+    ends = _ends(groups, key_length, Sq, Sk, STRIDE, CAUSAL)
+    rows = local_head * tiles_m * TILE_M + groups
+    partial_ptrs = partial_ptr + rows[:, None] * (tiles_n * COLUMNS)
+    maxima_ptrs = maxima_ptr + rows[:, None] * tiles_n
+    offsets = tl.arange(0, STEP)
+
+    # [GROUPS]
+    row_maximum = tl.full([GROUPS], _LOWEST, dtype=tl.float32)
+    for first in tl.range(0, tiles_n, STEP):
+        tiles = (first + offsets)[None, :]
+        maxima = tl.load(maxima_ptrs + tiles, mask=tiles < tiles_n, other=_LOWEST)
+        row_maximum = tl.maximum(row_maximum, tl.max(maxima, axis=1))
+    row_sum = tl.zeros([GROUPS], dtype=tl.float32)
+    for first in tl.range(0, Nk, STEP):
+        columns = (first + offsets)[None, :]
+        partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
+        maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
+        row_sum += tl.sum(partial * tl.exp2(maxima - row_maximum[:, None]), axis=1)
+
+    seeing = tl.sum((ends > 0).to(tl.int32), axis=0)
+    share = tl.where(ends > 0, 1.0 / tl.where(ends > 0, row_sum, 1.0), 0.0)
+    share = share / tl.maximum(seeing, 1).to(tl.float32)
+    block_end = tl.max(ends, axis=0)
+    scores_ptr += ((first_head + local_head) * Nq + block_row) * Nk
+    for first in tl.range(0, Nk, STEP):
+        columns = (first + offsets)[None, :]
+        partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
+        maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
+        mass = partial * tl.exp2(maxima - row_maximum[:, None]) * share[:, None]
+        # [STEP]
+        scores = tl.maximum(
+            tl.sum(mass, axis=0), _SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL
+        )
+        valid = (first + offsets) * BLOCK_SIZE < block_end
+        tl.store(
+            scores_ptr + first + offsets, tl.where(valid, scores, 0.0), mask=first + offsets < Nk
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """How the work is cut: query groups, key groups and inner dimension of a tile."""
+    """How the work is cut: query groups, key groups and inner dimension of a tile.
+
+    raster rows of tiles are worked on at a time. With descriptors TMA loads the tiles.
+    """
 
     tile_m: int
     tile_n: int
     tile_k: int
     num_warps: int
     num_stages: int
-    programs_per_multiprocessor: int
+    programs_per_multiprocessor: int = 1
+    raster: int = 8
+    descriptors: bool = False
 
 
 # In half precision the traffic from L2 is the limit, and it falls as tiles grow: 128 x 256
 # accumulators are what the registers of 8 warps hold, 4 stages what 227 KiB of shared memory do.
-_HALF_LARGE = _Tiles(128, 256, 64, num_warps=8, num_stages=4, programs_per_multiprocessor=1)
-_HALF = _Tiles(128, 128, 32, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
+_HALF_HOPPER = _Tiles(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
+_HALF_LARGE = _Tiles(128, 256, 64, num_warps=8, num_stages=4)
+_HALF = _Tiles(128, 128, 32, num_warps=8, num_stages=3)
 _SINGLE = _Tiles(64, 64, 32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
-_INTERPRETED = _Tiles(64, 64, 128, num_warps=1, num_stages=1, programs_per_multiprocessor=1)
+_INTERPRETED = _Tiles(64, 64, 128, num_warps=1, num_stages=1, raster=2, descriptors=True)
 
 
-def _tiles(query: Tensor, groups: int) -> _Tiles:
+def _tiles(query: Tensor, key: Tensor, groups: int) -> _Tiles:
     """The tiles for the dtype and the device; a tile holds whole blocks of ``groups`` groups."""
     if INTERPRETING:
         tiles = _INTERPRETED
     elif query.dtype == torch.float32:
         tiles = _SINGLE
-    elif torch.cuda.get_device_capability(query.device) in ((9, 0), (10, 0)):
-        tiles = _HALF_LARGE
     else:
-        tiles = _HALF
+        capability = torch.cuda.get_device_capability(query.device)
+        tiles = {(9, 0): _HALF_HOPPER, (10, 0): _HALF_LARGE}.get(capability, _HALF)
     return replace(
         tiles,
         tile_m=max(tiles.tile_m, groups),
         tile_n=max(tiles.tile_n, groups),
         # The largest power of two that divides head_dim: no load needs a mask.
         tile_k=math.gcd(tiles.tile_k, query.shape[-1]),
+        descriptors=tiles.descriptors and all(map(_fits_descriptor, (query, key))),
+    )
+
+
+def _fits_descriptor(tensor: Tensor) -> bool:
+    """Whether TMA can load from it: the base and every stride are multiples of 16 bytes."""
+    size = tensor.element_size()
+    whole = [stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:3]]
+    return tensor.data_ptr() % 16 == 0 and all(whole)
+
+
+def _describe(tensor: Tensor, stride: int, tile_s: int, tile_k: int) -> TensorDescriptor:
+    """Whole groups of ``stride`` tokens as `[B, H, stride, groups, D]`."""
+    B, H, S, D = tensor.shape
+    stride_b, stride_h, stride_s, _ = tensor.stride()
+    return TensorDescriptor(
+        tensor,
+        [B, H, stride, S // stride, D],
+        [stride_b, stride_h, stride_s, stride_s * stride, 1],
+        [1, 1, 1, tile_s, tile_k],
     )
 
 
@@ -214,6 +250,35 @@ def _program_count(device: torch.device, tiles: _Tiles) -> int:
         return 2
     multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
     return multiprocessors * tiles.programs_per_multiprocessor
+
+
+class _Rectangle(NamedTuple):
+    """Tiles of one launch."""
+
+    first_m: int
+    num_m: int
+    first_n: int
+    num_n: int
+    descriptors: bool
+
+
+def _rectangles(
+    query: Tensor, key: Tensor, stride: int, tiles: _Tiles, descriptors: bool
+) -> Iterator[_Rectangle]:
+    """Launches that cover all tiles: those with a cut group apart, loaded through pointers."""
+    Sq, Sk = query.shape[2], key.shape[2]
+    tiles_m = triton.cdiv(Sq, tiles.tile_m * stride)
+    tiles_n = triton.cdiv(Sk, tiles.tile_n * stride)
+    if not descriptors:
+        yield _Rectangle(0, tiles_m, 0, tiles_n, False)
+        return
+    whole_m, whole_n = tiles_m - (Sq % stride > 0), tiles_n - (Sk % stride > 0)
+    if whole_m and whole_n:
+        yield _Rectangle(0, whole_m, 0, whole_n, True)
+    if whole_n < tiles_n:
+        yield _Rectangle(0, tiles_m, whole_n, 1, False)
+    if whole_m < tiles_m and whole_n:
+        yield _Rectangle(whole_m, 1, 0, whole_n, False)
 
 
 def unsupported_reasons(
@@ -261,22 +326,46 @@ def antidiagonal_scores(
     assert block_size == groups * stride, (block_size, stride)
     query, key = with_unit_stride(query), with_unit_stride(key)
     Nq, Nk = triton.cdiv(Sq, block_size), triton.cdiv(Sk, block_size)
-    tiles = _tiles(query, groups)
-    tiles_n = triton.cdiv(Sk, tiles.tile_n * stride)
-    turns = B * H * triton.cdiv(Sq, tiles.tile_m * stride)
-    programs = min(turns, _program_count(query.device, tiles))
+    tiles = _tiles(query, key, groups)
+    tiles_m, tiles_n = (
+        triton.cdiv(S, tile * stride) for S, tile in ((Sq, tiles.tile_m), (Sk, tiles.tile_n))
+    )
+    rows, pitch = tiles_m * tiles.tile_m, tiles_n * (tiles.tile_n // groups)
+    heads = max(1, min(B * H, _SCRATCH_BYTES // (rows * pitch * 4)))
     single = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    scores = single(B, H, Nq, Nk)
-    partial = single(programs, tiles.tile_m, tiles_n * (tiles.tile_n // groups))
-    maxima = single(programs, tiles.tile_m, tiles_n)
+    scores, partial, maxima = (
+        single(B, H, Nq, Nk),
+        single(heads, rows, pitch),
+        single(heads, rows, tiles_n),
+    )
+    # Lengths of their own cut groups anywhere.
+    descriptors = tiles.descriptors and key_lengths is None
+    programs = _program_count(query.device, tiles)
     with torch.cuda.device_of(query):
-        _antidiagonal_scores_kernel[(programs,)](
-            query, key, scores, partial, maxima, key_lengths,
-            *query.stride()[:3], *key.stride()[:3],
-            B, H, Sq, Sk, Nq, Nk, scale / stride * math.log2(math.e),
-            HEAD_DIM=D, BLOCK_SIZE=block_size, STRIDE=stride, CAUSAL=causal,
-            TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, STORE_COLUMNS=64,
-            INPUT_PRECISION="ieee",
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+        for first_head in range(0, B * H, heads):
+            num_heads = min(heads, B * H - first_head)
+            for launch in _rectangles(query, key, stride, tiles, descriptors):
+                turns = num_heads * launch.num_m * launch.num_n
+                sources = query, key
+                if launch.descriptors:
+                    sources = (
+                        _describe(query, stride, tiles.tile_m, tiles.tile_k),
+                        _describe(key, stride, tiles.tile_n, tiles.tile_k),
+                    )
+                _partial_sums_kernel[(min(programs, turns),)](
+                    *sources,
+                    partial, maxima, key_lengths, *query.stride()[:3], *key.stride()[:3],
+                    first_head, num_heads, H, Sq, Sk, *launch[:4],
+                    scale / stride * math.log2(math.e),
+                    HEAD_DIM=D, BLOCK_SIZE=block_size, STRIDE=stride, CAUSAL=causal,
+                    TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
+                    RASTER=tiles.raster, DESCRIPTORS=launch.descriptors, INPUT_PRECISION="ieee",
+                    num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                )  # fmt: skip
+            _block_scores_kernel[(Nq, num_heads)](
+                scores, partial, maxima, key_lengths,
+                first_head, H, Sq, Sk, Nq, Nk, tiles_m, tiles_n,
+                BLOCK_SIZE=block_size, STRIDE=stride, CAUSAL=causal, TILE_M=tiles.tile_m,
+                TILE_N=tiles.tile_n, STEP=128, num_warps=4,
+            )  # fmt: skip
     return scores

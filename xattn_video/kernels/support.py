@@ -40,16 +40,16 @@ def kernel_unsupported_reasons(
 
 
 def device_unsupported_reasons(device: torch.device) -> list[str]:
-    """Why no kernel of this package can run on the device, whatever the inputs."""
+    """Why Triton cannot run on the device, each reason with its remedy."""
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed; pip install triton (Linux only).")
     if not INTERPRETING:
-        reasons.extend(_device_reasons(device))
+        reasons.extend(_compiler_reasons(device))
     return reasons
 
 
-def _device_reasons(device: torch.device) -> list[str]:
+def _compiler_reasons(device: torch.device) -> list[str]:
     """Why Triton cannot compile for the device."""
     if device.type != "cuda":
         return [

@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor
 
-from xattn_video.attention import xattention
+from xattn_video.attention import attend_selected
 from xattn_video.dense import attend_with, fastest_dense_kernel
 
 
@@ -135,7 +135,7 @@ def _sparse_attention(
     lengths = key_lengths.tolist()
     longest = max(lengths)
     num_video_tokens = query.shape[1] - num_text_tokens
-    out, block_mask = xattention(
+    out, blocks = attend_selected(
         query.transpose(1, 2),
         key[:, :longest].transpose(1, 2),
         value[:, :longest].transpose(1, 2),
@@ -145,9 +145,8 @@ def _sparse_attention(
         num_text_tokens=longest - num_video_tokens,
         key_lengths=None if len(set(lengths)) == 1 else device_key_lengths,
         backend=backend,
-        return_block_mask=True,
     )
-    return out.transpose(1, 2).contiguous(), block_mask.sum()
+    return out.transpose(1, 2).contiguous(), blocks.counts.sum()
 
 
 _dense_op = torch.library.custom_op(

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from oracle import assert_smallest_set
+
+pytest.importorskip("triton")
+
+from xattn_video import select_blocks
+from xattn_video.forced import ForcedBlocks
+from xattn_video.inputs import BlockLists
+from xattn_video.kernels.block_selection import block_selection
+
+BLOCK_SIZE = 64
+
+
+def random_scores(B, H, Nq, Nk, device, sharpness=3.0):
+    return (torch.randn(B, H, Nq, Nk, device=device) * sharpness).softmax(-1)
+
+
+def exact_scores(B, H, Nq, Nk, device, levels=4):
+    """Scores whose sums float32 holds exactly, with many ties."""
+    return torch.randint(1, levels + 1, (B, H, Nq, Nk), device=device) / 4096
+
+
+def select(scores, threshold, forced=None):
+    """The lists that the kernel makes; without `forced` nothing is."""
+    if forced is None:
+        forced = ForcedBlocks(
+            scores.shape[2] * BLOCK_SIZE, scores.shape[3] * BLOCK_SIZE, BLOCK_SIZE
+        )
+    threshold = torch.as_tensor(threshold, device=scores.device)
+    counts, indices = block_selection(
+        scores,
+        threshold.expand(scores.shape[:-1]),
+        query_length=forced.query_length,
+        key_length=forced.key_length,
+        block_size=forced.block_size,
+        causal=forced.causal,
+        num_text_tokens=forced.num_text_tokens,
+        key_lengths=forced.key_lengths,
+    )
+    return BlockLists(counts, indices)
+
+
+def assert_same_lists(actual, mask):
+    expected = BlockLists.from_mask(mask)
+    assert actual.counts.dtype == actual.indices.dtype == torch.int32
+    assert torch.equal(actual.counts, expected.counts)
+    assert torch.equal(actual.indices, expected.indices)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("Nk", [1, 2, 33, 130])
+def test_ties_are_broken_as_a_stable_sort_does(Nk, threshold, device):
+    scores = exact_scores(1, 1, 2, Nk, device)
+    assert_same_lists(select(scores, threshold), select_blocks(scores, threshold))
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 3.0, 20.0])
+@pytest.mark.parametrize("threshold", [0.01, 0.95])
+def test_the_kept_set_is_the_smallest(threshold, sharpness, device):
+    scores = random_scores(1, 1, 2, 97, device, sharpness)
+    mask = select(scores, threshold).to_mask()
+    for row, kept in zip(scores.flatten(0, 2), mask.flatten(0, 2), strict=True):
+        assert_smallest_set(row, kept, threshold)
+
+
+def test_lists_and_mask_are_one_choice(device):
+    scores = exact_scores(2, 1, 2, 50, device)
+    assert torch.equal(select(scores, 0.6).to_mask(), select_blocks(scores, 0.6))
+
+
+def test_a_threshold_per_head_and_per_row(device):
+    scores = exact_scores(1, 2, 3, 40, device)
+    per_head = torch.tensor([[0.3], [1.0]], device=device)
+    per_row = torch.tensor([0.2, 0.6, 0.9], device=device)
+    for threshold in (per_head, per_row):
+        assert_same_lists(select(scores, threshold), select_blocks(scores, threshold))
+
+
+@pytest.mark.parametrize("lengths", [None, [200, 131], [130, 193]])
+@pytest.mark.parametrize(("Sq", "Sk", "num_text_tokens"), [(200, 200, 70), (250, 200, 1)])
+def test_text_is_forced(Sq, Sk, num_text_tokens, lengths, device):
+    if lengths is not None:
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    forced = ForcedBlocks(Sq, Sk, BLOCK_SIZE, False, num_text_tokens, lengths)
+    scores = exact_scores(2, 1, -(-Sq // BLOCK_SIZE), -(-Sk // BLOCK_SIZE), device)
+    if lengths is not None:
+        for item, length in enumerate(lengths.tolist()):
+            scores[item, :, :, -(-length // BLOCK_SIZE) :] = 0
+    expected = select_blocks(scores, 0.3, forced=forced.to_mask(device))
+    assert_same_lists(select(scores, 0.3, forced), expected)
+
+
+@pytest.mark.parametrize(("Sq", "Sk"), [(320, 320), (100, 333)])
+def test_the_diagonal_and_key_block_0_are_forced_in_causal_attention(Sq, Sk, device):
+    forced = ForcedBlocks(Sq, Sk, BLOCK_SIZE, causal=True)
+    scores = exact_scores(1, 1, -(-Sq // BLOCK_SIZE), -(-Sk // BLOCK_SIZE), device)
+    expected = select_blocks(scores, 0.4, forced=forced.to_mask(device))
+    assert_same_lists(select(scores, 0.4, forced), expected)
+
+
+def test_forced_mass_counts(device):
+    scores = torch.tensor([0.05, 0.3, 0.15, 0.5], device=device).expand(1, 1, 1, 4)
+    # The only row holds video alone, so that its last block is all that is forced.
+    forced = ForcedBlocks(BLOCK_SIZE, 4 * BLOCK_SIZE, BLOCK_SIZE, num_text_tokens=1)
+    assert select(scores, 0.49, forced).to_mask().tolist() == [[[[False, False, False, True]]]]
+    assert select(scores, 0.51, forced).to_mask().tolist() == [[[[False, True, False, True]]]]
+
+
+def test_a_row_without_a_valid_block_is_empty(device):
+    scores = exact_scores(1, 1, 3, 20, device)
+    scores[0, 0, 1] = 0
+    for threshold in (0.5, 1.0):
+        lists = select(scores, threshold)
+        assert lists.counts[0, 0, 1] == 0
+        assert_same_lists(lists, select_blocks(scores, threshold))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_keeps_every_valid_block(bad, device):
+    scores = exact_scores(1, 1, 3, 20, device)
+    scores[..., 17:] = 0
+    scores[0, 0, 1, 5] = bad
+    lists = select(scores, 0.2)
+    assert lists.indices[0, 0, 1].tolist() == list(range(20))
+    assert_same_lists(lists, select_blocks(scores, 0.2))
+
+
+def test_threshold_one_keeps_what_hardly_scores(device):
+    scores = torch.full((1, 1, 1, 9), torch.finfo(torch.float32).tiny, device=device)
+    scores[..., 4] = 1
+    scores[..., 8] = 0
+    assert select(scores, 1.0).counts.item() == 8
+    assert select(scores, 0.999).counts.item() == 1
+
+
+def test_scores_of_any_layout(device):
+    scores = exact_scores(1, 1, 2, 20, device).transpose(2, 3).contiguous().transpose(2, 3)
+    assert_same_lists(select(scores, 0.5), select_blocks(scores, 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("Nk", [931, 1024, 1025, 2048, 5000])
+def test_long_rows(Nk, device):
+    scores = exact_scores(1, 3, 65, Nk, device, levels=8)
+    for threshold in (0.05, 0.5, 0.95):
+        assert_same_lists(select(scores, threshold), select_blocks(scores, threshold))
+    scores = random_scores(1, 2, 16, Nk, device)
+    mask = select(scores, 0.9).to_mask()
+    for row, kept in zip(scores.flatten(0, 2), mask.flatten(0, 2), strict=True):
+        assert_smallest_set(row, kept, 0.9)

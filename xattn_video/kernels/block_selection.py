@@ -1,0 +1,145 @@
+"""Selection of blocks: from a row of scores straight to the list that attention kernels walk.
+
+A program holds one row. It finds the score at which the kept mass reaches the threshold without a
+sort, by bisection over the bits of float32, which are ordered as the numbers are where these are
+not negative. Sums run in one fixed order and rounding is monotonic, so that the kept mass never
+grows with the cut.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def _forced_blocks(
+    columns, m, key_length, Sq, Sk, num_video_tokens,
+    BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
+):  # fmt: skip
+    """The blocks of row ``m`` that are kept whatever they score."""
+    forced = columns < 0
+    if CAUSAL:
+        last_query = tl.minimum((m + 1) * BLOCK_SIZE, Sq) - 1
+        diagonal = tl.maximum(last_query + Sk - Sq, 0) // BLOCK_SIZE
+        forced = (columns == 0) | (columns == diagonal)
+    if TEXT:
+        first_text_block = num_video_tokens // BLOCK_SIZE
+        text_row = (m >= first_text_block) & (m * BLOCK_SIZE < key_length)
+        forced = (key_length > num_video_tokens) & (text_row | (columns >= first_text_block))
+    return forced
+
+
+@triton.jit
+def _cut_bits(rest, kept_mass, target):
+    """The bits of the largest score down to which blocks must be kept; inf where none must."""
+    bits = rest.to(tl.int32, bitcast=True)
+    low = tl.full([], 0, dtype=tl.int32)
+    high = tl.full([], _INFINITY_BITS, dtype=tl.int32)
+    for _ in range(31):
+        middle = low + (high - low + 1) // 2
+        mass = kept_mass + tl.sum(tl.where(bits >= middle, rest, 0.0), axis=0)
+        enough = mass >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, tl.maximum(middle - 1, low))
+    return low
+
+
+@triton.jit(do_not_specialize=["H", "Sq", "Sk", "Nq", "Nk", "num_video_tokens"])
+def _block_selection_kernel(
+    scores_ptr, threshold_ptr, key_lengths_ptr, counts_ptr, indices_ptr,
+    stride_tb, stride_th, stride_tm, H, Sq, Sk, Nq, Nk, num_video_tokens,
+    BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
+    PADDED_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One row of blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    m = (row % Nq).to(tl.int32)
+    b, h = row // Nq // H, row // Nq % H
+    key_length = Sk
+    if key_lengths_ptr is not None:
+        key_length = tl.load(key_lengths_ptr + b)
+    threshold = tl.load(threshold_ptr + b * stride_tb + h * stride_th + m * stride_tm)
+
+    columns = tl.arange(0, PADDED_COLUMNS)
+    inside = columns < Nk
+    # [PADDED_COLUMNS]
+    scores = tl.load(scores_ptr + row * Nk + columns, mask=inside, other=0.0)
+    total = tl.sum(scores, axis=0)
+    target = threshold * total
+    forced = _forced_blocks(
+        columns, m, key_length, Sq, Sk, num_video_tokens, BLOCK_SIZE, CAUSAL, TEXT
+    )
+    kept_mass = tl.sum(tl.where(forced, scores, 0.0), axis=0)
+    rest = tl.where(forced, 0.0, scores)
+
+    cut = _cut_bits(rest, kept_mass, target)
+    bits = rest.to(tl.int32, bitcast=True)
+    above = bits > cut
+    # Of the blocks that score the same as the cut the first ones are kept, as many as it takes.
+    tied = (bits == cut) & inside
+    mass_above = kept_mass + tl.sum(tl.where(above, rest, 0.0), axis=0)
+    ties_before = (tl.cumsum(tied.to(tl.int32), axis=0) - 1).to(tl.float32)
+    needed = mass_above + ties_before * cut.to(tl.float32, bitcast=True) < target
+    keep = above | (tied & needed) | forced
+    # NaN compares with nothing, so that a sum that is not finite keeps every block as well.
+    bounded = (threshold < 1.0) & (total < float("inf"))
+    keep = tl.where(bounded, keep, True) & inside & (scores != 0.0)
+
+    kept_through = tl.cumsum(keep.to(tl.int32), axis=0)
+    count = tl.sum(keep.to(tl.int32), axis=0)
+    positions = tl.where(keep, kept_through - 1, count + columns - kept_through)
+    tl.store(indices_ptr + row * Nk + positions, columns, mask=inside)
+    tl.store(counts_ptr + row, count)
+
+
+def block_selection(
+    scores: Tensor,
+    threshold: Tensor,
+    *,
+    query_length: int,
+    key_length: int,
+    block_size: int,
+    causal: bool,
+    num_text_tokens: int,
+    key_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """List, for each row, the fewest blocks whose mass reaches the threshold.
+
+    Forced blocks come first: key block 0 and the diagonal where ``causal``; where there is text,
+    every block that touches a valid text key, and every valid block of the rows that hold a valid
+    text query. Then blocks by falling score, the first of those that score the same.
+
+    Args:
+        scores: float32 `[B, H, Nq, Nk]`, not negative.
+        threshold: float32 `[B, H, Nq]`, any strides, on the same device.
+        query_length: Sq.
+        key_length: Sk, text included.
+        block_size: Tokens in a block.
+        causal: Whether query t sees keys up to t + Sk - Sq only.
+        num_text_tokens: The last of the Sk tokens, padding included.
+        key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
+
+    Returns:
+        counts, int32 `[B, H, Nq]`: kept blocks of each row; and indices, int32 `[B, H, Nq, Nk]`:
+        the kept blocks first, ascending, then the others, ascending. A row whose scores are not
+        all finite keeps every block that does not score 0.
+    """
+    B, H, Nq, Nk = scores.shape
+    assert threshold.shape == (B, H, Nq), (threshold.shape, (B, H, Nq))
+    scores = scores.contiguous()
+    counts = torch.empty(B, H, Nq, dtype=torch.int32, device=scores.device)
+    indices = torch.empty(B, H, Nq, Nk, dtype=torch.int32, device=scores.device)
+    padded_columns = triton.next_power_of_2(Nk)
+    with torch.cuda.device_of(scores):
+        _block_selection_kernel[(B * H * Nq,)](
+            scores, threshold, key_lengths, counts, indices, *threshold.stride(),
+            H, query_length, key_length, Nq, Nk, key_length - num_text_tokens,
+            BLOCK_SIZE=block_size, CAUSAL=causal, TEXT=num_text_tokens > 0,
+            PADDED_COLUMNS=padded_columns,
+            # 32 blocks a thread; more warps would wait for each other in every sum.
+            num_warps=max(1, padded_columns // 1024),
+        )  # fmt: skip
+    return counts, indices
