@@ -68,7 +68,7 @@ def forward(inputs: AttentionInputs) -> Tensor:
     _check_kernel(problem.device, problem.dtype, problem.head_dim)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()
     return _attend(
-        inputs.query, inputs.key, inputs.value, inputs.block_mask, lengths, inputs.scale
+        inputs.query, inputs.key, inputs.value, inputs.blocks.to_mask(), lengths, inputs.scale
     )
 
 
