@@ -21,7 +21,7 @@ from xattn_video.benchmark.problems import (
 )
 from xattn_video.benchmark.timing import Budget, time_limit
 from xattn_video.scoring import block_scores
-from xattn_video.selection import select_blocks
+from xattn_video.selection import select_block_lists, select_blocks
 
 CPU = torch.device("cpu")
 TINY = AttentionProblem("tiny", length=900, heads=2, head_dim=16)
@@ -86,8 +86,10 @@ def test_further_runs_share_the_file(run_benchmark):
 
 def test_a_density_is_met_by_real_selection(tensors):
     scores = block_scores(tensors.query, tensors.key)
-    tau = threshold_for_density(scores, 0.5, None)
-    assert density_of(select_blocks(scores, tau)) == pytest.approx(0.5, abs=0.07)
+    forced = tensors.forced_blocks()
+    tau = threshold_for_density(scores, 0.5, forced)
+    blocks = select_block_lists(scores, tau, forced)
+    assert density_of(blocks) == pytest.approx(0.5, abs=0.07)
 
 
 def test_a_backend_that_refuses_is_a_failure(run_benchmark):
@@ -131,12 +133,12 @@ def test_wrong_selections_are_found(tensors):
 
 def test_text_is_forced_into_the_selection():
     tensors = AttentionTensors("text", *torch.randn(3, 1, 2, 900, 16), num_text_tokens=30)
-    forced = tensors.forced_blocks()
+    forced = tensors.forced_blocks().to_mask(tensors.query.device)
     scores = block_scores(tensors.query, tensors.key)
     mask = select_blocks(scores, 0.2, forced=forced)
     assert checks.check_selection(mask, scores, 0.2, forced) < 1e-5
     found = [row for row, _ in measure_cases(_sparse(tensors), CPU, QUICK)]
-    assert {row["density"] for row in found if "density" in row} == {density_of(mask)}
+    assert {row["density"] for row in found if "density" in row} == {mask.double().mean().item()}
     assert not any("failure" in row for row in found)
 
 

@@ -9,14 +9,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xattn_video.attention import block_sparse_attention, xattention
+from xattn_video.attention import xattention
 from xattn_video.benchmark.checks import check_attention, check_scores, check_selection
 from xattn_video.benchmark.dense import dense_kernels
-from xattn_video.benchmark.problems import AttentionTensors, density_of, threshold_for_density
+from xattn_video.benchmark.problems import (
+    BLOCK_SIZE,
+    AttentionTensors,
+    density_of,
+    threshold_for_density,
+)
 from xattn_video.benchmark.quality import selection_quality
 from xattn_video.benchmark.timing import Budget, measure, time_limit
+from xattn_video.forced import ForcedBlocks
+from xattn_video.inputs import AttentionInputs, BlockLists
+from xattn_video.registry import load_backend, resolve_backend
 from xattn_video.scoring import block_scores
-from xattn_video.selection import select_blocks
+from xattn_video.selection import select_block_lists
 
 Part = Literal["dense", "scoring", "selection", "attention", "xattention"]
 Row = dict[str, Any]
@@ -81,23 +89,23 @@ def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterato
         )
         scores = score()
         for tau, wanted in _thresholds(settings, scores, forced):
-            select = partial(select_blocks, scores, tau, forced=forced)
-            mask = select()
-            chosen = {"stride": stride, "threshold": tau, "density": density_of(mask), **wanted}
+            select = partial(select_block_lists, scores, tau, forced)
+            blocks = select()
+            chosen = {"stride": stride, "threshold": tau, "density": density_of(blocks), **wanted}
             yield Case(
                 _row(tensors, "selection", **chosen),
                 partial(_selection_error, select, scores, tau, forced),
                 select,
-                more=_quality_of(tensors, mask, chosen),
+                more=_quality_of(tensors, blocks, chosen),
             )
             for backend in settings.backends:
                 if stride == settings.strides[0]:
-                    yield _attention_case(tensors, mask, backend, chosen)
+                    yield _attention_case(tensors, blocks, backend, chosen)
                 yield _xattention_case(tensors, backend, chosen)
 
 
 def _thresholds(
-    settings: SparseSettings, scores: Tensor, forced: Tensor | None
+    settings: SparseSettings, scores: Tensor, forced: ForcedBlocks
 ) -> Iterator[tuple[float, Row]]:
     """Each threshold, and the density that it stands for, if it does."""
     for tau in settings.thresholds:
@@ -115,31 +123,35 @@ def _scoring_error(run: Callable[[], Tensor], tensors: AttentionTensors, stride:
 
 
 def _selection_error(
-    run: Callable[[], Tensor], scores: Tensor, threshold: float, forced: Tensor | None
+    run: Callable[[], BlockLists], scores: Tensor, threshold: float, forced: ForcedBlocks
 ) -> float:
-    return check_selection(run(), scores, threshold, forced)
+    return check_selection(run().to_mask(), scores, threshold, forced.to_mask(scores.device))
 
 
-def _quality_of(tensors: AttentionTensors, mask: Tensor, chosen: Row) -> Callable[[], Row] | None:
+def _quality_of(
+    tensors: AttentionTensors, blocks: BlockLists, chosen: Row
+) -> Callable[[], Row] | None:
     """What the selection keeps of the true attention; of random tensors it says nothing."""
     if not tensors.from_model:
         return None
+    mask = blocks.to_mask()
     return partial(selection_quality, tensors, mask, chosen["stride"], chosen["threshold"])
 
 
-def _attention_case(tensors: AttentionTensors, mask: Tensor, backend: str, chosen: Row) -> Case:
-    """Attention over the selected blocks, from a block mask."""
-    run = partial(
-        block_sparse_attention,
-        tensors.query,
-        tensors.key,
-        tensors.value,
-        mask,
-        backend=backend,
-    )
+def _attention_case(
+    tensors: AttentionTensors, blocks: BlockLists, backend: str, chosen: Row
+) -> Case:
+    """Attention over the selected blocks, from their lists."""
+
+    def run() -> Tensor:
+        query, key, value = tensors.query, tensors.key, tensors.value
+        scale = query.shape[-1] ** -0.5
+        inputs = AttentionInputs(query, key, value, blocks, BLOCK_SIZE, False, None, scale)
+        return load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
+
     return Case(
         _row(tensors, "attention", backend=backend, **chosen),
-        lambda: check_attention(run(), tensors, mask),
+        lambda: check_attention(run(), tensors, blocks.to_mask()),
         run,
         tensors.dense_flops * chosen["density"],
     )

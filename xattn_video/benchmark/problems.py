@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn_video.forced import text_blocks
-from xattn_video.selection import select_blocks
+from xattn_video.forced import ForcedBlocks
+from xattn_video.inputs import BlockLists
+from xattn_video.selection import select_block_lists
 
 BLOCK_SIZE = 128
 _BISECTIONS = 14
@@ -50,17 +51,10 @@ class AttentionTensors:
         B, H, S, D = self.query.shape
         return 4.0 * B * H * S**2 * D
 
-    def forced_blocks(self) -> Tensor | None:
-        """The blocks that joint text-video attention computes whatever their score."""
-        if not self.num_text_tokens:
-            return None
-        return text_blocks(
-            self.length,
-            self.length,
-            num_text_tokens=self.num_text_tokens,
-            key_lengths=None,
-            block_size=BLOCK_SIZE,
-            device=self.query.device,
+    def forced_blocks(self) -> ForcedBlocks:
+        """The blocks of the text, which are computed whatever they score."""
+        return ForcedBlocks(
+            self.length, self.length, BLOCK_SIZE, num_text_tokens=self.num_text_tokens
         )
 
     def describe(self) -> dict[str, object]:
@@ -99,18 +93,18 @@ def clustered_tensors(
     return AttentionTensors(problem.name, query, key, normal(*shape).transpose(1, 2))
 
 
-def threshold_for_density(scores: Tensor, density: float, forced: Tensor | None) -> float:
+def threshold_for_density(scores: Tensor, density: float, forced: ForcedBlocks) -> float:
     """The threshold whose selection keeps ``density`` of all blocks, as nearly as rows allow."""
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if density_of(select_blocks(scores, middle, forced=forced)) < density:
+        if density_of(select_block_lists(scores, middle, forced)) < density:
             low = middle
         else:
             high = middle
     return high
 
 
-def density_of(block_mask: Tensor) -> float:
+def density_of(blocks: BlockLists) -> float:
     """Kept blocks over all blocks."""
-    return block_mask.sum().item() / block_mask.numel()
+    return blocks.counts.sum().item() / blocks.indices.numel()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xattn_video.benchmark.checks import formula_scores, row_weights
-from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionTensors, density_of
+from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionTensors
 from xattn_video.selection import select_blocks
 
 _NUM_ROWS = 8
@@ -30,7 +30,7 @@ def selection_quality(
     rows = _spread_rows(tensors)
     heads = list(range(tensors.query.shape[1]))
     mass = torch.cat([_block_mass(tensors, row, heads) for row in rows], dim=2)
-    forced = tensors.forced_blocks()
+    forced = tensors.forced_blocks().to_mask(tensors.query.device)
     forced = None if forced is None else forced[:, :, rows]
     kept = (mass * block_mask[:, :, rows]).sum(dim=-1)
     scores = formula_scores(tensors, rows, heads, stride)
@@ -39,11 +39,15 @@ def selection_quality(
     return {
         "kept_mass": kept.mean().item(),
         "least_kept_mass": kept.min().item(),
-        "sampled_density": density_of(block_mask[:, :, rows]),
+        "sampled_density": _density(block_mask[:, :, rows]),
         "formula_kept_mass": (mass * by_formula).sum(dim=-1).mean().item(),
-        "formula_density": density_of(by_formula),
-        "oracle_density": density_of(by_mass),
+        "formula_density": _density(by_formula),
+        "oracle_density": _density(by_mass),
     }
+
+
+def _density(block_mask: Tensor) -> float:
+    return block_mask.float().mean().item()
 
 
 def _spread_rows(tensors: AttentionTensors) -> list[int]:
