@@ -147,18 +147,22 @@ def _block_scores_kernel(
     maxima_ptrs = maxima_ptr + rows[:, None] * tiles_n
     offsets = tl.arange(0, STEP)
 
-    # [GROUPS]
-    row_maximum = tl.full([GROUPS], _LOWEST, dtype=tl.float32)
+    # [GROUPS, STEP], reduced once: Triton 3.7 fails on a reduction in a loop whose result has two
+    # uses.
+    highest = tl.full([GROUPS, STEP], _LOWEST, dtype=tl.float32)
     for first in tl.range(0, tiles_n, STEP):
         tiles = (first + offsets)[None, :]
         maxima = tl.load(maxima_ptrs + tiles, mask=tiles < tiles_n, other=_LOWEST)
-        row_maximum = tl.maximum(row_maximum, tl.max(maxima, axis=1))
-    row_sum = tl.zeros([GROUPS], dtype=tl.float32)
+        highest = tl.maximum(highest, maxima)
+    # [GROUPS, 1]
+    row_maximum = tl.max(highest, axis=1)[:, None]
+    sums = tl.zeros([GROUPS, STEP], dtype=tl.float32)
     for first in tl.range(0, Nk, STEP):
         columns = (first + offsets)[None, :]
         partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
         maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
-        row_sum += tl.sum(partial * tl.exp2(maxima - row_maximum[:, None]), axis=1)
+        sums += partial * tl.exp2(maxima - row_maximum)
+    row_sum = tl.sum(sums, axis=1)
 
     seeing = tl.sum((ends > 0).to(tl.int32), axis=0)
     share = tl.where(ends > 0, 1.0 / tl.where(ends > 0, row_sum, 1.0), 0.0)
@@ -169,7 +173,7 @@ def _block_scores_kernel(
         columns = (first + offsets)[None, :]
         partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
         maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
-        mass = partial * tl.exp2(maxima - row_maximum[:, None]) * share[:, None]
+        mass = partial * tl.exp2(maxima - row_maximum) * share[:, None]
         # [STEP]
         scores = tl.maximum(
             tl.sum(mass, axis=0), _SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL
