@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from xattn_video.kernels import antidiagonal_scores as kernel
 from xattn_video.kernels import support
 from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores, unsupported_reasons
+from xattn_video.kernels.scoring_tiles import fits_descriptor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -108,7 +109,7 @@ def test_tensors_that_tma_cannot_load(device):
     """An address or a stride that is no multiple of 16 bytes."""
     storage = torch.randn(1, 1, 130, 67, device=device)
     for tensor in (storage[..., :64], storage.flatten()[3:][: 130 * 64].view(1, 1, 130, 64)):
-        assert not kernel._fits_descriptor(tensor)
+        assert not fits_descriptor(tensor)
         aligned = tensor.clone(memory_format=torch.contiguous_format)
         assert torch.equal(
             scores_of(tensor, tensor, block_size=64), scores_of(aligned, aligned, block_size=64)
@@ -178,6 +179,18 @@ def test_a_stride_that_does_not_fit_is_refused(stride, device):
         "stride must be a power of two that divides block_size, got "
         f"stride={stride}, block_size=128; use 4, 8 or 16."
     )
+
+
+def test_eight_bits_need_a_recent_gpu(monkeypatch):
+    monkeypatch.setattr(support, "INTERPRETING", False)
+    monkeypatch.setattr(kernel, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    inputs = (torch.device("cuda", 0), torch.bfloat16, 128, 128, 8)
+    assert unsupported_reasons(*inputs) == []
+    assert unsupported_reasons(*inputs, float8=True) == [
+        "8-bit products need compute capability 8.9 or more, cuda:0 has 8.6; score exactly."
+    ]
 
 
 def test_all_reasons_are_given_at_once(monkeypatch):

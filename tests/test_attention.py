@@ -98,6 +98,11 @@ def test_xattention_computes_the_selected_blocks():
     assert torch.equal(out, block_sparse_attention(query * 4, key, value, mask, block_size=64))
 
 
+def test_the_scoring_precision_reaches_the_scores():
+    with pytest.raises(ValueError, match="or \"float8\", got 'half'"):
+        xattention(*make_inputs(1, 1, 128, 128, 16), scoring_precision="half")
+
+
 def test_text_is_always_computed():
     """90 text tokens after 230 video tokens, of which 40 and 0 are valid, in blocks of 64."""
     query, key, value = make_inputs(2, 1, 320, 320, 32)

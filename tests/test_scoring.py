@@ -53,6 +53,21 @@ def test_each_item_of_a_batch_has_its_own_key_length():
     assert (actual[2, :, :, 0] == 1).all()
 
 
+def test_eight_bits_are_refused_where_no_kernel_runs(monkeypatch):
+    """Never answered with exact scores."""
+    from xattn_video import scoring
+
+    reasons = ["the device must be CUDA."]
+    monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **options: reasons)
+    with pytest.raises(ValueError, match=r'"float8" cannot be honoured: the device must be CUDA'):
+        block_scores(*make_pair(1, 1, 64, 64, 16), precision="float8")
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="or \"float8\", got 'int8'"):
+        block_scores(*make_pair(1, 1, 64, 64, 16), precision="int8")
+
+
 def test_padding_takes_no_mass():
     """Zero-padded keys, as the authors' code pads them, would take mass: exp(0) is not 0."""
     query, key = make_pair(1, 1, 256, 256, 32)

@@ -10,7 +10,7 @@ from xattn_video.checks import check_block_size, check_key_lengths, check_pair
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import AttentionInputs, BlockLists, empty_output
 from xattn_video.registry import load_backend, resolve_backend
-from xattn_video.scoring import block_scores
+from xattn_video.scoring import Precision, block_scores
 from xattn_video.selection import select_block_lists
 
 
@@ -89,6 +89,7 @@ def xattention(
     key_lengths: Tensor | Sequence[int] | None = ...,
     scale: float | None = ...,
     backend: str = ...,
+    scoring_precision: Precision = ...,
     return_block_mask: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -107,6 +108,7 @@ def xattention(
     key_lengths: Tensor | Sequence[int] | None = ...,
     scale: float | None = ...,
     backend: str = ...,
+    scoring_precision: Precision = ...,
     return_block_mask: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -124,6 +126,7 @@ def xattention(
     key_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    scoring_precision: Precision = "exact",
     return_block_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """XAttention (arXiv:2503.16428): antidiagonal scores, block selection, block-sparse attention.
@@ -145,6 +148,8 @@ def xattention(
         key_lengths: int `[B]`, valid keys of each item; see `block_scores`.
         scale: Softmax scale, 1 / sqrt(D) if None.
         backend: A name from `available_backends`, or ``"auto"``.
+        scoring_precision: ``"exact"``, or ``"float8"`` for 8-bit operands in the estimate alone;
+            the ``precision`` of `block_scores`.
         return_block_mask: Also return the block mask.
 
     Returns:
@@ -167,6 +172,7 @@ def xattention(
         key_lengths=key_lengths,
         scale=scale,
         backend=backend,
+        scoring_precision=scoring_precision,
     )
     return (out, blocks.to_mask()) if return_block_mask else out
 
@@ -184,6 +190,7 @@ def attend_selected(
     key_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    scoring_precision: Precision = "exact",
 ) -> tuple[Tensor, BlockLists]:
     """`xattention`, and the blocks that it computed as lists: no block mask is made."""
     _check_inference(query, key, value)
@@ -215,6 +222,7 @@ def attend_selected(
         num_text_tokens,
         query.shape[-1] ** -0.5 if scale is None else scale,
         backend,
+        scoring_precision,
     )
     return out, BlockLists(counts, indices)
 
@@ -260,6 +268,7 @@ def _xattention(
     num_text_tokens: int,
     scale: float,
     backend: str,
+    scoring_precision: Precision = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = check_key_lengths(key_lengths, query, key)
     scores = block_scores(
@@ -270,6 +279,7 @@ def _xattention(
         causal=causal,
         key_lengths=lengths,
         scale=scale,
+        precision=scoring_precision,
     )
     forced = ForcedBlocks(
         query.shape[2], key.shape[2], block_size, causal, num_text_tokens, lengths
@@ -297,8 +307,8 @@ _xattention_op = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor? key_lengths, "
-        "int stride, int block_size, bool causal, int num_text_tokens, float scale, str backend) "
-        "-> (Tensor, Tensor, Tensor)"
+        "int stride, int block_size, bool causal, int num_text_tokens, float scale, str backend, "
+        "str scoring_precision='exact') -> (Tensor, Tensor, Tensor)"
     ),
 )
 

@@ -1,10 +1,14 @@
 """Antidiagonal block scores (XAttention, arXiv:2503.16428, section 2.1)."""
 
+from typing import Any, Literal, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.checks import check_block_size, check_key_lengths, check_pair
+
+Precision: TypeAlias = Literal["exact", "float8"]
 
 # Elements of one chunk of the group matrix on the torch path. On a CPU 4 MiB of float32 stay in
 # the caches; a GPU wants large products.
@@ -21,6 +25,7 @@ def block_scores(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
+    precision: Precision = "exact",
 ) -> Tensor:
     """Estimate the softmax mass of every block of the attention matrix from its antidiagonals.
 
@@ -38,6 +43,10 @@ def block_scores(
             are checked where the tensor is on the CPU and clamped, with no host
             synchronisation, where it is on another device.
         scale: Softmax scale, 1 / sqrt(D) if None.
+        precision: ``"exact"`` multiplies query and key as they are; ``"float8"`` rounds them to
+            8 bits first (e4m3, one scale for each group of tokens), for speed: the scores are
+            then off by a few percent. Only where the Triton kernel can run, compute capability
+            8.9 or more.
 
     Returns:
         float32 `[B, H, Nq, Nk]`, Nq = ceil(Sq / block_size). Every row sums to 1. A block scores 0
@@ -46,34 +55,44 @@ def block_scores(
 
     Raises:
         ValueError: Shapes, dtypes or devices disagree, ``stride`` does not divide ``block_size``,
-            or a key length is out of range.
+            a key length is out of range, or 8-bit scores cannot be had here.
     """
     check_pair(query, key, causal)
     check_block_size(block_size, stride)
     key_lengths = check_key_lengths(key_lengths, query, key)
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    options: dict[str, Any] = {
+        "block_size": block_size,
+        "stride": stride,
+        "causal": causal,
+        "key_lengths": key_lengths,
+        "scale": scale,
+    }
+    if precision == "float8":
+        reasons = triton_unsupported_reasons(query, block_size, stride, float8=True)
+        if reasons:
+            raise ValueError(
+                f'precision="float8" cannot be honoured: {" ".join(reasons)} Or pass '
+                'precision="exact".'
+            )
+        return triton_block_scores(query, key, **options, float8=True)
+    if precision != "exact":
+        raise ValueError(f'precision must be "exact" or "float8", got {precision!r}.')
     triton = query.is_cuda and not triton_unsupported_reasons(query, block_size, stride)
-    scores_of = triton_block_scores if triton else torch_block_scores
-    return scores_of(
-        query,
-        key,
-        block_size=block_size,
-        stride=stride,
-        causal=causal,
-        key_lengths=key_lengths,
-        scale=scale,
-    )
+    return (triton_block_scores if triton else torch_block_scores)(query, key, **options)
 
 
-def triton_unsupported_reasons(query: Tensor, block_size: int, stride: int) -> list[str]:
+def triton_unsupported_reasons(
+    query: Tensor, block_size: int, stride: int, *, float8: bool = False
+) -> list[str]:
     """Why the Triton kernel cannot score this query, each reason with its remedy."""
     try:
         from xattn_video.kernels import antidiagonal_scores
     except ImportError:
         return ["triton is not installed; pip install triton."]
     return antidiagonal_scores.unsupported_reasons(
-        query.device, query.dtype, query.shape[-1], block_size, stride
+        query.device, query.dtype, query.shape[-1], block_size, stride, float8=float8
     )
 
 
@@ -86,6 +105,7 @@ def triton_block_scores(
     causal: bool,
     key_lengths: Tensor | None,
     scale: float,
+    float8: bool = False,
 ) -> Tensor:
     """`block_scores` by the fused kernel: no group matrix in memory."""
     from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores
@@ -98,6 +118,7 @@ def triton_block_scores(
         causal=causal,
         key_lengths=key_lengths,
         scale=scale,
+        float8=float8,
     )
 
 

@@ -10,7 +10,6 @@ The sums of a few heads at a time are in memory, never the product.
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from xattn_video.kernels.float8_groups import quantize_groups, sampled_mean
+from xattn_video.kernels.scoring_tiles import Tiles, choose_tiles, program_count
 from xattn_video.kernels.support import (
     INTERPRETING,
     kernel_unsupported_reasons,
@@ -29,7 +30,7 @@ from xattn_video.kernels.support import (
 _LOWEST = tl.constexpr(-1e38)
 _SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Partial sums in memory at one time.
-_SCRATCH_BYTES = 2**29
+_SCRATCH_BYTES = 2**28
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def _locate(tile, num_m, num_n, RASTER: tl.constexpr):
     ]
 )  # fmt: skip
 def _partial_sums_kernel(
-    query, key, partial_ptr, maxima_ptr, key_lengths_ptr,
+    query, key, query_scales_ptr, key_scales_ptr, partial_ptr, maxima_ptr, key_lengths_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     first_head, num_heads, H, Sq, Sk, first_m, num_m, first_n, num_n, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -66,7 +67,8 @@ def _partial_sums_kernel(
     """A rectangle of num_m x num_n tiles of some heads, by programs that take turns.
 
     With DESCRIPTORS query and key are TMA descriptors `[B, H, STRIDE, whole groups, HEAD_DIM]` and
-    the rectangle holds no group that an end cuts; else they are pointers.
+    the rectangle holds no group that an end cuts; else they are pointers. 8-bit operands come with
+    the scales of their groups, `[B, H, groups]`.
     """
     COLUMNS: tl.constexpr = TILE_N // (BLOCK_SIZE // STRIDE)
     CHUNKS: tl.constexpr = HEAD_DIM // TILE_K
@@ -111,6 +113,18 @@ def _partial_sums_kernel(
                 query_tile, tl.trans(key_tile), products, input_precision=INPUT_PRECISION
             )
 
+        if query_scales_ptr is not None:
+            batch_head = (first_head + local_head).to(tl.int64)
+            num_groups_m, num_groups_n = tl.cdiv(Sq, STRIDE), tl.cdiv(Sk, STRIDE)
+            scales_m = tl.load(
+                query_scales_ptr + batch_head * num_groups_m + groups_m,
+                mask=groups_m < num_groups_m, other=0.0,
+            )  # fmt: skip
+            scales_n = tl.load(
+                key_scales_ptr + batch_head * num_groups_n + groups_n,
+                mask=groups_n < num_groups_n, other=0.0,
+            )  # fmt: skip
+            products *= scales_m[:, None] * scales_n[None, :]
         products *= scale_log2
         ends = _ends(groups_m, key_length, Sq, Sk, STRIDE, CAUSAL)
         if (n + 1) * TILE_N * STRIDE > tl.min(ends, axis=0):
@@ -147,18 +161,22 @@ def _block_scores_kernel(
     maxima_ptrs = maxima_ptr + rows[:, None] * tiles_n
     offsets = tl.arange(0, STEP)
 
-    # [GROUPS]
-    row_maximum = tl.full([GROUPS], _LOWEST, dtype=tl.float32)
+    # [GROUPS, STEP], reduced once: Triton 3.7 fails on a reduction in a loop whose result has two
+    # uses.
+    highest = tl.full([GROUPS, STEP], _LOWEST, dtype=tl.float32)
     for first in tl.range(0, tiles_n, STEP):
         tiles = (first + offsets)[None, :]
         maxima = tl.load(maxima_ptrs + tiles, mask=tiles < tiles_n, other=_LOWEST)
-        row_maximum = tl.maximum(row_maximum, tl.max(maxima, axis=1))
-    row_sum = tl.zeros([GROUPS], dtype=tl.float32)
+        highest = tl.maximum(highest, maxima)
+    # [GROUPS, 1]
+    row_maximum = tl.max(highest, axis=1)[:, None]
+    sums = tl.zeros([GROUPS, STEP], dtype=tl.float32)
     for first in tl.range(0, Nk, STEP):
         columns = (first + offsets)[None, :]
         partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
         maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
-        row_sum += tl.sum(partial * tl.exp2(maxima - row_maximum[:, None]), axis=1)
+        sums += partial * tl.exp2(maxima - row_maximum)
+    row_sum = tl.sum(sums, axis=1)
 
     seeing = tl.sum((ends > 0).to(tl.int32), axis=0)
     share = tl.where(ends > 0, 1.0 / tl.where(ends > 0, row_sum, 1.0), 0.0)
@@ -169,7 +187,7 @@ def _block_scores_kernel(
         columns = (first + offsets)[None, :]
         partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
         maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
-        mass = partial * tl.exp2(maxima - row_maximum[:, None]) * share[:, None]
+        mass = partial * tl.exp2(maxima - row_maximum) * share[:, None]
         # [STEP]
         scores = tl.maximum(
             tl.sum(mass, axis=0), _SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL
@@ -178,58 +196,6 @@ def _block_scores_kernel(
         tl.store(
             scores_ptr + first + offsets, tl.where(valid, scores, 0.0), mask=first + offsets < Nk
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """How the work is cut: query groups, key groups and inner dimension of a tile.
-
-    raster rows of tiles are worked on at a time. With descriptors TMA loads the tiles.
-    """
-
-    tile_m: int
-    tile_n: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-    programs_per_multiprocessor: int = 1
-    raster: int = 8
-    descriptors: bool = False
-
-
-# In half precision the traffic from L2 is the limit, and it falls as tiles grow: 128 x 256
-# accumulators are what the registers of 8 warps hold, 4 stages what 227 KiB of shared memory do.
-_HALF_HOPPER = _Tiles(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
-_HALF_LARGE = _Tiles(128, 256, 64, num_warps=8, num_stages=4)
-_HALF = _Tiles(128, 128, 32, num_warps=8, num_stages=3)
-_SINGLE = _Tiles(64, 64, 32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
-_INTERPRETED = _Tiles(64, 64, 128, num_warps=1, num_stages=1, raster=2, descriptors=True)
-
-
-def _tiles(query: Tensor, key: Tensor, groups: int) -> _Tiles:
-    """The tiles for the dtype and the device; a tile holds whole blocks of ``groups`` groups."""
-    if INTERPRETING:
-        tiles = _INTERPRETED
-    elif query.dtype == torch.float32:
-        tiles = _SINGLE
-    else:
-        capability = torch.cuda.get_device_capability(query.device)
-        tiles = {(9, 0): _HALF_HOPPER, (10, 0): _HALF_LARGE}.get(capability, _HALF)
-    return replace(
-        tiles,
-        tile_m=max(tiles.tile_m, groups),
-        tile_n=max(tiles.tile_n, groups),
-        # The largest power of two that divides head_dim: no load needs a mask.
-        tile_k=math.gcd(tiles.tile_k, query.shape[-1]),
-        descriptors=tiles.descriptors and all(map(_fits_descriptor, (query, key))),
-    )
-
-
-def _fits_descriptor(tensor: Tensor) -> bool:
-    """Whether TMA can load from it: the base and every stride are multiples of 16 bytes."""
-    size = tensor.element_size()
-    whole = [stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:3]]
-    return tensor.data_ptr() % 16 == 0 and all(whole)
 
 
 def _describe(tensor: Tensor, stride: int, tile_s: int, tile_k: int) -> TensorDescriptor:
@@ -244,14 +210,6 @@ def _describe(tensor: Tensor, stride: int, tile_s: int, tile_k: int) -> TensorDe
     )
 
 
-def _program_count(device: torch.device, tiles: _Tiles) -> int:
-    """As many programs as run at once; two where kernels are interpreted."""
-    if INTERPRETING:
-        return 2
-    multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return multiprocessors * tiles.programs_per_multiprocessor
-
-
 class _Rectangle(NamedTuple):
     """Tiles of one launch."""
 
@@ -263,7 +221,7 @@ class _Rectangle(NamedTuple):
 
 
 def _rectangles(
-    query: Tensor, key: Tensor, stride: int, tiles: _Tiles, descriptors: bool
+    query: Tensor, key: Tensor, stride: int, tiles: Tiles, descriptors: bool
 ) -> Iterator[_Rectangle]:
     """Launches that cover all tiles: those with a cut group apart, loaded through pointers."""
     Sq, Sk = query.shape[2], key.shape[2]
@@ -282,10 +240,23 @@ def _rectangles(
 
 
 def unsupported_reasons(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int, stride: int
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    stride: int,
+    *,
+    float8: bool = False,
 ) -> list[str]:
     """Every reason why `antidiagonal_scores` cannot run such inputs, each with its remedy."""
     reasons = kernel_unsupported_reasons(device, dtype, head_dim, block_size)
+    if float8 and not reasons and not INTERPRETING:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            reasons.append(
+                "8-bit products need compute capability 8.9 or more, "
+                f"{device} has {major}.{minor}; score exactly."
+            )
     if stride < 1 or stride & (stride - 1) or block_size % stride:
         reasons.append(
             "stride must be a power of two that divides block_size, got "
@@ -303,6 +274,7 @@ def antidiagonal_scores(
     causal: bool,
     key_lengths: Tensor | None,
     scale: float,
+    float8: bool = False,
 ) -> Tensor:
     """Score the blocks of the attention matrix by their antidiagonals (arXiv:2503.16428, 2.1).
 
@@ -314,6 +286,8 @@ def antidiagonal_scores(
         causal: Whether query t sees keys up to t + Sk - Sq only.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
         scale: Factor on the products of queries and keys.
+        float8: Whether to round query and key to 8 bits first, with a scale for each group. Keys
+            are taken relative to a mean of theirs, which no softmax over the keys can tell.
 
     Returns:
         float32 `[B, H, Nq, Nk]`. A row sums to 1 over its valid blocks, none of which is 0; it is
@@ -325,8 +299,13 @@ def antidiagonal_scores(
     groups = block_size // stride
     assert block_size == groups * stride, (block_size, stride)
     query, key = with_unit_stride(query), with_unit_stride(key)
+    query_scales = key_scales = None
+    if float8:
+        shift = sampled_mean(key, block_size, key_lengths)
+        query, query_scales = quantize_groups(query, stride)
+        key, key_scales = quantize_groups(key, stride, lengths=key_lengths, shift=shift)
     Nq, Nk = triton.cdiv(Sq, block_size), triton.cdiv(Sk, block_size)
-    tiles = _tiles(query, key, groups)
+    tiles = choose_tiles(query, key, groups)
     tiles_m, tiles_n = (
         triton.cdiv(S, tile * stride) for S, tile in ((Sq, tiles.tile_m), (Sk, tiles.tile_n))
     )
@@ -339,8 +318,8 @@ def antidiagonal_scores(
         single(heads, rows, tiles_n),
     )
     # Lengths of their own cut groups anywhere.
-    descriptors = tiles.descriptors and key_lengths is None
-    programs = _program_count(query.device, tiles)
+    descriptors = tiles.descriptors and (key_lengths is None or float8)
+    programs = program_count(query.device, tiles)
     with torch.cuda.device_of(query):
         for first_head in range(0, B * H, heads):
             num_heads = min(heads, B * H - first_head)
@@ -353,8 +332,8 @@ def antidiagonal_scores(
                         _describe(key, stride, tiles.tile_n, tiles.tile_k),
                     )
                 _partial_sums_kernel[(min(programs, turns),)](
-                    *sources,
-                    partial, maxima, key_lengths, *query.stride()[:3], *key.stride()[:3],
+                    *sources, query_scales, key_scales, partial, maxima, key_lengths,
+                    *query.stride()[:3], *key.stride()[:3],
                     first_head, num_heads, H, Sq, Sk, *launch[:4],
                     scale / stride * math.log2(math.e),
                     HEAD_DIM=D, BLOCK_SIZE=block_size, STRIDE=stride, CAUSAL=causal,
