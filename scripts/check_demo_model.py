@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -20,12 +19,10 @@ from typing import Any
 
 import torch
 
-from xattn_video.pipelines.demo import Scene, load_demo_pipeline, sample_scene
+from xattn_video.pipelines.demo import Scene, held_out_scenes, load_demo_pipeline
 from xattn_video.pipelines.demo.checks import ATTRIBUTES, measure_clip, score_measurement
 
 GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
-# Every fourth prompt names two objects.
-TWO_OBJECTS_EVERY = 4
 
 
 def main() -> int:
@@ -55,18 +52,6 @@ def main() -> int:
         result = {"settings": settings, "shares": shares, "clips": clips}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(shares[name]["share"] >= goal for name, goal in GOALS.items()) else 1
-
-
-def held_out_scenes(count: int, seed: int) -> list[Scene]:
-    """The scenes of the check, of held-out combinations only; the same for the same seed."""
-    rng = random.Random(seed)
-    scenes: list[Scene] = []
-    while len(scenes) < count:
-        num_objects = 2 if len(scenes) % TWO_OBJECTS_EVERY == TWO_OBJECTS_EVERY - 1 else 1
-        scene = sample_scene(rng, num_objects, held_out=True)
-        if scene not in scenes:
-            scenes.append(scene)
-    return scenes
 
 
 def _check_scene(

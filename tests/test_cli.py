@@ -276,11 +276,10 @@ def test_verbose_tells_the_backend(generate, caplog):
 
 
 def test_prompts_beyond_the_demo_models_words_are_warned_of(capsys):
-    from xattn_video.cli.job import _warn_of_unknown_words
-    from xattn_video.pipelines.request import GenerationRequest
+    from xattn_video.cli.checks import warn_of_unknown_words
 
-    known = GenerationRequest("a red circle moving left to right over a blue background")
-    _warn_of_unknown_words((known, GenerationRequest("a cat"), GenerationRequest("a dog")))
+    known = "a red circle moving left to right over a blue background"
+    warn_of_unknown_words([known, "a cat", "a dog"])
     err = capsys.readouterr().err
     assert err.startswith("warning: the prompt is not in the demo model's grammar, got 'a cat'")
     assert err.count("warning") == 1

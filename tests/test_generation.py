@@ -1,7 +1,7 @@
 """A generation: what is checked before, what is recorded during it."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -10,7 +10,12 @@ import torch
 
 from xattn_video import ThresholdSchedule, XAttnProcessor
 from xattn_video.pipelines import hunyuan_video
-from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
+from xattn_video.pipelines.generation import (
+    GenerationResult,
+    StepRecord,
+    generate,
+    generate_together,
+)
 from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
 
@@ -114,6 +119,29 @@ def test_a_seed_gives_one_video_wherever_it_comes_in_a_run(pipe):
     assert (first.frames != other.frames).any()
 
 
+def test_videos_made_together_are_those_made_alone(pipe):
+    """Prompts of unequal length, each with its own noise."""
+    first = request(sparse=None, seed=3)
+    second = replace(first, prompt="a red circle and a green square, moving left", seed=4)
+    together = generate_together(pipe, [first, second])
+    for result, alone in zip(
+        together, (generate(pipe, first), generate(pipe, second)), strict=True
+    ):
+        assert result.latents.shape == alone.latents.shape
+        torch.testing.assert_close(result.latents, alone.latents, rtol=1e-3, atol=1e-4)
+        assert np.abs(result.frames.astype(int) - alone.frames).max() <= 1
+    assert together[0].seconds == together[1].seconds
+
+
+def test_videos_made_together_share_their_settings(pipe):
+    with pytest.raises(ValueError, match="got different video, sparse; generate them one after"):
+        generate_together(
+            pipe, [request(), request(sparse=None, video=replace(SMALL, num_frames=5))]
+        )
+    with pytest.raises(ValueError, match="there is no request"):
+        generate_together(pipe, [])
+
+
 def test_true_guidance_needs_no_negative_prompt(pipe):
     guided = request(video=VideoSettings(64, 64, 9, 2, true_cfg_scale=4.0))
     result = generate(pipe, guided)
@@ -137,7 +165,8 @@ def test_a_schedule_is_followed(pipe):
 def test_saved_seconds_come_from_the_medians():
     seconds = [9.0, 2.0, 2.0, 8.0, 1.0, 1.0]
     steps = tuple(StepRecord(i, 6, s, sparse=i >= 3, density=None) for i, s in enumerate(seconds))
-    result = GenerationResult(np.zeros((1, 2, 2, 3), np.uint8), steps, 25.0, None, None)
+    frames, latents = np.zeros((1, 2, 2, 3), np.uint8), torch.zeros(4, 1, 1, 1)
+    result = GenerationResult(frames, steps, 25.0, None, None, latents)
     assert (result.seconds_per_dense_step, result.seconds_per_sparse_step) == (2.0, 1.0)
     assert result.estimated_seconds_saved == 3.0
     assert (result.dense_seconds, result.sparse_seconds) == (13.0, 10.0)

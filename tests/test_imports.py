@@ -32,7 +32,9 @@ ALLOWED = {
     "processors": OPERATOR | {"dense", "kernels", "schedule", "report", "processors"},
     "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
     "benchmark": OPERATOR | {"kernels", "benchmark"},
-    "cli": OPERATOR | {"schedule", "report", "processors", "pipelines", "benchmark", "cli"},
+    "quality": {"errors", "report", "processors", "pipelines", "quality"},
+    "cli": OPERATOR
+    | {"schedule", "report", "processors", "pipelines", "benchmark", "quality", "cli"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -35,3 +35,7 @@ class UnboundProcessorError(XAttentionError, RuntimeError):
 
 class PipelineLoadError(XAttentionError, OSError):
     """A pipeline could not be had from the hub."""
+
+
+class MissingPackageError(XAttentionError, ImportError):
+    """An optional package that is needed cannot be used."""

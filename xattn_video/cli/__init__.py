@@ -1,4 +1,4 @@
-"""The command line: `xattn-video generate | plan | bench | backends`."""
+"""The command line: `xattn-video generate | compare | plan | bench | backends`."""
 
 from typing import Annotated
 
@@ -7,6 +7,7 @@ import typer
 from xattn_video import __version__
 from xattn_video.cli.backends import backends
 from xattn_video.cli.bench import bench
+from xattn_video.cli.compare import compare
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(compare)
 app.command()(plan)
 app.command()(bench)
 app.command()(backends)

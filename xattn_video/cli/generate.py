@@ -1,10 +1,5 @@
 """`xattn-video generate`: one video or many, with one load of the model."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from xattn_video.cli import options
 from xattn_video.cli.console import ErrorsToExitCodes, log_choices
 from xattn_video.cli.job import Job, check_job, run_job
@@ -14,10 +9,8 @@ from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Option(help="What the video shows.")] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
-    ] = None,
+    prompt: options.Prompt = None,
+    prompts_file: options.PromptsFile = None,
     model: options.Model = HUNYUAN_VIDEO,
     height: options.Height = None,
     width: options.Width = None,

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from xattn_video.cli.checks import check_runs, warn_of_unknown_words
 from xattn_video.cli.console import (
     message_console,
     output_console,
-    print_warning,
     quiet_libraries,
 )
 from xattn_video.cli.outputs import Outputs
@@ -43,43 +43,12 @@ def check_job(job: Job) -> None:
         ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: The backend cannot run the model's heads here.
     """
-    from xattn_video.inputs import Problem
-    from xattn_video.pipelines.hunyuan_video import check_attention_backend
-    from xattn_video.pipelines.model_shape import read_model_shape
-    from xattn_video.pipelines.plan import plan_run
-    from xattn_video.pipelines.source import find_model
-    from xattn_video.registry import resolve_backend
-
-    load, request = job.load, job.requests[0]
-    if request.sparse is None and any(job.outputs.plots):
+    if job.requests[0].sparse is None and any(job.outputs.plots):
         raise ValueError("--plot shows the density of sparse steps; --dense has none.")
-    shape = read_model_shape(find_model(load.model))
-    if load.attention_backend is not None:
-        check_attention_backend(load.attention_backend)
-    if request.sparse is not None:
-        problem = Problem(
-            load.resolved_device,
-            load.resolved_dtype,
-            shape.head_dim,
-            request.sparse.block_size,
-        )
-        resolve_backend(request.sparse.backend, problem)
-    for warning in plan_run(shape, request.video, request.sparse, load).warnings:
-        print_warning(warning)
-    if load.model == DEMO:
-        _warn_of_unknown_words(job.requests)
-
-
-def _warn_of_unknown_words(requests: tuple[GenerationRequest, ...]) -> None:
-    """The demo model has a small language; say so at the first prompt that is not in it."""
-    from xattn_video.pipelines.demo import parse_prompt
-
-    for request in requests:
-        try:
-            parse_prompt(request.prompt)
-        except ValueError as error:
-            print_warning(str(error))
-            return
+    # The requests share everything but the prompt.
+    check_runs(job.load, job.requests[:1])
+    if job.load.model == DEMO:
+        warn_of_unknown_words([request.prompt for request in job.requests])
 
 
 def run_job(job: Job) -> None:

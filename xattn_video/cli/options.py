@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _FULL = VideoSettings()
 
 
-def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
+def option(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    """An option in a panel of the help."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
@@ -28,17 +29,22 @@ def _video_option(text: str, name: str) -> Any:
     """An option whose default depends on the model."""
     full, demo = getattr(_FULL, name), getattr(DEMO_SETTINGS, name)
     default = f"{full:g}" if full == demo else f"{full:g}; demo {demo:g}"
-    return _option("Video", text, show_default=default)
+    return option("Video", text, show_default=default)
 
 
 _MODEL = "Model"
 _SPARSITY = "Sparse attention"
 _FILES = "Files"
 
-Model = Annotated[str, _option(_MODEL, "demo (ships with the package), a hub ID, or a folder.")]
+Prompt = Annotated[str | None, typer.Option(help="What the video shows.")]
+PromptsFile = Annotated[
+    Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
+]
+
+Model = Annotated[str, option(_MODEL, "demo (ships with the package), a hub ID, or a folder.")]
 Dtype = Annotated[
     str | None,
-    _option(
+    option(
         _MODEL,
         "Of the transformer: bfloat16, float16 or float32.",
         show_default="bfloat16 where it is fast",
@@ -46,11 +52,11 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None,
-    _option(_MODEL, "cpu, cuda or cuda:N.", show_default="cuda if there is one"),
+    option(_MODEL, "cpu, cuda or cuda:N.", show_default="cuda if there is one"),
 ]
 OffloadOption = Annotated[
     str | None,
-    _option(
+    option(
         _MODEL,
         "What waits in host memory: none, model, sequential or group.",
         show_default="model on a GPU; demo none",
@@ -58,14 +64,14 @@ OffloadOption = Annotated[
 ]
 VaeTiling = Annotated[
     bool | None,
-    _option(
+    option(
         _MODEL,
         "Decode the video in tiles, which takes less memory.",
         show_default="on; demo off",
     ),
 ]
 AttentionBackend = Annotated[
-    str | None, _option(_MODEL, "Diffusers' attention backend for the dense steps.")
+    str | None, option(_MODEL, "Diffusers' attention backend for the dense steps.")
 ]
 
 Height = Annotated[int | None, _video_option("Pixels, a multiple of 16.", "height")]
@@ -79,40 +85,40 @@ TrueCfgScale = Annotated[
     float | None, _video_option("Guidance by a second forward, above 1.", "true_cfg_scale")
 ]
 NegativePrompt = Annotated[
-    str | None, _option("Video", "What it must not show; needs --true-cfg-scale above 1.")
+    str | None, option("Video", "What it must not show; needs --true-cfg-scale above 1.")
 ]
-Seed = Annotated[int, _option("Video", "Of the initial noise, the same for every prompt.")]
-Fps = Annotated[int, _option("Video", "Frames per second of the file.")]
+Seed = Annotated[int, option("Video", "Of the initial noise, the same for every prompt.")]
+Fps = Annotated[int, option("Video", "Frames per second of the file.")]
 
 Threshold = Annotated[
     float | None,
-    _option(
+    option(
         _SPARSITY,
         "Share of the estimated attention mass to keep, in (0, 1].",
         show_default="0.95",
     ),
 ]
-Schedule = Annotated[Path | None, _option(_SPARSITY, "JSON file with a threshold for each step.")]
-Stride = Annotated[int, _option(_SPARSITY, "Tokens between scored antidiagonals.")]
-BlockSize = Annotated[int, _option(_SPARSITY, "Tokens in a block.")]
-WarmupSteps = Annotated[int, _option(_SPARSITY, "First steps that stay dense.")]
-CooldownSteps = Annotated[int, _option(_SPARSITY, "Last steps that stay dense.")]
-MinTokens = Annotated[int, _option(_SPARSITY, "With fewer video tokens all steps stay dense.")]
-Dense = Annotated[bool, _option(_SPARSITY, "Dense attention throughout.", "--dense")]
-Backend = Annotated[str, _option(_SPARSITY, "One of those that `xattn-video backends` lists.")]
+Schedule = Annotated[Path | None, option(_SPARSITY, "JSON file with a threshold for each step.")]
+Stride = Annotated[int, option(_SPARSITY, "Tokens between scored antidiagonals.")]
+BlockSize = Annotated[int, option(_SPARSITY, "Tokens in a block.")]
+WarmupSteps = Annotated[int, option(_SPARSITY, "First steps that stay dense.")]
+CooldownSteps = Annotated[int, option(_SPARSITY, "Last steps that stay dense.")]
+MinTokens = Annotated[int, option(_SPARSITY, "With fewer video tokens all steps stay dense.")]
+Dense = Annotated[bool, option(_SPARSITY, "Dense attention throughout.", "--dense")]
+Backend = Annotated[str, option(_SPARSITY, "One of those that `xattn-video backends` lists.")]
 
 Output = Annotated[
     Path | None,
-    _option(
+    option(
         _FILES,
         "The video, .mp4 or .mkv (lossless); a folder with --prompts-file.",
         show_default="named after the prompt; folder videos",
     ),
 ]
-Report = Annotated[Path | None, _option(_FILES, "JSON: settings, times and what ran.")]
+Report = Annotated[Path | None, option(_FILES, "JSON: settings, times and what ran.")]
 Plot = Annotated[
     Path | None,
-    _option(_FILES, "PNG: density by step and layer; a folder with --prompts-file."),
+    option(_FILES, "PNG: density by step and layer; a folder with --prompts-file."),
 ]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Log choices; print the traceback of an error.")

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 def job_record(load: "LoadOptions", fps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The whole command: what its videos share, and then each of them."""
+    return {**run_record(load, fps), "runs": runs}
+
+
+def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
+    """Versions, device, and how the model is loaded."""
     import diffusers
     import torch
 
@@ -35,7 +40,6 @@ def job_record(load: "LoadOptions", fps: int, runs: list[dict[str, Any]]) -> dic
         "vae_tiling": load.resolved_vae_tiling,
         "attention_backend": load.attention_backend,
         "fps": fps,
-        "runs": runs,
     }
 
 

@@ -3,14 +3,15 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings
 from xattn_video.processors import XAttnProcessor, enable_xattention
@@ -43,6 +44,7 @@ class GenerationResult:
         peak_memory_gib: Largest allocation on the CUDA device during this generation; elsewhere
             the largest resident size of the process so far, None where the system tells none.
         report: What attention really did; None if it was dense throughout by request.
+        latents: float32 `[C, T, H, W]` on the host, what the last step left for the VAE to decode.
     """
 
     frames: NDArray[np.uint8]
@@ -50,6 +52,7 @@ class GenerationResult:
     seconds: float
     peak_memory_gib: float | None
     report: SparsityReport | None
+    latents: Tensor
 
     @property
     def dense_seconds(self) -> float:
@@ -92,28 +95,55 @@ def generate(
         request: What to generate.
         on_step: Called after every denoising step.
     """
+    return generate_together(pipe, [request], on_step)[0]
+
+
+def generate_together(
+    pipe: "HunyuanVideoPipeline",
+    requests: Sequence[GenerationRequest],
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> tuple[GenerationResult, ...]:
+    """Generate several videos in one call of the pipeline.
+
+    Args:
+        pipe: Loaded and placed; afterwards its attention processors are those that were there.
+        requests: What to generate; they differ in nothing but prompt and seed.
+        on_step: Called after every denoising step of all videos.
+
+    Returns:
+        One result for each video. Every one gets an equal share of the seconds; memory and report
+        are those of the call.
+
+    Raises:
+        ValueError: The requests cannot share a call.
+    """
+    _check_shared_settings(requests)
+    first = requests[0]
     device = pipe._execution_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    with _attention(pipe, request.sparse) as handle:
+    with _attention(pipe, first.sparse) as handle:
         processor = handle.processor if handle else None
-        recorder = _StepRecorder(device, request.video.num_inference_steps, processor, on_step)
+        recorder = _StepRecorder(device, first.video.num_inference_steps, processor, on_step)
         # Denoising begins when the transformer is first called, after the text is encoded.
         hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
         try:
-            video = pipe(
-                **_pipeline_arguments(request), callback_on_step_end=recorder.step_ends
-            ).frames[0]
+            videos = pipe(
+                **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
+            ).frames
         finally:
             hook.remove()
         report = processor.report() if processor else None
-    return GenerationResult(
-        frames=_to_bytes(np.asarray(video)),
-        steps=tuple(recorder.steps),
-        seconds=time.perf_counter() - start,
-        peak_memory_gib=_peak_memory_gib(device),
-        report=report,
+    seconds = (time.perf_counter() - start) / len(requests)
+    steps = tuple(replace(step, seconds=step.seconds / len(requests)) for step in recorder.steps)
+    assert recorder.latents is not None
+    latents = recorder.latents.float().cpu()
+    return tuple(
+        GenerationResult(
+            _to_bytes(np.asarray(video)), steps, seconds, _peak_memory_gib(device), report, latent
+        )
+        for video, latent in zip(videos, latents, strict=True)
     )
 
 
@@ -128,6 +158,7 @@ class _StepRecorder:
         on_step: Callable[[StepRecord], None] | None,
     ) -> None:
         self.steps: list[StepRecord] = []
+        self.latents: Tensor | None = None
         self._device = device
         self._total = total
         self._processor = processor
@@ -146,6 +177,7 @@ class _StepRecorder:
         now = self._now()
         sparse, density = self._attention_of(index)
         seconds = now - (self._last_end or now)
+        self.latents = tensors["latents"]
         self.steps.append(StepRecord(index, self._total, seconds, sparse, density))
         if self._on_step is not None:
             self._on_step(self.steps[-1])
@@ -181,18 +213,35 @@ def _attention(
     )
 
 
-def _pipeline_arguments(request: GenerationRequest) -> dict[str, Any]:
+def _check_shared_settings(requests: Sequence[GenerationRequest]) -> None:
+    if not requests:
+        raise ValueError("there is no request; give at least one.")
+    different = [
+        field.name
+        for field in fields(GenerationRequest)
+        if field.name not in ("prompt", "seed")
+        and any(getattr(r, field.name) != getattr(requests[0], field.name) for r in requests)
+    ]
+    if different:
+        raise ValueError(
+            "videos of one call differ in nothing but prompt and seed, "
+            f"got different {', '.join(different)}; generate them one after another."
+        )
+
+
+def _pipeline_arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    first = requests[0]
     return {
-        "prompt": request.prompt,
+        "prompt": [request.prompt for request in requests],
         # With None the pipeline would leave out classifier-free guidance without a word.
-        "negative_prompt": request.negative_prompt or "",
-        "height": request.video.height,
-        "width": request.video.width,
-        "num_frames": request.video.num_frames,
-        "num_inference_steps": request.video.num_inference_steps,
-        "guidance_scale": request.video.guidance_scale,
-        "true_cfg_scale": request.video.true_cfg_scale,
-        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "negative_prompt": [first.negative_prompt or ""] * len(requests),
+        "height": first.video.height,
+        "width": first.video.width,
+        "num_frames": first.video.num_frames,
+        "num_inference_steps": first.video.num_inference_steps,
+        "guidance_scale": first.video.guidance_scale,
+        "true_cfg_scale": first.video.true_cfg_scale,
+        "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
         "output_type": "np",
     }
 

@@ -12,6 +12,7 @@ from xattn_video.pipelines.demo.grammar import (
     SHAPES,
     Scene,
     SceneObject,
+    held_out_scenes,
     parse_prompt,
     sample_scene,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "default_dtype",
+    "held_out_scenes",
     "load_demo_pipeline",
     "parse_prompt",
     "sample_scene",

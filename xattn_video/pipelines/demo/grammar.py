@@ -172,6 +172,23 @@ def sample_scene(rng: random.Random, num_objects: int, *, held_out: bool = False
             return scene
 
 
+def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
+    """The fixed scenes that models are judged by, different from each other, none trained on.
+
+    Args:
+        count: How many; every fourth has two objects.
+        seed: The same scenes for the same seed, the first of many the same as the first of few.
+    """
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        num_objects = 2 if len(scenes) % 4 == 3 else 1
+        scene = sample_scene(rng, num_objects, held_out=True)
+        if scene not in scenes:
+            scenes.append(scene)
+    return scenes
+
+
 def _article(colour: str) -> str:
     return "an" if colour[0] in "aeiou" else "a"
 

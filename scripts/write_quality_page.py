@@ -1,0 +1,91 @@
+"""Write the results in docs/quality.md, tables and plots, from results.json files.
+
+    python -m scripts.write_quality_page runs/demo-cpu/results.json runs/demo-h100/results.json
+
+Each file becomes a section, in the order given; a file that is not there is left out and named.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from xattn_video.pipelines.video import atomic_path
+from xattn_video.quality.pages import comparison_rows, comparison_text, comparison_title
+from xattn_video.quality.plots import write_plots
+
+PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
+BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"
+END = "<!-- results: end -->"
+
+
+def main() -> int:
+    """Write the page; 0 if every file was there, else 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write them into")
+    arguments = parser.parse_args()
+    present = [path for path in arguments.results if path.is_file()]
+    for path in arguments.results:
+        if path not in present:
+            print(f"there is no {str(path)!r}; its section is left out.", file=sys.stderr)
+    try:
+        write_page(arguments.page, present)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if len(present) == len(arguments.results) else 1
+
+
+def write_page(page: Path, results: list[Path]) -> None:
+    """Replace what the page holds between its two marks.
+
+    Args:
+        page: A Markdown file; the plots go to ``images`` beside it.
+        results: results.json files.
+
+    Raises:
+        ValueError: The page has no marks, a file holds no results, or two would share their plots.
+    """
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(
+            f"{str(page)!r} must hold these two lines once: {BEGIN.strip()} and {END}"
+        )
+    names = [run_name(path) for path in results]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the runs need names of their own, got {', '.join(names)}; rename one.")
+    sections = [section(page.parent, path) for path in results]
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    with atomic_path(page) as temporary:
+        temporary.write_text(
+            "".join([before, BEGIN, "\n" * bool(sections), *sections, END, after]),
+            encoding="utf-8",
+        )
+
+
+def run_name(path: Path) -> str:
+    """The file's own name, or that of its folder where it is the usual results.json."""
+    return path.resolve().parent.name if path.stem == "results" else path.stem
+
+
+def section(folder: Path, path: Path) -> str:
+    """A run's heading, facts, table and plots; draws the plots below ``folder``."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}; make it again.") from None
+    rows = comparison_rows(record)
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    plots = write_plots(images / f"quality-{run_name(path)}", rows, record["layer_densities"])
+    links = [plot.relative_to(folder).as_posix() for plot in plots]
+    return f"### {comparison_title(record)}\n\n{comparison_text(record, links)}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""`xattn-video compare`: what it measures and writes, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from xattn_video.cli import app
+from xattn_video.cli.compare_options import compared_prompts, parse_numbers
+from xattn_video.pipelines.video import write_video
+from xattn_video.quality.clips import read_clip
+from xattn_video.quality.comparison import Measurement, judge_demo_clip
+from xattn_video.quality.methods import DENSE, sparse_methods
+from xattn_video.quality.rows import Row, summarise
+from xattn_video.quality.similarity import Similarity
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--height=64", "--width=64", "--num-frames=9", "--num-inference-steps=3"]
+HERE = ["--device=cpu", "--dtype=float32"]
+SPARSE = ["--block-size=16", "--min-tokens=0", "--warmup-steps=1"]
+PROMPT = "--prompt=a red circle"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def compare(tiny_pipeline, tmp_path, monkeypatch):
+    """Run `compare` on the tiny pipeline within an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_compare(*arguments: object) -> tuple[int, str, str]:
+        return run("compare", "--model", tiny_pipeline, *SMALL, *HERE, *SPARSE, *arguments)
+
+    return run_compare
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail the test if a model is loaded."""
+    from xattn_video.pipelines import hunyuan_video
+
+    def refuse(options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(hunyuan_video, "load_pipeline", refuse)
+
+
+def write_clip(path: Path, num_frames: int = 5, width: int = 32, fps: int = 24) -> Path:
+    generator = np.random.default_rng(num_frames)
+    write_video(path, generator.integers(0, 256, (num_frames, 32, width, 3), np.uint8), fps)
+    return path
+
+
+def test_a_comparison_writes_tables_plots_and_videos(compare, tmp_path):
+    code, out, err = compare(PROMPT, "--thresholds=0.3,0.6", "--strides=8,16", "--output=o")
+    assert code == 0, err
+    record = json.loads((tmp_path / "o/results.json").read_text())
+    names = [row["method"]["name"] for row in record["rows"]]
+    assert names == [
+        "dense",
+        "dense-again",
+        "tau0.3-warmup1-stride8",
+        "tau0.6-warmup1-stride8",
+        "tau0.3-warmup1-stride16",
+        "tau0.6-warmup1-stride16",
+    ]
+    dense, again, low, high = record["rows"][:4]
+    assert dense["psnr"] is None
+    assert again["identical"]
+    assert again["ssim"] == 1
+    assert again["latent_error"] == 0
+    assert low["density"] < high["density"] < 1
+    assert low["kept_mass"] < high["kept_mass"]
+    assert low["latent_error"] > 0
+    assert low["psnr"] < 100
+    assert low["speedup"] > 0
+    assert low["checks_right"] is None
+    assert len(record["layer_densities"]["tau0.3-warmup1-stride8"]) == 3
+    assert record["layer_densities"]["tau0.3-warmup1-stride8"][0][0] is None
+    assert record["video_tokens"] == 48
+    assert set(record["versions"]) == {"xattn_video", "torch", "diffusers"}
+    for row in ("dense again", "tau 0.6, warm-up 1, stride 16"):
+        assert row in out
+        assert row in (tmp_path / "o/results.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.png")) == [
+        "plot-density-layers.png",
+        "plot-psnr-density.png",
+        "plot-psnr-grid.png",
+    ]
+    files = [tmp_path / "o" / file for video in record["videos"] for file in video["files"]]
+    assert len(files) == 6 + 4
+    assert {read_clip(file).codec for file in files if file.suffix == ".mkv"} == {"ffv1"}
+    side = read_clip(next(file for file in files if file.suffix == ".mp4"))
+    assert side.frames.shape == (9, 64 + 24, 3 * 64 + 8, 3)
+
+
+def test_the_model_is_loaded_once_and_every_reference_made_once(compare, monkeypatch, tmp_path):
+    from xattn_video.pipelines import hunyuan_video
+    from xattn_video.quality import comparison
+
+    loads, calls = [], []
+    load, generate = hunyuan_video.load_pipeline, comparison.generate_together
+    monkeypatch.setattr(
+        hunyuan_video, "load_pipeline", lambda options: loads.append(1) or load(options)
+    )
+
+    def count(pipe, requests, on_step=None):
+        calls.append((len(requests), requests[0].sparse))
+        return generate(pipe, requests, on_step)
+
+    monkeypatch.setattr(comparison, "generate_together", count)
+    (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
+    code, _, err = compare(
+        "--prompts-file=p.txt",
+        "--seeds=0,1",
+        "--batch-size=3",
+        "--thresholds=0.3,0.6",
+        "--no-noise-ceiling",
+        "--no-kept-mass",
+        "--no-videos",
+    )
+    assert code == 0, err
+    assert len(loads) == 1
+    warm_up, timed = calls[:2], calls[2:]
+    assert [size for size, _ in warm_up] == [3, 3]
+    assert [size for size, _ in timed] == [3, 3, 3, 1, 1, 1]
+    assert [sparse is None for _, sparse in timed] == [True, False, False] * 2
+    record = json.loads((tmp_path / "compare/results.json").read_text())
+    assert [row["num_videos"] for row in record["rows"]] == [4, 4, 4]
+    assert [(video["prompt"], video["seed"]) for video in record["videos"][:3]] == [
+        ("a red circle", 0),
+        ("a red circle", 1),
+        ("a blue square", 0),
+    ]
+    assert record["num_prompts"] == 2
+
+
+def test_no_videos_needs_no_ffmpeg(tiny_pipeline, tmp_path):
+    code = f"""
+import sys
+for name in ("imageio", "imageio_ffmpeg"):
+    sys.modules[name] = None
+from xattn_video.cli import app
+app({["compare", "--model", str(tiny_pipeline), *SMALL, *HERE, *SPARSE, PROMPT]!r}
+    + ["--no-videos", "--thresholds=0.4", "--output", {str(tmp_path / "o")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "VMAF is not measured: it needs ffmpeg, which was not to be used." in done.stderr
+    assert not (tmp_path / "o/videos").exists()
+    assert json.loads((tmp_path / "o/results.json").read_text())["missing"]["VMAF"]
+
+
+def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
+    from xattn_video.quality import comparison
+
+    generate = comparison.generate_together
+
+    def fail_at_last(pipe, requests, on_step=None):
+        sparse = requests[0].sparse
+        if sparse is not None and sparse.warmup_steps and sparse.threshold == 0.6:
+            raise RuntimeError("CUDA out of memory")
+        return generate(pipe, requests, on_step)
+
+    monkeypatch.setattr(comparison, "generate_together", fail_at_last)
+    code, _, err = compare(PROMPT, "--thresholds=0.3,0.6", "--no-videos", "--no-kept-mass")
+    assert code == 1
+    assert "error: CUDA out of memory" in err
+    record = json.loads((tmp_path / "compare/results.json").read_text())
+    assert [row["method"]["name"] for row in record["rows"]][-1] == "tau0.3-warmup1-stride8"
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --prompt or --prompts-file, got none"),
+        ([PROMPT, "--prompts-file=p.txt"], "give --prompt or --prompts-file, got both"),
+        ([PROMPT, "--demo-prompts=4"], "--demo-prompts excludes --prompt and --prompts-file"),
+        (["--demo-prompts=4"], "--demo-prompts are for --model demo, got "),
+        ([PROMPT, "--thresholds=0.9;0.95"], "--thresholds must be numbers with commas between"),
+        ([PROMPT, "--thresholds="], "--thresholds must be numbers with commas between, got ''"),
+        ([PROMPT, "--thresholds=0.9,2"], "threshold must lie in (0, 1], got 2.0"),
+        ([PROMPT, "--warmup-steps=1.5"], "--warmup-steps must be whole numbers with commas"),
+        ([PROMPT, "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
+        ([PROMPT, "--strides=8,12"], "stride must divide block_size, got stride=12"),
+        ([PROMPT, "--seeds=a"], "--seeds must be whole numbers with commas between, got 'a'"),
+        ([PROMPT, "--seeds=-1"], "seed must lie between 0 and 2**63 - 1, got -1"),
+        ([PROMPT, "--fps=0"], "fps must be at least 1, got 0"),
+        ([PROMPT, "--batch-size=0"], "batch_size must be at least 1, got 0"),
+        ([PROMPT, "--backend=fast"], "unknown attention backend 'fast'"),
+        ([PROMPT, "--output=/proc/a"], "output cannot be written to '/proc/a'"),
+        ([PROMPT, "--output=done"], "'done' holds results.json already; choose another --output"),
+        (["--reference=a.mkv"], "--reference and --candidate go together; give --candidate too"),
+        (["--candidate=a.mkv"], "--reference and --candidate go together; give --reference too"),
+        (
+            ["--reference=a.mkv", "--candidate=a.mkv", PROMPT],
+            "compare files that exist; leave out",
+        ),
+        (["--reference=a.mkv", "--candidate=no.mkv"], "there is no video 'no.mkv'"),
+        (["--reference=a.mkv", "--candidate=p.txt"], "cannot read 'p.txt' as a video"),
+        (["--reference=a.mkv", "--candidate=long.mkv"], "the videos differ in frames 5 and 9"),
+        (["--reference=a.mkv", "--candidate=wide.mkv"], "differ in size 32x32 and 64x32"),
+        (["--reference=a.mkv", "--candidate=slow.mkv"], "the videos differ in fps 24 and 12"),
+        (
+            ["--reference=a.mkv", "--candidate=a.mkv", "--output=done"],
+            "'done' holds results.json already",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, compare, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done/results.json").touch()
+    if any("candidate=" in argument for argument in arguments):
+        write_clip(tmp_path / "a.mkv")
+        write_clip(tmp_path / "long.mkv", num_frames=9)
+        write_clip(tmp_path / "wide.mkv", width=64)
+        write_clip(tmp_path / "slow.mkv", fps=12)
+    code, out, err = compare(*arguments)
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+def test_without_ffmpeg_it_stops_before_the_model_is_loaded(compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    code, _, err = compare(PROMPT)
+    assert code == 1
+    assert "videos need ffmpeg" in err
+    assert "--no-videos" in err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_without_torchmetrics_it_stops_before_the_model_is_loaded(compare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    code, _, err = compare(PROMPT, "--no-videos")
+    assert code == 1
+    assert "pip install torchmetrics" in err
+
+
+def test_two_files(tmp_path):
+    reference, candidate = write_clip(tmp_path / "a.mkv"), tmp_path / "b.mkv"
+    frames = read_clip(reference).frames.copy()
+    frames[1:] //= 2
+    write_video(candidate, frames, 24)
+    code, out, err = run(
+        "compare", "--reference", reference, "--candidate", candidate, "--output", tmp_path / "o"
+    )
+    assert code == 0, err
+    assert "frames     5, 1 identical" in out
+    assert "PSNR" in out
+    record = json.loads((tmp_path / "o/results.json").read_text())
+    assert record["num_identical"] == 1
+    assert record["lowest_psnr"] < record["psnr"]
+    assert (tmp_path / "o/side-by-side.mp4").exists()
+
+
+def test_files_that_lost_detail_are_warned_of(tmp_path):
+    reference, candidate = write_clip(tmp_path / "a.mkv"), write_clip(tmp_path / "a.mp4")
+    code, _, err = run("compare", "--reference", reference, "--candidate", candidate)
+    assert code == 0, err
+    assert "is h264, which loses detail" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv", "a.mp4"]
+
+
+def test_the_demo_prompts_are_fixed_and_none_was_trained_on():
+    from xattn_video.pipelines.demo import parse_prompt
+
+    prompts = compared_prompts("demo", None, None, 40)
+    assert len(set(prompts)) == 40
+    assert prompts[:8] == compared_prompts("demo", None, None, 8)
+    assert all(parse_prompt(prompt).is_held_out for prompt in prompts)
+    with pytest.raises(ValueError, match="--demo-prompts must be at least 1, got 0"):
+        compared_prompts("demo", None, None, 0)
+
+
+def test_numbers_are_parsed():
+    assert parse_numbers("0.9, 0.95", float, "--thresholds") == [0.9, 0.95]
+
+
+def test_the_grid_names_every_setting_once():
+    methods = sparse_methods([0.9, 0.9], [0, 5], [8])
+    assert [method.name for method in methods] == [
+        "tau0.9-warmup0-stride8",
+        "tau0.9-warmup5-stride8",
+    ]
+
+
+def measurement(method, prompt: str, passed: list[bool], **values) -> Measurement:
+    base = dict.fromkeys(Measurement.__dataclass_fields__)
+    base |= {"method": method, "prompt": prompt, "seed": 0, "seconds": 2.0, "backends": ()}
+    return Measurement(**base | {"attributes": {"shape": passed}} | values)
+
+
+def test_the_share_of_prompts_still_followed():
+    """Of those that dense attention follows; and the share of all that are followed."""
+    (sparse,) = sparse_methods([0.9], [0], [8])
+    similarity = Similarity(30, 0.9, 29, 9, 0)
+    rows = summarise(
+        [
+            measurement(DENSE, "a", [True, True]),
+            measurement(DENSE, "b", [True]),
+            measurement(DENSE, "c", [False]),
+            measurement(sparse, "a", [True, False], similarity=similarity, seconds=1.0),
+            measurement(sparse, "b", [True], similarity=similarity, seconds=1.0),
+            measurement(sparse, "c", [True], similarity=similarity, seconds=1.0),
+        ]
+    )
+    dense, row = rows
+    assert (dense.followed, dense.still_followed) == (pytest.approx(2 / 3), None)
+    assert row.followed == pytest.approx(2 / 3)
+    assert row.still_followed == 0.5
+    assert row.checks_right == 0.75
+    assert row.speedup == 2
+    assert Row.from_dict(json.loads(json.dumps(asdict(row)))) == row
+
+
+def test_the_demo_models_clips_are_judged_from_their_pixels():
+    from xattn_video.pipelines.demo import parse_prompt
+    from xattn_video.pipelines.demo.rendering import place_objects, render_scene
+    from xattn_video.quality.clips import Clip
+
+    prompt = "a red circle moving left to right over a blue background"
+    scene = parse_prompt(prompt)
+    drawn = render_scene(scene, place_objects(scene), num_frames=17, height=64, width=64)
+    frames = ((drawn + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    judged = judge_demo_clip(prompt, Clip(frames, 24))
+    assert judged is not None
+    assert judged["colour"] == [True]
+    assert judge_demo_clip(prompt.replace("red", "green"), Clip(frames, 24))["colour"] == [False]
+    assert judge_demo_clip("a cat", Clip(frames, 24)) is None

@@ -1,0 +1,119 @@
+"""docs/quality.md is written from results.json."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from xattn_video.quality.methods import DENSE, sparse_methods
+from xattn_video.quality.rows import Row
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from scripts import write_quality_page
+
+    return write_quality_page
+
+
+@pytest.fixture
+def page(tmp_path, script):
+    path = tmp_path / "docs" / "quality.md"
+    path.parent.mkdir()
+    path.write_text(f"# Before\n\n{script.BEGIN}a stale section\n{script.END}\n\nAfter.\n")
+    return path
+
+
+def record() -> dict:
+    empty = dict.fromkeys(Row.__dataclass_fields__)
+    (method,) = sparse_methods([0.9], [1], [8])
+    shared = {"num_videos": 2, "identical": False, "seconds": 1.5}
+    sparse = {"psnr": 31.25, "density": 0.4, "still_followed": 0.75}
+    rows = [
+        Row(**empty | shared | {"method": DENSE}),
+        Row(**empty | shared | {"method": method} | sparse),
+    ]
+    return {
+        "command": "xattn-video compare --model demo",
+        "versions": {"torch": "2.9"},
+        "model": "demo",
+        "device": "NVIDIA H100",
+        "dtype": "bfloat16",
+        "video": {"width": 256, "height": 256, "num_frames": 65, "num_inference_steps": 25},
+        "video_tokens": 4352,
+        "num_prompts": 2,
+        "seeds": [0],
+        "batch_size": 2,
+        "missing": {"VMAF": "no ffmpeg."},
+        "backends": ["triton"],
+        "rows": [asdict(row) for row in rows],
+        "layer_densities": {method.name: [[None, 0.5], [None, 0.3]]},
+    }
+
+
+def run(script, monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["write_quality_page", *map(str, arguments)])
+    return script.main()
+
+
+def test_the_page_shows_the_runs_and_nothing_of_the_last_ones(script, page, tmp_path, monkeypatch):
+    results = tmp_path / "demo-h100" / "results.json"
+    results.parent.mkdir()
+    results.write_text(json.dumps(record()))
+    for _ in range(2):
+        assert run(script, monkeypatch, results, "--page", page) == 0
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("\n\nAfter.\n")
+    assert "stale" not in text
+    assert text.count("### demo, 256x256x65, NVIDIA H100\n") == 1
+    for shown in ("torch 2.9", "xattn-video compare --model demo", "31.25", "75.0%", "4,352"):
+        assert shown in text
+    assert "VMAF is not measured: no ffmpeg." in text
+    for plot in ("psnr-density", "psnr-grid", "density-layers"):
+        assert f"(images/quality-demo-h100-{plot}.png)" in text
+        assert (page.parent / f"images/quality-demo-h100-{plot}.png").is_file()
+
+
+def test_a_missing_run_leaves_its_section_out(script, page, tmp_path, monkeypatch, capsys):
+    assert run(script, monkeypatch, tmp_path / "gone.json", "--page", page) == 1
+    assert "gone.json'; its section is left out" in capsys.readouterr().err
+    assert page.read_text() == f"# Before\n\n{script.BEGIN}{script.END}\n\nAfter.\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", "these are no results of `xattn-video compare`: KeyError 'rows'"),
+        ('{"rows": [{}]}', "these are no results of `xattn-video compare`: KeyError 'method'"),
+    ],
+)
+def test_other_files_are_refused(script, page, tmp_path, monkeypatch, capsys, content, message):
+    before = page.read_text()
+    (tmp_path / "a.json").write_text(content)
+    assert run(script, monkeypatch, tmp_path / "a.json", "--page", page) == 1
+    assert message in capsys.readouterr().err
+    assert page.read_text() == before
+
+
+def test_runs_of_one_name_are_refused(script, page, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    with pytest.raises(ValueError, match="names of their own, got a, a"):
+        script.write_page(page, [tmp_path / "a.json", tmp_path / "a.json"])
+
+
+def test_a_page_without_marks_is_refused(script, tmp_path):
+    (tmp_path / "page.md").write_text("# No marks\n")
+    with pytest.raises(ValueError, match="must hold these two lines once"):
+        script.write_page(tmp_path / "page.md", [])
+
+
+def test_the_page_of_the_docs_has_its_marks(script):
+    text = script.PAGE.read_text()
+    assert text.count(script.BEGIN) == text.count(script.END) == 1

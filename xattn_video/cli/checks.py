@@ -1,0 +1,55 @@
+"""What can be found out about a run before the weights are loaded."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xattn_video.cli.console import print_warning
+from xattn_video.pipelines.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.hunyuan_video import LoadOptions
+
+
+def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> None:
+    """Find out what would fail, and warn of what would be in vain.
+
+    Args:
+        load: How the model will be loaded.
+        requests: One for each kind of run.
+
+    Raises:
+        ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
+        BackendUnavailableError: A backend cannot run the model's heads here.
+    """
+    from xattn_video.inputs import Problem
+    from xattn_video.pipelines.hunyuan_video import check_attention_backend
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.plan import plan_run
+    from xattn_video.pipelines.source import find_model
+    from xattn_video.registry import resolve_backend
+
+    shape = read_model_shape(find_model(load.model))
+    if load.attention_backend is not None:
+        check_attention_backend(load.attention_backend)
+    warnings: list[str] = []
+    for request in requests:
+        sparse = request.sparse
+        if sparse is not None:
+            device, dtype = load.resolved_device, load.resolved_dtype
+            problem = Problem(device, dtype, shape.head_dim, sparse.block_size)
+            resolve_backend(sparse.backend, problem)
+        warnings += plan_run(shape, request.video, sparse, load).warnings
+    for warning in dict.fromkeys(warnings):
+        print_warning(warning)
+
+
+def warn_of_unknown_words(prompts: Sequence[str]) -> None:
+    """The demo model has a small language; say so at the first prompt that is not in it."""
+    from xattn_video.pipelines.demo import parse_prompt
+
+    for prompt in prompts:
+        try:
+            parse_prompt(prompt)
+        except ValueError as error:
+            print_warning(str(error))
+            return

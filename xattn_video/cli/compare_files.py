@@ -1,0 +1,136 @@
+"""Compare two video files, for `xattn-video compare --reference a.mkv --candidate b.mkv`."""
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xattn_video import __version__
+from xattn_video.cli.compare_results import check_new_results
+from xattn_video.cli.console import output_console, print_labelled, print_warning
+from xattn_video.cli.record import write_json
+from xattn_video.pipelines.video import write_video
+
+if TYPE_CHECKING:
+    from xattn_video.quality.clips import Clip
+    from xattn_video.quality.similarity import Similarity
+
+
+@dataclass(frozen=True, slots=True)
+class FilesJob:
+    """Two videos to compare.
+
+    Attributes:
+        reference, candidate: The files.
+        folder: Where results.json and the videos side by side are written; None for nowhere.
+    """
+
+    reference: Path
+    candidate: Path
+    folder: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        reference: Path | None,
+        candidate: Path | None,
+        prompts: tuple[object, ...],
+        folder: Path | None,
+    ) -> "FilesJob":
+        """From the options as they were given.
+
+        Raises:
+            ValueError: A file is not given, or prompts are.
+        """
+        if reference is None or candidate is None:
+            lacking = "--reference" if reference is None else "--candidate"
+            raise ValueError(f"--reference and --candidate go together; give {lacking} too.")
+        if any(prompt is not None for prompt in prompts):
+            raise ValueError(
+                "--reference and --candidate compare files that exist; "
+                "leave out the prompts, or the files to generate videos."
+            )
+        return cls(reference, candidate, folder)
+
+    def check(self) -> None:
+        """Find out what would fail.
+
+        Raises:
+            ValueError: A file is no whole video, the two do not fit each other, or the folder
+                cannot be used.
+            MissingPackageError: torchmetrics or ffmpeg cannot be used.
+        """
+        from xattn_video.quality.clips import check_pair
+        from xattn_video.quality.frames import require_torchmetrics
+
+        require_torchmetrics()
+        check_pair(*self._read())
+        if self.folder is not None:
+            check_new_results(self.folder)
+
+    def run(self) -> None:
+        """Measure, print, and write the files."""
+        from xattn_video.quality.similarity import Scorer
+
+        clips = self._read()
+        scorer = Scorer()
+        similarity = scorer.score(*clips)
+        for path, clip in zip((self.reference, self.candidate), clips, strict=True):
+            if not clip.is_lossless:
+                print_warning(
+                    f"{str(path)!r} is {clip.codec}, which loses detail: the scores count what "
+                    "it lost; compare .mkv files of --output for the method alone."
+                )
+        lines = _lines(similarity)
+        lines |= {name: f"not measured: {why}" for name, why in scorer.missing.items()}
+        if self.folder is not None:
+            self._write(self.folder, clips, similarity, scorer.missing)
+            lines["results"] = str(self.folder)
+        print_labelled(output_console(), lines)
+
+    def _read(self) -> "tuple[Clip, Clip]":
+        from xattn_video.quality.clips import read_clip
+
+        return read_clip(self.reference), read_clip(self.candidate)
+
+    def _write(
+        self,
+        folder: Path,
+        clips: "tuple[Clip, Clip]",
+        similarity: "Similarity",
+        missing: dict[str, str],
+    ) -> None:
+        from xattn_video.quality.side_by_side import side_by_side
+
+        frames = side_by_side(*clips, self.reference.name, self.candidate.name)
+        write_video(folder / "side-by-side.mp4", frames, max(1, round(clips[0].fps)))
+        write_json(
+            folder / "results.json",
+            {
+                "command": shlex.join(["xattn-video", *sys.argv[1:]]),
+                "versions": {"xattn_video": __version__},
+                "reference": {"file": str(self.reference), "codec": clips[0].codec},
+                "candidate": {"file": str(self.candidate), "codec": clips[1].codec},
+                "missing": missing,
+                **asdict(similarity),
+            },
+        )
+
+
+def _lines(similarity: "Similarity") -> dict[str, str]:
+    """What was measured, by name."""
+    count = similarity.num_frames
+    identical = "all" if similarity.num_identical == count else similarity.num_identical
+    lines = {
+        "frames": f"{count}, {identical} identical",
+        "PSNR": f"{similarity.psnr:.2f} dB, {similarity.lowest_psnr:.2f} dB at the worst frame",
+        "SSIM": f"{similarity.ssim:.4f}",
+    }
+    if similarity.vmaf is not None:
+        lines["VMAF"] = f"{similarity.vmaf:.1f}"
+        if similarity.relative_vmaf is not None:
+            lines["VMAF"] += f", {similarity.relative_vmaf:.1f}% of the reference's own"
+    if similarity.lpips is not None:
+        lines["LPIPS"] = f"{similarity.lpips:.4f}"
+    return lines

@@ -1,0 +1,147 @@
+"""Run what `xattn-video compare` was asked to generate, once its arguments are sound."""
+
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from xattn_video.cli.checks import check_runs, warn_of_unknown_words
+from xattn_video.cli.compare_results import ResultsFolder, check_new_results
+from xattn_video.cli.console import (
+    message_console,
+    output_console,
+    print_labelled,
+    quiet_libraries,
+)
+from xattn_video.cli.progress import GenerationProgress
+from xattn_video.cli.record import run_record
+from xattn_video.cli.tables import print_table
+from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.source import DEMO
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.hunyuan_video import LoadOptions
+    from xattn_video.quality.methods import Method
+
+
+@dataclass(frozen=True, slots=True)
+class CompareJob:
+    """One comparison.
+
+    Attributes:
+        load: How the model is loaded.
+        requests: A prompt and a seed each, dense.
+        methods: What is compared with dense attention.
+        folder: Where everything is written.
+        fps: Frames per second of the videos.
+        batch_size: Videos generated in one call.
+        videos: Whether videos are written and VMAF is measured, both of which need ffmpeg.
+        kept_mass: Whether kept mass is measured, for the first batch.
+        verbose: Whether the libraries may speak.
+    """
+
+    load: "LoadOptions"
+    requests: tuple[GenerationRequest, ...]
+    methods: "tuple[Method, ...]"
+    folder: Path
+    fps: int
+    batch_size: int
+    videos: bool
+    kept_mass: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ValueError(f"fps must be at least 1, got {self.fps}; use 24.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}; use 1.")
+
+    def check(self) -> None:
+        """Find out what would fail or be in vain before the weights are loaded.
+
+        Raises:
+            ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot
+                be used.
+            BackendUnavailableError: The backend cannot run the model's heads here.
+            MissingPackageError: torchmetrics or ffmpeg is needed and cannot be used.
+        """
+        from xattn_video.quality.clips import require_ffmpeg
+        from xattn_video.quality.frames import require_torchmetrics
+
+        require_torchmetrics()
+        if self.videos:
+            require_ffmpeg()
+        check_new_results(self.folder)
+        sparse = [method.sparse for method in self.methods if method.sparse is not None]
+        check_runs(self.load, [replace(self.requests[0], sparse=settings) for settings in sparse])
+        if self.load.model == DEMO:
+            warn_of_unknown_words([request.prompt for request in self.requests])
+
+    def run(self) -> None:
+        """Load the model, generate and measure every video, write the files, print the table."""
+        from xattn_video.pipelines.hunyuan_video import load_pipeline
+        from xattn_video.quality.comparison import Comparison, judge_demo_clip
+        from xattn_video.quality.rows import table_cells
+        from xattn_video.quality.similarity import Scorer
+
+        if not self.verbose:
+            quiet_libraries()
+        messages = message_console()
+        scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.videos)
+        for name, why in scorer.missing.items():
+            messages.print(f"{name} is not measured: {why}", soft_wrap=True)
+        messages.print(f"loading {self.load.model}", soft_wrap=True)
+        pipe = load_pipeline(self.load)
+        pipe.set_progress_bar_config(disable=True)
+        judge = judge_demo_clip if self.load.model == DEMO else None
+        comparison = Comparison(pipe, self.methods, scorer, self.fps, judge)
+        results = ResultsFolder(self.folder, self.videos, self._record(scorer.missing))
+        comparison.warm_up(self.requests[: self.batch_size], partial(_show_steps, "", 1))
+        for first, batch in self._batches():
+            title = shorten(batch[0].prompt, 40, placeholder="...")
+            progress = partial(
+                _show_steps,
+                f"{first}/{len(self.requests)} {title}: ",
+                batch[0].video.num_inference_steps,
+            )
+            measure_kept_mass = self.kept_mass and first == 1
+            for outcomes in comparison.run(batch, progress, measure_kept_mass=measure_kept_mass):
+                results.add(first, outcomes)
+        results.finish()
+        console = output_console()
+        print_table(*table_cells(results.rows))
+        print_labelled(console, {"results": str(self.folder)})
+
+    def _batches(self) -> Iterator[tuple[int, tuple[GenerationRequest, ...]]]:
+        """The requests that are generated together, and the number of the first, from 1."""
+        for first in range(0, len(self.requests), self.batch_size):
+            yield first + 1, self.requests[first : first + self.batch_size]
+
+    def _record(self, missing: dict[str, str]) -> dict[str, Any]:
+        """What all videos share."""
+        from xattn_video.pipelines.model_shape import read_model_shape
+        from xattn_video.pipelines.source import find_model
+
+        video = self.requests[0].video
+        shape = read_model_shape(find_model(self.load.model))
+        return {
+            "command": shlex.join(["xattn-video", *sys.argv[1:]]),
+            **run_record(self.load, self.fps),
+            "video": asdict(video),
+            "video_tokens": math.prod(shape.grid(video.height, video.width, video.num_frames)),
+            "negative_prompt": self.requests[0].negative_prompt,
+            "num_prompts": len({request.prompt for request in self.requests}),
+            "seeds": list(dict.fromkeys(request.seed for request in self.requests)),
+            "batch_size": self.batch_size,
+            "missing": missing,
+        }
+
+
+def _show_steps(title: str, steps: int, label: str) -> GenerationProgress:
+    """A display for one generation."""
+    return GenerationProgress(message_console(), f"{title}{label}", steps)

@@ -1,0 +1,1 @@
+"""How far sparse attention's videos are from dense attention's."""

@@ -1,0 +1,136 @@
+"""PSNR and SSIM of raw RGB frames through torchmetrics: per frame, then the mean."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn_video.errors import MissingPackageError
+
+MAX_PSNR = 100.0
+"""dB, what an identical frame gets instead of infinity."""
+
+_CHUNK_FRAMES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FrameScores:
+    """How near the frames are to those of the reference.
+
+    Attributes:
+        psnr: dB of each frame, over its RGB values, at most `MAX_PSNR`.
+        ssim: Of each frame: Gaussian window of 11 pixels, sigma 1.5, mean over RGB.
+        num_identical: Frames that are the reference's, bit for bit.
+    """
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+    num_identical: int
+
+    @property
+    def mean_psnr(self) -> float:
+        """The mean over the frames."""
+        return sum(self.psnr) / len(self.psnr)
+
+    @property
+    def mean_ssim(self) -> float:
+        """The mean over the frames."""
+        return sum(self.ssim) / len(self.ssim)
+
+
+def require_torchmetrics() -> None:
+    """Make sure that torchmetrics can be used.
+
+    Raises:
+        MissingPackageError: It is not installed, or a torchvision of another torch is.
+    """
+    try:
+        import torchmetrics.functional.image  # noqa: F401
+    except ImportError:
+        raise MissingPackageError(
+            "PSNR and SSIM need torchmetrics, which is not installed; pip install torchmetrics."
+        ) from None
+    except RuntimeError as error:
+        # It imports a torchvision that is there, and one made for another torch cannot be.
+        raise MissingPackageError(
+            f"PSNR and SSIM need torchmetrics, which fails to import: {error}; "
+            "install the torchvision that belongs to this torch, or none."
+        ) from None
+
+
+def score_frames(
+    reference: NDArray[np.uint8],
+    candidate: NDArray[np.uint8],
+    device: torch.device | str = "cpu",
+) -> FrameScores:
+    """Compare two videos of one shape.
+
+    Args:
+        reference: uint8 `[T, H, W, 3]`.
+        candidate: Likewise.
+        device: Where to compute.
+
+    Raises:
+        ValueError: The shapes differ.
+        MissingPackageError: torchmetrics cannot be used.
+    """
+    require_torchmetrics()
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    if reference.shape != candidate.shape:
+        raise ValueError(
+            "the videos must have one shape, got reference "
+            f"{list(reference.shape)} and candidate {list(candidate.shape)}."
+        )
+    psnr: list[float] = []
+    ssim: list[float] = []
+    identical = 0
+    for ours, theirs in frame_chunks(reference, candidate, device):
+        ratios = peak_signal_noise_ratio(
+            theirs, ours, data_range=1.0, dim=(1, 2, 3), reduction="none"
+        )
+        psnr += ratios.clamp(max=MAX_PSNR).tolist()
+        # Given four dimensions: with five it would be one SSIM over space and time.
+        similarities = structural_similarity_index_measure(
+            theirs, ours, data_range=1.0, reduction="none"
+        )
+        assert isinstance(similarities, Tensor)
+        equal = (ours == theirs).flatten(1).all(dim=1)
+        # The variance of plain areas is lost in rounding: equal frames would score 0.9999.
+        ssim += similarities.reshape(-1).masked_fill(equal, 1.0).tolist()
+        identical += int(equal.sum())
+    return FrameScores(tuple(psnr), tuple(ssim), identical)
+
+
+def frame_chunks(
+    reference: NDArray[np.uint8], candidate: NDArray[np.uint8], device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few frames of both at a time, float32 `[F, 3, H, W]` in 0 to 1."""
+    for start in range(0, len(reference), _CHUNK_FRAMES):
+        chunk = slice(start, start + _CHUNK_FRAMES)
+        ours, theirs = (
+            torch.from_numpy(frames[chunk]).to(device).permute(0, 3, 1, 2).float() / 255
+            for frames in (reference, candidate)
+        )
+        yield ours, theirs
+
+
+def relative_error(reference: Tensor, candidate: Tensor) -> float:
+    """Length of the difference over the length of the reference: 0 for equal tensors.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ValueError(
+            "the latents must have one shape, got reference "
+            f"{list(reference.shape)} and candidate {list(candidate.shape)}."
+        )
+    reference = reference.double()
+    return float((candidate.double() - reference).norm() / reference.norm())

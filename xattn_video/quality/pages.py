@@ -1,0 +1,76 @@
+"""A comparison's results as Markdown, from what results.json holds of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xattn_video.quality.rows import Row, table_cells
+
+_PICTURES = {
+    "psnr-density": "PSNR against density",
+    "psnr-grid": "PSNR by threshold and warm-up steps",
+    "density-layers": "Density by denoising step and layer",
+}
+
+
+def comparison_rows(record: Mapping[str, Any]) -> list[Row]:
+    """The rows that a record holds.
+
+    Raises:
+        ValueError: It is no record of a comparison.
+    """
+    try:
+        return [Row.from_dict(values) for values in record["rows"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"these are no results of `xattn-video compare`: {type(error).__name__} {error}; "
+            "give the results.json of a run that generated videos."
+        ) from None
+
+
+def comparison_title(record: Mapping[str, Any]) -> str:
+    """What was compared, and where."""
+    video = record["video"]
+    return (
+        f"{record['model']}, {video['width']}x{video['height']}x{video['num_frames']}, "
+        f"{record['device']}"
+    )
+
+
+def comparison_text(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """How it was measured, the table, what could not be measured, and the plots.
+
+    Args:
+        record: The content of results.json.
+        pictures: Paths of the plots, relative to the page.
+    """
+    rows = comparison_rows(record)
+    video, versions = record["video"], record["versions"]
+    facts = [
+        f"- Prompts: {record['num_prompts']}; seeds: {', '.join(map(str, record['seeds']))}; "
+        f"steps: {video['num_inference_steps']}; video tokens: {record['video_tokens']:,}; "
+        f"videos in a call: {record['batch_size']}",
+        f"- Device: {record['device']}, {record['dtype']}; "
+        f"sparse backend: {', '.join(record['backends']) or 'none needed'}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    missing = [f"- {name} is not measured: {why}" for name, why in record["missing"].items()]
+    links = [f"![{_caption(path)}]({path})" for path in pictures]
+    parts = [
+        "\n".join(facts + missing),
+        f"```bash\n{record['command']}\n```",
+        markdown_table(*table_cells(rows)),
+        *links,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first column to the left, figures to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+def _caption(path: str) -> str:
+    return next(text for name, text in _PICTURES.items() if path.endswith(f"{name}.png"))
