@@ -126,7 +126,26 @@ def _sweep_section(sweep: list[Problem], figure: str) -> Iterator[str]:
             )
     headings = ["tokens", "best dense", "density", "stride", "by", "total", "over best dense"]
     yield from _table(headings, rows)
+    yield ""
+    yield from (f"- {line}" for line in _crossings(sweep))
     yield f"\n![Speed-up by number of tokens]({IMAGES}/{figure})\n"
+
+
+def _crossings(sweep: list[Problem]) -> Iterator[str]:
+    """From which measured size on each line of the sweep beats the best dense kernel."""
+    lines: dict[tuple[str, int, float], list[tuple[int, float]]] = {}
+    for problem in sweep:
+        for row in problem.select("xattention"):
+            speedup = problem.speedup(row, problem.best_dense)
+            wanted = row.get("wanted_density", row["density"])
+            if speedup is not None:
+                line = lines.setdefault((row["backend"], row["stride"], wanted), [])
+                line.append((row["n"], speedup))
+    for (backend, stride, density), points in lines.items():
+        losing = [length for length, speedup in points if speedup <= 1]
+        winning = [length for length, _ in points if length > max(losing, default=0)]
+        found = f"from {winning[0]:,} tokens on" if winning else "at no size measured"
+        yield f"`{backend}`, stride {stride}, density {density:.3g}: faster {found}"
 
 
 def _model_section(problems: list[Problem]) -> Iterator[str]:
