@@ -187,7 +187,7 @@ def _step_section(steps: list[Row]) -> Iterator[str]:
         rows.append(
             [
                 row["phase"],
-                row["backend"],
+                row["backend"] or "sdpa",
                 row.get("stride", "") if row["phase"] == "sparse" else "",
                 "" if density is None else f"{density:.3f}",
                 f"{row['latency_ms'] / 1e3:.2f}",
