@@ -155,6 +155,20 @@ def test_the_authors_rows_are_told_apart(gpu_file):
     assert "| 0.345 | 8 | flash4 | 17.9 |" in page
 
 
+def test_scores_of_8_bits_have_rows_of_their_own(gpu_file):
+    rounded = {"precision": "float8", "stride": 8, "threshold": 0.4, "density": 0.345}
+    columns = {"problem": "hunyuan", "inputs": "random", "n": 119_056, **COMMON, **rounded}
+    rows = [
+        *gpu_file.content["rows"],
+        {"name": "scoring", "backend": None, "latency_ms": 7.0, **columns},
+        {"name": "selection", "backend": None, "latency_ms": 2.0, **columns},
+        {"name": "xattention", "backend": "flash4", "latency_ms": 119.0, **columns},
+    ]
+    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
+    assert "| 0.345 | 8 (float8) | flash4 | 7 | 2 |  | 119 | 2.50x |" in page
+    assert "| 0.345 | 8 | flash4 | 17.9 | 1.19 | 119 | 149 |" in page
+
+
 def test_pictures_are_drawn(gpu_file, tmp_path):
     draw_figures([gpu_file], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
