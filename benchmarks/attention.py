@@ -108,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threshold", type=numbers, default=[], help="share of the estimated mass to keep")
     strides = comma_separated(int)
     add("--stride", type=strides, default=[8], help="the first also times attention apart")
+    add("--precision", type=names, default=["exact"], help="of scoring: exact, float8")
     add("--backends", type=names, help="if left out, all that can run")
     add("--dense", type=names, help="baselines by name, or none; if left out, all present")
     checkout = "your checkout of x-attention, or of block_sparse_attn where it was built"
@@ -130,6 +131,7 @@ def cases(
         thresholds=tuple(arguments.threshold),
         strides=tuple(arguments.stride),
         backends=tuple(arguments.backends or runnable_backends(tensors)),
+        precisions=tuple(arguments.precision),
     )
     wanted = arguments.dense
     for case in dense_cases(tensors):
@@ -162,14 +164,15 @@ def describe_row(row: dict[str, Any]) -> str:
         mass = f"kept mass {row['kept_mass']:.3f}" if "kept_mass" in row else ""
         result = f"{row['latency_ms']:10.2f} ms {extra} {tflops} {mass}".rstrip()
     stride = f"S={row['stride']}" if "stride" in row else ""
+    stride += " float8" if row.get("precision") == "float8" else ""
     density = f"{row['density']:.3f}" if "density" in row else ""
     name, backend = row.get("name", "?"), row.get("backend") or ""
-    return f"{row.get('n', ''):>7} {name:<10} {backend:<18} {stride:<5} {density:<6} {result}"
+    return f"{row.get('n', ''):>7} {name:<10} {backend:<18} {stride:<11} {density:<6} {result}"
 
 
 def print_table(results: ResultFile) -> None:
     """All rows, a heading for each problem, then all failures."""
-    print(f"{'N':>7} {'part':<10} {'by':<18} {'':<5} density")
+    print(f"{'N':>7} {'part':<10} {'by':<18} {'':<11} density")
     problem = None
     for row in results.rows:
         if row["problem"] != problem:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.page import figure_names
+from benchmarks.page import estimate_of, figure_names
 from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
 
 _COLOURS = {"dense": "0.7", "scoring": "#4477aa", "selection": "#ccbb44", "attention": "#228833"}
@@ -36,7 +36,7 @@ def draw_parts(problem: Problem, device: str) -> Figure:
             axes.barh(position, length, left=start, color=_COLOURS[part])
             start += length
     labels = [row["backend"] for row in dense]
-    labels += [f"{r['backend']}, {r['density']:.3f}, S={r['stride']}" for r in sparse]
+    labels += [f"{r['backend']}, {r['density']:.3f}, S={estimate_of(r)}" for r in sparse]
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=f"{problem.first['n']:,} tokens, {device}")
@@ -48,14 +48,10 @@ def draw_parts(problem: Problem, device: str) -> Figure:
 
 def _split(problem: Problem, total: Row) -> dict[str, float]:
     """A sparse run's parts; attention is what scoring and selection leave of the whole."""
-    threshold = {"threshold": total["threshold"], "stride": total["stride"]}
-    if total["backend"] == AUTHORS:
-        found = {"scoring": problem.find("scoring", backend=AUTHORS, **threshold)}
-    else:
-        found = {
-            "scoring": problem.find("scoring", backend=None, stride=total["stride"]),
-            "selection": problem.find("selection", **threshold),
-        }
+    found = {"scoring": problem.scoring_of(total)}
+    if total["backend"] != AUTHORS:
+        same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
+        found["selection"] = problem.find("selection", **same)
     parts = {name: row["latency_ms"] for name, row in found.items() if row is not None}
     parts["attention"] = max(0.0, total["latency_ms"] - sum(parts.values()))
     return parts
@@ -67,7 +63,7 @@ def draw_speedups(sweep: list[Problem], device: str) -> Figure:
     for problem in sweep:
         for row in problem.select("xattention"):
             density = row.get("wanted_density", row["density"])
-            label = f"{row['backend']}, density {density:.3g}, S={row['stride']}"
+            label = f"{row['backend']}, density {density:.3g}, S={estimate_of(row)}"
             speedup = problem.speedup(row, problem.best_dense)
             if speedup is not None:
                 lines.setdefault(label, []).append((row["n"], speedup))

@@ -82,16 +82,14 @@ def _problem_section(problem: Problem, figure: str) -> Iterator[str]:
 
 def _sparse_row(problem: Problem, total: Row) -> list[object]:
     """One XAttention row with its parts; a part that was not timed for it stays empty."""
-    same = {"stride": total["stride"], "threshold": total["threshold"]}
+    same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
     authors = total["backend"] == AUTHORS
-    scoring = problem.find(
-        "scoring", **(same if authors else {"stride": total["stride"], "backend": None})
-    )
+    scoring = problem.scoring_of(total)
     selection = None if authors else problem.find("selection", **same)
     attention = problem.find("attention", backend=total["backend"], **same)
     return [
         f"{total['density']:.3f}",
-        total["stride"],
+        estimate_of(total),
         total["backend"],
         _ms(scoring),
         "included" if authors else _ms(selection),
@@ -118,7 +116,7 @@ def _sweep_section(sweep: list[Problem], figure: str) -> Iterator[str]:
                     f"{problem.first['n']:,}",
                     dense,
                     f"{total['density']:.3f}",
-                    total["stride"],
+                    estimate_of(total),
                     total["backend"],
                     _ms(total),
                     speedup,
@@ -126,7 +124,26 @@ def _sweep_section(sweep: list[Problem], figure: str) -> Iterator[str]:
             )
     headings = ["tokens", "best dense", "density", "stride", "by", "total", "over best dense"]
     yield from _table(headings, rows)
+    yield ""
+    yield from (f"- {line}" for line in _crossings(sweep))
     yield f"\n![Speed-up by number of tokens]({IMAGES}/{figure})\n"
+
+
+def _crossings(sweep: list[Problem]) -> Iterator[str]:
+    """From which measured size on each line of the sweep beats the best dense kernel."""
+    lines: dict[tuple[str, str, float], list[tuple[int, float]]] = {}
+    for problem in sweep:
+        for row in problem.select("xattention"):
+            speedup = problem.speedup(row, problem.best_dense)
+            wanted = row.get("wanted_density", row["density"])
+            if speedup is not None:
+                line = lines.setdefault((row["backend"], estimate_of(row), wanted), [])
+                line.append((row["n"], speedup))
+    for (backend, stride, density), points in lines.items():
+        losing = [length for length, speedup in points if speedup <= 1]
+        winning = [length for length, _ in points if length > max(losing, default=0)]
+        found = f"from {winning[0]:,} tokens on" if winning else "at no size measured"
+        yield f"`{backend}`, stride {stride}, density {density:.3g}: faster {found}"
 
 
 def _model_section(problems: list[Problem]) -> Iterator[str]:
@@ -144,7 +161,7 @@ def _model_section(problems: list[Problem]) -> Iterator[str]:
                 [
                     problem.name,
                     row["n"],
-                    row["stride"],
+                    estimate_of(row),
                     f"{row['threshold']:g}",
                     *(f"{row[share]:.3f}" for share in shares),
                 ]
@@ -168,7 +185,7 @@ def _step_section(steps: list[Row]) -> Iterator[str]:
         rows.append(
             [
                 row["phase"],
-                row["backend"],
+                row["backend"] or "sdpa",
                 row.get("stride", "") if row["phase"] == "sparse" else "",
                 "" if density is None else f"{density:.3f}",
                 f"{row['latency_ms'] / 1e3:.2f}",
@@ -214,6 +231,12 @@ def _describe(problem: Problem) -> str:
 def _table(headings: list[str], rows: Iterable[list[Any]]) -> list[str]:
     lines = [headings, ["---"] * len(headings), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def estimate_of(row: Row) -> str:
+    """The stride, and the precision of scoring where it is not exact."""
+    precision = row.get("precision", "exact")
+    return str(row["stride"]) if precision == "exact" else f"{row['stride']} ({precision})"
 
 
 def _ms(row: Row | None) -> str:

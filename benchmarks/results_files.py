@@ -49,6 +49,13 @@ class Problem:
         """The first of them."""
         return next(iter(self.select(name, **columns)), None)
 
+    def scoring_of(self, total: Row) -> Row | None:
+        """The scoring row of a whole; the authors' is one with its selection."""
+        same = {key: total.get(key) for key in ("stride", "precision")}
+        if total["backend"] == AUTHORS:
+            return self.find("scoring", backend=AUTHORS, threshold=total["threshold"], **same)
+        return self.find("scoring", backend=None, **same)
+
     @property
     def best_dense(self) -> Row | None:
         """The fastest dense kernel in the same run that sees every key."""

@@ -16,7 +16,12 @@ from diffusers import HunyuanVideoTransformer3DModel
 
 from benchmarks.arguments import comma_separated
 from benchmarks.measure import ResultFile, environment
+from benchmarks.results_files import AUTHORS
+from benchmarks.upstream import find_checkouts, has_kernel
+from benchmarks.upstream_step import AuthorsProcessor
 from xattn_video import XAttnProcessor, enable_xattention
+from xattn_video.benchmark.checks import WrongResultError
+from xattn_video.dense import fastest_dense_kernel
 
 TEXT_TOKENS = 256
 
@@ -35,6 +40,10 @@ def main(words: list[str] | None = None) -> None:
                 phase = {"phase": "dense"} if tau == 1 else {"phase": "sparse", "threshold": tau}
                 row = {**phase, "stride": arguments.stride}
                 measure(transformer, handle.processor, row, arguments, results)
+        for tau in arguments.threshold if arguments.time_upstream else []:
+            transformer.set_attn_processor(AuthorsProcessor(tau, arguments.stride))
+            row = {"phase": "sparse", "threshold": tau, "stride": arguments.stride}
+            measure(transformer, None, row | {"backend": AUTHORS}, arguments, results)
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -51,9 +60,18 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--layers", type=comma_separated(int), default=[20, 40], help="double, single stream")
     add("--skip-stock", action="store_true", help="only this package's steps")
     add("--repeats", type=int, default=1)
+    checkout = "your checkout of x-attention; it needs the block_sparse_attn package"
+    add("--upstream", type=Path, action="append", default=[], help=checkout)
     add("--commit", help="of this repository, where git cannot tell")
     add("--output", type=Path)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    try:
+        arguments.time_upstream = find_checkouts(arguments.upstream)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if arguments.time_upstream and not has_kernel():
+        parser.error("--upstream needs the block_sparse_attn package, which is not installed.")
+    return arguments
 
 
 def measure(
@@ -80,8 +98,15 @@ def measure(
         "head_dim": config.attention_head_dim,
         "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
     }
-    time_step(transformer, step_inputs(arguments, config, device, frames=9), processor, 1)
-    row = common | row | time_step(transformer, inputs, processor, arguments.repeats)
+    row = common | row
+    try:
+        time_step(transformer, step_inputs(arguments, config, device, frames=9), processor, 1)
+        row |= time_step(transformer, inputs, processor, arguments.repeats)
+    # What one kind of step may raise keeps no other from being measured.
+    except Exception as failure:
+        results.add(row | {"failure": f"{type(failure).__name__}: {failure}"}, False)
+        print(f"{row['phase']} failed: {' '.join(str(failure).split())}", flush=True)
+        return
     results.add(row, True)
     density = f"density {row['density']:.3f}" if row.get("density") is not None else ""
     memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f} GiB"
@@ -145,14 +170,15 @@ def time_step(
         sample = transformer(**inputs, return_dict=False)[0]
         # Waits for the device too.
         if not bool(sample.isfinite().all()):
-            raise SystemExit("the step's output is not finite; nothing is recorded.")
+            raise WrongResultError("the step's output is not finite; nothing is recorded.")
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
     row: dict[str, Any] = {"latency_ms": min(seconds) * 1e3, "peak_memory_gib": peak}
     if processor is not None:
         report = processor.report()
         row["density"] = report.density
-        row["backend"] = report.backends[0] if report.backends else "dense"
+        kind = (device, inputs["hidden_states"].dtype, transformer.config.attention_head_dim)
+        row["backend"] = report.backends[0] if report.backends else fastest_dense_kernel(*kind)
         row["report"] = report.summary()
     return row
 

@@ -28,8 +28,7 @@ def cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]
     Its thresholds are those asked for; a density stands for itself as a threshold, which is near
     it on random tensors.
     """
-    has_kernel = importlib.util.find_spec(_ATTENTION_PACKAGE) is not None
-    module = _load()
+    module = load()
     for stride in settings.strides:
         for tau in (*settings.thresholds, *settings.densities):
             columns = {
@@ -50,7 +49,7 @@ def cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]
             )
             row = {"name": "scoring", **columns, "includes": "selection"}
             yield Case(row, lambda run=estimate: _check_estimate(run(), tensors), estimate)
-            if has_kernel:
+            if has_kernel():
                 yield _whole(module, tensors, columns, estimate)
 
 
@@ -88,6 +87,11 @@ def default_chunk_size(length: int) -> int:
     return max(2048, min(power, (1 << 28) // power))
 
 
+def has_kernel() -> bool:
+    """Whether the package is installed that the authors' operator computes with."""
+    return importlib.util.find_spec(_ATTENTION_PACKAGE) is not None
+
+
 def find_checkouts(folders: list[Path]) -> bool:
     """Make the folders importable; whether x-attention is one of them."""
     for folder in folders:
@@ -98,9 +102,9 @@ def find_checkouts(folders: list[Path]) -> bool:
     return any((folder / "xattn" / "src" / "Xattention.py").is_file() for folder in folders)
 
 
-def _load() -> Any:
+def load() -> Any:
     """Its module; its estimate can run without the kernel's package that it imports."""
-    if importlib.util.find_spec(_ATTENTION_PACKAGE) is not None:
+    if has_kernel():
         return importlib.import_module("xattn.src.Xattention")
     placeholder = ModuleType(_ATTENTION_PACKAGE)
     placeholder.block_sparse_attn_func = None  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import benchmarks.problems
 from benchmarks import attention, upstream
 from xattn_video.attention import block_sparse_attention
 from xattn_video.backends import torch_gather
-from xattn_video.benchmark import checks
+from xattn_video.benchmark import checks, parts
 from xattn_video.benchmark.parts import Case, SparseSettings, measure_cases, sparse_cases
 from xattn_video.benchmark.problems import (
     AttentionProblem,
@@ -82,6 +82,25 @@ def test_further_runs_share_the_file(run_benchmark):
     strides = [row["stride"] for row in found["rows"] if row["name"] == "scoring"]
     assert strides == [8, 16]
     assert not [row for row in found["rows"] if row["name"] == "dense"]
+
+
+def test_scores_of_8_bits_are_asked_for(run_benchmark, monkeypatch):
+    asked = []
+
+    def scores(*tensors, precision, **options):
+        asked.append(precision)
+        if precision == "float8":
+            raise ValueError("no 8 bits here")
+        return block_scores(*tensors, **options)
+
+    monkeypatch.setattr(parts, "block_scores", scores)
+    precisions = ["--precision", "exact,float8", "--stride", "8,16"]
+    found = run_benchmark(*precisions, "--density", "0.4", "--dense", "none")
+    assert set(asked) == {"exact", "float8"}
+    failures = [(row["name"], row["stride"], row["precision"]) for row in found["failures"]]
+    assert failures == [("scoring", 8, "float8"), ("scoring", 16, "float8")]
+    kinds = {(row["name"], row["stride"]) for row in found["rows"]}
+    assert kinds >= {("xattention", 8), ("xattention", 16)}
 
 
 def test_a_density_is_met_by_real_selection(tensors):

@@ -98,6 +98,18 @@ def test_sizes_are_in_order(gpu_file):
     assert small < page.index("| 8,192 | 20.5 (flash-attn-4)")
 
 
+def test_the_size_from_which_it_pays_is_named(gpu_file):
+    rows = [*rows_of("4k", 4096), *rows_of("8k", 8192), *rows_of("16k", 16_384)]
+    for row in rows:
+        if row["n"] == 4096 and row["backend"] == "triton":
+            row["latency_ms"] *= 10
+        if row["backend"] == "flash4":
+            row["latency_ms"] *= 10
+    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
+    assert "- `triton`, stride 8, density 0.345: faster from 8,192 tokens on" in page
+    assert "- `flash4`, stride 8, density 0.345: faster at no size measured" in page
+
+
 def test_steps_are_compared_with_both_dense_ones(gpu_file):
     page = render_page([gpu_file])
     assert "### A whole step, 720x1280, 129 frames (119,056 tokens), 60 layers" in page
@@ -141,6 +153,20 @@ def test_the_authors_rows_are_told_apart(gpu_file):
     page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
     assert "|  | 8 | x-attention | 80 | included |  |  |  |  | 0.50 |" in page
     assert "| 0.345 | 8 | flash4 | 17.9 |" in page
+
+
+def test_scores_of_8_bits_have_rows_of_their_own(gpu_file):
+    rounded = {"precision": "float8", "stride": 8, "threshold": 0.4, "density": 0.345}
+    columns = {"problem": "hunyuan", "inputs": "random", "n": 119_056, **COMMON, **rounded}
+    rows = [
+        *gpu_file.content["rows"],
+        {"name": "scoring", "backend": None, "latency_ms": 7.0, **columns},
+        {"name": "selection", "backend": None, "latency_ms": 2.0, **columns},
+        {"name": "xattention", "backend": "flash4", "latency_ms": 119.0, **columns},
+    ]
+    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
+    assert "| 0.345 | 8 (float8) | flash4 | 7 | 2 |  | 119 | 2.50x |" in page
+    assert "| 0.345 | 8 | flash4 | 17.9 | 1.19 | 119 | 149 |" in page
 
 
 def test_pictures_are_drawn(gpu_file, tmp_path):

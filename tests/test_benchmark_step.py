@@ -6,7 +6,20 @@ import pytest
 import torch
 from hunyuan import TEXT_DIM, tiny_transformer
 
-from benchmarks import step
+from benchmarks import step, upstream
+
+SMALL = [
+    "--height",
+    "256",
+    "--width",
+    "256",
+    "--num-frames",
+    "17",
+    "--device",
+    "cpu",
+    "--threshold",
+    "0.3",
+]
 
 
 @pytest.fixture
@@ -18,11 +31,10 @@ def tiny(monkeypatch):
 
 def test_steps_of_each_kind_are_recorded(tiny, tmp_path, capsys):
     output = tmp_path / "step.json"
-    options = "--height 256 --width 256 --num-frames 17 --device cpu --threshold 0.3"
-    step.main([*options.split(), "--output", str(output)])
+    step.main([*SMALL, "--output", str(output)])
     rows = json.loads(output.read_text())["rows"]
     assert [row["phase"] for row in rows] == ["stock", "dense", "sparse"]
-    assert [row["backend"] for row in rows] == ["stock", "dense", "torch_gather"]
+    assert [row["backend"] for row in rows] == ["stock", None, "torch_gather"]
     for row in rows:
         assert row["name"] == "step"
         assert row["n"] == 5 * 16 * 16 + 256
@@ -30,6 +42,41 @@ def test_steps_of_each_kind_are_recorded(tiny, tmp_path, capsys):
         assert row["peak_memory_gib"] is None
     assert 0.2 < rows[-1]["density"] < 0.6
     assert "sparse  torch_gather density" in capsys.readouterr().out
+
+
+def test_a_step_that_fails_leaves_the_others(tiny, tmp_path, capsys):
+    output = tmp_path / "step.json"
+    step.main([*SMALL, "--backend", "flash4", "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert [row["phase"] for row in found["rows"]] == ["stock", "dense"]
+    assert "flash-attn-4 is not installed" in found["failures"][0]["failure"]
+    assert "sparse failed: attention backend 'flash4'" in capsys.readouterr().out
+
+
+def test_the_authors_operator_takes_the_layers(tiny, tmp_path, monkeypatch):
+    calls = []
+
+    class Authors:
+        def Xattention_prefill(self, query, key, value, stride, threshold, causal):  # noqa: N802
+            calls.append((query.shape[2], stride, round(threshold, 2), causal))
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    monkeypatch.setattr(upstream, "load", Authors)
+    monkeypatch.setattr(step, "find_checkouts", lambda folders: True)
+    monkeypatch.setattr(step, "has_kernel", lambda: True)
+    output = tmp_path / "step.json"
+    step.main([*SMALL, "--skip-stock", "--output", str(output)])
+    row = json.loads(output.read_text())["rows"][-1]
+    assert (row["backend"], row["phase"], row["threshold"]) == ("x-attention", "sparse", 0.3)
+    # Video and valid text of every layer, after those of the warm-up's nine frames.
+    assert calls[4:] == [(5 * 16 * 16 + 60, 8, 0.3, False)] * 4
+
+
+def test_upstream_steps_need_the_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "find_checkouts", lambda folders: True)
+    with pytest.raises(SystemExit):
+        step.parse_arguments(["--upstream", str(tmp_path)])
+    assert "block_sparse_attn package, which is not installed" in capsys.readouterr().err
 
 
 def test_the_inputs_fit_the_transformer():

@@ -144,9 +144,7 @@ def test_the_check_runs_once_for_each_kind_of_input(monkeypatch, fresh_check):
 
 def test_a_kernel_that_ignores_the_lists_is_refused(monkeypatch, fresh_check):
     fake_kernel(monkeypatch, obey=False)
-    with pytest.raises(
-        BackendUnavailableError, match="ignores the block lists and computes dense"
-    ):
+    with pytest.raises(BackendUnavailableError, match="ignores the blocks and computes dense"):
         flash4.forward(small_inputs())
 
 

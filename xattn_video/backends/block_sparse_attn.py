@@ -67,9 +67,8 @@ def forward(inputs: AttentionInputs) -> Tensor:
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()
-    return _attend(
-        inputs.query, inputs.key, inputs.value, inputs.blocks.to_mask(), lengths, inputs.scale
-    )
+    block_mask = inputs.blocks.to_mask()
+    return _attend(inputs.query, inputs.key, inputs.value, block_mask, lengths, inputs.scale)
 
 
 @functools.cache

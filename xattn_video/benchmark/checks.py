@@ -7,9 +7,10 @@ from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionTensors
 from xattn_video.errors import XAttentionError
 from xattn_video.scoring import torch_block_scores
 
-# Of the norm, or of the largest score. bfloat16 stays four times below it; attention over other
-# blocks exceeds it far.
-LARGEST_ERROR = 0.02
+# Of the norm. bfloat16 stays four times below it; attention over other blocks exceeds it far.
+_LARGEST_ERROR = 0.02
+# Of the largest score, and of a row's mass. Operands of 8 bits stay below it.
+_LARGEST_SCORE_ERROR = 0.05
 
 
 class WrongResultError(XAttentionError):
@@ -43,7 +44,9 @@ def check_attention(
         expected.append(weights @ tensors.value[:, heads, : weights.shape[-1]].float())
         found.append(out[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float())
     reference = torch.cat(expected, 2)
-    return _checked((torch.cat(found, 2) - reference).norm() / reference.norm(), "attention")
+    return _checked(
+        (torch.cat(found, 2) - reference).norm() / reference.norm(), "attention", _LARGEST_ERROR
+    )
 
 
 def check_scores(scores: Tensor, tensors: AttentionTensors, stride: int) -> float:
@@ -52,7 +55,8 @@ def check_scores(scores: Tensor, tensors: AttentionTensors, stride: int) -> floa
     rows = sampled_rows(tensors)
     expected = formula_scores(tensors, rows, heads, stride)
     difference = scores[:, heads][:, :, rows] - expected
-    return _checked(difference.abs().max() / expected.max(), "scores")
+    error = difference.abs().max() / expected.max()
+    return _checked(error, "scores", _LARGEST_SCORE_ERROR)
 
 
 def check_selection(
@@ -67,7 +71,9 @@ def check_selection(
     smallest = scores.masked_fill(~chosen, float("inf")).amin(dim=-1)
     alone = block_mask.sum(dim=-1) == 1
     surplus = (kept - smallest - threshold * total).clamp(min=0).masked_fill(alone, 0.0)
-    return _checked((torch.maximum(missing, surplus) / total).max(), "selection")
+    return _checked(
+        (torch.maximum(missing, surplus) / total).max(), "selection", _LARGEST_SCORE_ERROR
+    )
 
 
 def formula_scores(
@@ -115,11 +121,11 @@ def _kept_keys(kept_blocks: Tensor, num_keys: int) -> Tensor:
     return kept_blocks.repeat_interleave(BLOCK_SIZE, dim=-1)[..., None, :num_keys]
 
 
-def _checked(error: Tensor, what: str) -> float:
+def _checked(error: Tensor, what: str, largest: float) -> float:
     found = error.item()
-    if not found <= LARGEST_ERROR:
+    if not found <= largest:
         raise WrongResultError(
-            f"{what} differ from the formula by {found:.2g}, at most {LARGEST_ERROR} is allowed; "
+            f"{what} differ from the formula by {found:.2g}, at most {largest} is allowed; "
             "nothing is timed."
         )
     return found

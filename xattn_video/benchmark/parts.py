@@ -1,6 +1,7 @@
 """The rows of a benchmark: what is run, how it is checked, and what came out."""
 
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from xattn_video.benchmark.timing import Budget, measure, time_limit
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import AttentionInputs, BlockLists
 from xattn_video.registry import load_backend, resolve_backend
-from xattn_video.scoring import block_scores
+from xattn_video.scoring import Precision, block_scores
 from xattn_video.selection import select_block_lists
 
 Part = Literal["dense", "scoring", "selection", "attention", "xattention"]
@@ -54,16 +55,17 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class SparseSettings:
-    """Which sparse rows to measure: every stride with every threshold or density and backend.
+    """Which sparse rows to measure: every combination of what is listed.
 
     A density stands for the threshold that gives it on the tensors at hand. `attention` rows
-    belong to the first stride alone.
+    belong to the first stride and precision alone.
     """
 
     densities: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = ()
     strides: tuple[int, ...] = (8,)
     backends: tuple[str, ...] = ("auto",)
+    precisions: tuple[Precision, ...] = ("exact",)
 
 
 def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
@@ -80,18 +82,25 @@ def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
 def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]:
     """Scoring, selection and attention apart, then `xattention`, which is all of them."""
     forced = tensors.forced_blocks()
-    for stride in settings.strides:
-        score = partial(block_scores, tensors.query, tensors.key, stride=stride)
-        yield Case(
-            _row(tensors, "scoring", stride=stride),
-            partial(_scoring_error, score, tensors, stride),
-            score,
+    estimates = [*itertools.product(settings.strides, settings.precisions)]
+    for estimate in estimates:
+        stride, precision = estimate
+        how = {"stride": stride, "precision": precision}
+        score = partial(
+            block_scores, tensors.query, tensors.key, stride=stride, precision=precision
         )
-        scores = score()
+        yield Case(
+            _row(tensors, "scoring", **how), partial(_scoring_error, score, tensors, stride), score
+        )
+        try:
+            scores = score()
+        except (ValueError, RuntimeError):
+            # Its own row says why; what rests on it is left out.
+            continue
         for tau, wanted in _thresholds(settings, scores, forced):
             select = partial(select_block_lists, scores, tau, forced)
             blocks = select()
-            chosen = {"stride": stride, "threshold": tau, "density": density_of(blocks), **wanted}
+            chosen = {**how, "threshold": tau, "density": density_of(blocks), **wanted}
             yield Case(
                 _row(tensors, "selection", **chosen),
                 partial(_selection_error, select, scores, tau, forced),
@@ -99,7 +108,7 @@ def sparse_cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterato
                 more=_quality_of(tensors, blocks, chosen),
             )
             for backend in settings.backends:
-                if stride == settings.strides[0]:
+                if estimate == estimates[0]:
                     yield _attention_case(tensors, blocks, backend, chosen)
                 yield _xattention_case(tensors, backend, chosen)
 
@@ -166,6 +175,7 @@ def _xattention_case(tensors: AttentionTensors, backend: str, chosen: Row) -> Ca
         tensors.value,
         threshold=chosen["threshold"],
         stride=chosen["stride"],
+        scoring_precision=chosen["precision"],
         num_text_tokens=tensors.num_text_tokens,
         backend=backend,
     )
