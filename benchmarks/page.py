@@ -12,18 +12,30 @@ _INTRODUCTION = Path(__file__).with_name("page_introduction.md")
 
 def render_page(files: list[ResultFile]) -> str:
     """The whole page; what no file holds is left out."""
-    sections = [line for file in files for line in _file_section(file)]
-    return "\n".join([_INTRODUCTION.read_text(encoding="utf-8"), *sections])
+    lines = [_INTRODUCTION.read_text(encoding="utf-8")]
+    device = None
+    for file in files:
+        if file.device != device:
+            device = file.device
+            lines.append(f"## {device}\n")
+        lines += _file_section(file)
+    return "\n".join(lines)
 
 
 def render_readme_table(files: list[ResultFile]) -> str:
-    """One row for each problem and density: the best dense kernel against the best backend."""
+    """The best dense kernel against the best backend; then whole steps, where there are any."""
     rows = []
     for file in files:
         for problem in [*file.single_problems, *file.sweep[-1:]]:
             rows += list(_readme_rows(file, problem))
     headings = ["on", "tokens", "density", "best dense", "XAttention", "faster", "than stock"]
-    return "\n".join(_table(headings, rows))
+    lines = _table(headings, rows)
+    steps = [row for file in files for row in _readme_steps(file)]
+    if steps:
+        lines += ["", "A whole denoising step of the transformer, with random weights:", ""]
+        headings = ["on", "video", "density", "stock", "dense", "sparse"]
+        lines += _table([*headings, "than stock", "than dense"], steps)
+    return "\n".join(lines)
 
 
 def figure_names(file: ResultFile) -> dict[str, str]:
@@ -38,7 +50,6 @@ def _file_section(file: ResultFile) -> Iterator[str]:
     content = file.content
     versions = {k: v for k, v in content["versions"].items() if v and k != "xattn-video"}
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield f"## {file.device}\n"
     yield (
         f"`benchmarks/results/{file.stem}.json`, commit {content['commit']}, {content['date']}; "
         f"Python {content['python']}, {packages}.\n"
@@ -190,7 +201,7 @@ def _step_section(steps: list[Row]) -> Iterator[str]:
                 "" if density is None else f"{density:.3f}",
                 f"{row['latency_ms'] / 1e3:.2f}",
                 _over(row, phases.get("stock")),
-                _over(row, phases.get("dense")),
+                "" if row["phase"] == "stock" else _over(row, phases.get("dense")),
                 "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
             ]
         )
@@ -218,6 +229,21 @@ def _readme_rows(file: ResultFile, problem: Problem) -> Iterator[list[object]]:
             _times(problem.speedup(total, best_dense)),
             _times(problem.speedup(total, problem.find("dense", backend=STOCK))),
         ]
+
+
+def _readme_steps(file: ResultFile) -> Iterator[list[object]]:
+    phases = {row["phase"]: row for row in file.steps if row["phase"] != "sparse"}
+    stock, dense = phases.get("stock"), phases.get("dense")
+    for row in file.steps:
+        if row["phase"] == "sparse" and row["backend"] != AUTHORS and stock and dense:
+            yield [
+                file.device,
+                f"{row['height']}x{row['width']}, {row['num_frames']} frames",
+                f"{row['density']:.3f}",
+                *(f"{step['latency_ms'] / 1e3:.1f} s" for step in (stock, dense, row)),
+                _over(row, stock),
+                _over(row, dense),
+            ]
 
 
 def _describe(problem: Problem) -> str:

@@ -77,8 +77,10 @@ class ResultFile:
     @property
     def device(self) -> str:
         """The GPU, or what is known of the CPU."""
-        gpu: str | None = self.content["gpu"]
-        return gpu or f"CPU ({self.content['cpu']}, {self.content['threads']} threads)"
+        if self.on_gpu:
+            return str(self.content["gpu"])
+        threads = self.content["threads"]
+        return f"CPU ({self.content['cpu']}, {threads} thread{'s' * (threads > 1)})"
 
     @property
     def on_gpu(self) -> bool:

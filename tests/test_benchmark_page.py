@@ -143,7 +143,20 @@ def test_the_readme_takes_the_fastest_backend(gpu_file):
         "| A GPU | 119,056 | 0.345 | 298 ms (flash-attn-4) | 149 ms (flash4) | 2.00x | 3.60x |"
     )
     assert "8,192" in table[3]
-    assert len(table) == 4
+
+
+def test_the_readme_shows_whole_steps_where_there_are_any(gpu_file):
+    table = render_readme_table([gpu_file]).splitlines()
+    assert table[-1] == (
+        "| A GPU | 720x1280, 129 frames | 0.345 | 32.0 s | 20.0 s | 10.0 s | 3.20x | 2.00x |"
+    )
+    content = gpu_file.content | {"rows": rows_of("hunyuan", 119_056)}
+    assert len(render_readme_table([ResultFile("x", content)]).splitlines()) == 3
+
+
+def test_a_device_has_one_heading(gpu_file):
+    page = render_page([gpu_file, ResultFile("other", gpu_file.content)])
+    assert page.count("## A GPU") == 1
 
 
 def test_the_authors_rows_are_told_apart(gpu_file):
