@@ -1,4 +1,4 @@
-"""Pools of encoded clips with their tokenized prompts, by frame size and number of objects."""
+"""Pools of encoded clips with their encoded prompts, by frame size and number of objects."""
 
 import random
 import time
@@ -23,21 +23,21 @@ class LatentPool:
 
     Attributes:
         latents: `[N, C, 17, h, w]`, float16.
-        ids: Llama token ids `[N, L]`.
-        ids_2: CLIP token ids `[N, L']`.
+        states: Prompt states `[N, L, C]`.
+        pooled: Pooled states `[N, C']`.
     """
 
     latents: Tensor
-    ids: Tensor
-    ids_2: Tensor
+    states: Tensor
+    pooled: Tensor
 
     def batch(self, count: int, num_latent_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random clips' first frames with their tokens."""
+        """Random clips' first frames with their prompts."""
         index = torch.randint(len(self.latents), (count,), device=self.latents.device)
         return (
             self.latents[index, :, :num_latent_frames].float(),
-            self.ids[index],
-            self.ids_2[index],
+            self.states[index],
+            self.pooled[index],
         )
 
 
@@ -70,9 +70,19 @@ def fill_pools(
         latents[num_objects].append(mean.half())
         prompts[num_objects] += [scene.prompt for scene in scenes]
     pools = {
-        count: LatentPool(torch.cat(latents[count]), *text.tokenize(prompts[count], job.device))
+        count: LatentPool(torch.cat(latents[count]), *_encode_all(text, prompts[count], job))
         for count in (1, 2)
     }
     numbers = ", ".join(f"{len(pool.latents)} with {n} object(s)" for n, pool in pools.items())
     job.log(f"pool {size[1]}x{size[0]}: {numbers}; std {pools[1].latents.float().std():.3f}")
     return pools
+
+
+def _encode_all(text: TextStack, prompts: list[str], job: Job) -> tuple[Tensor, Tensor]:
+    """Prompt states and pooled states of prompts that all have one token count."""
+    parts = [
+        text.encode(*text.tokenize(prompts[first : first + 256], job.device))
+        for first in range(0, len(prompts), 256)
+    ]
+    states, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
+    return states, pooled

@@ -12,9 +12,10 @@ import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 
-from demo_training.models import build_text_stack, build_transformer
+from demo_training.models import build_transformer
 from demo_training.pictures import save_sheet
 from demo_training.plan import Job, Size
+from demo_training.text_stage import load_text_stack
 from demo_training.vae_stage import load_vae
 from demo_training.weights import TrainedWeights, load_checkpoint
 from xattn_video.pipelines.demo.grammar import sample_scene
@@ -41,11 +42,10 @@ def run(job: Job) -> None:
 
 def _assemble(job: Job, state: dict[str, Any]) -> HunyuanVideoPipeline:
     """The pipeline with the moving average of the trained weights."""
-    text = build_text_stack()
+    text = load_text_stack(job)
     transformer = build_transformer(job.plan.transformer)
-    modules = [transformer, text.text_encoder, text.text_encoder_2]
     trained = TrainedWeights(
-        modules,
+        [transformer],
         dtype=torch.bfloat16,
         stored_dtype=torch.bfloat16,
         betas=(0.9, 0.98),
@@ -55,12 +55,12 @@ def _assemble(job: Job, state: dict[str, Any]) -> HunyuanVideoPipeline:
     trained.load_state(state["weights"])
     trained.show_average()
     return HunyuanVideoPipeline(
-        text_encoder=text.text_encoder.eval(),
+        text_encoder=text.text_encoder.to("cpu", torch.bfloat16),
         tokenizer=text.tokenizer,
         transformer=transformer.eval(),
         vae=load_vae(job).to("cpu", torch.bfloat16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=text.text_encoder_2.eval(),
+        text_encoder_2=text.text_encoder_2.to("cpu", torch.bfloat16),
         tokenizer_2=text.tokenizer_2,
     )
 

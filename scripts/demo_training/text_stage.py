@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from demo_training.models import TextStack, build_text_stack
 from demo_training.plan import Clock, Job
-from demo_training.weights import add_report
+from demo_training.weights import add_report, load_weights
 from xattn_video.pipelines.demo.grammar import (
     BACKGROUNDS,
     COLOURS,
@@ -82,7 +82,7 @@ def run(job: Job) -> None:
             job.log(f"text step {step}, loss {loss.item():.4f}, {clock.fraction:.0%}")
     shares = measure_readings(text, heads, job)
     job.log(f"read right from held-out prompts: {shares}")
-    torch.save([encoder.state_dict() for encoder in encoders], job.work_dir / TEXT_FILE)
+    _save(text, job)
     add_report(
         job.work_dir,
         {
@@ -95,15 +95,32 @@ def run(job: Job) -> None:
 
 
 def load_text_stack(job: Job) -> TextStack:
-    """Both tokenizers and the encoders that the text stage trained, in float32 on the CPU."""
+    """Both tokenizers and the trained encoders, frozen, as they will be shipped.
+
+    The encoders are those of `text.pt`; where a finished model is refined and there is none, the
+    model's own, which `text.pt` then holds.
+    """
     path = job.work_dir / TEXT_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run the text stage first.")
     text = build_text_stack()
-    states = torch.load(path, map_location="cpu", weights_only=True)
-    for encoder, state in zip((text.text_encoder, text.text_encoder_2), states, strict=True):
-        encoder.load_state_dict(state)
+    encoders = {"text_encoder": text.text_encoder, "text_encoder_2": text.text_encoder_2}
+    if path.is_file():
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        for encoder, state in zip(encoders.values(), states, strict=True):
+            encoder.load_state_dict(state)
+    elif job.start_from is not None:
+        for name, encoder in encoders.items():
+            load_weights(encoder, job.start_from / name)
+        _save(text, job)
+    else:
+        raise FileNotFoundError(f"{path} is missing; run the text stage first.")
+    for encoder in encoders.values():
+        encoder.requires_grad_(False).eval().to(job.device, job.dtype)
     return text
+
+
+def _save(text: TextStack, job: Job) -> None:
+    encoders = (text.text_encoder, text.text_encoder_2)
+    torch.save([encoder.state_dict() for encoder in encoders], job.work_dir / TEXT_FILE)
 
 
 @torch.no_grad()

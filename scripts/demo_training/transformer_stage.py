@@ -1,4 +1,4 @@
-"""The transformer and its text encoders, trained together on pools of encoded clips."""
+"""The transformer, trained on pools of encoded clips and prompts."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from demo_training.attention import TrainingProcessor, rotation_of, use_training_attention
 from demo_training.latents import LatentPool, fill_pools
-from demo_training.models import TextStack, build_text_stack, build_transformer
+from demo_training.models import TextStack, build_transformer
 from demo_training.plan import Clock, Job, Size
 from demo_training.text_stage import load_text_stack
 from demo_training.vae_stage import load_vae
@@ -49,10 +49,9 @@ class Trainee:
 
     job: Job
     transformer: HunyuanVideoTransformer3DModel
-    text: TextStack
     processor: TrainingProcessor
     pools: dict[Size, dict[int, LatentPool]]
-    empty_ids: tuple[Tensor, Tensor]
+    empty_prompt: tuple[Tensor, Tensor]
     rng: random.Random
     rotations: dict[tuple[int, ...], Tensor]
 
@@ -60,20 +59,15 @@ class Trainee:
 def run(job: Job) -> None:
     """Train for one call; write `transformer.ckpt.*`."""
     torch.manual_seed(job.seed)
-    # A finished model and a checkpoint bring their own text encoders.
-    begins = job.start_from is None and not job.resume
-    text = load_text_stack(job) if begins else build_text_stack()
+    text = load_text_stack(job)
     transformer = build_transformer(job.plan.transformer)
-    modules = [transformer, text.text_encoder, text.text_encoder_2]
     if job.start_from is not None:
-        for module, name in zip(
-            modules, ("transformer", "text_encoder", "text_encoder_2"), strict=True
-        ):
-            load_weights(module, job.start_from / name)
-    modules = [module.to(job.device).train() for module in modules]
-    _log_sizes(job, modules)
+        load_weights(transformer, job.start_from / "transformer")
+    transformer = transformer.to(job.device).train()
+    count = sum(parameter.numel() for parameter in transformer.parameters())
+    job.log(f"transformer: {count / 1e6:.2f} M parameters")
     trained = TrainedWeights(
-        modules,
+        [transformer],
         dtype=job.dtype,
         # What the working copies hold anyway: the masters lose their lower bits once a call.
         stored_dtype=torch.bfloat16,
@@ -92,10 +86,9 @@ def run(job: Job) -> None:
     trainee = Trainee(
         job=job,
         transformer=transformer,
-        text=text,
         processor=use_training_attention(transformer),
         pools=_fill_all_pools(job, text, rng, with_others=planned > OTHER_SIZES_FROM),
-        empty_ids=text.tokenize([""], job.device),
+        empty_prompt=text.encode(*text.tokenize([""], job.device)),
         rng=rng,
         rotations={},
     )
@@ -135,7 +128,7 @@ def _fill_all_pools(
 
 
 def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Latents, both prompts' ids, and the name of the batch's kind."""
+    """Latents, prompt states, pooled states, and the name of the batch's kind."""
     plan, rng = trainee.job.plan, trainee.rng
     if trainee.job.start_from is not None:
         # A finished model has been through the short clips.
@@ -154,14 +147,15 @@ def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tens
         count = plan.large_batch if size == plan.large else plan.batch_of[65]
     prompt = rng.choices(["one", "two", "empty"], [0.6, 0.35, 0.05])[0]
     num_objects = 2 if prompt == "two" or (prompt == "empty" and rng.random() < 0.25) else 1
-    latents, ids, ids_2 = trainee.pools[size][num_objects].batch(count, (num_frames - 1) // 4 + 1)
+    pool = trainee.pools[size][num_objects]
+    latents, states, pooled = pool.batch(count, (num_frames - 1) // 4 + 1)
     if prompt == "empty":
-        ids, ids_2 = (part.expand(count, -1) for part in trainee.empty_ids)
-    return latents, ids, ids_2, f"{size[1]}x{size[0]}x{num_frames}"
+        states, pooled = (part.expand(count, *part.shape[1:]) for part in trainee.empty_prompt)
+    return latents, states, pooled, f"{size[1]}x{size[0]}x{num_frames}"
 
 
 def _loss(
-    trainee: Trainee, latents: Tensor, ids: Tensor, ids_2: Tensor
+    trainee: Trainee, latents: Tensor, states: Tensor, pooled: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss, each sample's loss and each sample's sigma."""
     count, device, dtype = len(latents), latents.device, trainee.job.dtype
@@ -172,7 +166,6 @@ def _loss(
     noise = torch.randn_like(latents)
     weight = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - weight) * latents + weight * noise
-    states, pooled = trainee.text.encode(ids, ids_2)
     grid = tuple(latents.shape[2:])
     if grid not in trainee.rotations:
         trainee.rotations[grid] = rotation_of(trainee.transformer, latents)
@@ -199,14 +192,14 @@ def _check_processor(trainee: Trainee) -> None:
     kept = [p.clone() for p in shaken]
     for parameter in shaken:
         parameter.add_(torch.randn_like(parameter) * 0.02)
-    latents, ids, ids_2, _ = _draw_batch(trainee, fraction=0.0)
+    latents, states, pooled, _ = _draw_batch(trainee, fraction=0.0)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     losses = {}
     for name, processor in (("stock", HunyuanVideoAttnProcessor2_0()), ("own", None)):
         for block in blocks:
             block.attn.set_processor(processor or trainee.processor)
         torch.manual_seed(trainee.job.seed)
-        losses[name] = _loss(trainee, latents[:2], ids[:2], ids_2[:2])[0].item()
+        losses[name] = _loss(trainee, latents[:2], states[:2], pooled[:2])[0].item()
     for parameter, value in zip(shaken, kept, strict=True):
         parameter.copy_(value)
     trainee.job.log(f"loss by attention processor: {losses}")
@@ -228,8 +221,8 @@ def _train(
     reported_step = trained.step_count
     while not clock.is_over:
         fraction = clock.fraction
-        latents, ids, ids_2, kind = _draw_batch(trainee, fraction)
-        loss, losses, sigma = _loss(trainee, latents, ids, ids_2)
+        latents, states, pooled, kind = _draw_batch(trainee, fraction)
+        loss, losses, sigma = _loss(trainee, latents, states, pooled)
         loss.backward()
         trained.step(_learning_rate(fraction), WARMUP_STEPS)
         recent.append((sigma, losses))
@@ -277,9 +270,3 @@ def _save(
         "history": history,
     }
     save_checkpoint(job.work_dir, "transformer", state)
-
-
-def _log_sizes(job: Job, modules: list[torch.nn.Module]) -> None:
-    for module in modules:
-        count = sum(parameter.numel() for parameter in module.parameters())
-        job.log(f"{type(module).__name__}: {count / 1e6:.2f} M parameters")
