@@ -358,7 +358,7 @@ def test_backends_lists_every_backend_with_its_reasons():
     assert code == 0
     lines = out.splitlines()
     assert "cpu, float32, head size 128, blocks of 128 tokens" in lines[0]
-    rows = [line.split(maxsplit=2) for line in lines]
+    rows = [line.rstrip().split(maxsplit=2) for line in lines]
     assert ["torch_gather", "yes"] in rows
     assert ["triton", "no", "- no GPU; get one."] in rows
     assert lines[-1] == "auto takes torch_gather."
