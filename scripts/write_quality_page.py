@@ -1,8 +1,10 @@
 """Write the results in docs/quality.md, tables and plots, from results.json files.
 
     python -m scripts.write_quality_page runs/demo-cpu/results.json runs/demo-h100/results.json
+    python -m scripts.write_quality_page benchmarks/results/quality-*.json --grid README.md
 
 Each file becomes a section, in the order given; a file that is not there is left out and named.
+`--grid` also writes the first file's PSNR by threshold and warm-up steps into a page of its own.
 """
 
 import argparse
@@ -12,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video.pipelines.video import atomic_path
-from xattn_video.quality.pages import comparison_rows, comparison_text, comparison_title
+from xattn_video.quality.pages import (
+    comparison_rows,
+    comparison_text,
+    comparison_title,
+    psnr_grid,
+)
 from xattn_video.quality.plots import write_plots
 
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"
 END = "<!-- results: end -->"
+GRID_BEGIN = "<!-- quality: begin, written by scripts/write_quality_page.py -->\n"
+GRID_END = "<!-- quality: end -->"
 
 
 def main() -> int:
@@ -27,6 +36,7 @@ def main() -> int:
     )
     parser.add_argument("results", nargs="+", type=Path, help="results.json files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write them into")
+    parser.add_argument("--grid", type=Path, help="a page for the first file's PSNR grid")
     arguments = parser.parse_args()
     present = [path for path in arguments.results if path.is_file()]
     for path in arguments.results:
@@ -34,6 +44,8 @@ def main() -> int:
             print(f"there is no {str(path)!r}; its section is left out.", file=sys.stderr)
     try:
         write_page(arguments.page, present)
+        if arguments.grid is not None and present:
+            write_between(arguments.grid, GRID_BEGIN, GRID_END, psnr_grid(read_record(present[0])))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -50,22 +62,34 @@ def write_page(page: Path, results: list[Path]) -> None:
     Raises:
         ValueError: The page has no marks, a file holds no results, or two would share their plots.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(
-            f"{str(page)!r} must hold these two lines once: {BEGIN.strip()} and {END}"
-        )
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need names of their own, got {', '.join(names)}; rename one.")
+    marked_text(page, BEGIN, END)
     sections = [section(page.parent, path) for path in results]
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    write_between(page, BEGIN, END, "\n" * bool(sections) + "".join(sections))
+
+
+def write_between(page: Path, begin: str, end: str, content: str) -> None:
+    """Replace what a page holds between two marks.
+
+    Raises:
+        ValueError: The page has no marks.
+    """
+    before, after = marked_text(page, begin, end)
     with atomic_path(page) as temporary:
-        temporary.write_text(
-            "".join([before, BEGIN, "\n" * bool(sections), *sections, END, after]),
-            encoding="utf-8",
+        temporary.write_text(f"{before}{begin}{content}{end}{after}", encoding="utf-8")
+
+
+def marked_text(page: Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before the first mark and after the second."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(
+            f"{str(page)!r} must hold these two lines once: {begin.strip()} and {end}"
         )
+    before, rest = text.split(begin)
+    return before, rest.split(end)[1]
 
 
 def run_name(path: Path) -> str:
@@ -73,12 +97,18 @@ def run_name(path: Path) -> str:
     return path.resolve().parent.name if path.stem == "results" else path.stem
 
 
-def section(folder: Path, path: Path) -> str:
-    """A run's heading, facts, table and plots; draws the plots below ``folder``."""
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's results.json."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}; make it again.") from None
+    return record
+
+
+def section(folder: Path, path: Path) -> str:
+    """A run's heading, facts, table and plots; draws the plots below ``folder``."""
+    record = read_record(path)
     rows = comparison_rows(record)
     images = folder / "images"
     images.mkdir(exist_ok=True)

@@ -80,6 +80,20 @@ def test_the_page_shows_the_runs_and_nothing_of_the_last_ones(script, page, tmp_
         assert (page.parent / f"images/quality-demo-h100-{plot}.png").is_file()
 
 
+def test_a_grid_of_psnr_goes_into_a_page_of_its_own(script, page, tmp_path, monkeypatch):
+    results = tmp_path / "a.json"
+    results.write_text(json.dumps(record()))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n\n{script.GRID_BEGIN}stale\n{script.GRID_END}\n\nAfter.\n")
+    assert run(script, monkeypatch, results, "--page", page, "--grid", readme) == 0
+    assert readme.read_text() == (
+        f"Before.\n\n{script.GRID_BEGIN}"
+        "demo, 256x256x65, NVIDIA H100, 25 steps, 2 prompts, stride 8, backend triton:\n\n"
+        "| threshold | warm-up of 1 |\n| --- | ---: |\n| 0.9 | 31.2 dB, density 0.40 |\n"
+        f"{script.GRID_END}\n\nAfter.\n"
+    )
+
+
 def test_a_missing_run_leaves_its_section_out(script, page, tmp_path, monkeypatch, capsys):
     assert run(script, monkeypatch, tmp_path / "gone.json", "--page", page) == 1
     assert "gone.json'; its section is left out" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xattn_video.quality.rows import Row, table_cells
+from xattn_video.schedule import ThresholdSchedule
 
 _PICTURES = {
     "psnr-density": "PSNR against density",
@@ -62,6 +63,42 @@ def comparison_text(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
         *links,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def psnr_grid(record: Mapping[str, Any]) -> str:
+    """PSNR and density by threshold and warm-up steps, at the smallest stride, and what made it.
+
+    Raises:
+        ValueError: It is no record of a comparison.
+    """
+    settings = [(row.method.sparse, row) for row in comparison_rows(record) if row.method.sparse]
+    stride = min(sparse.stride for sparse, _ in settings)
+    cells = {
+        (sparse.threshold, sparse.warmup_steps): _grid_cell(row)
+        for sparse, row in settings
+        if sparse.stride == stride and not isinstance(sparse.threshold, ThresholdSchedule)
+    }
+    warmups = sorted({warmup for _, warmup in cells})
+    headings = ["threshold", *(f"warm-up of {warmup}" for warmup in warmups)]
+    lines = [
+        [f"{tau:g}", *(cells.get((tau, warmup), "") for warmup in warmups)]
+        for tau in sorted({tau for tau, _ in cells})
+    ]
+    facts = (
+        f"{comparison_title(record)}, {record['video']['num_inference_steps']} steps, "
+        f"{record['num_prompts']} prompts, stride {stride}, backend "
+        f"{', '.join(record['backends'])}:"
+    )
+    return f"{facts}\n\n{markdown_table(headings, lines)}\n"
+
+
+def _grid_cell(row: Row) -> str:
+    if row.identical:
+        return "identical"
+    if row.psnr is None:
+        return ""
+    density = "" if row.density is None else f", density {row.density:.2f}"
+    return f"{row.psnr:.1f} dB{density}"
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
