@@ -32,7 +32,7 @@ ALLOWED = {
     "processors": OPERATOR | {"dense", "kernels", "schedule", "report", "processors"},
     "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
     "benchmark": OPERATOR | {"kernels", "benchmark"},
-    "quality": {"errors", "report", "processors", "pipelines", "quality"},
+    "quality": {"errors", "schedule", "report", "processors", "pipelines", "quality"},
     "cli": OPERATOR
     | {"schedule", "report", "processors", "pipelines", "benchmark", "quality", "cli"},
 }
