@@ -144,7 +144,7 @@ def video_items(prompts: list[Prompt], videos_per_prompt: int, seed: int) -> lis
 def _demo_suite() -> list[Prompt]:
     from xattn_video.pipelines.demo import held_out_scenes
 
-    names = [scene.prompt for scene in held_out_scenes(_NUM_DEMO_PROMPTS, seed=0)]
+    names = [scene.prompt for scene in held_out_scenes(_NUM_DEMO_PROMPTS)]
     return [
         Prompt(index, name, name, ({"prompt_en": name, "dimension": list(_DEMO_DIMENSIONS)},))
         for index, name in enumerate(names)
