@@ -16,6 +16,7 @@ from eval_vbench.comparison import (
 from eval_vbench.dimensions import DATA, Totals, dimensions
 from eval_vbench.prompts import DEMO_SUITE
 from eval_vbench.statistics import Difference
+from xattn_video.quality.pages import markdown_table
 
 _NOT_MEASURED = "-"
 
@@ -89,7 +90,7 @@ def _measures_table(dense: Run, results: Sequence[SparseResult]) -> str:
         "GiB": lambda m: _cell(m.peak_memory_gib, ".2f"),
     }
     cells = [[label, *(cell(row) for cell in columns.values())] for label, row in rows]
-    return _table(["run", *columns], cells)
+    return markdown_table(["run", *columns], cells)
 
 
 def _checks_table(dense: Run, results: Sequence[SparseResult]) -> str:
@@ -100,7 +101,7 @@ def _checks_table(dense: Run, results: Sequence[SparseResult]) -> str:
     cells = [
         [label, *(_cell(shares.get(name), ".1%") for name in names)] for label, shares in rows
     ]
-    return _table(["run", *names], cells)
+    return markdown_table(["run", *names], cells)
 
 
 def _dimension_table(result: SparseResult) -> str:
@@ -123,7 +124,7 @@ def _dimension_table(result: SparseResult) -> str:
             cells.append(
                 [label, "", f"{dense:.4f}", f"{sparse:.4f}", f"{sparse - dense:+.4f}", ""]
             )
-    table = _table(["dimension", "n", "dense", "sparse", "delta", "95% interval"], cells)
+    table = markdown_table(["dimension", "n", "dense", "sparse", "delta", "95% interval"], cells)
     missing = sorted(set(dimensions()) - {row.dimension for row in result.dimensions})
     if not missing:
         return table
@@ -149,9 +150,10 @@ def _paper_table(results: Sequence[SparseResult]) -> str:
     headings = ["tau"]
     for name in ("PSNR", "SSIM", "LPIPS", "density"):
         headings += [f"{name}, paper", "here"]
+    table = markdown_table(headings, cells)
     return (
-        f"{_table(headings, cells)}\n\nPaper: {paper['source']}. `{_NOT_MEASURED}`: not measured "
-        "at the paper's settings (data/paper.json)."
+        f"{table}\n\nPaper: {paper['source']}. `{_NOT_MEASURED}`: not measured at the paper's "
+        "settings (data/paper.json)."
     )
 
 
@@ -172,12 +174,6 @@ def _interval(difference: Difference | None) -> str:
     if difference is None or difference.low is None or difference.high is None:
         return _NOT_MEASURED
     return f"[{difference.low:+.4f}, {difference.high:+.4f}]"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, figures to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:

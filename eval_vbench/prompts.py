@@ -1,7 +1,7 @@
 """What is generated: VBench's prompts, in three wordings, or the demo model's own."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from eval_vbench.dimensions import DATA
@@ -47,7 +47,7 @@ class Prompt:
     index: int
     name: str
     text: str
-    entries: tuple[dict[str, Any], ...]
+    entries: tuple[dict[str, Any], ...] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)

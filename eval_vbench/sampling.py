@@ -18,6 +18,8 @@ from xattn_video import __version__
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
 from xattn_video.pipelines.video import write_video
+from xattn_video.quality.clips import Clip
+from xattn_video.quality.comparison import judge_demo_clip
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -105,7 +107,7 @@ class Sampling:
         files = {self._write(f"{item.key}.mp4", result): self.run.video(item)}
         if self.lossless:
             files[self._write(f"{item.key}.mkv", result)] = self.run.lossless_video(item)
-        self.run.add(item, files, _record(pipe, item, request, result))
+        self.run.add(item, files, _record(pipe, item, request, result, self.fps))
 
     def _write(self, name: str, result: GenerationResult) -> Path:
         """Write a video, and make sure that the file holds all of it."""
@@ -153,6 +155,7 @@ def _record(
     item: VideoItem,
     request: GenerationRequest,
     result: GenerationResult,
+    fps: int,
 ) -> dict[str, Any]:
     """What a report needs of one video."""
     import diffusers
@@ -168,7 +171,7 @@ def _record(
         "peak_memory_gib": result.peak_memory_gib,
         "density": None if result.report is None else result.report.density,
         "backends": [] if result.report is None else list(result.report.backends),
-        "checks": _demo_checks(item, result),
+        "checks": judge_demo_clip(item.prompt.name, Clip(result.frames, fps)),
         "flow_shift": pipe.scheduler.config.get("shift"),
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "versions": {
@@ -177,18 +180,6 @@ def _record(
             "diffusers": diffusers.__version__,
         },
     }
-
-
-def _demo_checks(item: VideoItem, result: GenerationResult) -> dict[str, list[bool]] | None:
-    """Whether the clip shows what its prompt says; None for a prompt that cannot be judged."""
-    from xattn_video.pipelines.demo import parse_prompt
-    from xattn_video.pipelines.demo.checks import score_clip
-
-    try:
-        scene = parse_prompt(item.prompt.name)
-    except ValueError:
-        return None
-    return score_clip(torch.from_numpy(result.frames).permute(0, 3, 1, 2) / 255, scene)
 
 
 def _stop_if_full(error: Exception, folder: Path) -> None:

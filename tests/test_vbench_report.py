@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from vbench_runs import SPARSE, invoke, make_run
 
-pytest.importorskip("xattn_video.quality")
-
 from eval_vbench import report
 from eval_vbench.comparison import caveats, compare, load_run
 from eval_vbench.dimensions import dimensions, totals
