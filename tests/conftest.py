@@ -60,6 +60,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def vbench_python(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment that holds the real VBench; made if none was given, in minutes."""
+    given = pytestconfig.getoption("--vbench-python")
+    if given is not None:
+        return Path(given)
+    from vbench_runs import invoke
+
+    from eval_vbench import setup_vbench
+
+    folder = tmp_path_factory.mktemp("vbench") / "env"
+    code, _, messages = invoke(setup_vbench.app, folder)
+    assert code == 0, messages
+    return folder / "bin/python"
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds a HunyuanVideo pipeline with random weights."""
     from tiny_pipeline import save_tiny_pipeline

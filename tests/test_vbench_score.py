@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from fake_vbench import install_fake_vbench
@@ -248,18 +247,13 @@ def test_a_python_that_is_too_new_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_vbench_scores_temporal_flickering(run, tmp_path, pytestconfig):
-    """In its own environment, made here unless one is given; no weights are needed."""
+def test_the_real_vbench_scores_temporal_flickering(run, tmp_path, vbench_python):
+    """In its own environment; no weights are needed."""
     import imageio.v3 as imageio
     import numpy as np
 
-    python = pytestconfig.getoption("--vbench-python")
-    if python is None:
-        code, _, messages = invoke(setup_vbench.app, tmp_path / "env")
-        assert code == 0, messages
-        python = tmp_path / "env/bin/python"
     arguments = ("--skip-missing", "--device=cpu", f"--weights={tmp_path / 'none'}")
-    code, _, messages = score_run(run, *arguments, python=python)
+    code, _, messages = score_run(run, *arguments, python=vbench_python)
     assert code == 0, messages
     found = json.loads((run / "scores/temporal_flickering.json").read_text())
     expected = {}
@@ -269,4 +263,3 @@ def test_the_real_vbench_scores_temporal_flickering(run, tmp_path, pytestconfig)
     # Two decoders round the conversion from YUV differently.
     assert found["videos"] == pytest.approx(expected, abs=2e-3)
     assert found["score"] == pytest.approx(np.mean(list(expected.values())), abs=2e-3)
-    assert Path(python).is_file()
