@@ -23,16 +23,16 @@ from eval_vbench.prompts import (
 )
 from eval_vbench.run_folder import RunFolder
 from xattn_video.cli import options
+from xattn_video.cli.checks import check_runs
 from xattn_video.cli.console import (
     ErrorsToExitCodes,
     log_choices,
     message_console,
     output_console,
-    print_warning,
     quiet_libraries,
 )
 from xattn_video.cli.progress import GenerationProgress
-from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
 from xattn_video.pipelines.video import check_output_folder
 from xattn_video.schedule import ThresholdSchedule
@@ -109,7 +109,8 @@ def main(
         items = video_items(prompts, videos_per_prompt, seed)
         if fps < 1:
             raise ValueError(f"fps must be at least 1, got {fps}; use 24.")
-        _check_model(load, video, sparse, share)
+        if share.rank == 0:
+            check_runs(load, [GenerationRequest(prompts[0].text, video=video, sparse=sparse)])
         check_output_folder(run, what="run")
         folder = RunFolder(run)
         folder.adopt(
@@ -197,30 +198,6 @@ def _device_of(share: Share) -> str | None:
     if share.num_ranks == 1 or not torch.cuda.is_available():
         return None
     return f"cuda:{share.local_rank}"
-
-
-def _check_model(
-    load: "LoadOptions", video: VideoSettings, sparse: SparseSettings | None, share: Share
-) -> None:
-    """Find out what would fail before the weights are loaded; the first rank warns."""
-    from xattn_video.inputs import Problem
-    from xattn_video.pipelines.hunyuan_video import check_attention_backend
-    from xattn_video.pipelines.model_shape import read_model_shape
-    from xattn_video.pipelines.plan import plan_run
-    from xattn_video.pipelines.source import find_model
-    from xattn_video.registry import resolve_backend
-
-    shape = read_model_shape(find_model(load.model))
-    if load.attention_backend is not None:
-        check_attention_backend(load.attention_backend)
-    if sparse is not None:
-        problem = Problem(
-            load.resolved_device, load.resolved_dtype, shape.head_dim, sparse.block_size
-        )
-        resolve_backend(sparse.backend, problem)
-    if share.rank == 0:
-        for warning in plan_run(shape, video, sparse, load).warnings:
-            print_warning(warning)
 
 
 def _sparse_settings(sparse: SparseSettings | None) -> dict[str, Any] | None:

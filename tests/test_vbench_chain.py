@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_vbench import install_fake_vbench
 from vbench_runs import SMALL, SPARSE, files_of, invoke
@@ -17,7 +17,15 @@ from eval_vbench import report, score
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-m"]
-TWO_PROCESSES = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+# After -- the launcher does not take --run for its own --run-path.
+TWO_PROCESSES = [
+    *PYTHON,
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "-m",
+    "--",
+]
 DEMO = [
     "--model=demo",
     "--height=128",
@@ -32,12 +40,11 @@ SECONDS = 600
 
 
 def start(launcher, folder, arguments):
-    """`eval_vbench.generate` in processes of their own, all of one group."""
+    """`eval_vbench.generate` in processes of their own."""
     return subprocess.Popen(
         [*launcher, "eval_vbench.generate", f"--run={folder}", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,8 +67,11 @@ def kill_after_first_video(launcher, folder, arguments):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    launched = psutil.Process(process.pid)
+    # The launcher first, so that it cannot start others.
+    for each in (launched, *launched.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.communicate()
 
 
