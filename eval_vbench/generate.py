@@ -4,42 +4,19 @@ python -m eval_vbench.generate --run runs/dense --dense
 accelerate launch -m eval_vbench.generate --run runs/xattn-0.95 --threshold 0.95
 """
 
-from contextlib import nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from eval_vbench.job import Job
 from eval_vbench.launch import Share, launched_share
-from eval_vbench.prompts import (
-    DEFAULT_SUITE,
-    DEMO_SUITE,
-    SUITES,
-    VIDEOS_PER_PROMPT,
-    VideoItem,
-    choose_prompts,
-    video_items,
-)
+from eval_vbench.prompts import DEFAULT_SUITE, DEMO_SUITE, SUITES, VIDEOS_PER_PROMPT
 from eval_vbench.run_folder import RunFolder
 from xattn_video.cli import options
-from xattn_video.cli.checks import check_runs
-from xattn_video.cli.console import (
-    ErrorsToExitCodes,
-    log_choices,
-    message_console,
-    output_console,
-    quiet_libraries,
-)
-from xattn_video.cli.progress import GenerationProgress
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.cli.console import ErrorsToExitCodes, log_choices
+from xattn_video.pipelines.request import SparseSettings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
-from xattn_video.pipelines.video import check_output_folder
-from xattn_video.schedule import ThresholdSchedule
-
-if TYPE_CHECKING:
-    from xattn_video.pipelines.generation import StepRecord
-    from xattn_video.pipelines.hunyuan_video import LoadOptions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -104,91 +81,24 @@ def main(
         if device is None:
             device = _device_of(share)
         load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
-        suite = suite or (DEMO_SUITE if model == DEMO else DEFAULT_SUITE)
-        prompts = choose_prompts(suite, num_prompts)
-        items = video_items(prompts, videos_per_prompt, seed)
-        if fps < 1:
-            raise ValueError(f"fps must be at least 1, got {fps}; use 24.")
-        if share.rank == 0:
-            check_runs(load, [GenerationRequest(prompts[0].text, video=video, sparse=sparse)])
-        check_output_folder(run, what="run")
-        folder = RunFolder(run)
-        folder.adopt(
-            {
-                "suite": suite,
-                "num_prompts": len(prompts),
-                "videos_per_prompt": videos_per_prompt,
-                "seed": seed,
-                "fps": fps,
-                "lossless": lossless,
-                "model": model,
-                "dtype": str(load.resolved_dtype).removeprefix("torch."),
-                "attention_backend": attention_backend,
-                "video": asdict(video),
-                "sparse": _sparse_settings(sparse),
-            }
+        job = Job(
+            RunFolder(run),
+            share,
+            load,
+            suite or (DEMO_SUITE if model == DEMO else DEFAULT_SUITE),
+            num_prompts,
+            videos_per_prompt,
+            seed,
+            fps,
+            lossless,
+            video,
+            sparse,
+            verbose,
         )
-        with folder.lock(share.rank, share.num_ranks):
+        job.check()
+        with job.run.lock(share.rank, share.num_ranks):
             errors.running = True
-            _generate(folder, share, items, load, video, sparse, verbose)
-
-
-def _generate(
-    run: RunFolder,
-    share: Share,
-    items: list[VideoItem],
-    load: "LoadOptions",
-    video: VideoSettings,
-    sparse: SparseSettings | None,
-    verbose: bool,
-) -> None:
-    """Generate this rank's missing videos and say what became of them."""
-    from eval_vbench.sampling import Sampling, wait_for_others
-    from xattn_video.pipelines.hunyuan_video import load_pipeline
-
-    messages = message_console()
-    settings = run.settings()
-    prefix = f"[{share.rank}] " if share.num_ranks > 1 else ""
-
-    def say(text: str) -> None:
-        messages.print(prefix + text, soft_wrap=True)
-
-    sampling = Sampling(
-        run,
-        share,
-        video,
-        sparse,
-        settings["fps"],
-        settings["lossless"],
-        say,
-        # Steps of several processes would run into one another.
-        lambda title: (
-            GenerationProgress(messages, title, video.num_inference_steps)
-            if share.num_ranks == 1
-            else nullcontext(_ignore)
-        ),
-    )
-    missing = sampling.missing(items)
-    say(f"{len(share.of(items)) - len(missing)} of {len(share.of(items))} videos are there")
-    failed = 0
-    if missing:
-        if not verbose:
-            quiet_libraries()
-        say(f"loading {load.model}")
-        pipe = load_pipeline(load)
-        pipe.set_progress_bar_config(disable=True)
-        failed = sampling.sample(pipe, missing)
-    if failed:
-        wait_for_others(run, items)
-        raise RuntimeError(
-            f"{failed} of {len(missing)} videos failed, as listed above and in "
-            f"{run.path / 'failures'}; the same command tries them again and keeps the others."
-        )
-    output_console().print(f"{prefix}videos     {run.videos}", soft_wrap=True)
-
-
-def _ignore(step: "StepRecord") -> None:
-    """Show nothing of a step."""
+            job.generate()
 
 
 def _device_of(share: Share) -> str | None:
@@ -198,16 +108,6 @@ def _device_of(share: Share) -> str | None:
     if share.num_ranks == 1 or not torch.cuda.is_available():
         return None
     return f"cuda:{share.local_rank}"
-
-
-def _sparse_settings(sparse: SparseSettings | None) -> dict[str, Any] | None:
-    """As plain values."""
-    if sparse is None:
-        return None
-    threshold = sparse.threshold
-    if isinstance(threshold, ThresholdSchedule):
-        return asdict(replace(sparse, threshold=1.0)) | {"threshold": threshold.to_dict()}
-    return asdict(sparse)
 
 
 if __name__ == "__main__":

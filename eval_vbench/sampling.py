@@ -67,7 +67,6 @@ class Sampling:
         Raises:
             SamplingStoppedError: The disk is full, or one video after the other fails.
         """
-        self.run.forget_failures(items)
         begun, failed, in_a_row = time.perf_counter(), 0, 0
         for number, item in enumerate(items):
             title = f"{number + 1}/{len(items)} {item.file_name}"

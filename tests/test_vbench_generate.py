@@ -192,6 +192,29 @@ def test_failures_are_listed_and_tried_again(finished, tiny_pipeline, tmp_path, 
     assert files_of(folder) == files_of(finished)
 
 
+def test_a_rank_that_failed_waits_for_the_others(tiny_pipeline, tmp_path, monkeypatch):
+    """Its error would make the launcher end them."""
+    run, waits = RunFolder(tmp_path), []
+
+    def fail(pipe, request, on_step):
+        raise RuntimeError("CUDA out of memory")
+
+    def wait(seconds):
+        waits.append(seconds)
+        assert run.failure(run.expected_items()[0]) is not None
+        if len(waits) == 2:
+            run.add_failure(run.expected_items()[1], RuntimeError("of the other rank"))
+
+    monkeypatch.setattr(sampling, "generate", fail)
+    monkeypatch.setattr(sampling.time, "sleep", wait)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, messages = make_run(tmp_path, tiny_pipeline, "--dense")
+    assert code == 1
+    assert len(waits) == 2
+    assert "1 of 1 videos failed" in messages
+
+
 def test_a_full_disk_stops_the_run(finished, tiny_pipeline, tmp_path, monkeypatch):
     folder, original = tmp_path / "run", sampling.write_video
 
@@ -247,6 +270,7 @@ def test_a_broken_gpu_stops_the_run(tiny_pipeline, tmp_path, monkeypatch):
         ("--suite=long", "suite must be one of gpt_enhanced, hunyuan, original, demo, got 'long'"),
         ("--num-prompts=41", "num_prompts must lie between 1 and 40 for suite 'demo', got 41"),
         ("--videos-per-prompt=3", "videos_per_prompt must be 1 (a reduced run) or 5"),
+        ("--seed=-1", "seed must lie between 0 and 2**63 - 1, got -1"),
         ("--fps=0", "fps must be at least 1, got 0; use 24."),
         ("--threshold=1.5", "threshold must lie in (0, 1], got 1.5"),
         ("--model=/nowhere", "model '/nowhere' is neither a folder nor a hub ID"),
