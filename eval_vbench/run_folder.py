@@ -6,7 +6,9 @@ lossless/           the same frames as ffv1, for PSNR and SSIM
 items/              one JSON file for each finished video
 failures/           one for each that failed
 scores/             one for each VBench dimension
+fidelity/           PSNR, SSIM and the like against a dense run, one file for each video
 unfinished/         videos that are being written
+locks/              one file for each rank
 """
 
 import fcntl

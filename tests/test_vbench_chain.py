@@ -13,7 +13,7 @@ import pytest
 from fake_vbench import install_fake_vbench
 from vbench_runs import SMALL, SPARSE, files_of, invoke
 
-from eval_vbench import report, score
+from eval_vbench import generate, report, score
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-m"]
@@ -95,7 +95,8 @@ def test_the_whole_chain(tiny_pipeline, tmp_path, monkeypatch):
     kill_after_first_video(PYTHON, tmp_path / "dense", runs["dense"])
     assert len(list((tmp_path / "dense/items").iterdir())) < 3
     for name, arguments in runs.items():
-        finish(PYTHON, tmp_path / name, arguments)
+        code, _, messages = invoke(generate.app, f"--run={tmp_path / name}", *arguments)
+        assert code == 0, messages
         assert len(list((tmp_path / name / "videos").iterdir())) == 3
     install_fake_vbench(tmp_path / "packages")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
