@@ -15,6 +15,10 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--vbench-python",
+        help="of an environment that eval_vbench.setup_vbench made; else a slow test makes one",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,6 +57,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def vbench_python(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment that holds the real VBench; made if none was given, in minutes."""
+    given = pytestconfig.getoption("--vbench-python")
+    if given is not None:
+        return Path(given)
+    from vbench_runs import invoke
+
+    from eval_vbench import setup_vbench
+
+    folder = tmp_path_factory.mktemp("vbench") / "env"
+    code, _, messages = invoke(setup_vbench.app, folder)
+    assert code == 0, messages
+    return folder / "bin/python"
 
 
 @pytest.fixture(scope="session")

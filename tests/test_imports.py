@@ -85,3 +85,18 @@ def test_the_public_names_are_all_there():
 
     for name in xattn_video.__all__:
         assert getattr(xattn_video, name) is not None
+
+
+def test_the_package_knows_nothing_of_what_is_built_on_it():
+    for path in SOURCES:
+        names = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+        }
+        assert not names & {"eval_vbench", "benchmarks", "scripts", "tests"}, path.name

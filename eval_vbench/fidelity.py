@@ -1,0 +1,81 @@
+"""How near a sparse run's videos are to the dense run's: PSNR, SSIM and what else can be had."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval_vbench.prompts import VideoItem
+from eval_vbench.run_folder import RunFolder, settings_hash
+from xattn_video.cli.record import write_json
+
+if TYPE_CHECKING:
+    from xattn_video.quality.similarity import Scorer
+
+
+def fidelity_scorer(device: str) -> "Scorer":
+    """Measures videos against others; tells what it cannot measure.
+
+    Raises:
+        MissingPackageError: torchmetrics cannot be used.
+    """
+    from xattn_video.quality.similarity import Scorer
+
+    return Scorer(device)
+
+
+def measure_fidelity(
+    dense: RunFolder,
+    sparse: RunFolder,
+    items: Sequence[VideoItem],
+    scorer: "Scorer",
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """The measures of every pair, by the items' keys; what was measured before is read.
+
+    Args:
+        dense, sparse: Complete runs with lossless copies.
+        items: Their videos.
+        scorer: Of `fidelity_scorer`.
+        say: Prints a line of progress.
+
+    Raises:
+        ValueError: A copy is broken.
+    """
+    from xattn_video.quality.clips import read_clip
+
+    folder = sparse.path / "fidelity" / settings_hash(dense.settings())[:16]
+    found: dict[str, dict[str, Any]] = {}
+    for number, item in enumerate(items):
+        key = {
+            "reference": _digest(dense, item),
+            "candidate": _digest(sparse, item),
+            "missing": sorted(scorer.missing),
+        }
+        file = folder / f"{item.key}.json"
+        measures = _read(file, key)
+        if measures is None:
+            clips = (read_clip(run.lossless_video(item)) for run in (dense, sparse))
+            measures = asdict(scorer.score(*clips))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**key, "measures": measures})
+            say(f"{sparse.path.name}: {number + 1}/{len(items)} pairs measured")
+        found[item.key] = measures
+    return found
+
+
+def _digest(run: RunFolder, item: VideoItem) -> str:
+    """Of a lossless copy, as its record states it."""
+    record = run.record(item)
+    assert record is not None
+    return record["files"][f"lossless/{item.key}.mkv"]["sha256"]
+
+
+def _read(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The measures in a file, if they are of these two videos and of all that can be measured."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return content["measures"] if all(content[name] == key[name] for name in key) else None

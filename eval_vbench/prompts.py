@@ -1,0 +1,151 @@
+"""What is generated: VBench's prompts, in three wordings, or the demo model's own."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval_vbench.dimensions import DATA
+
+DEMO_SUITE = "demo"
+DEFAULT_SUITE = "gpt_enhanced"
+# Suite -> the wordings that the model is given; None for the prompts as VBench scores them.
+_WORDINGS = {
+    DEFAULT_SUITE: "all_dimension_longer.txt",
+    "hunyuan": "hunyuan_all_dimension.txt",
+    "original": None,
+}
+SUITES = (*_WORDINGS, DEMO_SUITE)
+
+_NUM_DEMO_PROMPTS = 40
+# Dimensions that need nothing of a prompt but its words.
+_DEMO_DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "overall_consistency",
+)
+# A prompt's videos have seeds of their own as long as there are at most this many.
+MAX_VIDEOS_PER_PROMPT = 100
+VIDEOS_PER_PROMPT = (1, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        index: Its place in the whole suite, whatever part of it is generated.
+        name: What names the files and what VBench scores against.
+        text: What the model is given.
+        entries: VBench's own entries for it; two prompts stand in two dimensions' lists.
+    """
+
+    index: int
+    name: str
+    text: str
+    entries: tuple[dict[str, Any], ...] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoItem:
+    """One video to generate.
+
+    Attributes:
+        prompt: Its prompt.
+        video_index: Which of the prompt's videos.
+        seed: Depends on nothing but these two and the run's base seed.
+    """
+
+    prompt: Prompt
+    video_index: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Short, unique, in the suite's order."""
+        return f"{self.prompt.index:04d}-{self.video_index}"
+
+    @property
+    def file_name(self) -> str:
+        """As VBench wants it."""
+        return f"{self.prompt.name}-{self.video_index}.mp4"
+
+
+def load_suite(name: str) -> list[Prompt]:
+    """All prompts of a suite.
+
+    Raises:
+        ValueError: No such suite.
+    """
+    if name not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}.")
+    if name == DEMO_SUITE:
+        return _demo_suite()
+    entries = json.loads((DATA / "VBench_full_info.json").read_text(encoding="utf-8"))
+    names = [entry["prompt_en"] for entry in entries]
+    wordings = _WORDINGS[name]
+    texts = names
+    if wordings is not None:
+        texts = (DATA / wordings).read_text(encoding="utf-8").splitlines()
+    prompts: dict[str, Prompt] = {}
+    for prompt, text, entry in zip(names, texts, entries, strict=True):
+        if prompt in prompts:
+            # The file name is the same, so the video is: that of the first wording.
+            first = prompts[prompt]
+            prompts[prompt] = Prompt(first.index, prompt, first.text, (*first.entries, entry))
+        else:
+            prompts[prompt] = Prompt(len(prompts), prompt, text, (entry,))
+    return list(prompts.values())
+
+
+def choose_prompts(suite: str, count: int | None) -> list[Prompt]:
+    """``count`` prompts of a suite, or all.
+
+    VBench's list goes dimension by dimension, so a part of it is taken at equal distances; the
+    demo model's is in no order, and its first ones are taken.
+
+    Raises:
+        ValueError: No such suite, or not as many prompts in it.
+    """
+    prompts = load_suite(suite)
+    if count is None:
+        return prompts
+    if not 1 <= count <= len(prompts):
+        raise ValueError(
+            f"num_prompts must lie between 1 and {len(prompts)} for suite {suite!r}, got {count}."
+        )
+    if suite == DEMO_SUITE:
+        return prompts[:count]
+    return [prompts[place * len(prompts) // count] for place in range(count)]
+
+
+def video_items(prompts: list[Prompt], videos_per_prompt: int, seed: int) -> list[VideoItem]:
+    """Every video of a run, the first ones of all prompts before the second ones.
+
+    Raises:
+        ValueError: A number of videos that VBench does not read.
+    """
+    if videos_per_prompt not in VIDEOS_PER_PROMPT:
+        raise ValueError(
+            "videos_per_prompt must be 1 (a reduced run) or 5 (VBench's), "
+            f"got {videos_per_prompt}."
+        )
+    return [
+        VideoItem(prompt, index, seed + MAX_VIDEOS_PER_PROMPT * prompt.index + index)
+        for index in range(videos_per_prompt)
+        for prompt in prompts
+    ]
+
+
+def _demo_suite() -> list[Prompt]:
+    from xattn_video.pipelines.demo import held_out_scenes
+
+    names = [scene.prompt for scene in held_out_scenes(_NUM_DEMO_PROMPTS)]
+    return [
+        Prompt(index, name, name, ({"prompt_en": name, "dimension": list(_DEMO_DIMENSIONS)},))
+        for index, name in enumerate(names)
+    ]

@@ -1,0 +1,85 @@
+"""Put a dense run and sparse runs side by side.
+
+python -m eval_vbench.report --dense runs/dense --sparse runs/xattn-0.95
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eval_vbench.comparison import Run, check_comparable, compare, load_run
+from eval_vbench.fidelity import fidelity_scorer, measure_fidelity
+from eval_vbench.page import report_page, report_values
+from eval_vbench.plots import plot_report
+from eval_vbench.run_folder import RunFolder
+from xattn_video.cli.console import ErrorsToExitCodes, message_console, output_console
+from xattn_video.cli.record import write_json
+from xattn_video.pipelines.video import atomic_path, check_output_folder
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    dense: Annotated[Path, typer.Option(help="The run with dense attention.")],
+    sparse: Annotated[list[Path], typer.Option(help="A sparse run; may be given again.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.md, report.json and report.png.")
+    ] = Path("report"),
+    fidelity: Annotated[bool, typer.Option(help="Measure PSNR, SSIM and what else is there.")] = (
+        True
+    ),
+    device: Annotated[str, typer.Option(help="Where those are computed: cpu, cuda.")] = "cpu",
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback.")] = False,
+) -> None:
+    """Compare runs: VBench's dimensions, fidelity, density, time."""
+    with ErrorsToExitCodes(verbose) as errors:
+        folders = [dense, *sparse]
+        if len({folder.resolve() for folder in folders}) < len(folders):
+            raise ValueError("a run is given twice; compare different runs.")
+        reference, *runs = (load_run(RunFolder(folder)) for folder in folders)
+        for run in runs:
+            check_comparable(reference, run)
+        check_output_folder(output)
+        errors.running = True
+        _write(reference, runs, output, fidelity, device)
+
+
+def _write(dense: Run, runs: list[Run], output: Path, fidelity: bool, device: str) -> None:
+    """Measure, and write the three files."""
+    messages = message_console()
+    notes = []
+    if not fidelity:
+        notes.append("PSNR, SSIM and LPIPS were not asked for.")
+    elif not dense.settings["lossless"]:
+        notes.append("PSNR, SSIM and LPIPS need lossless copies, which these runs do not keep.")
+        fidelity = False
+    scorer = fidelity_scorer(device) if fidelity else None
+    if scorer is not None:
+        notes += [f"{name} was not measured: {why}" for name, why in scorer.missing.items()]
+    results = []
+    for run in runs:
+        pairs = {}
+        if scorer is not None:
+            pairs = measure_fidelity(
+                dense.folder,
+                run.folder,
+                run.items,
+                scorer,
+                lambda text: messages.print(text, soft_wrap=True),
+            )
+        results.append(compare(dense, run, pairs))
+    page = report_page(dense, results, notes)
+    if plot_report(output / "report.png", dense, results):
+        page += "\n![Scores of the runs](report.png)\n"
+    write_json(output / "report.json", report_values(dense, results) | {"notes": notes})
+    with atomic_path(output / "report.md") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    console = output_console()
+    console.print(page, soft_wrap=True)
+    console.print(f"report     {output}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

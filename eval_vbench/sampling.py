@@ -1,0 +1,189 @@
+"""Generate a rank's part of a run: every video once, whatever was killed before."""
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eval_vbench.launch import Share
+from eval_vbench.prompts import VideoItem
+from eval_vbench.run_folder import RunFolder
+from xattn_video import __version__
+from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
+from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.pipelines.video import write_video
+from xattn_video.quality.clips import Clip
+from xattn_video.quality.comparison import judge_demo_clip
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
+# A GPU that has failed fails in everything that follows.
+_FAILURES_IN_A_ROW = 3
+_POLL_SECONDS = 0.5
+
+
+class SamplingStoppedError(RuntimeError):
+    """A run could not go on; what it made is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What all videos of a run share.
+
+    Attributes:
+        run: Where they go.
+        share: Which of them are this process's.
+        video: Size and sampling.
+        sparse: None for dense attention.
+        fps: Frames per second of the files.
+        lossless: Whether a lossless copy is kept.
+        say: Prints a line of progress.
+        progress: Opens a display for the steps of the video that its argument names.
+    """
+
+    run: RunFolder
+    share: Share
+    video: VideoSettings
+    sparse: SparseSettings | None
+    fps: int
+    lossless: bool
+    say: Callable[[str], None]
+    progress: Callable[[str], AbstractContextManager[Callable[[StepRecord], None]]]
+
+    def missing(self, items: Sequence[VideoItem]) -> list[VideoItem]:
+        """Those of this process's items that are not done."""
+        return [item for item in self.share.of(items) if self.run.record(item) is None]
+
+    def sample(self, pipe: "HunyuanVideoPipeline", items: Sequence[VideoItem]) -> int:
+        """Generate what is missing and return how many failed; each of those is noted.
+
+        Raises:
+            SamplingStoppedError: The disk is full, or one video after the other fails.
+        """
+        begun, failed, in_a_row = time.perf_counter(), 0, 0
+        for number, item in enumerate(items):
+            title = f"{number + 1}/{len(items)} {item.file_name}"
+            try:
+                with self.progress(title) as on_step:
+                    self._sample_one(pipe, item, on_step)
+                in_a_row = 0
+            except (RuntimeError, OSError, ValueError, MemoryError) as error:
+                _stop_if_full(error, self.run.path)
+                self.run.add_failure(item, error)
+                failed, in_a_row = failed + 1, in_a_row + 1
+                self.say(f"failed: {item.file_name}: {self.run.failure(item)}")
+                if in_a_row == _FAILURES_IN_A_ROW:
+                    raise SamplingStoppedError(
+                        f"{in_a_row} videos failed one after the other, the last with "
+                        f"{self.run.failure(item)}; find the cause, then run the same command "
+                        "again: it keeps what is done."
+                    ) from error
+            mean = (time.perf_counter() - begun) / (number + 1)
+            left = len(items) - number - 1
+            self.say(
+                f"{number + 1}/{len(items)} videos, {mean:.1f} s each, "
+                f"{format_seconds(mean * left)} left"
+            )
+        return failed
+
+    def _sample_one(
+        self,
+        pipe: "HunyuanVideoPipeline",
+        item: VideoItem,
+        on_step: Callable[[StepRecord], None],
+    ) -> None:
+        request = GenerationRequest(
+            item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
+        )
+        result = generate(pipe, request, on_step)
+        files = {self._write(f"{item.key}.mp4", result): self.run.video(item)}
+        if self.lossless:
+            files[self._write(f"{item.key}.mkv", result)] = self.run.lossless_video(item)
+        self.run.add(item, files, _record(pipe, item, request, result, self.fps))
+
+    def _write(self, name: str, result: GenerationResult) -> Path:
+        """Write a video, and make sure that the file holds all of it."""
+        import imageio_ffmpeg
+
+        path = self.run.unfinished(self.share.rank, name)
+        # Encoded frames take less than raw ones; a full disk makes ffmpeg leave a part.
+        if shutil.disk_usage(path.parent).free < result.frames.nbytes:
+            raise OSError(errno.ENOSPC, "no space left for a video")
+        write_video(path, result.frames, self.fps)
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+        if written != len(result.frames):
+            raise OSError(
+                f"{path.name} holds {written} of {len(result.frames)} frames after writing"
+            )
+        return path
+
+
+def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:
+    """Whether every video is done or has failed."""
+    return all(run.record(item) is not None or run.failure(item) is not None for item in items)
+
+
+def wait_for_others(run: RunFolder, items: Sequence[VideoItem]) -> None:
+    """Wait until all ranks are done.
+
+    A launcher ends every rank as soon as one returns an error, so a rank whose videos failed waits
+    for the others before it says so.
+    """
+    while not settled(run, items):
+        time.sleep(_POLL_SECONDS)
+
+
+def format_seconds(seconds: float) -> str:
+    """Such as "3 h 05 min" or "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _record(
+    pipe: "HunyuanVideoPipeline",
+    item: VideoItem,
+    request: GenerationRequest,
+    result: GenerationResult,
+    fps: int,
+) -> dict[str, Any]:
+    """What a report needs of one video."""
+    import diffusers
+
+    device = pipe._execution_device
+    cuda = device.type == "cuda"
+    return {
+        "text": request.prompt,
+        "shape": list(result.frames.shape),
+        "seconds": result.seconds,
+        "seconds_per_dense_step": result.seconds_per_dense_step,
+        "seconds_per_sparse_step": result.seconds_per_sparse_step,
+        "peak_memory_gib": result.peak_memory_gib,
+        "density": None if result.report is None else result.report.density,
+        "backends": [] if result.report is None else list(result.report.backends),
+        "checks": judge_demo_clip(item.prompt.name, Clip(result.frames, fps)),
+        "flow_shift": pipe.scheduler.config.get("shift"),
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "versions": {
+            "xattn_video": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def _stop_if_full(error: Exception, folder: Path) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise SamplingStoppedError(
+            f"the disk of {str(folder)!r} is full; nothing that was made is lost: free space, "
+            "then run the same command again."
+        ) from error

@@ -1,0 +1,58 @@
+"""Runs in VBench's own environment, as a file of its own: nothing of this repository is there.
+
+python vbench_worker.py probe MODULE...               what is installed, as JSON on stdout
+python vbench_worker.py score REQUEST.json            one dimension; VBench writes the result
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Do what the first argument says."""
+    command, *arguments = sys.argv[1:]
+    if command == "probe":
+        probe(arguments)
+    else:
+        score(Path(arguments[0]))
+
+
+def probe(modules: list[str]) -> None:
+    """Print the versions and which modules are missing; none is imported."""
+    try:
+        version = importlib.metadata.version("vbench")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    python = ".".join(map(str, sys.version_info[:3]))
+    json.dump({"python": python, "vbench": version, "missing": missing}, sys.stdout)
+
+
+def score(request_file: Path) -> None:
+    """Score one dimension through VBench's Python API.
+
+    Its command line would start torch.distributed through a shell, ignore how that ended, and
+    insist on CUDA.
+    """
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    import torch
+    from vbench import VBench
+
+    device = request["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench = VBench(torch.device(device), request["full_info"], request["output"])
+    bench.evaluate(
+        videos_path=request["videos"],
+        name=request["name"],
+        dimension_list=[request["dimension"]],
+        local=True,
+        read_frame=False,
+        mode="vbench_standard",
+        imaging_quality_preprocessing_mode="longer",
+    )
+
+
+if __name__ == "__main__":
+    main()

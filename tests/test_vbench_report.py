@@ -1,0 +1,277 @@
+"""Reports of runs whose scores are made up, so that every figure is known."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from vbench_runs import SPARSE, invoke, make_run
+
+from eval_vbench import report
+from eval_vbench.comparison import caveats, compare, load_run
+from eval_vbench.dimensions import dimensions, totals
+from eval_vbench.page import report_page
+from eval_vbench.run_folder import RunFolder, settings_hash
+from eval_vbench.scores import Score, scored_items, videos_digest, write_score
+from eval_vbench.statistics import paired_difference
+
+
+@pytest.fixture(scope="module")
+def made(tiny_pipeline, tmp_path_factory):
+    """A dense run and a sparse one of two prompts; tests leave them as they are."""
+    folder = tmp_path_factory.mktemp("made")
+    assert make_run(folder / "dense", tiny_pipeline, "--dense")[0] == 0
+    assert make_run(folder / "sparse", tiny_pipeline, *SPARSE)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    """A copy that a test may change."""
+    shutil.copytree(made, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def give_scores(folder, dimension, value):
+    """Score a run as VBench might have."""
+    run = RunFolder(folder)
+    items = scored_items(run, dimension)
+    videos = {item.file_name: value for item in items}
+    write_score(run, Score(dimension, value, videos, videos_digest(run, items), "0.1.5"))
+
+
+def make_report(runs, *arguments):
+    """Exit code, stdout, stderr."""
+    return invoke(
+        report.app,
+        f"--dense={runs / 'dense'}",
+        f"--sparse={runs / 'sparse'}",
+        f"--output={runs / 'report'}",
+        *arguments,
+    )
+
+
+def test_a_report_holds_all_that_was_measured(runs):
+    give_scores(runs / "dense", "temporal_flickering", 0.98)
+    give_scores(runs / "sparse", "temporal_flickering", 0.95)
+    code, page, messages = make_report(runs)
+    assert code == 0, messages
+    values = json.loads((runs / "report/report.json").read_text())
+    assert (runs / "report/report.md").read_text() in page
+    assert (runs / "report/report.png").stat().st_size > 1000
+    (sparse,) = values["sparse"]
+    measures = sparse["measures"]
+    assert 5 < measures["psnr"] < 100
+    assert 0 < measures["ssim"] < 1
+    assert 0 < measures["density"] < 1
+    assert measures["speedup"] == pytest.approx(
+        values["dense"]["measures"]["seconds"] / measures["seconds"]
+    )
+    (row,) = sparse["dimensions"]
+    assert row["difference"]["pairs"] == 2
+    assert row["difference"]["mean"] == pytest.approx(-0.03)
+    assert sparse["totals"] is None
+    assert set(sparse["checks"]) >= {"shape", "colour"}
+    assert "| temporal_flickering | 2 | 0.9800 | 0.9500 | -0.0300 |" in page
+    assert "15 of 16 dimensions were not scored for both runs, so there is no Quality" in page
+    assert "LPIPS was not measured: AlexNet's weights are not there" in page
+    assert "Not comparable to the VBench leaderboard: the prompts are the demo model's own" in page
+    assert "The paper's figures" not in page
+
+
+def test_what_was_measured_is_not_measured_again(runs, monkeypatch):
+    assert make_report(runs)[0] == 0
+    before = json.loads((runs / "report/report.json").read_text())
+
+    def refuse(path):
+        raise AssertionError("a video was read")
+
+    monkeypatch.setattr("xattn_video.quality.clips.read_clip", refuse)
+    assert make_report(runs)[0] == 0
+    assert json.loads((runs / "report/report.json").read_text()) == before
+
+
+def test_dense_against_dense_is_the_noise_ceiling(runs):
+    shutil.copytree(runs / "dense", runs / "again")
+    code, page, messages = invoke(
+        report.app,
+        f"--dense={runs / 'dense'}",
+        f"--sparse={runs / 'again'}",
+        f"--output={runs / 'report'}",
+    )
+    assert code == 0, messages
+    assert "| dense (again) | 2 | 100.00 | 1.0000 |" in page
+
+
+def test_a_score_of_other_videos_does_not_count(runs):
+    give_scores(runs / "dense", "temporal_flickering", 0.98)
+    give_scores(runs / "sparse", "temporal_flickering", 0.95)
+    item_file = next((runs / "sparse/items").iterdir())
+    item = json.loads(item_file.read_text())
+    for name in item["files"]:
+        item["files"][name]["sha256"] = "0" * 64
+    item_file.write_text(json.dumps(item))
+    _, page, _ = make_report(runs, "--no-fidelity")
+    assert "16 of 16 dimensions were not scored" in page
+    assert "PSNR, SSIM and LPIPS were not asked for." in page
+
+
+def test_other_settings_cannot_be_compared(runs, tiny_pipeline):
+    shutil.rmtree(runs / "sparse")
+    code, *_ = make_run(runs / "sparse", tiny_pipeline, *SPARSE, "--height=80", prompts=1)
+    assert code == 0
+    code, _, messages = make_report(runs)
+    assert code == 2
+    assert "cannot be compared, they differ in num_prompts 2 and 1; height 64 and 80;" in messages
+
+
+def test_the_dense_run_must_be_dense(runs):
+    (runs / "dense").rename(runs / "other")
+    (runs / "sparse").rename(runs / "dense")
+    (runs / "other").rename(runs / "sparse")
+    code, _, messages = make_report(runs)
+    assert code == 2
+    assert "is sparse (tau 0.8, stride 8, warm-up 1); --dense takes a run that was" in messages
+
+
+def test_missing_videos_are_named(runs):
+    lost = min((runs / "sparse/videos").iterdir())
+    lost.unlink()
+    code, _, messages = make_report(runs)
+    assert code == 2
+    assert f"lacks 1 of 2 videos, 0 of them failed, such as {lost.name!r}" in messages
+    assert "run eval_vbench.generate again" in messages
+
+
+def test_a_broken_copy_is_named(runs):
+    copy = runs / "sparse/lossless/0000-0.mkv"
+    copy.write_bytes(bytes(copy.stat().st_size))
+    code, _, messages = make_report(runs)
+    assert code == 1
+    assert f"cannot read '{copy}' as a video" in messages
+
+
+def test_no_run_and_the_same_run_are_refused(runs):
+    code, _, messages = invoke(report.app, f"--dense={runs}", f"--sparse={runs / 'sparse'}")
+    assert code == 2
+    assert "is no run: it has no settings.json" in messages
+    dense = f"--dense={runs / 'dense'}"
+    code, _, messages = invoke(report.app, dense, f"--sparse={runs / 'dense'}")
+    assert code == 2
+    assert "a run is given twice" in messages
+
+
+def test_sixteen_dimensions_have_totals(runs):
+    highest = {name: dimension.highest for name, dimension in dimensions().items()}
+    for name, value in highest.items():
+        give_scores(runs / "dense", name, value)
+        give_scores(runs / "sparse", name, value - 0.01)
+    result = compare(load_run(RunFolder(runs / "dense")), load_run(RunFolder(runs / "sparse")), {})
+    dense, sparse = result.totals
+    assert dense.total == pytest.approx(1)
+    assert sparse == totals({name: value - 0.01 for name, value in highest.items()})
+    page = report_page(load_run(RunFolder(runs / "dense")), [result], [])
+    assert "| **Total** |  | 1.0000 |" in page
+    assert "Quality, Semantic or Total" not in page
+
+
+def rewrite_settings(folder, **changes):
+    """Settings that the tiny pipeline cannot have."""
+    file = folder / "settings.json"
+    settings = json.loads(file.read_text())["settings"]
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            settings[name] = {**(settings[name] or {}), **value}
+        else:
+            settings[name] = value
+    file.write_text(json.dumps({"hash": settings_hash(settings), "settings": settings}))
+
+
+@pytest.fixture
+def like_the_paper(runs):
+    """Runs that claim the paper's settings; their videos are two tiny ones."""
+    video = {"height": 720, "width": 1280, "num_frames": 129, "num_inference_steps": 50}
+    sparse = {"threshold": 0.95, "warmup_steps": 5, "block_size": 128}
+    rewrite_settings(runs / "dense", video=video)
+    rewrite_settings(runs / "sparse", video=video, sparse=sparse)
+    dense, result = (load_run(RunFolder(runs / name)) for name in ("dense", "sparse"))
+    for run in (dense, result):
+        run.settings.update(suite="gpt_enhanced", num_prompts=944)
+    return dense, result
+
+
+def test_the_papers_figures_stand_beside_measured_ones(like_the_paper):
+    dense, sparse = like_the_paper
+    pair = {"psnr": 20.0, "ssim": 0.75, "lpips": None, "vmaf": None}
+    fidelity = {item.key: pair for item in dense.items}
+    page = report_page(dense, [compare(dense, sparse, fidelity)], [])
+    density = sum(record["density"] for record in sparse.records.values()) / 2
+    assert f"| 0.95 | 23.5 | 20.0 | 0.822 | 0.750 | 0.155 | - | 45.5% | {density:.1%} |" in page
+    assert "| 0.90 | 21.5 | - | 0.767 | - | 0.215 | - | 34.4% | - |" in page
+    assert "`-`: not measured at the paper's settings" in page
+
+
+def test_other_settings_than_the_papers_are_not_beside_it(like_the_paper):
+    dense, sparse = like_the_paper
+    sparse.settings["sparse"]["stride"] = 16
+    page = report_page(dense, [compare(dense, sparse, {})], [])
+    assert "| 0.95 | 23.5 | - | 0.822 | - | 0.155 | - | 45.5% | - |" in page
+
+
+def test_five_seconds_are_too_long_for_vbench(like_the_paper):
+    dense, _ = like_the_paper
+    (leaderboard, length) = caveats(dense, [])
+    assert "1 video for each prompt instead of 5" in leaderboard
+    assert "129 frames at 24 fps are 5.38 s" in length
+    assert "over 5 s" in length
+    dense.settings["video"]["num_frames"] = 117
+    assert len(caveats(dense, [])) == 1
+
+
+def test_a_part_of_the_prompts_is_said(like_the_paper):
+    dense, _ = like_the_paper
+    dense.settings["num_prompts"] = 32
+    assert "32 of 944 prompts" in caveats(dense, [])[0]
+
+
+def test_times_of_different_devices_are_not_compared(like_the_paper):
+    dense, sparse = like_the_paper
+    for record in sparse.records.values():
+        record["device"] = "NVIDIA H100"
+    result = compare(dense, sparse, {})
+    assert result.measures.speedup is None
+    assert "different devices (NVIDIA H100, cpu)" in caveats(dense, [result])[-1]
+
+
+def test_the_interval_is_the_paired_bootstraps():
+    rng = np.random.default_rng(1)
+    names = [f"{number}" for number in range(400)]
+    prompts = {name: name for name in names}
+    first = dict(zip(names, rng.normal(0, 10, 400), strict=True))
+    noise = dict(zip(names, rng.normal(0.1, 0.5, 400), strict=True))
+    second = {name: first[name] + noise[name] for name in names}
+    found = paired_difference(first, second, prompts)
+    differences = np.array(list(noise.values()))
+    half = 1.96 * differences.std() / 20
+    assert found.pairs == 400
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
+    assert paired_difference(first, second, prompts) == found
+
+
+def test_videos_of_one_prompt_are_resampled_together():
+    names = [f"{prompt}-{video}" for prompt in range(20) for video in range(5)]
+    zeros = dict.fromkeys(names, 0.0)
+    values = {name: float(int(name.split("-")[0]) % 2) for name in names}
+    alone = paired_difference(zeros, values, {name: name for name in names})
+    together = paired_difference(zeros, values, {name: name.split("-")[0] for name in names})
+    assert together.high - together.low > 1.8 * (alone.high - alone.low)
+
+
+def test_only_shared_videos_are_paired():
+    found = paired_difference(
+        {"a": 1.0, "b": 2.0}, {"b": 3.0, "c": 9.0}, dict.fromkeys("abc", "p")
+    )
+    assert (found.pairs, found.mean, found.low, found.high) == (1, 1.0, None, None)
+    assert paired_difference({"a": 1.0}, {"b": 1.0}, {}) is None
