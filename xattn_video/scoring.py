@@ -1,14 +1,16 @@
 """Antidiagonal block scores (XAttention, arXiv:2503.16428, section 2.1)."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.checks import check_block_size, check_key_lengths, check_pair
+from xattn_video.inputs import Problem
 
 Precision: TypeAlias = Literal["exact", "float8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # Elements of one chunk of the group matrix on the torch path. On a CPU 4 MiB of float32 stay in
 # the caches; a GPU wants large products.
@@ -69,30 +71,41 @@ def block_scores(
         "key_lengths": key_lengths,
         "scale": scale,
     }
+    problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
+    check_precision(precision, problem, stride)
     if precision == "float8":
-        reasons = triton_unsupported_reasons(query, block_size, stride, float8=True)
-        if reasons:
-            raise ValueError(
-                f'precision="float8" cannot be honoured: {" ".join(reasons)} Or pass '
-                'precision="exact".'
-            )
         return triton_block_scores(query, key, **options, float8=True)
-    if precision != "exact":
-        raise ValueError(f'precision must be "exact" or "float8", got {precision!r}.')
-    triton = query.is_cuda and not triton_unsupported_reasons(query, block_size, stride)
+    triton = query.is_cuda and not triton_unsupported_reasons(problem, stride)
     return (triton_block_scores if triton else torch_block_scores)(query, key, **options)
 
 
+def check_precision(precision: str, problem: Problem | None = None, stride: int = 8) -> None:
+    """Find out whether the precision is known and, with a problem, whether it can be had.
+
+    Raises:
+        ValueError: It is another one, or 8-bit scores cannot be had for the problem.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f'scoring precision must be "exact" or "float8", got {precision!r}.')
+    if precision == "exact" or problem is None:
+        return
+    reasons = triton_unsupported_reasons(problem, stride, float8=True)
+    if reasons:
+        raise ValueError(
+            f'scoring precision "float8" cannot be honoured: {" ".join(reasons)} Or take "exact".'
+        )
+
+
 def triton_unsupported_reasons(
-    query: Tensor, block_size: int, stride: int, *, float8: bool = False
+    problem: Problem, stride: int, *, float8: bool = False
 ) -> list[str]:
-    """Why the Triton kernel cannot score this query, each reason with its remedy."""
+    """Why the Triton kernel cannot score the problem, each reason with its remedy."""
     try:
         from xattn_video.kernels import antidiagonal_scores
     except ImportError:
         return ["triton is not installed; pip install triton."]
     return antidiagonal_scores.unsupported_reasons(
-        query.device, query.dtype, query.shape[-1], block_size, stride, float8=float8
+        problem.device, problem.dtype, problem.head_dim, problem.block_size, stride, float8=float8
     )
 
 
