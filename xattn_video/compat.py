@@ -40,8 +40,8 @@ def Xattention_prefill(  # noqa: N802  (the published name)
 
     Args:
         query_states: `[B, H, Sq, D]`.
-        key_states: `[B, H, Sk, D]`.
-        value_states: `[B, H, Sk, D]`.
+        key_states: `[B, Hkv, Sk, D]`, Hkv dividing H.
+        value_states: `[B, Hkv, Sk, D]`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         norm: Divides the estimate's softmax scale.
         threshold: Share of each row's estimated mass to keep; see `select_blocks`.

@@ -37,7 +37,8 @@ def block_scores(
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
-        key: `[B, H, Sk, D]`, same dtype and device.
+        key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
+            H / Hkv query heads in a row. Scores are per query head.
         block_size: Tokens in a block.
         stride: Tokens in a group; divides ``block_size``.
         causal: Query t sees keys up to t + Sk - Sq.
@@ -155,7 +156,7 @@ def torch_block_scores(
     num_query_blocks, num_key_blocks = -(-Sq // block_size), -(-Sk // block_size)
 
     query_groups = _group_tokens(query, stride, None).flip(3).flatten(3)
-    # [B, H, S * D, Gk]
+    # [B, Hkv, S * D, Gk]
     key_groups = _group_tokens(key, stride, key_lengths).flatten(3).float().mT
     first_keys = torch.arange(num_key_groups, device=device) * stride
     # [B, 1, 1, Gk] or [1, 1, 1, Gk]
@@ -171,7 +172,7 @@ def torch_block_scores(
         start = first_block * groups_per_block
         stop = min(start + chunk_blocks * groups_per_block, num_query_groups)
         # [B, H, chunk of Gq, Gk]
-        logits = query_groups[:, :, start:stop].float() @ key_groups
+        logits = _multiply_heads(query_groups[:, :, start:stop].float(), key_groups)
         logits.mul_(scale / stride)
         visible = valid
         if causal:
@@ -200,6 +201,14 @@ def _group_tokens(tokens: Tensor, stride: int, lengths: Tensor | None) -> Tensor
         last = tokens[:, :, -1:].expand(-1, -1, num_groups * stride - S, -1)
         tokens = torch.cat([tokens, last], dim=2)
     return tokens.unflatten(2, (num_groups, stride))
+
+
+def _multiply_heads(query_groups: Tensor, key_groups: Tensor) -> Tensor:
+    """`[B, H, M, K]` x `[B, Hkv, K, N]` -> `[B, H, M, N]`, a key head for several query heads."""
+    heads = key_groups.shape[1]
+    # The query heads of a key head one below the other: no copy of the keys.
+    rows = query_groups.unflatten(1, (heads, -1)).flatten(2, 3)
+    return (rows @ key_groups).unflatten(2, (-1, query_groups.shape[2])).flatten(1, 2)
 
 
 def _sum_blocks(mass: Tensor, groups_per_block: int) -> Tensor:
