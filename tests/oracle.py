@@ -17,6 +17,12 @@ def _lengths(key: Tensor, key_lengths: Tensor | None) -> list[int]:
     return [int(length) for length in key_lengths]
 
 
+def repeat_key_heads(query: Tensor, key: Tensor) -> Tensor:
+    """A head of the key, or the value, for every query head: h uses h // (H / Hkv)."""
+    group_size = query.shape[1] // key.shape[1]
+    return torch.stack([key[:, h // group_size] for h in range(query.shape[1])], dim=1)
+
+
 def antidiagonal_block_scores(
     query: Tensor,
     key: Tensor,
@@ -35,6 +41,7 @@ def antidiagonal_block_scores(
     """
     B, H, Sq, D = query.shape
     Sk = key.shape[-2]
+    key = repeat_key_heads(query, key)
     scale = D**-0.5 if scale is None else scale
     groups_q, groups_k = -(-Sq // stride), -(-Sk // stride)
     per_block = block_size // stride
@@ -137,6 +144,7 @@ def masked_attention(
     """Attention over the blocks of the mask, `[B, H, Sq, D]`; a query that sees no key gives 0."""
     B, H, Sq, D = query.shape
     Sk = key.shape[-2]
+    key, value = repeat_key_heads(query, key), repeat_key_heads(query, value)
     scale = D**-0.5 if scale is None else scale
     output = torch.zeros(B, H, Sq, D, dtype=dtype, device=query.device)
     tokens = torch.arange(Sk, device=query.device)

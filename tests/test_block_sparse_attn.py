@@ -130,6 +130,12 @@ def test_masks_lengths_and_layouts_are_handed_over(package, B, H, Sq, Sk, length
     assert len(package.calls) == 2
 
 
+def test_shared_key_heads_are_handed_over_as_they_are(package):
+    query, key, value, mask = make_inputs(2, 4, 130, 300)
+    check(query, key[:, :2], value[:, :2], mask, [300, 129])
+    assert len(package.calls) == 2
+
+
 def test_tensors_of_other_layouts_are_packed(package):
     query, key, value, mask = make_inputs(2, 2, 256, 256)
     check(query.contiguous(), key.contiguous(), value.contiguous(), mask)

@@ -103,6 +103,7 @@ def no_triton(monkeypatch):
         (["--prompt=a", "--offload=all"], "offload must be one of none, model, sequential, group"),
         (["--prompt=a", "--offload=model"], "offload='model' moves parts off an accelerator"),
         (["--prompt=a", "--backend=fast"], "unknown attention backend 'fast'"),
+        (["--prompt=a", "--scoring-precision=int8"], 'must be "exact" or "float8", got \'int8\''),
         (
             ["--prompt=a", "--attention-backend=fast"],
             "unknown attention backend 'fast' for the dense",
@@ -173,6 +174,20 @@ def test_a_backend_that_cannot_run_says_why_before_the_model_is_loaded(generate)
     assert code == 1
     assert "'triton' cannot run this problem" in err
     assert err.endswith("\n  - no GPU; get one.\n")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_scoring_precision_that_cannot_be_had_says_why_before_the_model_is_loaded(
+    generate, monkeypatch
+):
+    from xattn_video import scoring
+
+    monkeypatch.setattr(
+        scoring, "triton_unsupported_reasons", lambda *_, **__: ["too old a GPU; score exactly."]
+    )
+    code, _, err = generate("--prompt=a", "--scoring-precision=float8")
+    assert code == 2
+    assert 'scoring precision "float8" cannot be honoured: too old a GPU; score exactly.' in err
 
 
 def model_errors(tmp_path: Path) -> list[tuple[str, str]]:

@@ -113,3 +113,32 @@ def generate_alone(transformer):
     with torch.no_grad():
         for timestep in (900.0, 500.0):
             transformer(**forward_inputs(timestep))
+
+
+def test_the_scoring_precision_reaches_the_scores(monkeypatch):
+    from xattn_video import scoring
+
+    seen = []
+
+    def score_in_8_bits(query, key, *, float8=False, **options):
+        seen.append(float8)
+        return scoring.torch_block_scores(query, key, **options)
+
+    monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: [])
+    monkeypatch.setattr(scoring, "triton_block_scores", score_in_8_bits)
+    pipe = tiny_pipeline()
+    enable_xattention(pipe, 0.5, **OPTIONS, scoring_precision="float8")
+    generate(pipe, 3)
+    assert seen
+    assert all(seen)
+
+
+def test_a_scoring_precision_that_cannot_be_had_stops_the_first_sparse_step(monkeypatch):
+    from xattn_video import scoring
+
+    monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
+    pipe = tiny_pipeline()
+    handle = enable_xattention(pipe, 0.5, **OPTIONS, scoring_precision="float8")
+    with pytest.raises(ValueError, match='precision "float8" cannot be honoured: no 8 bits'):
+        generate(pipe, 3)
+    assert states(handle.processor.report()) == ["dense"]

@@ -142,6 +142,17 @@ def test_the_check_runs_once_for_each_kind_of_input(monkeypatch, fresh_check):
     assert len(calls) == 5
 
 
+def test_shared_key_heads_have_a_check_of_their_own(monkeypatch, fresh_check):
+    calls = fake_kernel(monkeypatch)
+    inputs = small_inputs()
+    flash4.forward(inputs)
+    query = inputs.query.expand(1, 2, -1, -1)
+    blocks = BlockLists.from_mask(inputs.blocks.to_mask().expand(1, 2, -1, -1))
+    out = flash4.forward(dataclasses.replace(inputs, query=query, blocks=blocks))
+    assert out.shape == (1, 2, 257, 64)
+    assert len(calls) == 4
+
+
 def test_a_kernel_that_ignores_the_lists_is_refused(monkeypatch, fresh_check):
     fake_kernel(monkeypatch, obey=False)
     with pytest.raises(BackendUnavailableError, match="ignores the blocks and computes dense"):

@@ -22,7 +22,7 @@ ALLOWED = {
     "first_use": {"errors"},
     "backends": {"kernels", "errors", "first_use", "inputs"},
     "dense": {"kernels"},
-    "scoring": {"checks", "errors", "kernels"},
+    "scoring": {"checks", "inputs", "kernels"},
     "selection": {"forced", "inputs", "kernels"},
     "registry": {"errors", "inputs"},
     "attention": OPERATOR - {"attention"},

@@ -172,3 +172,11 @@ def test_other_pipelines_are_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(UnsupportedModelError, match="is a WanPipeline; supported is HunyuanVideo"):
         read_model_shape(find_model(str(tmp_path)))
+
+
+def test_a_scoring_precision_that_cannot_be_had_is_a_warning(monkeypatch):
+    from xattn_video import scoring
+
+    monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
+    (warning,) = [w for w in plan(scoring_precision="float8").warnings if "float8" in w]
+    assert warning.startswith('scoring precision "float8" cannot be honoured: no 8 bits.')

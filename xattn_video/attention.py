@@ -30,8 +30,9 @@ def block_sparse_attention(
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
-        key: `[B, H, Sk, D]`, same dtype and device.
-        value: `[B, H, Sk, D]`, likewise.
+        key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
+            H / Hkv query heads in a row, which have blocks of their own.
+        value: `[B, Hkv, Sk, D]`, likewise.
         block_mask: bool `[B, H, Nq, Nk]`, broadcast over B and H; True = compute.
         block_size: Tokens in a block, of queries and of keys.
         causal: Query t sees keys up to t + Sk - Sq.
@@ -138,8 +139,9 @@ def xattention(
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
-        key: `[B, H, Sk, D]`, same dtype and device.
-        value: `[B, H, Sk, D]`, likewise.
+        key: `[B, Hkv, Sk, D]`, same dtype and device; Hkv divides H, as in
+            `block_sparse_attention`.
+        value: `[B, Hkv, Sk, D]`, likewise.
         threshold: Share of each row's estimated mass to keep, in (0, 1]; see `select_blocks`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         block_size: Tokens in a block.

@@ -19,7 +19,7 @@ def check_block_size(block_size: int, stride: int = 1) -> None:
 
 
 def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = None) -> None:
-    """Query, key and value `[B, H, S, D]` that belong together."""
+    """Query `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]` that belong together."""
     tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     for name, tensor in tensors.items():
@@ -31,10 +31,13 @@ def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = 
             )
         if 0 in tensor.shape:
             raise ValueError(f"{name} is empty, got {shapes}; every size must be at least 1.")
-    if (query.shape[:2], query.shape[3]) != (key.shape[:2], key.shape[3]):
+    if (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
+        raise ValueError(f"query and key must agree in B and D, got {shapes}.")
+    if query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"query and key must agree in B, H and D, got {shapes}; "
-            "repeat the heads of a grouped key with repeat_interleave."
+            "the heads of key and value must divide those of query, got "
+            f"{query.shape[1]} query heads and {key.shape[1]} key heads, {shapes}; "
+            "query head h uses key head h // (query heads / key heads)."
         )
     if value is not None and value.shape != key.shape:
         raise ValueError(f"key and value must have the same shape, got {shapes}.")

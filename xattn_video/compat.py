@@ -8,6 +8,7 @@ from torch import Tensor
 from xattn_video.attention import block_sparse_attention
 from xattn_video.checks import check_block_size, check_pair
 from xattn_video.forced import diagonal_blocks, sink_blocks
+from xattn_video.inputs import Problem
 from xattn_video.scoring import (
     block_scores,
     torch_block_scores,
@@ -39,8 +40,8 @@ def Xattention_prefill(  # noqa: N802  (the published name)
 
     Args:
         query_states: `[B, H, Sq, D]`.
-        key_states: `[B, H, Sk, D]`.
-        value_states: `[B, H, Sk, D]`.
+        key_states: `[B, Hkv, Sk, D]`, Hkv dividing H.
+        value_states: `[B, Hkv, Sk, D]`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         norm: Divides the estimate's softmax scale.
         threshold: Share of each row's estimated mass to keep; see `select_blocks`.
@@ -110,7 +111,8 @@ def _scores(
         return block_scores(query, key, **options)
     if not use_triton:
         return torch_block_scores(query, key, chunk_size=chunk_size, **options)
-    reasons = triton_unsupported_reasons(query, options["block_size"], options["stride"])
+    problem = Problem(query.device, query.dtype, query.shape[-1], options["block_size"])
+    reasons = triton_unsupported_reasons(problem, options["stride"])
     if reasons:
         raise ValueError(
             f"use_triton=True cannot be honoured: {' '.join(reasons)} Or pass use_triton=False."

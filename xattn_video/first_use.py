@@ -22,16 +22,19 @@ def check_on_small_problem(
     head_dim: int,
     *,
     remedy: str,
+    grouped: bool = False,
 ) -> None:
     """Run a backend's kernel on a small ragged problem in blocks of 128.
 
     Args:
         name: The backend.
         attend: Its attention, from query, key, value `[1, 2, 300, D]` and the block mask.
+            Where grouped, key and value are `[1, 1, 300, D]`.
         device: Where it runs.
         dtype: Of the inputs.
         head_dim: D.
         remedy: What to do where it fails.
+        grouped: Whether both query heads share one key head.
 
     Raises:
         BackendUnavailableError: It ignores the blocks, or is wrong in another way.
@@ -43,9 +46,11 @@ def check_on_small_problem(
     generator = torch.Generator("cpu").manual_seed(0)
     tensors = torch.randn(3, 1, 2, _LENGTH, head_dim, generator=generator, device="cpu")
     query, key, value = tensors.to(device, dtype)
+    if grouped:
+        key, value = key[:, :1], value[:, :1]
     found = attend(query, key, value, block_mask).float()
 
-    query, key, value = (tensor.float() for tensor in (query, key, value))
+    query, key, value = (tensor.float().expand(1, 2, -1, -1) for tensor in (query, key, value))
     visible = block_mask.repeat_interleave(_BLOCK_SIZE, 2).repeat_interleave(_BLOCK_SIZE, 3)
     visible = visible[:, :, :_LENGTH, :_LENGTH]
     logits = (query @ key.mT * head_dim**-0.5).masked_fill(~visible, float("-inf"))
@@ -59,7 +64,8 @@ def check_on_small_problem(
     raise BackendUnavailableError(
         name,
         [
-            f"the installed kernel {what} on {device} with {dtype} and head_dim {head_dim} "
+            f"the installed kernel {what} on {device} with {dtype} and head_dim {head_dim}"
+            f"{' and a key head for several query heads' if grouped else ''} "
             f"(relative error {error:.2g} in a check on first use); {remedy}"
         ],
     )

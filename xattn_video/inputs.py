@@ -48,7 +48,8 @@ class BlockLists:
 class AttentionInputs:
     """What a backend computes from, checked.
 
-    query is `[B, H, Sq, D]`, key and value `[B, H, Sk, D]`, any strides with the last one 1;
+    query is `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]`, any strides with the last one 1;
+    query head h uses key head h // (H / Hkv);
     blocks are the key blocks to compute; key_lengths is int32 `[B]` on the same device, or None
     where all Sk keys are valid.
     """
@@ -61,6 +62,11 @@ class AttentionInputs:
     causal: bool
     key_lengths: Tensor | None
     scale: float
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a key head serves several query heads."""
+        return self.key.shape[1] != self.query.shape[1]
 
     @property
     def problem(self) -> Problem:

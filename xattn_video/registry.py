@@ -21,8 +21,9 @@ BACKENDS = {
     "torch_gather": "xattn_video.backends.torch_gather",
 }
 
-# What `auto` tries, in this order; see docs/backends.md for the measurements behind it. It leaves
-# out block_sparse_attn, which has not been run.
+# What `auto` tries, in this order. Backends refuse families of GPUs themselves: flash4 all but
+# Hopper. docs/backends.md says what each family comes to, and what was measured. block_sparse_attn
+# is left out, as it has not been run.
 AUTO_ORDER = {
     "cuda": ("flash4", "triton", "flex", "torch_gather"),
     "cpu": ("torch_gather", "flex"),

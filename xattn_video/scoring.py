@@ -1,14 +1,16 @@
 """Antidiagonal block scores (XAttention, arXiv:2503.16428, section 2.1)."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.checks import check_block_size, check_key_lengths, check_pair
+from xattn_video.inputs import Problem
 
 Precision: TypeAlias = Literal["exact", "float8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # Elements of one chunk of the group matrix on the torch path. On a CPU 4 MiB of float32 stay in
 # the caches; a GPU wants large products.
@@ -35,7 +37,8 @@ def block_scores(
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
-        key: `[B, H, Sk, D]`, same dtype and device.
+        key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
+            H / Hkv query heads in a row. Scores are per query head.
         block_size: Tokens in a block.
         stride: Tokens in a group; divides ``block_size``.
         causal: Query t sees keys up to t + Sk - Sq.
@@ -69,30 +72,41 @@ def block_scores(
         "key_lengths": key_lengths,
         "scale": scale,
     }
+    problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
+    check_precision(precision, problem, stride)
     if precision == "float8":
-        reasons = triton_unsupported_reasons(query, block_size, stride, float8=True)
-        if reasons:
-            raise ValueError(
-                f'precision="float8" cannot be honoured: {" ".join(reasons)} Or pass '
-                'precision="exact".'
-            )
         return triton_block_scores(query, key, **options, float8=True)
-    if precision != "exact":
-        raise ValueError(f'precision must be "exact" or "float8", got {precision!r}.')
-    triton = query.is_cuda and not triton_unsupported_reasons(query, block_size, stride)
+    triton = query.is_cuda and not triton_unsupported_reasons(problem, stride)
     return (triton_block_scores if triton else torch_block_scores)(query, key, **options)
 
 
+def check_precision(precision: str, problem: Problem | None = None, stride: int = 8) -> None:
+    """Find out whether the precision is known and, with a problem, whether it can be had.
+
+    Raises:
+        ValueError: It is another one, or 8-bit scores cannot be had for the problem.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f'scoring precision must be "exact" or "float8", got {precision!r}.')
+    if precision == "exact" or problem is None:
+        return
+    reasons = triton_unsupported_reasons(problem, stride, float8=True)
+    if reasons:
+        raise ValueError(
+            f'scoring precision "float8" cannot be honoured: {" ".join(reasons)} Or take "exact".'
+        )
+
+
 def triton_unsupported_reasons(
-    query: Tensor, block_size: int, stride: int, *, float8: bool = False
+    problem: Problem, stride: int, *, float8: bool = False
 ) -> list[str]:
-    """Why the Triton kernel cannot score this query, each reason with its remedy."""
+    """Why the Triton kernel cannot score the problem, each reason with its remedy."""
     try:
         from xattn_video.kernels import antidiagonal_scores
     except ImportError:
         return ["triton is not installed; pip install triton."]
     return antidiagonal_scores.unsupported_reasons(
-        query.device, query.dtype, query.shape[-1], block_size, stride, float8=float8
+        problem.device, problem.dtype, problem.head_dim, problem.block_size, stride, float8=float8
     )
 
 
@@ -142,7 +156,7 @@ def torch_block_scores(
     num_query_blocks, num_key_blocks = -(-Sq // block_size), -(-Sk // block_size)
 
     query_groups = _group_tokens(query, stride, None).flip(3).flatten(3)
-    # [B, H, S * D, Gk]
+    # [B, Hkv, S * D, Gk]
     key_groups = _group_tokens(key, stride, key_lengths).flatten(3).float().mT
     first_keys = torch.arange(num_key_groups, device=device) * stride
     # [B, 1, 1, Gk] or [1, 1, 1, Gk]
@@ -158,7 +172,7 @@ def torch_block_scores(
         start = first_block * groups_per_block
         stop = min(start + chunk_blocks * groups_per_block, num_query_groups)
         # [B, H, chunk of Gq, Gk]
-        logits = query_groups[:, :, start:stop].float() @ key_groups
+        logits = _multiply_heads(query_groups[:, :, start:stop].float(), key_groups)
         logits.mul_(scale / stride)
         visible = valid
         if causal:
@@ -187,6 +201,14 @@ def _group_tokens(tokens: Tensor, stride: int, lengths: Tensor | None) -> Tensor
         last = tokens[:, :, -1:].expand(-1, -1, num_groups * stride - S, -1)
         tokens = torch.cat([tokens, last], dim=2)
     return tokens.unflatten(2, (num_groups, stride))
+
+
+def _multiply_heads(query_groups: Tensor, key_groups: Tensor) -> Tensor:
+    """`[B, H, M, K]` x `[B, Hkv, K, N]` -> `[B, H, M, N]`, a key head for several query heads."""
+    heads = key_groups.shape[1]
+    # The query heads of a key head one below the other: no copy of the keys.
+    rows = query_groups.unflatten(1, (heads, -1)).flatten(2, 3)
+    return (rows @ key_groups).unflatten(2, (-1, query_groups.shape[2])).flatten(1, 2)
 
 
 def _sum_blocks(mass: Tensor, groups_per_block: int) -> Tensor:

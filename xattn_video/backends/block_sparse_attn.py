@@ -65,20 +65,20 @@ def _device_reasons(device: torch.device) -> list[str]:
 def forward(inputs: AttentionInputs) -> Tensor:
     """Pack the valid keys of all items; reads key lengths on the host, so a GPU waits for them."""
     problem = inputs.problem
-    _check_kernel(problem.device, problem.dtype, problem.head_dim)
+    _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()
     block_mask = inputs.blocks.to_mask()
     return _attend(inputs.query, inputs.key, inputs.value, block_mask, lengths, inputs.scale)
 
 
 @functools.cache
-def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> None:
     """Hold the kernel to the formula once for each kind of input."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
         return _attend(query, key, value, block_mask, None, head_dim**-0.5)
 
-    check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY)
+    check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY, grouped=grouped)
 
 
 def _attend(

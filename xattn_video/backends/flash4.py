@@ -38,7 +38,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(inputs: AttentionInputs) -> Tensor:
     """Walk the lists of kept blocks."""
     problem = inputs.problem
-    _check_kernel(problem.device, problem.dtype, problem.head_dim)
+    _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
     return _attend(inputs.query, inputs.key, inputs.value, inputs.blocks, inputs.scale)
 
 
@@ -49,10 +49,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockLists, scale
 
 
 @functools.cache
-def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> None:
     """Hold the kernel to the formula once for each kind of input."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
         return _attend(query, key, value, BlockLists.from_mask(block_mask), head_dim**-0.5)
 
-    check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY)
+    check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY, grouped=grouped)

@@ -181,5 +181,11 @@ def _flex_forward(
     # The default tile of 128 queries does not divide smaller blocks.
     tiles: Any = {"BLOCK_M": 64, "BLOCK_N": 64} if query.is_cuda and block_size < 128 else None
     return flex_attention(
-        query, key, value, block_mask=block_mask, scale=scale, kernel_options=tiles
+        query,
+        key,
+        value,
+        block_mask=block_mask,
+        scale=scale,
+        kernel_options=tiles,
+        enable_gqa=query.shape[1] != key.shape[1],
     )

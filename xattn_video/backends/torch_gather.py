@@ -42,8 +42,9 @@ def _attend_head(
     block_size = inputs.block_size
     num_blocks = -(-key_length // block_size)
     # [num_blocks, block_size, D]
-    key = _split_blocks(inputs.key[item, head, :key_length], block_size)
-    value = _split_blocks(inputs.value[item, head, :key_length], block_size)
+    key_head = head * inputs.key.shape[1] // inputs.query.shape[1]
+    key = _split_blocks(inputs.key[item, key_head, :key_length], block_size)
+    value = _split_blocks(inputs.value[item, key_head, :key_length], block_size)
     query = inputs.query[item, head]
     tail = num_blocks * block_size - key_length
     offset = inputs.key.shape[2] - query.shape[0]

@@ -18,7 +18,8 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
         requests: One for each kind of run.
 
     Raises:
-        ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
+        ValueError: The scoring precision cannot be had here, or the model cannot be used.
+        UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads here.
     """
     from xattn_video.inputs import Problem
@@ -27,6 +28,7 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
     from xattn_video.pipelines.plan import plan_run
     from xattn_video.pipelines.source import find_model
     from xattn_video.registry import resolve_backend
+    from xattn_video.scoring import check_precision
 
     shape = read_model_shape(find_model(load.model))
     if load.attention_backend is not None:
@@ -38,6 +40,7 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
             device, dtype = load.resolved_device, load.resolved_dtype
             problem = Problem(device, dtype, shape.head_dim, sparse.block_size)
             resolve_backend(sparse.backend, problem)
+            check_precision(sparse.scoring_precision, problem, sparse.stride)
         warnings += plan_run(shape, request.video, sparse, load).warnings
     for warning in dict.fromkeys(warnings):
         print_warning(warning)

@@ -36,6 +36,7 @@ def compare(
     cooldown_steps: options.CooldownSteps = 0,
     min_tokens: options.MinTokens = 1024,
     backend: options.Backend = "auto",
+    scoring_precision: options.ScoringPrecision = "exact",
     dtype: options.Dtype = None,
     device: options.Device = None,
     offload: options.OffloadOption = None,
@@ -65,6 +66,7 @@ def compare(
             requests = compare_options.compared_requests(prompts, seeds, negative_prompt, video)
             shared: dict[str, Any] = {"block_size": block_size, "cooldown_steps": cooldown_steps}
             shared |= {"min_tokens": min_tokens, "backend": backend}
+            shared |= {"scoring_precision": scoring_precision}
             methods = compare_options.compared_methods(
                 thresholds, warmup_steps, strides, noise_ceiling, **shared
             )

@@ -1,11 +1,16 @@
 """`xattn-video generate`: one video or many, with one load of the model."""
 
+from typing import TYPE_CHECKING, cast
+
 from xattn_video.cli import options
 from xattn_video.cli.console import ErrorsToExitCodes, log_choices
 from xattn_video.cli.job import Job, check_job, run_job
 from xattn_video.cli.outputs import choose_outputs, choose_prompts
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
+
+if TYPE_CHECKING:
+    from xattn_video.scoring import Precision
 
 
 def generate(
@@ -30,6 +35,7 @@ def generate(
     min_tokens: options.MinTokens = 1024,
     dense: options.Dense = False,
     backend: options.Backend = "auto",
+    scoring_precision: options.ScoringPrecision = "exact",
     dtype: options.Dtype = None,
     device: options.Device = None,
     offload: options.OffloadOption = None,
@@ -51,7 +57,14 @@ def generate(
         sparse = None
         if tau is not None:
             sparse = SparseSettings(
-                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
+                tau,
+                stride,
+                block_size,
+                warmup_steps,
+                cooldown_steps,
+                min_tokens,
+                backend,
+                cast("Precision", scoring_precision),  # checked by SparseSettings
             )
         load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
         requests = tuple(

@@ -104,6 +104,10 @@ BlockSize = Annotated[int, option(_SPARSITY, "Tokens in a block.")]
 WarmupSteps = Annotated[int, option(_SPARSITY, "First steps that stay dense.")]
 CooldownSteps = Annotated[int, option(_SPARSITY, "Last steps that stay dense.")]
 MinTokens = Annotated[int, option(_SPARSITY, "With fewer video tokens all steps stay dense.")]
+ScoringPrecision = Annotated[
+    str,
+    option(_SPARSITY, "Of the estimate: exact, or float8, faster where the GPU can."),
+]
 Dense = Annotated[bool, option(_SPARSITY, "Dense attention throughout.", "--dense")]
 Backend = Annotated[str, option(_SPARSITY, "One of those that `xattn-video backends` lists.")]
 

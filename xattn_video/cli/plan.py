@@ -1,7 +1,7 @@
 """`xattn-video plan`: what a run will take, before any weight is loaded."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.plan import RunPlan
+    from xattn_video.scoring import Precision
 
 
 def plan(
@@ -38,6 +39,7 @@ def plan(
     min_tokens: options.MinTokens = 1024,
     dense: options.Dense = False,
     backend: options.Backend = "auto",
+    scoring_precision: options.ScoringPrecision = "exact",
     dtype: options.Dtype = None,
     device: options.Device = None,
     offload: options.OffloadOption = None,
@@ -58,7 +60,14 @@ def plan(
         sparse = None
         if tau is not None:
             sparse = SparseSettings(
-                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
+                tau,
+                stride,
+                block_size,
+                warmup_steps,
+                cooldown_steps,
+                min_tokens,
+                backend,
+                cast("Precision", scoring_precision),  # checked by SparseSettings
             )
         load = options.load_options(model, dtype, device, offload)
         shape = read_model_shape(find_model(model))

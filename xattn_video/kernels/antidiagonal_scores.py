@@ -53,13 +53,14 @@ def _locate(tile, num_m, num_n, RASTER: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "first_head", "num_heads", "H", "Sq", "Sk", "first_m", "num_m", "first_n", "num_n",
+        "first_head", "num_heads", "H", "group_size", "Sq", "Sk", "first_m", "num_m", "first_n",
+        "num_n",
     ]
 )  # fmt: skip
 def _partial_sums_kernel(
     query, key, query_scales_ptr, key_scales_ptr, partial_ptr, maxima_ptr, key_lengths_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    first_head, num_heads, H, Sq, Sk, first_m, num_m, first_n, num_n, scale_log2,
+    first_head, num_heads, H, group_size, Sq, Sk, first_m, num_m, first_n, num_n, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, RASTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -68,7 +69,7 @@ def _partial_sums_kernel(
 
     With DESCRIPTORS query and key are TMA descriptors `[B, H, STRIDE, whole groups, HEAD_DIM]` and
     the rectangle holds no group that an end cuts; else they are pointers. 8-bit operands come with
-    the scales of their groups, `[B, H, groups]`.
+    the scales of their groups, `[B, H, groups]` and `[B, Hkv, groups]`.
     """
     COLUMNS: tl.constexpr = TILE_N // (BLOCK_SIZE // STRIDE)
     CHUNKS: tl.constexpr = HEAD_DIM // TILE_K
@@ -81,6 +82,7 @@ def _partial_sums_kernel(
         m, n = _locate(turn % (num_m * num_n), num_m, num_n, RASTER)
         m, n = m + first_m, n + first_n
         b, h = (first_head + local_head) // H, (first_head + local_head) % H
+        key_h = h // group_size
         groups_m = m * TILE_M + tl.arange(0, TILE_M)
         groups_n = n * TILE_N + tl.arange(0, TILE_N)
         key_length = Sk
@@ -94,7 +96,7 @@ def _partial_sums_kernel(
             if DESCRIPTORS:
                 query_tile = query.load([b, h, STRIDE - 1 - s, m * TILE_M, first_k])
                 query_tile = tl.reshape(query_tile, [TILE_M, TILE_K])
-                key_tile = key.load([b, h, s, n * TILE_N, first_k])
+                key_tile = key.load([b, key_h, s, n * TILE_N, first_k])
                 key_tile = tl.reshape(key_tile, [TILE_N, TILE_K])
             else:
                 offsets_k = first_k + tl.arange(0, TILE_K)
@@ -102,7 +104,7 @@ def _partial_sums_kernel(
                 tokens_m = tl.minimum(groups_m * STRIDE + (STRIDE - 1 - s), Sq - 1).to(tl.int64)
                 tokens_n = tl.minimum(groups_n * STRIDE + s, key_length - 1).to(tl.int64)
                 query_head = query + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
-                key_head = key + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+                key_head = key + b.to(tl.int64) * stride_kb + key_h.to(tl.int64) * stride_kh
                 # [TILE_M, TILE_K]
                 query_tile = tl.load(
                     query_head + tokens_m[:, None] * stride_qs + offsets_k[None, :]
@@ -115,13 +117,14 @@ def _partial_sums_kernel(
 
         if query_scales_ptr is not None:
             batch_head = (first_head + local_head).to(tl.int64)
+            key_batch_head = batch_head // group_size
             num_groups_m, num_groups_n = tl.cdiv(Sq, STRIDE), tl.cdiv(Sk, STRIDE)
             scales_m = tl.load(
                 query_scales_ptr + batch_head * num_groups_m + groups_m,
                 mask=groups_m < num_groups_m, other=0.0,
             )  # fmt: skip
             scales_n = tl.load(
-                key_scales_ptr + batch_head * num_groups_n + groups_n,
+                key_scales_ptr + key_batch_head * num_groups_n + groups_n,
                 mask=groups_n < num_groups_n, other=0.0,
             )  # fmt: skip
             products *= scales_m[:, None] * scales_n[None, :]
@@ -280,7 +283,7 @@ def antidiagonal_scores(
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
-        key: `[B, H, Sk, D]`, same dtype and device, any strides.
+        key: `[B, Hkv, Sk, D]`, Hkv dividing H, same dtype and device, any strides.
         block_size: Tokens in a block, 64 or 128.
         stride: Tokens in a group, a power of two that divides ``block_size``.
         causal: Whether query t sees keys up to t + Sk - Sq only.
@@ -334,7 +337,7 @@ def antidiagonal_scores(
                 _partial_sums_kernel[(min(programs, turns),)](
                     *sources, query_scales, key_scales, partial, maxima, key_lengths,
                     *query.stride()[:3], *key.stride()[:3],
-                    first_head, num_heads, H, Sq, Sk, *launch[:4],
+                    first_head, num_heads, H, H // key.shape[1], Sq, Sk, *launch[:4],
                     scale / stride * math.log2(math.e),
                     HEAD_DIM=D, BLOCK_SIZE=block_size, STRIDE=stride, CAUSAL=causal,
                     TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,

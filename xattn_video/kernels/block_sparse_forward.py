@@ -69,12 +69,12 @@ def _attend(
     return accumulator, row_sum, new_maximum
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "Nq", "Nk"])
+@triton.jit(do_not_specialize=["H", "group_size", "Sq", "Sk", "Nq", "Nk"])
 def _block_sparse_forward_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
-    H, Sq, Sk, Nq, Nk, scale_log2,
+    H, group_size, Sq, Sk, Nq, Nk, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -86,8 +86,8 @@ def _block_sparse_forward_kernel(
     batch_head = tl.program_id(1).to(tl.int64)
     b, h = batch_head // H, batch_head % H
     query_ptr += b * stride_qb + h * stride_qh
-    key_ptr += b * stride_kb + h * stride_kh
-    value_ptr += b * stride_vb + h * stride_vh
+    key_ptr += b * stride_kb + h // group_size * stride_kh
+    value_ptr += b * stride_vb + h // group_size * stride_vh
     output_ptr += b * stride_ob + h * stride_oh
     row = batch_head * Nq + tile * TILE_M // BLOCK_SIZE
     indices_ptr += row * Nk
@@ -182,8 +182,8 @@ def block_sparse_forward(
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
-        key: `[B, H, Sk, D]`, same dtype and device, any strides.
-        value: `[B, H, Sk, D]`, likewise.
+        key: `[B, Hkv, Sk, D]`, Hkv dividing H, same dtype and device, any strides.
+        value: `[B, Hkv, Sk, D]`, likewise.
         counts: Key blocks of each row, int32 `[B, H, Nq]`.
         indices: The key blocks themselves, ascending and first in each row, int32
             `[B, H, Nq, Nk]`; what follows the first ``counts`` of a row is not read as a block.
@@ -210,7 +210,7 @@ def block_sparse_forward(
         _block_sparse_forward_kernel[(triton.cdiv(Sq, tiles.tile_m), B * H)](
             query, key, value, output, counts, indices, key_lengths,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-            H, Sq, Sk, Nq, Nk, scale * math.log2(math.e),
+            H, H // key.shape[1], Sq, Sk, Nq, Nk, scale * math.log2(math.e),
             HEAD_DIM=D, PADDED_DIM=triton.next_power_of_2(D), BLOCK_SIZE=block_size,
             CAUSAL=causal, TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, INPUT_PRECISION="ieee",
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,

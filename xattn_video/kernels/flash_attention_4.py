@@ -63,8 +63,8 @@ def block_sparse_forward(
 
     Args:
         query: `[B, H, Sq, D]`.
-        key: `[B, H, Sk, D]`, all of them valid.
-        value: `[B, H, Sk, D]`.
+        key: `[B, Hkv, Sk, D]`, Hkv dividing H, all of them valid.
+        value: `[B, Hkv, Sk, D]`.
         counts: int32 `[B, H, Nq]`, blocks of each row.
         indices: int32 `[B, H, Nq, Nk]`, ascending: only the last of a row may be cut by Sk.
         block_size: 128.
@@ -94,6 +94,9 @@ def block_sparse_forward(
             key,
             value,
             softmax_scale=scale,
+            # Left to itself it packs the query heads of a key head into one tile, where the
+            # lists without blocks, which are for one head, make it believe that all share theirs.
+            pack_gqa=False,
             block_sparse_tensors=lists,
             return_lse=True,
         )[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from xattn_video.kernels.support import INTERPRETING, with_unit_stride
 
 # Tokens of a program, for heads of up to 128: 16 bytes of bfloat16 a load and thread.
-_TILE, _NUM_WARPS = 8, 4
+_TILE, _NUM_WARPS = 4, 2
 
 
 @triton.jit

@@ -32,7 +32,7 @@ HALF_HOPPER = Tiles(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
 HALF_LARGE = Tiles(128, 256, 64, num_warps=8, num_stages=4)
 HALF = Tiles(128, 128, 32, num_warps=8, num_stages=3)
 SINGLE = Tiles(64, 64, 32, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
-FLOAT8 = Tiles(128, 256, 128, num_warps=8, num_stages=4, descriptors=True)
+FLOAT8 = Tiles(128, 256, 128, num_warps=8, num_stages=4, raster=16, descriptors=True)
 FLOAT8_SMALL = Tiles(128, 128, 64, num_warps=8, num_stages=3)
 INTERPRETED = Tiles(64, 64, 128, num_warps=1, num_stages=1, raster=2, descriptors=True)
 

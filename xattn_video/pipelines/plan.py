@@ -11,6 +11,7 @@ from xattn_video.pipelines.hunyuan_video import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
 from xattn_video.registry import available_backends, resolve_backend
+from xattn_video.scoring import check_precision
 
 PAPER_DENSITIES = (0.34, 0.455)
 """Densities that the XAttention paper reports for HunyuanVideo; not a measurement of this run."""
@@ -111,6 +112,7 @@ def plan_run(
     if sparse:
         warnings += _sparsity_warnings(settings, dense_steps, steps, video_tokens, share)
         warnings += [refusal] if refusal else _backend_warnings(backend, device)
+        warnings += _scoring_warnings(settings, problem)
     warnings += _cost_warnings(memory, tflop * steps, options)
     return RunPlan(
         grid=grid,
@@ -174,6 +176,15 @@ def _resolve(name: str, problem: Problem) -> tuple[str | None, str | None]:
         return resolve_backend(name, problem), None
     except BackendUnavailableError as error:
         return None, str(error)
+
+
+def _scoring_warnings(settings: SparseSettings, problem: Problem) -> list[str]:
+    """Why the estimate cannot be had in the precision asked for."""
+    try:
+        check_precision(settings.scoring_precision, problem, settings.stride)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _sparsity_warnings(

@@ -1,9 +1,13 @@
 """What to generate, checked before any model is loaded."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from xattn_video.pipelines.source import DEMO
 from xattn_video.schedule import ThresholdSchedule
+
+if TYPE_CHECKING:
+    from xattn_video.scoring import Precision
 
 SIZE_STEP = 16
 """Pixels that one latent patch covers on each side."""
@@ -72,6 +76,7 @@ class SparseSettings:
     cooldown_steps: int = 0
     min_tokens: int = 1024
     backend: str = "auto"
+    scoring_precision: "Precision" = "exact"
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
@@ -81,8 +86,10 @@ class SparseSettings:
             )
         # It brings torch, which a command line that only shows its help need not wait for.
         from xattn_video.checks import check_block_size
+        from xattn_video.scoring import check_precision
 
         check_block_size(self.block_size, self.stride)
+        check_precision(self.scoring_precision)
         for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")

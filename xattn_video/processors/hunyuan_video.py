@@ -1,5 +1,6 @@
 """XAttention as an attention processor of Diffusers' HunyuanVideo transformer."""
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from xattn_video.processors.session import NumSteps, Session, Settings
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook
 from xattn_video.report import SparsityReport
 from xattn_video.schedule import ThresholdLike, ThresholdSchedule
+from xattn_video.scoring import Precision
 
 _HOW_TO_BIND = (
     "set it with transformer.set_attn_processor(processor), or call processor.bind(transformer) "
@@ -50,6 +52,8 @@ class XAttnProcessor(TransformerBound):
             with `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
         min_tokens: With fewer video tokens every step runs dense.
         backend: A name from `available_backends`, or ``"auto"``.
+        scoring_precision: ``"exact"``, or ``"float8"`` for 8-bit operands in the estimate alone;
+            see `xattention`. Where it cannot be had, the first sparse step raises.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
@@ -71,6 +75,7 @@ class XAttnProcessor(TransformerBound):
         cooldown_steps: int = 0,
         min_tokens: int = 1024,
         backend: str = "auto",
+        scoring_precision: Precision = "exact",
     ) -> None:
         self._threshold = threshold
         self.settings = Settings(
@@ -81,13 +86,14 @@ class XAttnProcessor(TransformerBound):
             cooldown_steps,
             min_tokens,
             backend,
+            scoring_precision,
         )
         self._session: Session | None = None
         self._recorder: Recorder | None = None
         self._plan: ForwardPlan | None = None
 
     def __repr__(self) -> str:
-        names = ("stride", "block_size", "warmup_steps", "cooldown_steps", "min_tokens", "backend")
+        names = [field.name for field in fields(self.settings) if field.name != "schedule"]
         options = ", ".join(f"{name}={getattr(self.settings, name)!r}" for name in names)
         return f"{type(self).__name__}(threshold={self._threshold!r}, {options})"
 
@@ -205,6 +211,7 @@ class XAttnProcessor(TransformerBound):
             stride=self.settings.stride,
             block_size=self.settings.block_size,
             backend=plan.backend,
+            scoring_precision=self.settings.scoring_precision,
         )
         slot.record_sparse(kept)
         return out

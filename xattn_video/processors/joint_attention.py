@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xattn_video.attention import attend_selected
 from xattn_video.dense import attend_with, fastest_dense_kernel
+from xattn_video.scoring import Precision
 
 
 def dense_attention(
@@ -53,6 +54,7 @@ def sparse_attention(
     stride: int,
     block_size: int,
     backend: str,
+    scoring_precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """`xattention` over video tokens followed by text tokens.
 
@@ -67,6 +69,7 @@ def sparse_attention(
         stride: Tokens in a group of the estimate.
         block_size: Tokens in a block.
         backend: A name from `xattn_video.available_backends`.
+        scoring_precision: See `xattention`.
 
     Returns:
         The attention's output, `[B, S, H, D]`, contiguous, and the number of blocks computed, an
@@ -85,6 +88,7 @@ def sparse_attention(
         stride,
         block_size,
         backend,
+        scoring_precision,
     )
     return out, kept
 
@@ -131,6 +135,7 @@ def _sparse_attention(
     stride: int,
     block_size: int,
     backend: str,
+    scoring_precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     lengths = key_lengths.tolist()
     longest = max(lengths)
@@ -145,6 +150,7 @@ def _sparse_attention(
         num_text_tokens=longest - num_video_tokens,
         key_lengths=None if len(set(lengths)) == 1 else device_key_lengths,
         backend=backend,
+        scoring_precision=scoring_precision,
     )
     return out.transpose(1, 2).contiguous(), blocks.counts.sum()
 
@@ -162,7 +168,7 @@ _sparse_op = torch.library.custom_op(
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor key_lengths, "
         "Tensor device_key_lengths, SymInt num_text_tokens, int stride, int block_size, "
-        "str backend) -> (Tensor, Tensor)"
+        "str backend, str scoring_precision) -> (Tensor, Tensor)"
     ),
 )
 

@@ -70,6 +70,7 @@ class KeptMassProcessor(XAttnProcessor):
             num_text_tokens=longest - num_video_tokens,
             key_lengths=plan.device_key_lengths,
             backend=plan.backend,
+            scoring_precision=self.settings.scoring_precision,
             return_block_mask=True,
         )
         rows = torch.randint(num_video_tokens, (_SAMPLED_ROWS,), generator=self._generator)

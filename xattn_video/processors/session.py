@@ -17,6 +17,7 @@ from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
 from xattn_video.registry import load_backend, resolve_backend
 from xattn_video.schedule import CallableSchedule, ThresholdSchedule
+from xattn_video.scoring import Precision, check_precision
 
 NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
 
@@ -32,6 +33,7 @@ class Settings:
     cooldown_steps: int
     min_tokens: int
     backend: str
+    scoring_precision: Precision = "exact"
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size, self.stride)
@@ -41,6 +43,7 @@ class Settings:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {count!r}.")
         if self.backend != "auto":
             load_backend(self.backend)
+        check_precision(self.scoring_precision)
 
 
 class Session:
@@ -166,8 +169,9 @@ class Session:
             ragged=len(set(inputs.text_lengths)) > 1,
         )
         try:
+            check_precision(settings.scoring_precision, problem, settings.stride)
             return resolve_backend(settings.backend, problem)
-        except BackendUnavailableError:
+        except (BackendUnavailableError, ValueError):
             self.recorder.num_refused += 1
             raise
 
