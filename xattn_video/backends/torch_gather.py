@@ -8,6 +8,10 @@ from xattn_video.inputs import AttentionInputs, Problem, empty_output
 
 NAME = "torch_gather"
 
+# Rows that one call attends for: enough to keep a CPU's cores at work between two waits, and
+# few enough that their keys and values stay in its caches.
+_ROWS_AT_ONCE = 4
+
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     """None: it runs on every device, dtype and size."""
@@ -48,6 +52,8 @@ def _attend_head(
     query = inputs.query[item, head]
     tail = num_blocks * block_size - key_length
     offset = inputs.key.shape[2] - query.shape[0]
+    # Rows of whole blocks that see all of them, by how many they keep.
+    plain: dict[int, list[tuple[int, Tensor]]] = {}
     for row, listed in enumerate(rows):
         start = row * block_size
         queries = query[start : start + block_size]
@@ -56,14 +62,18 @@ def _attend_head(
         if len(indices) == 0:
             out[item, head, start : start + block_size] = 0
             continue
-        every = len(indices) == num_blocks
-        picked = indices.to(key.device)
-        keys = (key if every else key.index_select(0, picked)).flatten(0, 1)
-        values = (value if every else value.index_select(0, picked)).flatten(0, 1)
         # The blocks ascend, so that the cut one, if it is kept, comes last.
-        num_keys = len(keys) - (tail if indices[-1] == num_blocks - 1 else 0)
+        cut = tail if indices[-1] == num_blocks - 1 else 0
+        hides = inputs.causal and (int(indices[-1]) + 1) * block_size - 1 > start + offset
+        if len(queries) == block_size and not cut and not hides:
+            plain.setdefault(len(indices), []).append((row, indices))
+            continue
+        picked = indices.to(key.device)
+        keys = key.index_select(0, picked).flatten(0, 1)
+        values = value.index_select(0, picked).flatten(0, 1)
+        num_keys = len(keys) - cut
         visible = None
-        if inputs.causal and (int(indices[-1]) + 1) * block_size - 1 > start + offset:
+        if hides:
             positions = (picked[:, None] * block_size).add(
                 torch.arange(block_size, device=key.device)
             )
@@ -72,6 +82,29 @@ def _attend_head(
         out[item, head, start : start + block_size] = _attend(
             queries, keys[:num_keys], values[:num_keys], visible, inputs.scale
         )
+    whole = query[: len(query) // block_size * block_size].unflatten(0, (-1, block_size))
+    for alike in plain.values():
+        for first in range(0, len(alike), _ROWS_AT_ONCE):
+            some = alike[first : first + _ROWS_AT_ONCE]
+            attended = _attend_rows(whole, key, value, some, inputs.scale)
+            for (row, _), rows_out in zip(some, attended, strict=True):
+                out[item, head, row * block_size : (row + 1) * block_size] = rows_out
+
+
+def _attend_rows(
+    query: Tensor, key: Tensor, value: Tensor, rows: list[tuple[int, Tensor]], scale: float
+) -> Tensor:
+    """Attention of some rows, each over its own blocks, equally many: `[R, block_size, D]`.
+
+    Query, key and value are in blocks, `[N, block_size, D]`.
+    """
+    numbers = torch.tensor([row for row, _ in rows], device=query.device)
+    picked = torch.cat([indices for _, indices in rows]).to(key.device)
+    shape = (len(rows), 1, -1, key.shape[-1])
+    keys = key.index_select(0, picked).view(shape)
+    values = value.index_select(0, picked).view(shape)
+    queries = query.index_select(0, numbers)[:, None]
+    return F.scaled_dot_product_attention(queries, keys, values, scale=scale)[:, 0]
 
 
 def _split_blocks(tokens: Tensor, block_size: int) -> Tensor:
