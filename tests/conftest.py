@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,33 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_pipeline")
     save_tiny_pipeline(folder)
     return folder
+
+
+@pytest.fixture
+def generate(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `xattn-video generate` on the tiny pipeline within an empty folder."""
+    from command_line import SMALL, run_cli
+
+    monkeypatch.chdir(tmp_path)
+    return partial(run_cli, "generate", "--model", tiny_pipeline, *SMALL)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a model is loaded."""
+    from xattn_video.pipelines import hunyuan_video
+
+    def refuse(options: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(hunyuan_video, "load_pipeline", refuse)
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton can run nowhere, not even interpreted."""
+    from xattn_video.backends import triton
+
+    monkeypatch.setattr(triton, "unsupported_reasons", lambda problem: ["no GPU; get one."])

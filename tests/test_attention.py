@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_within_budget, masked_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn_video import (
     BackendUnavailableError,
@@ -11,7 +14,10 @@ from xattn_video import (
     select_blocks,
     xattention,
 )
+from xattn_video.backends import torch_gather
+from xattn_video.inputs import AttentionInputs, BlockLists
 from xattn_video.registry import BACKENDS
+from xattn_video.scoring import torch_block_scores
 
 
 def make_inputs(B, H, Sq, Sk, D, dtype=torch.float32):
@@ -137,6 +143,31 @@ def test_cut_keys_give_what_key_lengths_give():
     torch.testing.assert_close(cut[:, :, :250], whole[:, :, :250])
 
 
+def test_memory_is_far_below_the_square_of_the_tokens():
+    """Of the torch path: neither the tokens' matrix nor that of all groups is ever whole."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                # A view may be expanded; what it is stored in counts.
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return out
+
+    length, stride, block_size = 16384, 8, 128
+    query, key, value = make_inputs(1, 1, length, length, 16)
+    blocks = BlockLists.from_mask(random_mask(1, 1, length, length, block_size, density=0.1))
+    options = {"block_size": block_size, "causal": False, "key_lengths": None, "scale": 0.25}
+    with Watch():
+        torch_block_scores(query, key, stride=stride, **options)
+        torch_gather.forward(AttentionInputs(query, key, value, blocks, **options))
+    groups_in_bytes = 4 * (length // stride) ** 2
+    assert 0 < largest <= groups_in_bytes // 4
+
+
 def test_nan_propagates_as_in_dense_attention():
     query, key, value = make_inputs(1, 1, 256, 256, 16)
     query[0, 0, 70, 3] = torch.nan
@@ -177,10 +208,12 @@ def test_the_operators_are_sound_custom_ops():
 def test_gradients_are_refused():
     query, key, value = make_inputs(1, 1, 128, 128, 16)
     query.requires_grad_()
-    with pytest.raises(ValueError, match=r"has no gradient; run under torch.no_grad\(\)"):
-        xattention(query, key, value)
-    with torch.no_grad():
-        xattention(query, key, value)
+    mask = random_mask(1, 1, 128, 128, 128)
+    for call in (xattention, partial(block_sparse_attention, block_mask=mask)):
+        with pytest.raises(ValueError, match=r"has no gradient; run under torch.no_grad\(\)"):
+            call(query, key, value)
+        with torch.no_grad():
+            call(query, key, value)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
@@ -199,8 +232,6 @@ def test_auto_says_what_it_chose_once(caplog):
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
-    from xattn_video.backends import torch_gather
-
     monkeypatch.setattr(torch_gather, "unsupported_reasons", lambda problem: ["no.", "never."])
     with pytest.raises(BackendUnavailableError, match=r"(?s)'torch_gather'.*- no\..*- never\."):
         block_sparse_attention(
@@ -227,6 +258,9 @@ def test_available_backends_lists_all_of_them():
         ),
         ({"value": torch.randn(1, 1, 100, 16)}, "key and value must have the same shape"),
         ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
+        ({"value": torch.randn(1, 1, 128, 16).half()}, "share one dtype, got query torch.float32"),
+        ({"value": torch.randn(1, 1, 128, 16, device="meta")}, "share one device, got query cpu"),
+        ({"key_lengths": [129]}, r"between 1 and Sk=128, got \[129\]"),
         ({"key_lengths": [0]}, r"between 1 and Sk=128, got \[0\]"),
     ],
 )

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run_cli
 
 from xattn_video.benchmark.dense import STOCK
 from xattn_video.benchmark.speedup import Speedup
-from xattn_video.cli import app
 from xattn_video.cli.bench import _warn_of_waiting, print_speedup
 from xattn_video.cli.console import output_console
 from xattn_video.pipelines.hunyuan_video import LoadOptions
@@ -19,8 +18,7 @@ SMALL = "--height=128 --width=128 --num-frames=17 --device=cpu --dtype=float32 -
 
 
 def bench(*options):
-    result = CliRunner().invoke(app, ["bench", *SMALL.split(), *options])
-    return result.exit_code, result.stdout, result.stderr
+    return run_cli("bench", *SMALL.split(), *options)
 
 
 def row(name, backend, latency_ms, **columns):
@@ -65,6 +63,7 @@ def test_json_holds_the_rows_and_the_conclusions():
     [
         ("--density=0", "density must lie in (0, 1], got 0.0"),
         ("--backend=none", "unknown attention backend 'none'"),
+        ("--seconds=0", "the seconds for a row must be above 0, got 0.0"),
         ("--stride=12", "stride must divide block_size, got stride=12"),
     ],
 )
@@ -76,7 +75,7 @@ def test_bad_arguments_are_refused(option, message):
 
 def test_a_backend_that_cannot_run_tells_why():
     code, _, errors = bench("--backend=flash4")
-    assert code == 1
+    assert code == 2
     assert "flash-attn-4 is not installed" in errors
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run_cli
 
-from xattn_video.cli import app
 from xattn_video.cli.compare_options import compared_prompts, parse_numbers
 from xattn_video.pipelines.video import write_video
 from xattn_video.quality.clips import read_clip
@@ -26,32 +25,15 @@ SPARSE = ["--block-size=16", "--min-tokens=0", "--warmup-steps=1"]
 PROMPT = "--prompt=a red circle"
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
 @pytest.fixture
 def compare(tiny_pipeline, tmp_path, monkeypatch):
     """Run `compare` on the tiny pipeline within an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run_compare(*arguments: object) -> tuple[int, str, str]:
-        return run("compare", "--model", tiny_pipeline, *SMALL, *HERE, *SPARSE, *arguments)
+        return run_cli("compare", "--model", tiny_pipeline, *SMALL, *HERE, *SPARSE, *arguments)
 
     return run_compare
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail the test if a model is loaded."""
-    from xattn_video.pipelines import hunyuan_video
-
-    def refuse(options):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(hunyuan_video, "load_pipeline", refuse)
 
 
 def write_clip(path: Path, num_frames: int = 5, width: int = 32, fps: int = 24) -> Path:
@@ -257,7 +239,7 @@ def test_two_files(tmp_path):
     frames = read_clip(reference).frames.copy()
     frames[1:] //= 2
     write_video(candidate, frames, 24)
-    code, out, err = run(
+    code, out, err = run_cli(
         "compare", "--reference", reference, "--candidate", candidate, "--output", tmp_path / "o"
     )
     assert code == 0, err
@@ -271,7 +253,7 @@ def test_two_files(tmp_path):
 
 def test_files_that_lost_detail_are_warned_of(tmp_path):
     reference, candidate = write_clip(tmp_path / "a.mkv"), write_clip(tmp_path / "a.mp4")
-    code, _, err = run("compare", "--reference", reference, "--candidate", candidate)
+    code, _, err = run_cli("compare", "--reference", reference, "--candidate", candidate)
     assert code == 0, err
     assert "is h264, which loses detail" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv", "a.mp4"]

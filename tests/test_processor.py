@@ -17,7 +17,7 @@ from hunyuan import (
 )
 
 from xattn_video import ThresholdSchedule
-from xattn_video.processors import joint_attention
+from xattn_video.processors import hunyuan_video, joint_attention
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
 
@@ -101,6 +101,21 @@ def test_few_tokens_run_dense():
     transformer, processor = with_processor(min_tokens=VIDEO_TOKENS)
     run(transformer)
     assert states(processor.report()) == ["sparse"]
+
+
+def test_gradients_use_the_attention_backend_that_was_set(monkeypatch):
+    used = []
+    dispatch = hunyuan_video.dispatch_attention_fn
+    monkeypatch.setattr(
+        hunyuan_video,
+        "dispatch_attention_fn",
+        lambda *args, **options: used.append(options["backend"]) or dispatch(*args, **options),
+    )
+    transformer, processor = with_processor()
+    processor._attention_backend = AttentionBackendName._NATIVE_MATH
+    transformer.requires_grad_(True)
+    transformer(**forward_inputs())
+    assert used == [AttentionBackendName._NATIVE_MATH] * NUM_LAYERS
 
 
 def test_gradients_run_dense_and_equal_the_stock_ones():

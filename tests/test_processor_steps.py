@@ -22,6 +22,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from xattn_video import enable_xattention
+from xattn_video.processors.session import _layer_device
 
 
 class StopHereError(RuntimeError):
@@ -172,6 +173,15 @@ def test_model_offloading_runs(expected, set_first):
     for _ in range(2):
         torch.testing.assert_close(generate(pipe), expected)
         assert_right(processor, 4)
+
+
+def test_offloading_says_where_the_layers_compute():
+    """The inputs are still on the host when a forward pass is planned."""
+    transformer = tiny_transformer()
+    host = torch.device("cpu")
+    assert _layer_device(transformer, host) == host
+    cpu_offload_with_hook(transformer, execution_device="meta")
+    assert _layer_device(transformer, host) == torch.device("meta")
 
 
 @pytest.mark.parametrize("set_first", [True, False])

@@ -50,6 +50,11 @@ def test_forced_mass_counts():
     assert select_blocks(scores, 0.46, forced=forced)[0, 0, 0].tolist() == [1, 1, 1, 0]
 
 
+def test_mass_that_meets_the_threshold_exactly_is_enough():
+    scores = torch.tensor([0.5, 0.25, 0.125, 0.125]).expand(1, 1, 1, 4)
+    assert select_blocks(scores, 0.75)[0, 0, 0].tolist() == [True, True, False, False]
+
+
 def test_no_block_is_kept_for_its_place():
     """Key block 0 has no privilege without `causal`: the authors' code always keeps it."""
     scores = torch.tensor([0.01, 0.98, 0.01]).expand(1, 1, 2, 3)

@@ -22,6 +22,12 @@ class Budget:
     repeats: int = 10
     max_seconds: float = 20.0
 
+    def __post_init__(self) -> None:
+        if not self.max_seconds > 0:
+            raise ValueError(
+                f"the seconds for a row must be above 0, got {self.max_seconds}; use 5."
+            )
+
     def repeats_of(self, seconds: float) -> int:
         """Of a call that takes ``seconds``; at least one."""
         return max(1, min(self.repeats, int(self.max_seconds / max(seconds, 1e-9))))

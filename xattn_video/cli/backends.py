@@ -29,8 +29,12 @@ def backends(
     with ErrorsToExitCodes(verbose):
         import torch
 
+        from xattn_video.checks import check_block_size
         from xattn_video.registry import AUTO_ORDER, available_backends
 
+        check_block_size(block_size)
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}; use 128.")
         loaded = options.load_options(HUNYUAN_VIDEO, dtype, device)
         place, kind = loaded.resolved_device, loaded.resolved_dtype
         reasons = available_backends(place, dtype=kind, head_dim=head_dim, block_size=block_size)

@@ -35,7 +35,7 @@ def bench(
         str | None,
         typer.Option(
             help="Whose attention: demo, a hub ID, or a folder.",
-            show_default=f"{HUNYUAN_VIDEO}; demo on a CPU",
+            show_default="HunyuanVideo, from the hub; demo on a CPU",
         ),
     ] = None,
     height: options.Height = None,

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from xattn_video.errors import XAttentionError
+from xattn_video.errors import BackendUnavailableError, XAttentionError
 
 BAD_ARGUMENT = 2
 FAILED = 1
+# A backend that cannot run is an argument too: "auto" always finds one.
+_BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError)
 
 
 def output_console() -> Console:
@@ -67,7 +69,7 @@ class ErrorsToExitCodes:
         message_console().print(
             Text.assemble(("error: ", "bold red"), describe(error)), soft_wrap=True
         )
-        bad_argument = isinstance(error, ValueError | TypeError) and not self.running
+        bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 
 
@@ -88,7 +90,10 @@ def log_choices(verbose: bool) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("xattn_video").setLevel(logging.INFO)
     else:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        # By its own function: it sets its logger's level anew when it is first imported.
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity(logging.ERROR)
 
 
 def quiet_libraries() -> None:

@@ -41,7 +41,15 @@ PromptsFile = Annotated[
     Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
 ]
 
-Model = Annotated[str, option(_MODEL, "demo (ships with the package), a hub ID, or a folder.")]
+Model = Annotated[
+    str,
+    option(
+        _MODEL,
+        "demo (ships with the package), a hub ID, or a folder.",
+        # A help of 80 columns has no room for the whole ID.
+        show_default="HunyuanVideo, from the hub",
+    ),
+]
 Dtype = Annotated[
     str | None,
     option(
@@ -71,7 +79,8 @@ VaeTiling = Annotated[
     ),
 ]
 AttentionBackend = Annotated[
-    str | None, option(_MODEL, "Diffusers' attention backend for the dense steps.")
+    str | None,
+    option(_MODEL, "Diffusers' attention backend for the dense steps, such as native or flash."),
 ]
 
 Height = Annotated[int | None, _video_option("Pixels, a multiple of 16.", "height")]

@@ -1,0 +1,173 @@
+"""What `xattn-video generate` writes and says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+from command_line import SMALL, SPARSE, run_cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_video_with_its_report_and_plot(generate, tmp_path):
+    code, out, err = generate(
+        "--prompt=a red circle",
+        *SPARSE,
+        "--output=new/a.mp4",
+        "--report=new/run.json",
+        "--plot=new/run.png",
+    )
+    assert code == 0, err
+    assert imageio.imread(tmp_path / "new/a.mp4").shape == (9, 64, 64, 3)
+    assert (tmp_path / "new/run.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "new/run.json").read_text())
+    assert record["dtype"] == "float32"
+    (video,) = record["runs"]
+    assert video["file"] == "new/a.mp4"
+    assert video["prompt"] == "a red circle"
+    assert video["sparse"]["threshold"] == 0.8
+    assert [step["sparse"] for step in video["steps"]] == [False, False, True, True]
+    assert video["report"]["num_sparse_steps"] == 2
+    assert video["report"]["dense_reasons"] == {"warm-up": 6}
+    assert video["peak_memory_gib"] > 0
+    assert "2/4 steps x 3/3 layers sparse, density" in out
+    assert "0 refused" in out
+    for text in ("new/a.mp4", "new/run.json", "new/run.png", "torch_gather", "2 dense steps of"):
+        assert text in out
+    assert "an estimate" in out
+    assert "step 4/4" in err
+    assert "\x1b" not in out + err
+
+
+def test_markup_in_a_prompt_is_text(generate):
+    code, _, err = generate("--prompt=[bold] :smile: [/] cat", "--dense", "--output=a.mp4")
+    assert code == 0, err
+    assert "[bold] :smile: [/] cat" in err
+
+
+def test_a_run_that_stayed_dense_says_why(generate):
+    code, out, err = generate("--prompt=a", "--output=a.mp4", "--warmup-steps=0")
+    assert code == 0, err
+    assert "0/4 steps x 0/3 layers sparse" in out
+    assert "too few tokens" in out
+
+
+def test_verbose_tells_the_backend(generate, caplog):
+    from xattn_video.registry import _resolve_auto
+
+    _resolve_auto.cache_clear()
+    code, _, err = generate("--prompt=a", *SPARSE, "--output=a.mp4", "--verbose")
+    assert code == 0, err
+    assert "attention backend 'torch_gather' chosen" in caplog.text
+
+
+def test_prompts_beyond_the_demo_models_words_are_warned_of(capsys):
+    from xattn_video.cli.checks import warn_of_unknown_words
+
+    known = "a red circle moving left to right over a blue background"
+    warn_of_unknown_words([known, "a cat", "a dog"])
+    err = capsys.readouterr().err
+    assert err.startswith("warning: the prompt is not in the demo model's grammar, got 'a cat'")
+    assert err.count("warning") == 1
+
+
+def test_default_names_are_numbered(generate, tmp_path):
+    for _ in range(2):
+        code, _, err = generate("--prompt=A red circle!", "--dense", "--seed=7")
+        assert code == 0, err
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["a-red-circle-seed7-2.mp4", "a-red-circle-seed7.mp4"]
+
+
+def test_an_output_given_by_name_is_replaced_and_it_says_so(generate, tmp_path):
+    (tmp_path / "a.mkv").write_text("old")
+    code, out, err = generate("--prompt=a", "--dense", "--output=a.mkv")
+    assert code == 0, err
+    assert "a.mkv (replaced)" in out
+    assert "dense in all 4 steps" in out
+    assert imageio.imread(tmp_path / "a.mkv").shape == (9, 64, 64, 3)
+
+
+def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
+    (tmp_path / "p.txt").write_text("# two\na red circle\n\na blue ring\n")
+    code, out, err = generate(
+        "--prompts-file=p.txt", *SPARSE, "--output=o", "--plot=plots", "--report=o/run.json"
+    )
+    assert code == 0, err
+    stems = ["a-blue-ring-seed0", "a-red-circle-seed0"]
+    assert sorted(path.stem for path in (tmp_path / "o").glob("*.mp4")) == stems
+    assert sorted(path.stem for path in (tmp_path / "plots").glob("*.png")) == stems
+    runs = json.loads((tmp_path / "o/run.json").read_text())["runs"]
+    assert [video["prompt"] for video in runs] == ["a red circle", "a blue ring"]
+    assert all(video["report"]["num_sparse_steps"] == 2 for video in runs)
+    assert out.count("2/4 steps x 3/3 layers sparse") == 2
+
+
+def test_schedules_and_true_guidance_reach_the_processor(generate, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({"points": [[0, 0.7], [3, 1.0]]}))
+    code, _, err = generate(
+        "--prompt=a",
+        *SPARSE[:-1],
+        "--warmup-steps=1",
+        "--schedule=s.json",
+        "--true-cfg-scale=3",
+        "--negative-prompt=blur",
+        "--report=run.json",
+    )
+    assert code == 0, err
+    (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [step["sparse"] for step in video["steps"]] == [False, True, True, False]
+    assert len(video["report"]["forwards"]) == 8
+    assert video["sparse"]["threshold"]["points"] == [[0, 0.7], [3, 1.0]]
+
+
+def test_a_run_that_fails_exits_with_code_1(generate, monkeypatch, tmp_path):
+    from xattn_video.pipelines import generation
+
+    def fail(*arguments):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    code, _, err = generate("--prompt=a", "--dense")
+    assert code == 1
+    assert err.splitlines()[-1] == "error: CUDA out of memory. Tried to allocate"
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+    code, _, err = generate("--prompt=a", "--dense", "--verbose")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_the_command_itself(tiny_pipeline, tmp_path):
+    """A process of its own: entry point, quiet libraries, exit code."""
+    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    done = subprocess.run(
+        [*command, *SMALL, *SPARSE, "--prompt=a", f"--output={tmp_path / 'a.mp4'}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.mp4").stat().st_size > 0
+    messages = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert messages[:2] == [f"loading {tiny_pipeline}", "a"]
+    assert all(line.startswith("  step ") for line in messages[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "xattn_video/pipelines/demo/model/model_index.json").is_file(),
+    reason="needs the demo model's files",
+)
+def test_the_readmes_first_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = "a red circle moving left to right over a blue background"
+    code, out, err = run_cli("generate", "--model=demo", f"--prompt={prompt}", "--report=run.json")
+    assert code == 0, err
+    (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [step["sparse"] for step in video["steps"]] == [False] * 5 + [True] * 20
+    assert "20/25 steps x" in out
+    assert imageio.imread(tmp_path / video["file"]).shape == (65, 256, 256, 3)

@@ -1,0 +1,184 @@
+"""What `xattn-video generate` refuses, before any model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import run_cli
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --prompt or --prompts-file, got none"),
+        (["--prompt=a", "--prompts-file=p.txt"], "give --prompt or --prompts-file, got both"),
+        (["--prompt= "], "the prompt is empty"),
+        (
+            ["--prompts-file=missing.txt"],
+            "cannot read the prompts file 'missing.txt': No such file",
+        ),
+        (["--prompt=a", "--threshold=0"], "threshold must lie in (0, 1], got 0.0"),
+        (["--prompt=a", "--threshold=1.5"], "threshold must lie in (0, 1], got 1.5"),
+        (
+            ["--prompt=a", "--threshold=0.9", "--dense"],
+            "--threshold and --dense exclude each other",
+        ),
+        (
+            ["--prompt=a", "--threshold=0.9", "--schedule=s.json"],
+            "--threshold and --schedule exclude each other",
+        ),
+        (["--prompt=a", "--schedule=missing.json"], "cannot read the schedule 'missing.json'"),
+        (["--prompt=a", "--stride=12"], "stride must divide block_size, got stride=12"),
+        (["--prompt=a", "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
+        (
+            ["--prompt=a", "--height=100"],
+            "height must be a positive multiple of 16 pixels, got 100",
+        ),
+        (["--prompt=a", "--width=0"], "width must be a positive multiple of 16 pixels, got 0"),
+        (["--prompt=a", "--num-frames=10"], "num_frames must be 4k + 1, such as 33, 65 or 129"),
+        (
+            ["--prompt=a", "--num-inference-steps=0"],
+            "num_inference_steps must be at least 1, got 0",
+        ),
+        (["--prompt=a", "--fps=0"], "fps must be at least 1, got 0"),
+        (["--prompt=a", "--seed=-1"], "seed must lie between 0 and 2**63 - 1, got -1"),
+        (["--prompt=a", "--negative-prompt=b"], "a negative prompt needs true_cfg_scale above 1"),
+        (["--prompt=a", "--dtype=int8"], "dtype must be one of float32, float16, bfloat16"),
+        (["--prompt=a", "--device=tpu9"], "device must be cpu, cuda or cuda:N, got 'tpu9'"),
+        (["--prompt=a", "--offload=all"], "offload must be one of none, model, sequential, group"),
+        (["--prompt=a", "--offload=model"], "offload='model' moves parts off an accelerator"),
+        (["--prompt=a", "--backend=fast"], "unknown attention backend 'fast'"),
+        (["--prompt=a", "--scoring-precision=int8"], 'must be "exact" or "float8", got \'int8\''),
+        (
+            ["--prompt=a", "--attention-backend=fast"],
+            "unknown attention backend 'fast' for the dense",
+        ),
+        (["--prompt=a", "--output=a.gif"], "output must end in .mp4 or .mkv, got 'a.gif'"),
+        (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
+        (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
+        (["--prompt=a", "--report=a.txt"], "report must end in .json"),
+        (["--prompt=a", "--plot=a.jpg"], "plot must end in .png"),
+        (["--prompt=a", "--plot=a.png", "--dense"], "--dense has none"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, generate):
+    code, out, err = generate(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompt; expected one a line"),
+        ("# a comment\n\n   \n", "holds no prompt; expected one a line"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+    ids=["empty", "comments", "binary"],
+)
+def test_prompts_files_without_prompts_are_refused(content, message, generate, tmp_path):
+    (tmp_path / "p.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, err = generate("--prompts-file=p.txt")
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_many_videos_need_a_folder(generate, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    code, _, err = generate("--prompts-file=p.txt", "--output=a.mp4")
+    assert code == 2
+    assert "with --prompts-file the output is a folder, got 'a.mp4'" in err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"points": [[0, 0.9]], "taus": []}, "unknown key 'taus' in the schedule"),
+        ({"points": "0.9"}, "points must be a list of [step, threshold] pairs"),
+        ({"points": [[0, 2.0]]}, "points[0][1] must lie in (0, 1], got 2.0"),
+    ],
+    ids=["unknown key", "wrong type", "out of range"],
+)
+def test_bad_schedules_are_refused(schedule, message, generate, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps(schedule))
+    code, _, err = generate("--prompt=a", "--schedule=s.json")
+    assert code == 2
+    assert f"error: s.json: {message}" in err
+
+
+@pytest.mark.usefixtures("no_model", "no_triton")
+def test_a_backend_that_cannot_run_says_why_before_the_model_is_loaded(generate):
+    code, _, err = generate("--prompt=a", "--backend=triton")
+    assert code == 2
+    assert "'triton' cannot run this problem" in err
+    assert err.endswith("\n  - no GPU; get one.\n")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_scoring_precision_that_cannot_be_had_says_why_before_the_model_is_loaded(
+    generate, monkeypatch
+):
+    from xattn_video import scoring
+
+    monkeypatch.setattr(
+        scoring, "triton_unsupported_reasons", lambda *_, **__: ["too old a GPU; score exactly."]
+    )
+    code, _, err = generate("--prompt=a", "--scoring-precision=float8")
+    assert code == 2
+    assert 'scoring precision "float8" cannot be honoured: too old a GPU; score exactly.' in err
+
+
+def model_errors(tmp_path: Path) -> list[tuple[str, str]]:
+    wan, empty, broken = (tmp_path / name for name in ("wan", "empty", "broken"))
+    for folder in (wan, empty, broken):
+        folder.mkdir()
+    (wan / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (broken / "model_index.json").write_text("{")
+    return [
+        (str(wan), "is a WanPipeline; supported is HunyuanVideoPipeline"),
+        (str(empty), "is no Diffusers pipeline: it has no model_index.json"),
+        (str(broken), "is not valid JSON"),
+        ("./nowhere", "model './nowhere' is neither a folder nor a hub ID"),
+    ]
+
+
+@pytest.mark.usefixtures("no_model")
+def test_models_that_are_none_of_ours_are_refused(tmp_path):
+    for model, message in model_errors(tmp_path):
+        code, _, err = run_cli(
+            "generate", "--prompt=a", f"--output={tmp_path / 'a.mp4'}", "--model", model
+        )
+        assert code == 2, err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(name, path):
+        raise LocalEntryNotFoundError("no connection\nand no cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    arguments = ("--prompt=a", f"--output={tmp_path / 'a.mp4'}", "--model=some/model")
+    code, _, err = run_cli("generate", *arguments)
+    assert code == 1
+    assert "cannot load 'some/model' from the hub: the hub cannot be reached" in err
+    assert "--model demo" in err
+    assert err.count("\n") == 1
+
+
+def test_unparsable_options_exit_with_code_2(generate):
+    code, _, err = generate("--prompt=a", "--height=tall")
+    assert code == 2
+    assert "--height" in err

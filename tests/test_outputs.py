@@ -1,0 +1,30 @@
+"""Where prompts come from and how files are named."""
+
+import pytest
+
+from xattn_video.cli.outputs import default_name, read_prompts, unused_path
+
+
+def test_prompts_are_lines(tmp_path):
+    (tmp_path / "p.txt").write_text("  a  \n# b\n\nc, d # e\n")
+    assert read_prompts(tmp_path / "p.txt") == ["a", "c, d # e"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A red circle, moving right!", "a-red-circle-moving-right-seed3"),
+        ("../../etc/passwd", "etc-passwd-seed3"),
+        ("!?", "video-seed3"),
+        ("word " * 50, "-".join(["word"] * 10) + "-seed3"),
+        ("日本の猫", "日本の猫-seed3"),
+    ],
+)
+def test_file_names_come_from_prompts(prompt, name):
+    assert default_name(prompt, 3) == name
+
+
+def test_taken_names_are_numbered(tmp_path):
+    (tmp_path / "a.mp4").write_text("")
+    taken = {tmp_path / "a-2.mp4"}
+    assert unused_path(tmp_path, "a", ".mp4", taken) == tmp_path / "a-3.mp4"
