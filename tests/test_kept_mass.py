@@ -1,5 +1,7 @@
 """Kept mass against plain loops, and the processor that measures it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,3 +70,17 @@ def test_measuring_changes_no_video(pipe):
     plain = generate(pipe, request(0.5))
     generate_for_kept_mass(pipe, [request(0.5)], shown.append)
     assert [step.sparse for step in shown] == [step.sparse for step in plain.steps]
+
+
+def test_it_asks_no_more_of_a_backend_than_the_generation_does(pipe, monkeypatch):
+    from xattn_video.backends import torch_gather
+
+    monkeypatch.setattr(
+        torch_gather,
+        "unsupported_reasons",
+        lambda problem: ["one key length for all; use another."] if problem.ragged else [],
+    )
+    wanted = request(0.5)
+    wanted = replace(wanted, sparse=replace(wanted.sparse, backend="torch_gather"))
+    (mass,) = generate_for_kept_mass(pipe, [wanted])
+    assert 0 < mass < 1

@@ -229,6 +229,36 @@ def attend_selected(
     return out, BlockLists(counts, indices)
 
 
+def score_and_select(
+    query: Tensor,
+    key: Tensor,
+    threshold: Tensor,
+    *,
+    stride: int,
+    block_size: int,
+    causal: bool = False,
+    num_text_tokens: int = 0,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    scoring_precision: Precision = "exact",
+) -> BlockLists:
+    """The blocks that `xattention` computes, and no attention; arguments as there."""
+    scores = block_scores(
+        query,
+        key,
+        block_size=block_size,
+        stride=stride,
+        causal=causal,
+        key_lengths=key_lengths,
+        scale=scale,
+        precision=scoring_precision,
+    )
+    forced = ForcedBlocks(
+        query.shape[2], key.shape[2], block_size, causal, num_text_tokens, key_lengths
+    )
+    return select_block_lists(scores, threshold, forced)
+
+
 def _check_inference(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
@@ -273,20 +303,18 @@ def _xattention(
     scoring_precision: Precision = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = check_key_lengths(key_lengths, query, key)
-    scores = block_scores(
+    blocks = score_and_select(
         query,
         key,
-        block_size=block_size,
+        threshold,
         stride=stride,
+        block_size=block_size,
         causal=causal,
+        num_text_tokens=num_text_tokens,
         key_lengths=lengths,
         scale=scale,
-        precision=scoring_precision,
+        scoring_precision=scoring_precision,
     )
-    forced = ForcedBlocks(
-        query.shape[2], key.shape[2], block_size, causal, num_text_tokens, lengths
-    )
-    blocks = select_block_lists(scores, threshold, forced)
     inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
     out = load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
     return out, blocks.counts, blocks.indices

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_video.attention import xattention
+from xattn_video.attention import score_and_select
 from xattn_video.processors.hunyuan_video import XAttnProcessor
 from xattn_video.processors.layer_slots import ForwardPlan, LayerSlot
 
@@ -16,7 +16,7 @@ class KeptMassProcessor(XAttnProcessor):
     """Kept mass: the softmax mass, over all valid keys, that lies in the computed blocks.
 
     It is measured after every sparse layer on some rows of video tokens, drawn anew each time from
-    a fixed seed. Every sparse layer computes its attention twice, so time nothing with it.
+    a fixed seed. Every sparse layer selects its blocks twice, so time nothing with it.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -56,28 +56,25 @@ class KeptMassProcessor(XAttnProcessor):
         if slot.state != "sparse":
             return out
         assert slot.threshold is not None
-        assert plan.backend is not None
         query, key = query.to(value.dtype), key.to(value.dtype)
         longest = int(plan.key_lengths.max())
         num_video_tokens = query.shape[1] - num_text_tokens
-        _, block_mask = xattention(
+        has_one_length = bool((plan.key_lengths == longest).all())
+        blocks = score_and_select(
             query.transpose(1, 2),
             key[:, :longest].transpose(1, 2),
-            value[:, :longest].transpose(1, 2),
-            threshold=slot.threshold,
+            slot.threshold,
             stride=self.settings.stride,
             block_size=self.settings.block_size,
             num_text_tokens=longest - num_video_tokens,
-            key_lengths=plan.device_key_lengths,
-            backend=plan.backend,
+            key_lengths=None if has_one_length else plan.device_key_lengths,
             scoring_precision=self.settings.scoring_precision,
-            return_block_mask=True,
         )
         rows = torch.randint(num_video_tokens, (_SAMPLED_ROWS,), generator=self._generator)
         masses = kept_mass(
             query,
             key[:, :longest],
-            block_mask,
+            blocks.to_mask(),
             plan.device_key_lengths,
             rows.to(query.device),
             self.settings.block_size,
