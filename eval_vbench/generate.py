@@ -15,7 +15,6 @@ from eval_vbench.prompts import DEFAULT_SUITE, DEMO_SUITE, SUITES, VIDEOS_PER_PR
 from eval_vbench.run_folder import RunFolder
 from xattn_video.cli import options
 from xattn_video.cli.console import ErrorsToExitCodes, log_choices
-from xattn_video.pipelines.request import SparseSettings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -72,12 +71,17 @@ def main(
         video = options.video_settings(
             model, height, width, num_frames, num_inference_steps, guidance_scale, None
         )
-        tau = options.choose_threshold(threshold, schedule, dense)
-        sparse = None
-        if tau is not None:
-            sparse = SparseSettings(
-                tau, stride, block_size, warmup_steps, cooldown_steps, min_tokens, backend
-            )
+        sparse = options.sparse_settings(
+            threshold,
+            schedule,
+            dense,
+            stride=stride,
+            block_size=block_size,
+            warmup_steps=warmup_steps,
+            cooldown_steps=cooldown_steps,
+            min_tokens=min_tokens,
+            backend=backend,
+        )
         if device is None:
             device = _device_of(share)
         load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)

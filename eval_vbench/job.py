@@ -9,6 +9,7 @@ from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
 from eval_vbench.run_folder import RunFolder
 from xattn_video.cli.checks import check_runs
 from xattn_video.cli.console import message_console, output_console, quiet_libraries
+from xattn_video.cli.options import check_fps
 from xattn_video.cli.progress import GenerationProgress
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
 from xattn_video.pipelines.video import check_output_folder
@@ -49,8 +50,7 @@ class Job:
     verbose: bool
 
     def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise ValueError(f"fps must be at least 1, got {self.fps}; use 24.")
+        check_fps(self.fps)
 
     @property
     def prompts(self) -> list[Prompt]:

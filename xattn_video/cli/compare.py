@@ -1,7 +1,6 @@
 """`xattn-video compare`: dense against sparse videos, or two video files."""
 
 from pathlib import Path
-from typing import Any
 
 from xattn_video.cli import compare_options, options
 from xattn_video.cli.compare_files import FilesJob
@@ -64,11 +63,16 @@ def compare(
             )
             prompts = compare_options.compared_prompts(model, prompt, prompts_file, demo_prompts)
             requests = compare_options.compared_requests(prompts, seeds, negative_prompt, video)
-            shared: dict[str, Any] = {"block_size": block_size, "cooldown_steps": cooldown_steps}
-            shared |= {"min_tokens": min_tokens, "backend": backend}
-            shared |= {"scoring_precision": scoring_precision}
             methods = compare_options.compared_methods(
-                thresholds, warmup_steps, strides, noise_ceiling, **shared
+                thresholds,
+                warmup_steps,
+                strides,
+                noise_ceiling,
+                block_size=block_size,
+                cooldown_steps=cooldown_steps,
+                min_tokens=min_tokens,
+                backend=backend,
+                scoring_precision=scoring_precision,
             )
             load = options.load_options(
                 model, dtype, device, offload, vae_tiling, attention_backend

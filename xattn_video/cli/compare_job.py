@@ -18,6 +18,7 @@ from xattn_video.cli.console import (
     print_labelled,
     quiet_libraries,
 )
+from xattn_video.cli.options import check_fps
 from xattn_video.cli.progress import GenerationProgress
 from xattn_video.cli.record import run_record
 from xattn_video.cli.tables import print_table
@@ -56,8 +57,7 @@ class CompareJob:
     verbose: bool
 
     def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise ValueError(f"fps must be at least 1, got {self.fps}; use 24.")
+        check_fps(self.fps)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}; use 1.")
 

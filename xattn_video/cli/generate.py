@@ -1,16 +1,11 @@
 """`xattn-video generate`: one video or many, with one load of the model."""
 
-from typing import TYPE_CHECKING, cast
-
 from xattn_video.cli import options
 from xattn_video.cli.console import ErrorsToExitCodes, log_choices
 from xattn_video.cli.job import Job, check_job, run_job
 from xattn_video.cli.outputs import choose_outputs, choose_prompts
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings
+from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
-
-if TYPE_CHECKING:
-    from xattn_video.scoring import Precision
 
 
 def generate(
@@ -53,19 +48,18 @@ def generate(
         video = options.video_settings(
             model, height, width, num_frames, num_inference_steps, guidance_scale, true_cfg_scale
         )
-        tau = options.choose_threshold(threshold, schedule, dense)
-        sparse = None
-        if tau is not None:
-            sparse = SparseSettings(
-                tau,
-                stride,
-                block_size,
-                warmup_steps,
-                cooldown_steps,
-                min_tokens,
-                backend,
-                cast("Precision", scoring_precision),  # checked by SparseSettings
-            )
+        sparse = options.sparse_settings(
+            threshold,
+            schedule,
+            dense,
+            stride=stride,
+            block_size=block_size,
+            warmup_steps=warmup_steps,
+            cooldown_steps=cooldown_steps,
+            min_tokens=min_tokens,
+            backend=backend,
+            scoring_precision=scoring_precision,
+        )
         load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
         requests = tuple(
             GenerationRequest(p, negative_prompt, seed, video, sparse) for p in prompts

@@ -10,6 +10,7 @@ from xattn_video.cli.console import (
     output_console,
     quiet_libraries,
 )
+from xattn_video.cli.options import check_fps
 from xattn_video.cli.outputs import Outputs
 from xattn_video.cli.progress import GenerationProgress
 from xattn_video.cli.record import generation_record, job_record, write_json
@@ -32,8 +33,7 @@ class Job:
     verbose: bool
 
     def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise ValueError(f"fps must be at least 1, got {self.fps}; use 24.")
+        check_fps(self.fps)
 
 
 def check_job(job: Job) -> None:

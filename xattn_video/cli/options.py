@@ -16,6 +16,7 @@ from xattn_video.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
+    from xattn_video.scoring import Precision
 
 _FULL = VideoSettings()
 
@@ -164,7 +165,39 @@ def video_settings(
     return replace(default_settings(model), **given)
 
 
-def choose_threshold(
+def sparse_settings(
+    threshold: float | None,
+    schedule: Path | None,
+    dense: bool,
+    *,
+    scoring_precision: str = "exact",
+    **settings: Any,
+) -> SparseSettings | None:
+    """The sparse settings that were asked for; None for dense attention throughout.
+
+    Args:
+        threshold, schedule, dense: Options of which one is given at the most.
+        scoring_precision: As typed.
+        settings: The other arguments of `SparseSettings`.
+
+    Raises:
+        ValueError: Options that exclude each other, no schedule in the file, or a value that is
+            out of range.
+    """
+    tau = _choose_threshold(threshold, schedule, dense)
+    if tau is None:
+        return None
+    # SparseSettings checks the precision.
+    return SparseSettings(tau, scoring_precision=cast("Precision", scoring_precision), **settings)
+
+
+def check_fps(fps: int) -> None:
+    """Raise ValueError unless a video can have so many frames per second."""
+    if fps < 1:
+        raise ValueError(f"fps must be at least 1, got {fps}; use 24.")
+
+
+def _choose_threshold(
     threshold: float | None, schedule: Path | None, dense: bool
 ) -> float | ThresholdSchedule | None:
     """The threshold or the schedule; None for dense attention throughout.

@@ -1,7 +1,7 @@
 """`xattn-video plan`: what a run will take, before any weight is loaded."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,12 +15,10 @@ from xattn_video.cli.console import (
     print_labelled,
     print_warning,
 )
-from xattn_video.pipelines.request import SparseSettings
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.plan import RunPlan
-    from xattn_video.scoring import Precision
 
 
 def plan(
@@ -56,19 +54,18 @@ def plan(
         video = options.video_settings(
             model, height, width, num_frames, num_inference_steps, None, true_cfg_scale
         )
-        tau = options.choose_threshold(threshold, schedule, dense)
-        sparse = None
-        if tau is not None:
-            sparse = SparseSettings(
-                tau,
-                stride,
-                block_size,
-                warmup_steps,
-                cooldown_steps,
-                min_tokens,
-                backend,
-                cast("Precision", scoring_precision),  # checked by SparseSettings
-            )
+        sparse = options.sparse_settings(
+            threshold,
+            schedule,
+            dense,
+            stride=stride,
+            block_size=block_size,
+            warmup_steps=warmup_steps,
+            cooldown_steps=cooldown_steps,
+            min_tokens=min_tokens,
+            backend=backend,
+            scoring_precision=scoring_precision,
+        )
         load = options.load_options(model, dtype, device, offload)
         shape = read_model_shape(find_model(model))
         run_plan = plan_run(shape, video, sparse, load)
