@@ -1,6 +1,8 @@
 """What `xattn-video generate` writes and says."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,10 @@ import imageio.v3 as imageio
 import pytest
 import torch
 from command_line import SMALL, SPARSE, run_cli
+from rich.console import Console
 
+from xattn_video.cli.progress import GenerationProgress
+from xattn_video.pipelines.generation import StepRecord
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +46,20 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     for text in ("new/a.mp4", "new/run.json", "new/run.png", "torch_gather", "2 dense steps of"):
         assert text in out
     assert "an estimate" in out
-    assert "step 4/4" in err
+    assert re.search(r"^  step 2/4  dense  [\d.]+ s$", err, re.MULTILINE)
+    assert re.search(r"^  step 4/4  sparse, density 0\.\d\d  [\d.]+ s$", err, re.MULTILINE)
     assert "\x1b" not in out + err
+
+
+def test_a_terminal_shows_step_phase_density_and_time_left():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, no_color=True, width=120)
+    steps = [StepRecord(0, 4, 1.5, False, None), StepRecord(1, 4, 1.0, True, 0.41)]
+    with GenerationProgress(console, "a cat", 4) as progress:
+        for step in steps:
+            progress(step)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"a cat .* 2/4 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+", shown)
 
 
 def test_markup_in_a_prompt_is_text(generate):
