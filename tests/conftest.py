@@ -79,10 +79,10 @@ def vbench_python(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds a HunyuanVideo pipeline with random weights."""
-    from tiny_pipeline import save_tiny_pipeline
+    from hunyuan import save_whole_pipeline
 
     folder = tmp_path_factory.mktemp("tiny_pipeline")
-    save_tiny_pipeline(folder)
+    save_whole_pipeline(folder)
     return folder
 
 

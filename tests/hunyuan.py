@@ -1,10 +1,14 @@
-"""A tiny HunyuanVideo transformer and pipeline with random weights; latents in, latents out.
+"""A tiny HunyuanVideo with random weights: transformer, pipeline of latents, whole pipeline.
 
 The grid of 64x64x9 pixels is 3 x 4 x 4 = 48 video tokens: 6 blocks of 8, and 2 of text.
 """
 
+from pathlib import Path
+
+import pytest
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -12,6 +16,7 @@ from diffusers import (
 
 from xattn_video import XAttnProcessor
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 CHANNELS, FRAMES, SIZE = 4, 9, 64
 HEADS, HEAD_DIM, NUM_LAYERS = 2, 16, 4
 TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 16, 32, 24
@@ -56,6 +61,37 @@ def tiny_pipeline(transformer=None) -> HunyuanVideoPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_whole_pipeline(folder: Path) -> None:
+    """Write a pipeline with text encoders and VAE, as `from_pretrained` reads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        from demo_training.models import build_text_stack
+
+    torch.manual_seed(0)
+    text = build_text_stack()
+    transformer = tiny_transformer(
+        num_layers=1,
+        text_embed_dim=text.text_encoder.config.hidden_size,
+        pooled_projection_dim=text.text_encoder_2.config.hidden_size,
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=CHANNELS,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    HunyuanVideoPipeline(
+        text_encoder=text.text_encoder,
+        tokenizer=text.tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=text.text_encoder_2,
+        tokenizer_2=text.tokenizer_2,
+    ).save_pretrained(folder)
 
 
 def prompt(lengths=(10,), seed=0, prefix="") -> dict[str, torch.Tensor]:

@@ -1,13 +1,21 @@
 """What `xattn-video generate` writes and says."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import imageio.v3 as imageio
 import pytest
+import torch
 from command_line import SMALL, SPARSE, run_cli
+from rich.console import Console
+
+from xattn_video.cli.progress import GenerationProgress
+from xattn_video.pipelines.generation import StepRecord
+from xattn_video.pipelines.request import SparseSettings, VideoSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,8 +46,20 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     for text in ("new/a.mp4", "new/run.json", "new/run.png", "torch_gather", "2 dense steps of"):
         assert text in out
     assert "an estimate" in out
-    assert "step 4/4" in err
+    assert re.search(r"^  step 2/4  dense  [\d.]+ s$", err, re.MULTILINE)
+    assert re.search(r"^  step 4/4  sparse, density 0\.\d\d  [\d.]+ s$", err, re.MULTILINE)
     assert "\x1b" not in out + err
+
+
+def test_a_terminal_shows_step_phase_density_and_time_left():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, no_color=True, width=120)
+    steps = [StepRecord(0, 4, 1.5, False, None), StepRecord(1, 4, 1.0, True, 0.41)]
+    with GenerationProgress(console, "a cat", 4) as progress:
+        for step in steps:
+            progress(step)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"a cat .* 2/4 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+", shown)
 
 
 def test_markup_in_a_prompt_is_text(generate):
@@ -104,6 +124,67 @@ def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
     assert [video["prompt"] for video in runs] == ["a red circle", "a blue ring"]
     assert all(video["report"]["num_sparse_steps"] == 2 for video in runs)
     assert out.count("2/4 steps x 3/3 layers sparse") == 2
+
+
+def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch, tmp_path):
+    from xattn_video.pipelines import generation
+
+    real = generation.generate
+
+    def fail_at_the_second(pipe, request, progress):
+        if request.prompt == "second":
+            raise RuntimeError("CUDA out of memory")
+        return real(pipe, request, progress)
+
+    monkeypatch.setattr(generation, "generate", fail_at_the_second)
+    (tmp_path / "p.txt").write_text("first\nsecond\n")
+    code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
+    assert code == 1
+    assert err.splitlines()[-1] == "error: CUDA out of memory"
+    (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert (tmp_path / video["file"]).is_file()
+
+
+def test_every_option_of_the_video_and_the_model_arrives(generate, monkeypatch):
+    """Seen from what is handed on: most change nothing that a tiny video shows."""
+    jobs = []
+    # Its module: the name in xattn_video.cli is the function.
+    module = sys.modules["xattn_video.cli.generate"]
+    monkeypatch.setattr(module, "check_job", jobs.append)
+    monkeypatch.setattr(module, "run_job", lambda job: None)
+    code, _, err = generate(
+        "--prompt=a",
+        "--guidance-scale=5",
+        "--true-cfg-scale=3",
+        "--negative-prompt=blur",
+        "--seed=7",
+        "--fps=12",
+        "--threshold=0.8",
+        "--stride=16",
+        "--block-size=64",
+        "--warmup-steps=1",
+        "--cooldown-steps=2",
+        "--min-tokens=3",
+        "--backend=torch_gather",
+        "--offload=none",
+        "--vae-tiling",
+        "--attention-backend=native",
+    )
+    assert code == 0, err
+    (job,) = jobs
+    (request,) = job.requests
+    assert request.video == VideoSettings(64, 64, 9, 4, 5.0, 3.0)
+    assert (request.negative_prompt, request.seed, job.fps) == ("blur", 7, 12)
+    assert request.sparse == SparseSettings(0.8, 16, 64, 1, 2, 3, "torch_gather")
+    assert (job.load.offload, job.load.vae_tiling) == ("none", True)
+    assert job.load.attention_backend == "native"
+    assert (job.load.device, job.load.dtype) == ("cpu", torch.float32)
+
+
+def test_the_file_plays_at_the_frame_rate_asked_for(generate, tmp_path):
+    code, _, err = generate("--prompt=a", "--dense", "--fps=12", "--output=a.mp4")
+    assert code == 0, err
+    assert imageio.immeta(tmp_path / "a.mp4", plugin="FFMPEG")["fps"] == 12
 
 
 def test_schedules_and_true_guidance_reach_the_processor(generate, tmp_path):

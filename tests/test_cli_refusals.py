@@ -98,6 +98,17 @@ def test_many_videos_need_a_folder(generate, tmp_path):
 
 
 @pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("option", ["output", "plot"])
+def test_folders_that_cannot_be_written_are_refused(option, generate, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "file").write_text("")
+    for folder in ("/proc/videos", "file"):
+        code, _, err = generate("--prompts-file=p.txt", f"--{option}={folder}")
+        assert code == 2
+        assert f"error: {option} cannot be written to {folder!r}" in err
+
+
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [

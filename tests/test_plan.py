@@ -1,6 +1,7 @@
 """The dry run: what it says, and that it says it without weights."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,15 @@ def test_videos_that_stay_dense_for_their_size_are_warned_of():
 
 def test_large_videos_on_a_cpu_are_warned_of():
     assert any("an hour at the least" in warning for warning in plan().warnings)
+
+
+def test_more_memory_than_the_gpu_has_is_warned_of(monkeypatch):
+    load = SimpleNamespace(resolved_device=torch.device("cuda"))
+    for total, expected in ((80, []), (24, ["About 51 GiB are needed and the GPU has 24."])):
+        properties = SimpleNamespace(total_memory=total * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        warnings = plan_module._cost_warnings(plan().memory, 1.0, load)
+        assert [warning.split(" Try ")[0] for warning in warnings] == expected
 
 
 def test_a_backend_that_cannot_run_is_warned_of(monkeypatch):

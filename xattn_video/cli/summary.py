@@ -59,7 +59,8 @@ def _time(result: "GenerationResult") -> str:
     for kind, seconds, sparse in kinds:
         if seconds is not None:
             count = sum(step.sparse == sparse for step in result.steps)
-            parts.append(f"{count} {kind} steps of {seconds:.2f} s")
+            noun = "step" if count == 1 else "steps"
+            parts.append(f"{count} {kind} {noun} of {seconds:.2f} s")
     rest = result.seconds - result.dense_seconds - result.sparse_seconds
     parts.append(f"{rest:.1f} s for text and decoding")
     return ", ".join(parts)
