@@ -1,7 +1,7 @@
 """Write the results in docs/quality.md, tables and plots, from results.json files.
 
     python -m scripts.write_quality_page runs/demo-cpu/results.json runs/demo-h100/results.json
-    python -m scripts.write_quality_page benchmarks/results/quality-*.json --grid README.md
+    python -m scripts.write_quality_page benchmarks/results/quality/*.json --grid README.md
 
 Each file becomes a section, in the order given; a file that is not there is left out and named.
 `--grid` also writes the first file's PSNR by threshold and warm-up steps into a page of its own.

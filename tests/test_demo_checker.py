@@ -1,6 +1,8 @@
 """The demo checker measures rendered clips rightly, sharp and blurred, and sees what is wrong."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 from xattn_video.pipelines.demo.checks import ATTRIBUTES, measure_clip, score_clip
 from xattn_video.pipelines.demo.grammar import Scene, parse_prompt, sample_scene
 from xattn_video.pipelines.demo.rendering import place_objects, render_scene
+
+ROOT = Path(__file__).parents[1]
+CHECKS = sorted((ROOT / "benchmarks/results/demo_check").glob("*.json"))
 
 
 def _frames(scene: Scene, rng: random.Random | None = None, size: int = 128) -> Tensor:
@@ -77,3 +82,10 @@ def test_a_still_object_does_not_move() -> None:
 def test_frames_of_another_layout_are_refused() -> None:
     with pytest.raises(ValueError, match=r"frames must be \[T, 3, H, W\], got \(65, 64, 64, 3\)"):
         measure_clip(torch.zeros(65, 64, 64, 3), num_objects=1)
+
+
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_the_page_shows_the_shares_that_were_measured(path: Path) -> None:
+    shares = json.loads(path.read_text())["shares"]
+    cells = [f"{shares[name]['share']:.0%}" for name in ATTRIBUTES]
+    assert f" | {' | '.join(cells)} |" in (ROOT / "docs/demo_model.md").read_text()

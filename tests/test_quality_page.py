@@ -131,3 +131,18 @@ def test_a_page_without_marks_is_refused(script, tmp_path):
 def test_the_page_of_the_docs_has_its_marks(script):
     text = script.PAGE.read_text()
     assert text.count(script.BEGIN) == text.count(script.END) == 1
+
+
+def test_the_committed_pages_are_what_the_committed_results_give(
+    script, page, tmp_path, monkeypatch
+):
+    results = sorted((ROOT / "benchmarks/results/quality").glob("*.json"))
+    assert results
+    copies = tmp_path / "docs" / "quality.md", tmp_path / "README.md"
+    for copy in copies:
+        copy.write_text((ROOT / copy.relative_to(tmp_path)).read_text())
+    assert run(script, monkeypatch, *results, "--page", copies[0], "--grid", copies[1]) == 0
+    for copy in copies:
+        assert copy.read_text() == (ROOT / copy.relative_to(tmp_path)).read_text()
+    drawn = {path.name for path in (copies[0].parent / "images").iterdir()}
+    assert drawn == {path.name for path in (ROOT / "docs/images").glob("quality-*")}

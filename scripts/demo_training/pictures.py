@@ -9,6 +9,8 @@ from torch import Tensor, cat, linspace
 
 COLUMNS = 8
 ROW_HEIGHT = 112
+# White, at the right of a frame and below it.
+GUTTER = 3
 
 
 def save_sheet(clips: Sequence[Tensor], path: Path) -> None:
@@ -19,6 +21,7 @@ def save_sheet(clips: Sequence[Tensor], path: Path) -> None:
         frames = clip[:, indices.to(clip.device)].transpose(0, 1).float()
         width = round(ROW_HEIGHT * clip.shape[3] / clip.shape[2])
         frames = F.interpolate(frames, (ROW_HEIGHT, width), mode="area")
+        frames = F.pad(frames, (0, GUTTER, 0, GUTTER), value=1.0)
         rows.append(cat(list(frames), dim=2))
     picture = (cat(rows, dim=1).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(picture).save(path)

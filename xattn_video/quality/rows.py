@@ -119,7 +119,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "latent error": lambda row: _cell(row.latent_error, ".4f"),
     "density": lambda row: _cell(row.density, ".3f"),
     "kept mass": lambda row: _cell(row.kept_mass, ".4f"),
-    "s/video": lambda row: _cell(row.seconds, ".1f"),
+    "s/video": lambda row: _cell(row.seconds, ".2f" if row.seconds < 10 else ".1f"),
     "speed-up": lambda row: _cell(row.speedup, ".2f", "x"),
     "step speed-up": lambda row: _cell(row.step_speedup, ".2f", "x"),
     "GiB": lambda row: _cell(row.peak_memory_gib, ".2f"),
