@@ -109,11 +109,22 @@ def test_videos_that_stay_dense_for_their_size_are_warned_of():
 
 
 def test_large_videos_on_a_cpu_are_warned_of():
-    assert any("an hour at the least" in warning for warning in plan().warnings)
+    assert any("603 PFLOP on device 'cpu' take 167.6 hours" in text for text in plan().warnings)
+
+
+def test_a_laptop_plans_for_a_gpu_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device 'cuda' is not there"):
+        LoadOptions(device="cuda")
+    found = plan(load=LoadOptions(device="cuda", device_elsewhere=True))
+    assert (found.device, found.dtype, found.device_is_here) == ("cuda", "bfloat16", False)
+    assert found.memory.peak == pytest.approx(36.0, abs=0.1)
+    assert found.backend is None
+    assert found.warnings == ()
 
 
 def test_more_memory_than_the_gpu_has_is_warned_of(monkeypatch):
-    load = SimpleNamespace(resolved_device=torch.device("cuda"))
+    load = SimpleNamespace(resolved_device=torch.device("cuda"), device_is_here=True)
     for total, expected in ((80, []), (24, ["About 51 GiB are needed and the GPU has 24."])):
         properties = SimpleNamespace(total_memory=total * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)

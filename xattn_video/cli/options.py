@@ -228,6 +228,8 @@ def load_options(
     offload: str | None = None,
     vae_tiling: bool | None = None,
     attention_backend: str | None = None,
+    *,
+    device_elsewhere: bool = False,
 ) -> "LoadOptions":
     """How to load the model.
 
@@ -245,4 +247,5 @@ def load_options(
         cast("Offload | None", offload),  # checked by LoadOptions
         vae_tiling,
         attention_backend,
+        device_elsewhere,
     )

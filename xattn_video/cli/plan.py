@@ -66,7 +66,7 @@ def plan(
             backend=backend,
             scoring_precision=scoring_precision,
         )
-        load = options.load_options(model, dtype, device, offload)
+        load = options.load_options(model, dtype, device, offload, device_elsewhere=True)
         shape = read_model_shape(find_model(model))
         run_plan = plan_run(shape, video, sparse, load)
         if as_json:
@@ -94,8 +94,9 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         f"(an estimate: transformer {memory.transformer:.1f}, "
         f"activations {memory.activations:.1f}, text encoders {memory.text_encoders:.1f}, "
         f"VAE {memory.vae:.1f})",
-        "device": f"{run_plan.device}, {run_plan.dtype}",
-        "backend": run_plan.backend or "none, attention is dense",
+        "device": f"{run_plan.device}, {run_plan.dtype}"
+        + (", not on this machine" if not run_plan.device_is_here else ""),
+        "backend": _backend(run_plan),
     }
     print_labelled(console, lines)
     if run_plan.speedup_bounds:
@@ -104,6 +105,14 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:
         print_warning(warning)
+
+
+def _backend(run_plan: "RunPlan") -> str:
+    if not run_plan.sparse_steps:
+        return "none, attention is dense"
+    if not run_plan.device_is_here:
+        return "`xattn-video backends` tells on the machine that has the device"
+    return run_plan.backend or "none can run"
 
 
 def _bounds_table(run_plan: "RunPlan") -> Table:

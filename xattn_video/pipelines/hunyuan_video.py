@@ -33,6 +33,7 @@ class LoadOptions:
             whole models on CUDA and nothing elsewhere or for the demo model.
         vae_tiling: Decode the video in tiles. If None, on but for the demo model.
         attention_backend: A Diffusers attention backend for the dense steps.
+        device_elsewhere: The device may be another machine's: options to plan with, not to load.
     """
 
     model: str = HUNYUAN_VIDEO
@@ -41,6 +42,7 @@ class LoadOptions:
     offload: Offload | None = None
     vae_tiling: bool | None = None
     attention_backend: str | None = None
+    device_elsewhere: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES.values():
@@ -50,13 +52,13 @@ class LoadOptions:
                 f"offload must be one of {', '.join(get_args(Offload))}, got {self.offload!r}."
             )
         device = self.resolved_device
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {str(device)!r} is not there: torch finds no CUDA; use cpu.")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device {str(device)!r} is not there; "
+        if not self.device_elsewhere and not self.device_is_here:
+            found = (
                 f"this machine has {torch.cuda.device_count()} CUDA device(s)."
+                if torch.cuda.is_available()
+                else "torch finds no CUDA; use cpu."
             )
+            raise ValueError(f"device {str(device)!r} is not there: {found}")
         if device.type == "cpu" and self.resolved_offload != "none":
             raise ValueError(
                 f"offload={self.offload!r} moves parts off an accelerator, got device 'cpu'; "
@@ -72,6 +74,12 @@ class LoadOptions:
             return torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}.") from None
+
+    @property
+    def device_is_here(self) -> bool:
+        """Whether this machine has the device."""
+        device = self.resolved_device
+        return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
     @property
     def resolved_dtype(self) -> torch.dtype:

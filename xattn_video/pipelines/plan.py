@@ -70,6 +70,7 @@ class RunPlan:
     speedup_bounds: tuple[SpeedupBound, ...]
     memory: MemoryEstimate
     device: str
+    device_is_here: bool
     dtype: str
     backend: str | None
     warnings: tuple[str, ...]
@@ -106,11 +107,13 @@ def plan_run(
     memory = _estimate_memory(shape, tokens, options)
     device, dtype = options.resolved_device, options.resolved_dtype
     problem = Problem(device, dtype, shape.head_dim, settings.block_size)
-    backend, refusal = _resolve(settings.backend, problem) if sparse else (None, None)
+    backend = None
     tflop = forwards * (attention + linear) / 1e12
     warnings = []
     if sparse:
         warnings += _sparsity_warnings(settings, dense_steps, steps, video_tokens, share)
+    if sparse and options.device_is_here:
+        backend, refusal = _resolve(settings.backend, problem)
         warnings += [refusal] if refusal else _backend_warnings(backend, device)
         warnings += _scoring_warnings(settings, problem)
     warnings += _cost_warnings(memory, tflop * steps, options)
@@ -132,6 +135,7 @@ def plan_run(
         speedup_bounds=_speedup_bounds(share, scoring, steps, dense_steps) if sparse else (),
         memory=memory,
         device=str(device),
+        device_is_here=options.device_is_here,
         dtype=str(dtype).removeprefix("torch."),
         backend=backend,
         warnings=tuple(warnings),
@@ -232,7 +236,13 @@ def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -
     if device.type != "cuda":
         if tflop < _SLOW_CPU_TFLOP:
             return []
-        return [f"{tflop / 1000:,.0f} PFLOP on device {str(device)!r} take an hour at the least."]
+        hours = tflop / _SLOW_CPU_TFLOP
+        return [
+            f"{tflop / 1000:,.0f} PFLOP on device {str(device)!r} take {hours:,.1f} hours at "
+            "1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
+        ]
+    if not options.device_is_here:
+        return []
     total = torch.cuda.get_device_properties(device).total_memory / _GIB
     if memory.peak < total:
         return []
