@@ -1,7 +1,7 @@
 """Generate what `eval_vbench.generate` was asked for, once its arguments are sound."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval_vbench.launch import Share
@@ -13,7 +13,6 @@ from xattn_video.cli.options import check_fps
 from xattn_video.cli.progress import GenerationProgress
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
 from xattn_video.pipelines.video import check_output_folder
-from xattn_video.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.generation import StepRecord
@@ -93,7 +92,7 @@ class Job:
             "dtype": str(self.load.resolved_dtype).removeprefix("torch."),
             "attention_backend": self.load.attention_backend,
             "video": asdict(self.video),
-            "sparse": _plain(self.sparse),
+            "sparse": None if self.sparse is None else self.sparse.to_dict(),
         }
 
     def generate(self) -> None:
@@ -153,13 +152,3 @@ class Job:
 
 def _ignore(step: "StepRecord") -> None:
     """Show nothing of a step."""
-
-
-def _plain(sparse: SparseSettings | None) -> dict[str, Any] | None:
-    """Sparse settings as plain values."""
-    if sparse is None:
-        return None
-    threshold = sparse.threshold
-    if isinstance(threshold, ThresholdSchedule):
-        return asdict(replace(sparse, threshold=1.0)) | {"threshold": threshold.to_dict()}
-    return asdict(sparse)

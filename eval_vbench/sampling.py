@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from eval_vbench.launch import Share
 from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder
-from xattn_video import __version__
+from xattn_video.cli.record import machine_record
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
 from xattn_video.pipelines.video import write_video
@@ -157,10 +155,6 @@ def _record(
     fps: int,
 ) -> dict[str, Any]:
     """What a report needs of one video."""
-    import diffusers
-
-    device = pipe._execution_device
-    cuda = device.type == "cuda"
     return {
         "text": request.prompt,
         "shape": list(result.frames.shape),
@@ -172,12 +166,7 @@ def _record(
         "backends": [] if result.report is None else list(result.report.backends),
         "checks": judge_demo_clip(item.prompt.name, Clip(result.frames, fps)),
         "flow_shift": pipe.scheduler.config.get("shift"),
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
-        "versions": {
-            "xattn_video": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        **machine_record(pipe._execution_device),
     }
 
 

@@ -1,15 +1,18 @@
 """What `--report` keeps of a command: settings, versions, times, and what attention really did."""
 
+import contextlib
+import importlib.metadata
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video import __version__
 from xattn_video.pipelines.video import atomic_path
-from xattn_video.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
+    import torch
+
     from xattn_video.pipelines.generation import GenerationResult
     from xattn_video.pipelines.hunyuan_video import LoadOptions
     from xattn_video.pipelines.request import GenerationRequest
@@ -22,24 +25,31 @@ def job_record(load: "LoadOptions", fps: int, runs: list[dict[str, Any]]) -> dic
 
 def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
     """Versions, device, and how the model is loaded."""
-    import diffusers
-    import torch
-
-    device = load.resolved_device
-    cuda = device.type == "cuda"
     return {
-        "versions": {
-            "xattn_video": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        **machine_record(load.resolved_device),
         "model": load.model,
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "dtype": str(load.resolved_dtype).removeprefix("torch."),
         "offload": load.resolved_offload,
         "vae_tiling": load.resolved_vae_tiling,
         "attention_backend": load.attention_backend,
         "fps": fps,
+    }
+
+
+def machine_record(device: "torch.device") -> dict[str, Any]:
+    """Versions, and the name of what computes."""
+    import diffusers
+    import torch
+
+    versions = {"xattn_video": __version__, "torch": torch.__version__}
+    versions["diffusers"] = diffusers.__version__
+    # Builds of Triton go by other names on some platforms.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    cuda = device.type == "cuda"
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
     }
 
 
@@ -53,7 +63,7 @@ def generation_record(
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
         **asdict(request.video),
-        "sparse": _settings(request),
+        "sparse": None if request.sparse is None else request.sparse.to_dict(),
         "seconds": result.seconds,
         "dense_seconds": result.dense_seconds,
         "sparse_seconds": result.sparse_seconds,
@@ -69,14 +79,3 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write ``record`` to ``path``, which holds all of it or stays as it was."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _settings(request: "GenerationRequest") -> dict[str, Any] | None:
-    """The sparse settings as plain values."""
-    sparse = request.sparse
-    if sparse is None:
-        return None
-    settings = {field.name: getattr(sparse, field.name) for field in fields(sparse)}
-    if isinstance(sparse.threshold, ThresholdSchedule):
-        settings["threshold"] = sparse.threshold.to_dict()
-    return settings

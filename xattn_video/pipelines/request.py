@@ -1,7 +1,7 @@
 """What to generate, checked before any model is loaded."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from xattn_video.pipelines.source import DEMO
 from xattn_video.schedule import ThresholdSchedule
@@ -105,6 +105,13 @@ class SparseSettings:
             or (schedule.is_uniform and schedule.threshold(step) == 1)
             for step in range(num_inference_steps)
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.threshold, ThresholdSchedule):
+            values["threshold"] = self.threshold.to_dict()
+        return values
 
 
 @dataclass(frozen=True, slots=True)
