@@ -30,6 +30,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = parse_arguments(words)
     device = torch.device(arguments.device)
     transformer = random_transformer(device, arguments.layers)
+    if arguments.compile:
+        transformer.compile_repeated_blocks(fullgraph=True)
     results = ResultFile(arguments.output, environment(device, arguments.commit))
     with torch.no_grad():
         if not arguments.skip_stock:
@@ -59,6 +61,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda")
     add("--layers", type=comma_separated(int), default=[20, 40], help="double, single stream")
     add("--skip-stock", action="store_true", help="only this package's steps")
+    add("--compile", action="store_true", help="the transformer's blocks, with torch.compile")
     add("--repeats", type=int, default=1)
     checkout = "your checkout of x-attention; it needs the block_sparse_attn package"
     add("--upstream", type=Path, action="append", default=[], help=checkout)
@@ -81,7 +84,10 @@ def measure(
     arguments: argparse.Namespace,
     results: ResultFile,
 ) -> None:
-    """Add one row: a step of the full size, after one of 9 frames that compiles what it needs."""
+    """Add one row: a step of the full size, after one that compiles what it needs.
+
+    That one has 9 frames, unless torch.compile would compile anew for the full size.
+    """
     config, device = transformer.config, torch.device(arguments.device)
     inputs = step_inputs(arguments, config, device)
     grid = inputs["hidden_states"].shape[2:]
@@ -91,6 +97,7 @@ def measure(
         "width": arguments.width,
         "num_frames": arguments.num_frames,
         "layers": arguments.layers,
+        "compiled": arguments.compile,
         "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
         "valid_text_tokens": arguments.valid_text_tokens,
         "batch": 1,
@@ -100,7 +107,8 @@ def measure(
     }
     row = common | row
     try:
-        time_step(transformer, step_inputs(arguments, config, device, frames=9), processor, 1)
+        small = step_inputs(arguments, config, device, frames=9)
+        time_step(transformer, inputs if arguments.compile else small, processor, 1)
         row |= time_step(transformer, inputs, processor, arguments.repeats)
     # What one kind of step may raise keeps no other from being measured.
     except Exception as failure:

@@ -44,6 +44,17 @@ def test_steps_of_each_kind_are_recorded(tiny, tmp_path, capsys):
     assert "sparse  torch_gather density" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_compiled_transformer_is_recorded_as_such(tiny, tmp_path):
+    torch.compiler.reset()
+    output = tmp_path / "step.json"
+    step.main([*SMALL, "--compile", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["phase"] for row in rows] == ["stock", "dense", "sparse"]
+    assert all(row["compiled"] for row in rows)
+    torch.compiler.reset()
+
+
 def test_a_step_that_fails_leaves_the_others(tiny, tmp_path, capsys):
     output = tmp_path / "step.json"
     step.main([*SMALL, "--backend", "flash4", "--output", str(output)])
