@@ -187,7 +187,8 @@ def _step_section(steps: list[Row]) -> Iterator[str]:
     first = steps[0]
     yield (
         f"### A whole step, {first['height']}x{first['width']}, {first['num_frames']} frames "
-        f"({first['n']:,} tokens), {sum(first['layers'])} layers with random weights\n"
+        f"({first['n']:,} tokens), {sum(first['layers'])} layers with random weights"
+        f"{_compiled(first)}\n"
     )
     phases = {row["phase"]: row for row in steps if row["phase"] in ("stock", "dense")}
     rows = []
@@ -238,12 +239,16 @@ def _readme_steps(file: ResultFile) -> Iterator[list[object]]:
         if row["phase"] == "sparse" and row["backend"] != AUTHORS and stock and dense:
             yield [
                 file.device,
-                f"{row['height']}x{row['width']}, {row['num_frames']} frames",
+                f"{row['height']}x{row['width']}, {row['num_frames']} frames{_compiled(row)}",
                 f"{row['density']:.3f}",
                 *(f"{step['latency_ms'] / 1e3:.1f} s" for step in (stock, dense, row)),
                 _over(row, stock),
                 _over(row, dense),
             ]
+
+
+def _compiled(step: Row) -> str:
+    return ", torch.compile" if step.get("compiled") else ""
 
 
 def _describe(problem: Problem) -> str:

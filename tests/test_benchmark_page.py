@@ -117,6 +117,13 @@ def test_steps_are_compared_with_both_dense_ones(gpu_file):
     assert "| sparse | flash4 | 8 | 0.345 | 10.00 | 3.20x | 2.00x | 36.3 |" in page
 
 
+def test_a_compiled_step_says_so(gpu_file):
+    rows = [step | {"compiled": True} for step in STEPS]
+    compiled = ResultFile("step-gpu", gpu_file.content | {"rows": rows})
+    assert "60 layers with random weights, torch.compile" in render_page([compiled])
+    assert "| 720x1280, 129 frames, torch.compile |" in render_readme_table([compiled])
+
+
 def test_selections_and_failures_are_listed(gpu_file):
     page = render_page([gpu_file])
     assert "| layer-1 | 17664 | 8 | 0.9 | " + " | ".join(["0.625"] * 7) + " |" in page
