@@ -193,3 +193,29 @@ def test_unparsable_options_exit_with_code_2(generate):
     code, _, err = generate("--prompt=a", "--height=tall")
     assert code == 2
     assert "--height" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "--promt", "a"], "error: No such option: --promt"),
+        (["generat"], "error: No such command 'generat'."),
+        (["generate", "--seed", "x"], "error: Invalid value for '--seed':"),
+        (["plan", "more"], "error: Got unexpected extra argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_are_no_option_are_one_line(words, message):
+    code, out, err = run_cli(*words)
+    assert code == 2
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(message)
+    assert line.endswith(" --help.")
+
+
+def test_no_words_at_all_show_the_help():
+    code, out, err = run_cli()
+    assert (code, err) == (0, "")
+    assert "Usage: xattn-video" in out
+    assert "generate" in out

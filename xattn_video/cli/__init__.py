@@ -8,6 +8,7 @@ from xattn_video import __version__
 from xattn_video.cli.backends import backends
 from xattn_video.cli.bench import bench
 from xattn_video.cli.compare import compare
+from xattn_video.cli.console import OneLineErrors
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
 
@@ -15,7 +16,7 @@ app = typer.Typer(
     name="xattn-video",
     help="HunyuanVideo with block-sparse attention (XAttention).",
     epilog="Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed.",
-    no_args_is_help=True,
+    cls=OneLineErrors,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -32,8 +33,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -42,6 +44,8 @@ def _options(
     ] = False,
 ) -> None:
     """HunyuanVideo with block-sparse attention (XAttention)."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:

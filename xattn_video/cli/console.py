@@ -5,8 +5,10 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
+from typing import Any, cast
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.text import Text
 
@@ -14,6 +16,8 @@ from xattn_video.errors import BackendUnavailableError, XAttentionError
 
 BAD_ARGUMENT = 2
 FAILED = 1
+# Typer brings click along in some releases and depends on it in others.
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 # A backend that cannot run is an argument too: "auto" always finds one.
 _BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError)
 
@@ -33,10 +37,40 @@ def print_warning(text: str) -> None:
     message_console().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
 
+def print_error(text: str) -> None:
+    """What went wrong, on stderr."""
+    message_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
 def print_labelled(console: Console, lines: dict[str, str]) -> None:
     """One line for each label; a terminal wraps it, a file keeps it whole."""
     for label, text in lines.items():
         console.print(Text.assemble((f"{label:<11}", "bold"), text), soft_wrap=True)
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Commands that say in one line, too, what is wrong with the words they were given."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command and exit, unless ``standalone_mode`` is False."""
+        exits = options.pop("standalone_mode", True)
+        options["standalone_mode"] = False
+        if not exits:
+            return super().main(*args, **options)
+        try:
+            code = super().main(*args, **options)
+        except _UsageError as error:
+            print_error(_describe_usage(error))
+            sys.exit(BAD_ARGUMENT)
+        except typer.Abort:
+            sys.exit(FAILED)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _describe_usage(error: Any) -> str:
+    text = error.format_message()
+    command = "xattn-video" if error.ctx is None else error.ctx.command_path
+    return f"{text if text.endswith(('.', '?')) else f'{text}.'} See {command} --help."
 
 
 class ErrorsToExitCodes:
@@ -66,9 +100,7 @@ class ErrorsToExitCodes:
             return
         if self.verbose:
             sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
-        message_console().print(
-            Text.assemble(("error: ", "bold red"), describe(error)), soft_wrap=True
-        )
+        print_error(describe(error))
         bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 
