@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_files import AUTHORS, STOCK, Problem, ResultFile, Row
+from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
+from xattn_video.benchmark.dense import STOCK
 
 IMAGES = "images/benchmarks"
 _INTRODUCTION = Path(__file__).with_name("page_introduction.md")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video.benchmark.dense import STOCK
+from xattn_video.benchmark.dense import best_dense
 
 Row = dict[str, Any]
 
@@ -59,8 +59,7 @@ class Problem:
     @property
     def best_dense(self) -> Row | None:
         """The fastest dense kernel in the same run that sees every key."""
-        dense = [row for row in self.select("dense") if row["backend"] != STOCK]
-        return min(dense, key=lambda row: row["latency_ms"], default=None)
+        return best_dense(self.rows)
 
     def speedup(self, total: Row, dense: Row | None) -> float | None:
         """How many times faster than a dense row; None without one."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.results_files import AUTHORS
 from xattn_video.benchmark.checks import check_attention
 from xattn_video.benchmark.parts import Case, SparseSettings
 from xattn_video.benchmark.problems import AttentionTensors
@@ -32,7 +33,7 @@ def cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]
     for stride in settings.strides:
         for tau in (*settings.thresholds, *settings.densities):
             columns = {
-                "backend": "x-attention",
+                "backend": AUTHORS,
                 **tensors.describe(),
                 "stride": stride,
                 "threshold": tau,

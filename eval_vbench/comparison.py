@@ -1,6 +1,6 @@
 """A dense run beside sparse ones: what a report says, as plain numbers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -10,6 +10,7 @@ from eval_vbench.prompts import DEMO_SUITE, VideoItem, load_suite
 from eval_vbench.run_folder import RunFolder, describe_differences
 from eval_vbench.scores import Score, read_scores
 from eval_vbench.statistics import Difference, paired_difference
+from xattn_video.quality.rows import over_measured
 
 # Plain VBench is made for videos shorter than this.
 VBENCH_SECONDS = 5.0
@@ -158,11 +159,11 @@ def measures_of(
     """Fidelity and cost of a run; speed-ups and fidelity only beside the dense run."""
     pairs = list((fidelity or {}).values())
     seconds = median(_values(run, "seconds"))
-    step = _of(median, _values(run, "seconds_per_sparse_step"))
+    step = over_measured(median, _values(run, "seconds_per_sparse_step"))
     dense_seconds = dense_step = None
     if dense is not None and devices(run) == devices(dense):
         dense_seconds = median(_values(dense, "seconds"))
-        dense_step = _of(median, _values(dense, "seconds_per_dense_step"))
+        dense_step = over_measured(median, _values(dense, "seconds_per_dense_step"))
     vmaf = [
         100 * pair["vmaf"] / pair["vmaf_self"]
         for pair in pairs
@@ -170,15 +171,15 @@ def measures_of(
     ]
     return Measures(
         videos=len(run.items),
-        psnr=_of(mean, [pair["psnr"] for pair in pairs]),
-        ssim=_of(mean, [pair["ssim"] for pair in pairs]),
-        lpips=_of(mean, [pair.get("lpips") for pair in pairs]),
-        relative_vmaf=_of(mean, vmaf),
-        density=_of(mean, _values(run, "density")),
+        psnr=over_measured(mean, [pair["psnr"] for pair in pairs]),
+        ssim=over_measured(mean, [pair["ssim"] for pair in pairs]),
+        lpips=over_measured(mean, [pair.get("lpips") for pair in pairs]),
+        relative_vmaf=over_measured(mean, vmaf),
+        density=over_measured(mean, _values(run, "density")),
         seconds=seconds,
         speedup=None if dense_seconds is None else dense_seconds / seconds,
         step_speedup=dense_step / step if dense_step and step else None,
-        peak_memory_gib=_of(max, _values(run, "peak_memory_gib")),
+        peak_memory_gib=over_measured(max, _values(run, "peak_memory_gib")),
     )
 
 
@@ -231,9 +232,3 @@ def caveats(dense: Run, results: Sequence[SparseResult]) -> list[str]:
 def _values(run: Run, name: str) -> list[float]:
     """What the records state, where they do."""
     return [record[name] for record in run.records.values() if record[name] is not None]
-
-
-def _of(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
-    """The statistic of what was measured."""
-    measured = [value for value in values if value is not None]
-    return statistic(measured) if measured else None

@@ -17,6 +17,7 @@ from eval_vbench.dimensions import DATA, Totals, dimensions
 from eval_vbench.prompts import DEMO_SUITE
 from eval_vbench.statistics import Difference
 from xattn_video.quality.pages import markdown_table
+from xattn_video.quality.rows import format_cell
 
 _NOT_MEASURED = "-"
 
@@ -79,15 +80,15 @@ def _measures_table(dense: Run, results: Sequence[SparseResult]) -> str:
     rows += [(result.run.label, result.measures) for result in results]
     columns: dict[str, Callable[[Measures], str]] = {
         "videos": lambda m: str(m.videos),
-        "PSNR dB": lambda m: _cell(m.psnr, ".2f"),
-        "SSIM": lambda m: _cell(m.ssim, ".4f"),
-        "LPIPS": lambda m: _cell(m.lpips, ".4f"),
-        "VMAF": lambda m: _cell(m.relative_vmaf, ".1f", "%"),
-        "density": lambda m: _cell(m.density, ".1%"),
-        "s/video": lambda m: _cell(m.seconds, ".1f"),
-        "speed-up": lambda m: _cell(m.speedup, ".2f", "x"),
-        "step speed-up": lambda m: _cell(m.step_speedup, ".2f", "x"),
-        "GiB": lambda m: _cell(m.peak_memory_gib, ".2f"),
+        "PSNR dB": lambda m: format_cell(m.psnr, ".2f"),
+        "SSIM": lambda m: format_cell(m.ssim, ".4f"),
+        "LPIPS": lambda m: format_cell(m.lpips, ".4f"),
+        "VMAF": lambda m: format_cell(m.relative_vmaf, ".1f", "%"),
+        "density": lambda m: format_cell(m.density, ".1%"),
+        "s/video": lambda m: format_cell(m.seconds, ".1f"),
+        "speed-up": lambda m: format_cell(m.speedup, ".2f", "x"),
+        "step speed-up": lambda m: format_cell(m.step_speedup, ".2f", "x"),
+        "GiB": lambda m: format_cell(m.peak_memory_gib, ".2f"),
     }
     cells = [[label, *(cell(row) for cell in columns.values())] for label, row in rows]
     return markdown_table(["run", *columns], cells)
@@ -99,7 +100,8 @@ def _checks_table(dense: Run, results: Sequence[SparseResult]) -> str:
     rows += [(result.run.label, result.checks) for result in results]
     names = list(rows[0][1])
     cells = [
-        [label, *(_cell(shares.get(name), ".1%") for name in names)] for label, shares in rows
+        [label, *(format_cell(shares.get(name), ".1%") for name in names)]
+        for label, shares in rows
     ]
     return markdown_table(["run", *names], cells)
 
@@ -145,7 +147,7 @@ def _paper_table(results: Sequence[SparseResult]) -> str:
         measured = {} if run is None else asdict(run.measures)
         line = [f"{row['threshold']:.2f}"]
         for name, form in formats.items():
-            line += [f"{row[name]:{form}}", _cell(measured.get(name), form) or _NOT_MEASURED]
+            line += [f"{row[name]:{form}}", format_cell(measured.get(name), form) or _NOT_MEASURED]
         cells.append(line)
     headings = ["tau"]
     for name in ("PSNR", "SSIM", "LPIPS", "density"):
@@ -174,7 +176,3 @@ def _interval(difference: Difference | None) -> str:
     if difference is None or difference.low is None or difference.high is None:
         return _NOT_MEASURED
     return f"[{difference.low:+.4f}, {difference.high:+.4f}]"
-
-
-def _cell(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"

@@ -81,7 +81,7 @@ def package(monkeypatch):
     found = Package()
     module.block_sparse_attn_func = found.block_sparse_attn_func
     monkeypatch.setitem(sys.modules, "block_sparse_attn", module)
-    monkeypatch.setattr(block_sparse_attn, "_device_reasons", lambda device: [])
+    monkeypatch.setattr(block_sparse_attn, "cuda_unsupported_reasons", lambda device: [])
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
     block_sparse_attn._check_kernel.cache_clear()
     yield found

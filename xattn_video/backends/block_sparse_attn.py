@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xattn_video.first_use import check_on_small_problem
 from xattn_video.inputs import AttentionInputs, Problem
+from xattn_video.kernels.support import cuda_unsupported_reasons
 
 NAME = "block_sparse_attn"
 
@@ -30,7 +31,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
             "block_sparse_attn is not installed; build it from "
             "https://github.com/mit-han-lab/Block-Sparse-Attention, or use backend triton."
         )
-    reasons.extend(_device_reasons(problem.device))
+    reasons.extend(cuda_unsupported_reasons(problem.device))
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype must be float16 or bfloat16, got {problem.dtype}; convert inputs.")
     if problem.head_dim not in _HEAD_DIMS:
@@ -45,21 +46,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if problem.causal:
         reasons.append("causal attention is not supported; use backend triton.")
     return reasons
-
-
-def _device_reasons(device: torch.device) -> list[str]:
-    """Why its kernel cannot run on the device."""
-    if device.type != "cuda":
-        return [f"the device must be CUDA, got {device}; move the inputs to a GPU."]
-    if not torch.cuda.is_available():
-        return [f"no CUDA device is present for {device}; use a machine with a GPU, or the CPU."]
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return [
-            f"compute capability must be 8.0 or more, {device} has {major}.{minor}; use backend "
-            "torch_gather."
-        ]
-    return []
 
 
 def forward(inputs: AttentionInputs) -> Tensor:

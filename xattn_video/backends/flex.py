@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from xattn_video.inputs import AttentionInputs, Problem
+from xattn_video.kernels.support import cuda_unsupported_reasons
 
 NAME = "flex"
 
@@ -57,14 +58,7 @@ def _cuda_reasons(problem: Problem) -> list[str]:
         reasons.append("triton is not installed; pip install triton (Linux only).")
     elif os.environ.get("TRITON_INTERPRET", "0") != "0":
         reasons.append("TRITON_INTERPRET keeps Triton from compiling; unset it.")
-    if not torch.cuda.is_available():
-        reasons.append("no CUDA device is present; use a machine with a GPU, or the CPU.")
-    elif torch.cuda.get_device_capability(problem.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(problem.device)
-        reasons.append(
-            f"compute capability must be 8.0 or more, {problem.device} has {major}.{minor}; use "
-            "backend torch_gather."
-        )
+    reasons.extend(cuda_unsupported_reasons(problem.device))
     if problem.head_dim & (problem.head_dim - 1) or not 16 <= problem.head_dim <= 256:
         reasons.append(
             f"head_dim must be a power of two from 16 to 256 on CUDA, got {problem.head_dim}; use "

@@ -1,8 +1,9 @@
 """The dense baselines: every exact kernel that is present, and what stock Diffusers runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,12 @@ def dense_kernels(
     mask[..., num_keys:] = False
     masked = partial(F.scaled_dot_product_attention, query, key, value, attn_mask=mask)
     yield STOCK, masked, num_keys
+
+
+def best_dense(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of measured rows that of the fastest dense kernel that sees every key."""
+    dense = [row for row in rows if row["name"] == "dense" and row["backend"] != STOCK]
+    return min(dense, key=lambda row: float(row["latency_ms"]), default=None)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, kernel: SDPBackend | None) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xattn_video.benchmark.dense import STOCK
+from xattn_video.benchmark.dense import STOCK, best_dense
 from xattn_video.benchmark.parts import (
     Row,
     SparseSettings,
@@ -34,8 +34,7 @@ class Speedup:
     @property
     def best_dense(self) -> Row | None:
         """The fastest dense kernel that sees every key."""
-        dense = [r for r in self.rows if r["name"] == "dense" and r["backend"] != STOCK]
-        return min(dense, key=lambda row: float(row["latency_ms"]), default=None)
+        return best_dense(self.rows)
 
     @property
     def stock(self) -> Row | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn_video.kernels.support import cuda_unsupported_reasons
+
 DTYPES = (torch.float16, torch.bfloat16)
 # Those for which its Hopper tiles are 128 x 128 in the block-sparse kernel.
 HEAD_DIMS = (64, 128)
@@ -19,20 +21,16 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int)
         importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         reasons.append('flash-attn-4 is not installed; pip install "xattn-video[hopper]".')
-    if device.type != "cuda":
-        reasons.append(f"the device must be CUDA, got {device}; move the inputs to a GPU.")
-    elif not torch.cuda.is_available():
-        reasons.append(
-            f"no CUDA device is present for {device}; use a machine with a GPU, or the CPU."
-        )
-    else:
-        major, minor = torch.cuda.get_device_capability(device)
+    missing = cuda_unsupported_reasons(device)
+    if missing:
+        reasons.extend(missing)
+    elif torch.cuda.get_device_capability(device)[0] != 9:
         # On 8.x flash-attn-4 ignores the block lists without a word; 10.x wants other blocks.
-        if major != 9:
-            reasons.append(
-                f"compute capability must be 9.x (Hopper), {device} has {major}.{minor}; use "
-                "backend triton."
-            )
+        major, minor = torch.cuda.get_device_capability(device)
+        reasons.append(
+            f"compute capability must be 9.x (Hopper), {device} has {major}.{minor}; use "
+            "backend triton."
+        )
     if dtype not in DTYPES:
         reasons.append(f"dtype must be float16 or bfloat16, got {dtype}; convert inputs.")
     if head_dim not in HEAD_DIMS:

@@ -56,13 +56,20 @@ def _compiler_reasons(device: torch.device) -> list[str]:
             f"the device must be CUDA, got {device}; move the inputs to a GPU, or set "
             "TRITON_INTERPRET=1 before the first import to interpret the kernels, slowly."
         ]
+    return cuda_unsupported_reasons(device)
+
+
+def cuda_unsupported_reasons(device: torch.device) -> list[str]:
+    """Why no CUDA kernel of today can run on the device, with the remedy."""
+    if device.type != "cuda":
+        return [f"the device must be CUDA, got {device}; move the inputs to a GPU."]
     if not torch.cuda.is_available():
         return [f"no CUDA device is present for {device}; use a machine with a GPU, or the CPU."]
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
         return [
-            f"compute capability must be 8.0 or more, {device} has "
-            f"{capability[0]}.{capability[1]}; use backend torch_gather."
+            f"compute capability must be 8.0 or more, {device} has {major}.{minor}; use backend "
+            "torch_gather."
         ]
     return []
 

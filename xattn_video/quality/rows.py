@@ -70,8 +70,8 @@ def _summarise(group: list[Measurement], dense: list[Measurement]) -> Row:
     cases = {(m.prompt, m.seed) for m in group}
     partners = {(m.prompt, m.seed): m for m in dense if (m.prompt, m.seed) in cases}
     is_reference = group[0].method == DENSE
-    dense_step = _of(median, [m.dense_step_seconds for m in partners.values()])
-    sparse_step = _of(median, [m.sparse_step_seconds for m in group])
+    dense_step = over_measured(median, [m.dense_step_seconds for m in partners.values()])
+    sparse_step = over_measured(median, [m.sparse_step_seconds for m in group])
     seconds = mean(m.seconds for m in group)
     judged = [m for m in group if m.attributes is not None]
     followed = {(m.prompt, m.seed): all(_checks(m)) for m in judged}
@@ -81,20 +81,20 @@ def _summarise(group: list[Measurement], dense: list[Measurement]) -> Row:
         num_videos=len(group),
         identical=bool(similarities)
         and all(s.num_identical == s.num_frames for s in similarities),
-        psnr=_of(mean, [s.psnr for s in similarities]),
-        ssim=_of(mean, [s.ssim for s in similarities]),
-        relative_vmaf=_of(mean, [s.relative_vmaf for s in similarities]),
-        lpips=_of(mean, [s.lpips for s in similarities]),
-        latent_error=_of(mean, [m.latent_error for m in group]),
-        density=_of(mean, [m.density for m in group]),
-        kept_mass=_of(mean, [m.kept_mass for m in group]),
+        psnr=over_measured(mean, [s.psnr for s in similarities]),
+        ssim=over_measured(mean, [s.ssim for s in similarities]),
+        relative_vmaf=over_measured(mean, [s.relative_vmaf for s in similarities]),
+        lpips=over_measured(mean, [s.lpips for s in similarities]),
+        latent_error=over_measured(mean, [m.latent_error for m in group]),
+        density=over_measured(mean, [m.density for m in group]),
+        kept_mass=over_measured(mean, [m.kept_mass for m in group]),
         seconds=seconds,
         speedup=None if is_reference else mean(m.seconds for m in partners.values()) / seconds,
         step_speedup=dense_step / sparse_step if dense_step and sparse_step else None,
-        peak_memory_gib=_of(max, [m.peak_memory_gib for m in group]),
-        checks_right=_of(mean, [check for m in judged for check in _checks(m)]),
-        followed=_of(mean, list(followed.values())),
-        still_followed=None if is_reference else _of(mean, still),
+        peak_memory_gib=over_measured(max, [m.peak_memory_gib for m in group]),
+        checks_right=over_measured(mean, [check for m in judged for check in _checks(m)]),
+        followed=over_measured(mean, list(followed.values())),
+        still_followed=None if is_reference else over_measured(mean, still),
     )
 
 
@@ -103,7 +103,9 @@ def _checks(measurement: Measurement) -> list[bool]:
     return [check for checks in (measurement.attributes or {}).values() for check in checks]
 
 
-def _of(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+def over_measured(
+    statistic: Callable[[list[float]], float], values: Sequence[float | None]
+) -> float | None:
     """The statistic of what was measured."""
     measured = [float(value) for value in values if value is not None]
     return statistic(measured) if measured else None
@@ -112,20 +114,20 @@ def _of(statistic: Callable[[list[float]], float], values: Sequence[float | None
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "setting": lambda row: row.method.label,
     "videos": lambda row: str(row.num_videos),
-    "PSNR dB": lambda row: "identical" if row.identical else _cell(row.psnr, ".2f"),
-    "SSIM": lambda row: _cell(row.ssim, ".4f"),
-    "VMAF": lambda row: _cell(row.relative_vmaf, ".1f", "%"),
-    "LPIPS": lambda row: _cell(row.lpips, ".4f"),
-    "latent error": lambda row: _cell(row.latent_error, ".4f"),
-    "density": lambda row: _cell(row.density, ".3f"),
-    "kept mass": lambda row: _cell(row.kept_mass, ".4f"),
-    "s/video": lambda row: _cell(row.seconds, ".2f" if row.seconds < 10 else ".1f"),
-    "speed-up": lambda row: _cell(row.speedup, ".2f", "x"),
-    "step speed-up": lambda row: _cell(row.step_speedup, ".2f", "x"),
-    "GiB": lambda row: _cell(row.peak_memory_gib, ".2f"),
-    "checks right": lambda row: _cell(row.checks_right, ".1%"),
-    "followed": lambda row: _cell(row.followed, ".1%"),
-    "still followed": lambda row: _cell(row.still_followed, ".1%"),
+    "PSNR dB": lambda row: "identical" if row.identical else format_cell(row.psnr, ".2f"),
+    "SSIM": lambda row: format_cell(row.ssim, ".4f"),
+    "VMAF": lambda row: format_cell(row.relative_vmaf, ".1f", "%"),
+    "LPIPS": lambda row: format_cell(row.lpips, ".4f"),
+    "latent error": lambda row: format_cell(row.latent_error, ".4f"),
+    "density": lambda row: format_cell(row.density, ".3f"),
+    "kept mass": lambda row: format_cell(row.kept_mass, ".4f"),
+    "s/video": lambda row: format_cell(row.seconds, ".2f" if row.seconds < 10 else ".1f"),
+    "speed-up": lambda row: format_cell(row.speedup, ".2f", "x"),
+    "step speed-up": lambda row: format_cell(row.step_speedup, ".2f", "x"),
+    "GiB": lambda row: format_cell(row.peak_memory_gib, ".2f"),
+    "checks right": lambda row: format_cell(row.checks_right, ".1%"),
+    "followed": lambda row: format_cell(row.followed, ".1%"),
+    "still followed": lambda row: format_cell(row.still_followed, ".1%"),
 }
 
 
@@ -136,5 +138,6 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
-def _cell(value: float | None, form: str, unit: str = "") -> str:
+def format_cell(value: float | None, form: str, unit: str = "") -> str:
+    """A figure as a table shows it; empty where there is none."""
     return "" if value is None else f"{value:{form}}{unit}"
