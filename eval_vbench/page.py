@@ -10,6 +10,7 @@ from eval_vbench.comparison import (
     Run,
     SparseResult,
     caveats,
+    devices,
     measures_of,
     shares_right,
 )
@@ -60,7 +61,7 @@ def report_page(dense: Run, results: Sequence[SparseResult], notes: Sequence[str
         "# Dense against sparse",
         f"{dense.settings['model']}, {video['width']}x{video['height']}, {video['num_frames']} "
         f"frames at {dense.settings['fps']} fps, {video['num_inference_steps']} steps, suite "
-        f"{dense.settings['suite']}, {len(dense.items)} videos a run.",
+        f"{dense.settings['suite']}, {len(dense.items)} videos a run. {_origin(dense, results)}",
         "\n".join(f"- **{text}**" for text in caveats(dense, results)),
         "\n".join(f"- {text}" for text in notes),
         "## Fidelity and cost",
@@ -73,6 +74,19 @@ def report_page(dense: Run, results: Sequence[SparseResult], notes: Sequence[str
     if dense.settings["suite"] != DEMO_SUITE:
         parts += ["## The paper's figures", _paper_table(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _origin(dense: Run, results: Sequence[SparseResult]) -> str:
+    """The devices and versions that made the videos."""
+    runs = [dense, *(result.run for result in results)]
+    names = sorted(set.union(*map(devices, runs)))
+    versions = {
+        f"{name} {version}"
+        for run in runs
+        for record in run.records.values()
+        for name, version in record["versions"].items()
+    }
+    return f"Device: {', '.join(names)}; {', '.join(sorted(versions))}."
 
 
 def _measures_table(dense: Run, results: Sequence[SparseResult]) -> str:

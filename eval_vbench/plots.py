@@ -52,7 +52,8 @@ def _draw(path: Path, panels: dict[str, dict[str, dict[str, float]]]) -> None:
             axes.bar(places, heights, width, label=label)
         labels = [name.replace("_", "\n") for name in names]
         axes.set_xticks(range(len(names)), labels, fontsize="small")
-        axes.set(title=title, ylim=(0, 1.05))
+        # Bars of one width in all panels.
+        axes.set(title=title, xlim=(-0.5, max(widths) - 0.5), ylim=(0, 1.05))
     figure.legend(
         *axes_of[0].get_legend_handles_labels(),
         loc="outside lower center",

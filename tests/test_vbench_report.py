@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from vbench_runs import SPARSE, invoke, make_run
 
 from eval_vbench import report
@@ -77,6 +79,7 @@ def test_a_report_holds_all_that_was_measured(runs):
     assert "LPIPS was not measured: AlexNet's weights are not there" in page
     assert "Not comparable to the VBench leaderboard: the prompts are the demo model's own" in page
     assert "The paper's figures" not in page
+    assert f"Device: cpu; diffusers {diffusers.__version__}, torch {torch.__version__}" in page
 
 
 def test_what_was_measured_is_not_measured_again(runs, monkeypatch):
