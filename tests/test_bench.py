@@ -47,6 +47,19 @@ def test_all_parts_are_shown():
     assert "scoring: " in progress
 
 
+def test_what_fails_while_measuring_is_no_bad_argument(monkeypatch):
+    from xattn_video.benchmark import speedup
+
+    def fail(problem, device, dtype, *, on_row, **options):
+        on_row(row("dense", "sdpa", 1.0))
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(speedup, "measure_speedup", fail)
+    code, _, err = bench()
+    assert code == 1
+    assert err.splitlines()[-1] == "error: no such kernel"
+
+
 def test_json_holds_the_rows_and_the_conclusions():
     code, shown, _ = bench("--json", "--stride=16")
     assert code == 0

@@ -75,6 +75,12 @@ def bench(
         problem = AttentionProblem("bench", tokens, shape.heads, shape.head_dim)
         _warn_of_waiting(4e-12 * tokens**2 * shape.hidden, load.resolved_device.type)
         messages = message_console()
+
+        def show(row: dict[str, Any]) -> None:
+            # The arguments have proved sound once something was measured.
+            errors.running = True
+            messages.print(_progress(row), style="dim")
+
         found = measure_speedup(
             problem,
             load.resolved_device,
@@ -83,9 +89,8 @@ def bench(
             stride=stride,
             backend=backend,
             budget=Budget(max_seconds=seconds),
-            on_row=lambda row: messages.print(_progress(row), style="dim"),
+            on_row=show,
         )
-        errors.running = True
         if as_json:
             typer.echo(json.dumps(_as_dict(found, run_plan), indent=2))
             return
