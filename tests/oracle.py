@@ -17,6 +17,11 @@ def _lengths(key: Tensor, key_lengths: Tensor | None) -> list[int]:
     return [int(length) for length in key_lengths]
 
 
+def make_lengths(lengths: list[int] | None, device: str | torch.device = "cpu") -> Tensor | None:
+    """Valid keys of each item as the kernels take them; None for all."""
+    return None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
 def repeat_key_heads(query: Tensor, key: Tensor) -> Tensor:
     """A head of the key, or the value, for every query head: h uses h // (H / Hkv)."""
     group_size = query.shape[1] // key.shape[1]

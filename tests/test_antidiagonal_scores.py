@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from oracle import antidiagonal_block_scores, assert_within_budget
+from oracle import antidiagonal_block_scores, assert_within_budget, make_lengths
 
 pytest.importorskip("triton")
 
@@ -21,10 +21,6 @@ def make_pair(B, H, Sq, Sk, D, device, dtype=torch.float32):
     query = torch.randn(B, Sq, H, D, dtype=dtype, device=device).transpose(1, 2) * 2
     key = torch.randn(B, Sk, H, D, dtype=dtype, device=device).transpose(1, 2) * 2
     return query, key
-
-
-def make_lengths(lengths, device):
-    return None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 def scores_of(query, key, *, block_size=128, stride=8, causal=False, key_lengths=None, scale=None):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oracle import assert_within_budget, masked_attention
+from oracle import assert_within_budget, make_lengths, masked_attention
 
 from xattn_video.inputs import BlockLists
 
@@ -22,10 +22,6 @@ def make_inputs(B, H, Sq, Sk, D, device, dtype=torch.float32):
 
 def make_mask(B, H, Sq, Sk, block_size, device, density=0.4):
     return torch.rand(B, H, -(-Sq // block_size), -(-Sk // block_size), device=device) < density
-
-
-def make_lengths(lengths, device):
-    return None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 def attend(query, key, value, mask, *, block_size=64, causal=False, key_lengths=None, scale=None):

@@ -69,7 +69,7 @@ def test_a_comparison_writes_tables_plots_and_videos(compare, tmp_path):
     assert len(record["layer_densities"]["tau0.3-warmup1-stride8"]) == 3
     assert record["layer_densities"]["tau0.3-warmup1-stride8"][0][0] is None
     assert record["video_tokens"] == 48
-    assert set(record["versions"]) >= {"xattn_video", "torch", "diffusers"}
+    assert set(record["versions"]) - {"triton"} == {"xattn_video", "torch", "diffusers"}
     for row in ("dense again", "tau 0.6, warm-up 1, stride 16"):
         assert row in out
         assert row in (tmp_path / "o/results.md").read_text()

@@ -5,6 +5,7 @@ import torch
 from oracle import (
     antidiagonal_block_scores,
     assert_within_budget,
+    make_lengths,
     masked_attention,
     repeat_key_heads,
 )
@@ -32,10 +33,6 @@ def make_inputs(B, H, Hkv, Sq, Sk, D, device="cpu", dtype=torch.float32):
 
 def make_mask(B, H, Sq, Sk, block_size, device="cpu"):
     return torch.rand(B, H, -(-Sq // block_size), -(-Sk // block_size), device=device) < 0.5
-
-
-def make_lengths(lengths, device="cpu"):
-    return None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 CASES = pytest.mark.parametrize(

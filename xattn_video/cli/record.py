@@ -41,8 +41,11 @@ def machine_record(device: "torch.device") -> dict[str, Any]:
     import diffusers
     import torch
 
-    versions = {"xattn_video": __version__, "torch": torch.__version__}
-    versions["diffusers"] = diffusers.__version__
+    versions = {
+        "xattn_video": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
     # Builds of Triton go by other names on some platforms.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["triton"] = importlib.metadata.version("triton")

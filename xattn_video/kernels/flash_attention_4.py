@@ -21,16 +21,16 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int)
         importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         reasons.append('flash-attn-4 is not installed; pip install "xattn-video[hopper]".')
-    missing = cuda_unsupported_reasons(device)
-    if missing:
-        reasons.extend(missing)
-    elif torch.cuda.get_device_capability(device)[0] != 9:
-        # On 8.x flash-attn-4 ignores the block lists without a word; 10.x wants other blocks.
+    no_cuda = cuda_unsupported_reasons(device)
+    reasons.extend(no_cuda)
+    if not no_cuda:
         major, minor = torch.cuda.get_device_capability(device)
-        reasons.append(
-            f"compute capability must be 9.x (Hopper), {device} has {major}.{minor}; use "
-            "backend triton."
-        )
+        # On 8.x flash-attn-4 ignores the block lists without a word; 10.x wants other blocks.
+        if major != 9:
+            reasons.append(
+                f"compute capability must be 9.x (Hopper), {device} has {major}.{minor}; use "
+                "backend triton."
+            )
     if dtype not in DTYPES:
         reasons.append(f"dtype must be float16 or bfloat16, got {dtype}; convert inputs.")
     if head_dim not in HEAD_DIMS:

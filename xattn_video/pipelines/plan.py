@@ -112,10 +112,10 @@ def plan_run(
     warnings = []
     if sparse:
         warnings += _sparsity_warnings(settings, dense_steps, steps, video_tokens, share)
-    if sparse and options.device_is_here:
-        backend, refusal = _resolve(settings.backend, problem)
-        warnings += [refusal] if refusal else _backend_warnings(backend, device)
-        warnings += _scoring_warnings(settings, problem)
+        if options.device_is_here:
+            backend, refusal = _resolve(settings.backend, problem)
+            warnings += [refusal] if refusal else _backend_warnings(backend, device)
+            warnings += _scoring_warnings(settings, problem)
     warnings += _cost_warnings(memory, tflop * steps, options)
     return RunPlan(
         grid=grid,
