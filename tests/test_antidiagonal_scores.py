@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from xattn_video.kernels import antidiagonal_scores as kernel
 from xattn_video.kernels import support
 from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores, unsupported_reasons
-from xattn_video.kernels.scoring_tiles import fits_descriptor
+from xattn_video.kernels.support import fits_descriptor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

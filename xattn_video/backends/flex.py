@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from xattn_video.inputs import AttentionInputs, Problem
-from xattn_video.kernels.support import cuda_unsupported_reasons
+from xattn_video.kernels.support import cuda_unsupported_reasons, nvidia_capability
 
 NAME = "flex"
 
@@ -100,6 +100,7 @@ def forward(inputs: AttentionInputs) -> Tensor:
             inputs.block_size,
             inputs.causal,
             inputs.scale,
+            _kernel_options(inputs.query, inputs.block_size),
         )
     # Laid out [B, Sq, H, D] whatever the strides of the query.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -127,6 +128,20 @@ def _split_lists(inputs: AttentionInputs, lengths: Tensor) -> tuple[Tensor, ...]
     return counts - whole_counts, indices.gather(-1, shifted.long()), whole_counts, indices
 
 
+def _kernel_options(query: Tensor, block_size: int) -> dict[str, int | bool] | None:
+    """Options of FlexAttention's Triton template; rows without blocks forbid the unsafe one."""
+    if not query.is_cuda:
+        return None
+    options: dict[str, int | bool] = {}
+    if block_size < 128:
+        # The default tile of 128 queries does not divide smaller blocks.
+        options |= {"BLOCK_M": 64, "BLOCK_N": 64}
+    if nvidia_capability(query.device) == (9, 0):
+        # Inductor goes back to plain loads where TMA cannot read a tensor.
+        options["USE_TMA"] = True
+    return options
+
+
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     """The compiled kernel; torch keeps one program for each set of shapes and constants."""
@@ -145,6 +160,7 @@ def _flex_forward(
     block_size: int,
     causal: bool,
     scale: float,
+    kernel_options: Any,
 ) -> Tensor:
     """FlexAttention over the listed blocks."""
     if not torch.compiler.is_compiling():
@@ -172,14 +188,12 @@ def _flex_forward(
         BLOCK_SIZE=(block_size, block_size),
         mask_mod=visible,
     )
-    # The default tile of 128 queries does not divide smaller blocks.
-    tiles: Any = {"BLOCK_M": 64, "BLOCK_N": 64} if query.is_cuda and block_size < 128 else None
     return flex_attention(
         query,
         key,
         value,
         block_mask=block_mask,
         scale=scale,
-        kernel_options=tiles,
+        kernel_options=kernel_options,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -3,17 +3,21 @@
 A program holds one block of queries, walks the row's list of key blocks and touches no other. The
 lists ascend, so the blocks that need a mask (cut by the end of the keys or by the diagonal) come
 last and have a loop of their own; the one before runs without masks.
+
+Overlapped, a step computes the products of the next keys before it adds the values of the last
+ones: on Hopper the tensor cores then add values while the other units take the softmax.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from xattn_video.kernels.support import INTERPRETING, with_unit_stride
+from xattn_video.kernels.attention_tiles import choose_attention_tiles
+from xattn_video.kernels.support import with_unit_stride
 
 # Stands for the maximum of no products at all; finite, so that differences of maxima are.
 _LOWEST = tl.constexpr(-1e38)
@@ -21,38 +25,39 @@ _LOWEST = tl.constexpr(-1e38)
 
 @triton.jit
 def _load_rows(
-    base_ptr, stride, rows, num_rows,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASKED: tl.constexpr,
+    source, stride, batch, head, first, num_rows,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a `[num_rows, HEAD_DIM]` matrix; rows and columns beyond it are 0."""
+    """Rows from ``first`` on of a `[num_rows, HEAD_DIM]` matrix; rows and columns beyond it are 0.
+
+    ``source`` is a TMA descriptor `[B, H, S, HEAD_DIM]` or points to the matrix.
+    """
+    rows = first + tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED_DIM)
-    ptrs = base_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if PADDED_DIM != HEAD_DIM:
-        mask = (columns < HEAD_DIM)[None, :]
+    if DESCRIPTORS:
+        loaded = source.load([batch, head, first, 0]).reshape(ROWS, HEAD_DIM)
         if MASKED:
-            mask = mask & (rows < num_rows)[:, None]
-        return tl.load(ptrs, mask=mask, other=0.0)
-    if MASKED:
-        return tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
-    return tl.load(ptrs)
+            # The descriptor ends with the tensor, which may go on beyond an item's own keys.
+            loaded = tl.where((rows < num_rows)[:, None], loaded, 0.0)
+    else:
+        ptrs = source + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        if PADDED_DIM != HEAD_DIM:
+            inside = (columns < HEAD_DIM)[None, :]
+            if MASKED:
+                inside = inside & (rows < num_rows)[:, None]
+            loaded = tl.load(ptrs, mask=inside, other=0.0)
+        elif MASKED:
+            loaded = tl.load(ptrs, mask=(rows < num_rows)[:, None], other=0.0)
+        else:
+            loaded = tl.load(ptrs)
+    return loaded
 
 
 @triton.jit
-def _attend(
-    accumulator, row_sum, row_maximum, query, key_ptr, value_ptr, stride_ks, stride_vs,
-    first_n, ends_m, key_length, scale_log2,
-    HEAD_DIM: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of online softmax, over keys from ``first_n`` on and before a query's end."""
-    PADDED_DIM: tl.constexpr = query.shape[1]
-    offsets_n = first_n + tl.arange(0, TILE_N)
-    # [TILE_N, PADDED_DIM]
-    key = _load_rows(key_ptr, stride_ks, offsets_n, key_length, HEAD_DIM, PADDED_DIM, MASKED)
-    # [TILE_M, TILE_N]
-    products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+def _weigh(products, row_sum, row_maximum, scale_log2, visible, MASKED: tl.constexpr):
+    """Weights of a tile, the correction of what was summed before, the new sum and maximum."""
     if MASKED:
-        visible = offsets_n[None, :] < ends_m[:, None]
         products = tl.where(visible, products, _LOWEST)
     # scale_log2 is not negative, so that it may follow the maximum.
     new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
@@ -60,36 +65,119 @@ def _attend(
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
     correction = tl.exp2(row_maximum - new_maximum)
-    row_sum = row_sum * correction + tl.sum(weights, axis=1)
-    value = _load_rows(value_ptr, stride_vs, offsets_n, key_length, HEAD_DIM, PADDED_DIM, MASKED)
-    accumulator = tl.dot(
-        weights.to(value.dtype), value, accumulator * correction[:, None],
-        input_precision=INPUT_PRECISION,
+    return weights, correction, row_sum * correction + tl.sum(weights, axis=1), new_maximum
+
+
+@triton.jit
+def _attend(
+    accumulator, row_sum, row_maximum, query, key_source, value_source, stride_ks, stride_vs,
+    batch, kv_head, indices_ptr, first_step, last_step, ends_m, key_length, last_block, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, NUM_STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps of TILE_N keys, one after the other; masked, of keys before a query's end only."""
+    PADDED_DIM: tl.constexpr = query.shape[1]
+    PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
+    # Read one step ahead, so that no load of keys waits for its index.
+    block = tl.load(indices_ptr + tl.minimum(first_step // PARTS, last_block))
+    for i in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+        first_n = block * BLOCK_SIZE + (i % PARTS) * TILE_N
+        block = tl.load(indices_ptr + tl.minimum((i + 1) // PARTS, last_block))
+        # [TILE_N, PADDED_DIM]
+        key = _load_rows(
+            key_source, stride_ks, batch, kv_head, first_n, key_length,
+            TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS,
+        )  # fmt: skip
+        # [TILE_M, TILE_N]
+        products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+        visible = (first_n + tl.arange(0, TILE_N))[None, :] < ends_m[:, None]
+        weights, correction, row_sum, row_maximum = _weigh(
+            products, row_sum, row_maximum, scale_log2, visible, MASKED
+        )
+        value = _load_rows(
+            value_source, stride_vs, batch, kv_head, first_n, key_length,
+            TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS,
+        )  # fmt: skip
+        accumulator = tl.dot(
+            weights.to(value.dtype), value, accumulator * correction[:, None],
+            input_precision=INPUT_PRECISION,
+        )  # fmt: skip
+    return accumulator, row_sum, row_maximum
+
+
+@triton.jit
+def _attend_overlapped(
+    accumulator, row_sum, row_maximum, query, key_source, value_source, stride_ks, stride_vs,
+    batch, kv_head, indices_ptr, num_steps, key_length, last_block, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """The first ``num_steps`` steps, at least one, none of which needs a mask.
+
+    Triton's compiler leaves the product with the values running until the next step's wait
+    because its result is used after that one alone, and only if the weights are cast where they
+    are used: carried in half precision they would go through shared memory.
+    """
+    PADDED_DIM: tl.constexpr = query.shape[1]
+    PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
+    first_n = tl.load(indices_ptr) * BLOCK_SIZE
+    key = _load_rows(
+        key_source, stride_ks, batch, kv_head, first_n, key_length,
+        TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
     )  # fmt: skip
-    return accumulator, row_sum, new_maximum
+    weights, correction, row_sum, row_maximum = _weigh(
+        tl.dot(query, tl.trans(key)), row_sum, row_maximum, scale_log2, None, False
+    )
+    block = tl.load(indices_ptr + tl.minimum(1 // PARTS, last_block))
+    for i in tl.range(1, num_steps, num_stages=NUM_STAGES):
+        last_n = first_n
+        first_n = block * BLOCK_SIZE + (i % PARTS) * TILE_N
+        block = tl.load(indices_ptr + tl.minimum((i + 1) // PARTS, last_block))
+        key = _load_rows(
+            key_source, stride_ks, batch, kv_head, first_n, key_length,
+            TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
+        )  # fmt: skip
+        products = tl.dot(query, tl.trans(key))
+        value = _load_rows(
+            value_source, stride_vs, batch, kv_head, last_n, key_length,
+            TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
+        )  # fmt: skip
+        accumulator = tl.dot(weights.to(value.dtype), value, accumulator * correction[:, None])
+        weights, correction, row_sum, row_maximum = _weigh(
+            products, row_sum, row_maximum, scale_log2, None, False
+        )
+    value = _load_rows(
+        value_source, stride_vs, batch, kv_head, first_n, key_length,
+        TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
+    )  # fmt: skip
+    accumulator = tl.dot(weights.to(value.dtype), value, accumulator * correction[:, None])
+    return accumulator, row_sum, row_maximum
 
 
 @triton.jit(do_not_specialize=["H", "group_size", "Sq", "Sk", "Nq", "Nk"])
 def _block_sparse_forward_kernel(
-    query_ptr, key_ptr, value_ptr, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
+    query_source, key_source, value_source, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     H, group_size, Sq, Sk, Nq, Nk, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    OVERLAPPED: tl.constexpr, NUM_STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, in a row of blocks, against the row's kept blocks."""
     PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
     # The last rows start first: text comes last and its rows keep every block.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch_head = tl.program_id(1).to(tl.int64)
-    b, h = batch_head // H, batch_head % H
-    query_ptr += b * stride_qb + h * stride_qh
-    key_ptr += b * stride_kb + h // group_size * stride_kh
-    value_ptr += b * stride_vb + h // group_size * stride_vh
+    batch = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    kv_head = head // group_size
+    b, h = batch.to(tl.int64), head.to(tl.int64)
+    if not DESCRIPTORS:
+        query_source += b * stride_qb + h * stride_qh
+        key_source += b * stride_kb + kv_head.to(tl.int64) * stride_kh
+        value_source += b * stride_vb + kv_head.to(tl.int64) * stride_vh
     output_ptr += b * stride_ob + h * stride_oh
-    row = batch_head * Nq + tile * TILE_M // BLOCK_SIZE
+    row = tl.program_id(1).to(tl.int64) * Nq + tile * TILE_M // BLOCK_SIZE
     indices_ptr += row * Nk
     count = tl.load(counts_ptr + row)
     key_length = Sk
@@ -111,25 +199,34 @@ def _block_sparse_forward_kernel(
         unmasked -= 1
         last = tl.load(indices_ptr + tl.maximum(unmasked - 1, 0))
 
-    query = _load_rows(query_ptr, stride_qs, offsets_m, Sq, HEAD_DIM, PADDED_DIM, True)
+    query = _load_rows(
+        query_source, stride_qs, batch, head, tile * TILE_M, Sq,
+        TILE_M, HEAD_DIM, PADDED_DIM, not DESCRIPTORS, DESCRIPTORS,
+    )  # fmt: skip
     accumulator = tl.zeros([TILE_M, PADDED_DIM], dtype=tl.float32)
     row_sum = tl.zeros([TILE_M], dtype=tl.float32)
     row_maximum = tl.full([TILE_M], _LOWEST, dtype=tl.float32)
-    # Read one step ahead, so that no load of keys waits for its index.
-    block = tl.load(indices_ptr)
-    for i in tl.range(0, unmasked * PARTS):
-        first_n = block * BLOCK_SIZE + (i % PARTS) * TILE_N
-        block = tl.load(indices_ptr + tl.minimum((i + 1) // PARTS, Nk - 1))
+    if OVERLAPPED:
+        if unmasked > 0:
+            accumulator, row_sum, row_maximum = _attend_overlapped(
+                accumulator, row_sum, row_maximum, query, key_source, value_source,
+                stride_ks, stride_vs, batch, kv_head, indices_ptr, unmasked * PARTS,
+                key_length, Nk - 1, scale_log2,
+                HEAD_DIM, BLOCK_SIZE, TILE_N, DESCRIPTORS, NUM_STAGES,
+            )  # fmt: skip
+    else:
         accumulator, row_sum, row_maximum = _attend(
-            accumulator, row_sum, row_maximum, query, key_ptr, value_ptr, stride_ks, stride_vs,
-            first_n, ends_m, key_length, scale_log2, HEAD_DIM, TILE_N, False, INPUT_PRECISION,
+            accumulator, row_sum, row_maximum, query, key_source, value_source,
+            stride_ks, stride_vs, batch, kv_head, indices_ptr, 0, unmasked * PARTS,
+            ends_m, key_length, Nk - 1, scale_log2,
+            HEAD_DIM, BLOCK_SIZE, TILE_N, False, DESCRIPTORS, NUM_STAGES, INPUT_PRECISION,
         )  # fmt: skip
-    for i in tl.range(unmasked * PARTS, count * PARTS, num_stages=1):
-        first_n = tl.load(indices_ptr + i // PARTS) * BLOCK_SIZE + (i % PARTS) * TILE_N
-        accumulator, row_sum, row_maximum = _attend(
-            accumulator, row_sum, row_maximum, query, key_ptr, value_ptr, stride_ks, stride_vs,
-            first_n, ends_m, key_length, scale_log2, HEAD_DIM, TILE_N, True, INPUT_PRECISION,
-        )  # fmt: skip
+    accumulator, row_sum, row_maximum = _attend(
+        accumulator, row_sum, row_maximum, query, key_source, value_source,
+        stride_ks, stride_vs, batch, kv_head, indices_ptr, unmasked * PARTS, count * PARTS,
+        ends_m, key_length, Nk - 1, scale_log2,
+        HEAD_DIM, BLOCK_SIZE, TILE_N, True, DESCRIPTORS, 1, INPUT_PRECISION,
+    )  # fmt: skip
 
     # A query that saw no key has a sum of 0 and gives 0.
     output = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -139,31 +236,6 @@ def _block_sparse_forward_kernel(
         output.to(output_ptr.dtype.element_ty),
         mask=(offsets_m < Sq)[:, None] & (columns < HEAD_DIM)[None, :],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """How the work is cut: queries of a program and keys of a step."""
-
-    tile_m: int
-    tile_n: int
-    num_warps: int
-    num_stages: int
-
-
-def _tiles(query: Tensor, block_size: int) -> _Tiles:
-    """The tiles for the dtype, the head and the device; they divide a block."""
-    wide = query.shape[-1] > 128
-    if INTERPRETING:
-        return _Tiles(64, 64, num_warps=1, num_stages=1)
-    if query.dtype == torch.float32:
-        # Exact products keep their operands in registers, which hold no more than this.
-        return _Tiles(32, 16 if wide else 32, num_warps=8, num_stages=2)
-    if wide:
-        return _Tiles(64, 32, num_warps=4, num_stages=2)
-    # A third stage needs more shared memory than the 99 KiB of consumer GPUs.
-    large = torch.cuda.get_device_capability(query.device) in ((9, 0), (10, 0))
-    return _Tiles(block_size, 64, num_warps=block_size // 16, num_stages=3 if large else 2)
 
 
 def block_sparse_forward(
@@ -205,14 +277,26 @@ def block_sparse_forward(
     query, key, value = (with_unit_stride(tensor) for tensor in (query, key, value))
     counts, indices = counts.contiguous(), indices.contiguous()
     output = query.new_empty(B, Sq, H, D).transpose(1, 2)
-    tiles = _tiles(query, block_size)
+    tiles = choose_attention_tiles(query, key, value, block_size)
+    sources = query, key, value
+    if tiles.descriptors:
+        rows = tiles.tile_m, tiles.tile_n, tiles.tile_n
+        sources = tuple(map(_descriptor, sources, rows))
+    limits = {} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}
     with torch.cuda.device_of(query):
         _block_sparse_forward_kernel[(triton.cdiv(Sq, tiles.tile_m), B * H)](
-            query, key, value, output, counts, indices, key_lengths,
+            *sources, output, counts, indices, key_lengths,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             H, H // key.shape[1], Sq, Sk, Nq, Nk, scale * math.log2(math.e),
             HEAD_DIM=D, PADDED_DIM=triton.next_power_of_2(D), BLOCK_SIZE=block_size,
-            CAUSAL=causal, TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, INPUT_PRECISION="ieee",
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            CAUSAL=causal, TILE_M=tiles.tile_m, TILE_N=tiles.tile_n,
+            DESCRIPTORS=tiles.descriptors, OVERLAPPED=tiles.overlapped,
+            NUM_STAGES=tiles.num_stages, INPUT_PRECISION="ieee", num_warps=tiles.num_warps,
+            **limits,
         )  # fmt: skip
     return output
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor of `[B, H, S, D]` that loads so many rows of one head."""
+    return TensorDescriptor.from_tensor(tensor, [1, 1, rows, tensor.shape[-1]])

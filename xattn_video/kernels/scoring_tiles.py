@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xattn_video.kernels.support import INTERPRETING
+from xattn_video.kernels.support import INTERPRETING, fits_descriptor, nvidia_capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,12 @@ def choose_tiles(query: Tensor, key: Tensor, groups: int) -> Tiles:
     elif query.dtype == torch.float32:
         tiles = SINGLE
     else:
-        capability = torch.cuda.get_device_capability(query.device)
+        capability = nvidia_capability(query.device)
         if query.dtype == torch.float8_e4m3fn:
             tiles = FLOAT8 if capability == (9, 0) else FLOAT8_SMALL
         else:
-            tiles = {(9, 0): HALF_HOPPER, (10, 0): HALF_LARGE}.get(capability, HALF)
+            large = {(9, 0): HALF_HOPPER, (10, 0): HALF_LARGE}
+            tiles = HALF if capability is None else large.get(capability, HALF)
     return replace(
         tiles,
         tile_m=max(tiles.tile_m, groups),
@@ -57,13 +58,6 @@ def choose_tiles(query: Tensor, key: Tensor, groups: int) -> Tiles:
         tile_k=math.gcd(tiles.tile_k, query.shape[-1]),
         descriptors=tiles.descriptors and all(map(fits_descriptor, (query, key))),
     )
-
-
-def fits_descriptor(tensor: Tensor) -> bool:
-    """Whether TMA can load from it: the base and every stride are multiples of 16 bytes."""
-    size = tensor.element_size()
-    whole = [stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:3]]
-    return tensor.data_ptr() % 16 == 0 and all(whole)
 
 
 def program_count(device: torch.device, tiles: Tiles) -> int:

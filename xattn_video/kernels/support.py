@@ -74,6 +74,18 @@ def cuda_unsupported_reasons(device: torch.device) -> list[str]:
     return []
 
 
+def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None of an AMD one, which counts otherwise."""
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
 def with_unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is dense, as kernels read it; else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def fits_descriptor(tensor: Tensor) -> bool:
+    """Whether TMA can load from it: the base and every stride are multiples of 16 bytes."""
+    size = tensor.element_size()
+    whole = [stride > 0 and stride * size % 16 == 0 for stride in tensor.stride()[:3]]
+    return tensor.data_ptr() % 16 == 0 and all(whole)
