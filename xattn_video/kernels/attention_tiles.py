@@ -1,6 +1,6 @@
 """How the attention kernel cuts its work: the tiles for each dtype, head and device."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from xattn_video.kernels.support import INTERPRETING, fits_descriptor, nvidia_ca
 class AttentionTiles:
     """How the work is cut: queries of a program and keys of a step; they divide a block.
 
-    With descriptors TMA loads the tiles. Overlapped, the values of one step are added while the
-    softmax of the next is taken.
+    With descriptors TMA loads the tiles.
     """
 
     tile_m: int
@@ -21,36 +20,30 @@ class AttentionTiles:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    overlapped: bool = False
-    max_registers: int | None = None
 
 
 def choose_attention_tiles(
     query: Tensor, key: Tensor, value: Tensor, block_size: int
 ) -> AttentionTiles:
     """The tiles for the dtype, the head and the device."""
-    tiles = _tiles(query, block_size)
     head_dim = query.shape[-1]
-    # A descriptor's box has a power of two of columns.
-    can_describe = head_dim & (head_dim - 1) == 0 and all(
-        map(fits_descriptor, (query, key, value))
-    )
-    return replace(tiles, descriptors=tiles.descriptors and can_describe)
-
-
-def _tiles(query: Tensor, block_size: int) -> AttentionTiles:
     half = query.dtype != torch.float32
-    wide = query.shape[-1] > 128
+    # A descriptor's box has a power of two of columns.
+    descriptors = (
+        half and head_dim & (head_dim - 1) == 0 and all(map(fits_descriptor, (query, key, value)))
+    )
     if INTERPRETING:
-        return AttentionTiles(64, 64, 1, 1, descriptors=half, overlapped=half)
+        return AttentionTiles(64, 64, num_warps=1, num_stages=1, descriptors=descriptors)
     if not half:
         # Exact products keep their operands in registers, which hold no more than this.
-        return AttentionTiles(32, 16 if wide else 32, num_warps=8, num_stages=2)
-    if wide:
+        return AttentionTiles(32, 16 if head_dim > 128 else 32, num_warps=8, num_stages=2)
+    if head_dim > 128:
         return AttentionTiles(64, 32, num_warps=4, num_stages=2)
-    num_warps = block_size // 16
     capability = nvidia_capability(query.device)
-    if capability == (9, 0):
-        return AttentionTiles(block_size, 64, block_size // 32, 2, descriptors=True)
+    if capability == (9, 0) and descriptors:
+        # Two programs run at a time: one multiplies while the other takes its softmax.
+        num_stages = 2 if block_size == 128 else 3
+        return AttentionTiles(block_size, 64, 4, num_stages, descriptors=True)
     # A third stage needs more shared memory than the 99 KiB of consumer GPUs.
-    return AttentionTiles(block_size, 64, num_warps, num_stages=3 if capability == (10, 0) else 2)
+    num_stages = 3 if capability in ((9, 0), (10, 0)) else 2
+    return AttentionTiles(block_size, 64, num_warps=block_size // 16, num_stages=num_stages)

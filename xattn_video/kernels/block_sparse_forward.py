@@ -3,9 +3,6 @@
 A program holds one block of queries, walks the row's list of key blocks and touches no other. The
 lists ascend, so the blocks that need a mask (cut by the end of the keys or by the diagonal) come
 last and have a loop of their own; the one before runs without masks.
-
-Overlapped, a step computes the products of the next keys before it adds the values of the last
-ones: on Hopper the tensor cores then add values while the other units take the softmax.
 """
 
 import math
@@ -55,20 +52,6 @@ def _load_rows(
 
 
 @triton.jit
-def _weigh(products, row_sum, row_maximum, scale_log2, visible, MASKED: tl.constexpr):
-    """Weights of a tile, the correction of what was summed before, the new sum and maximum."""
-    if MASKED:
-        products = tl.where(visible, products, _LOWEST)
-    # scale_log2 is not negative, so that it may follow the maximum.
-    new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
-    weights = tl.exp2(products * scale_log2 - new_maximum[:, None])
-    if MASKED:
-        weights = tl.where(visible, weights, 0.0)
-    correction = tl.exp2(row_maximum - new_maximum)
-    return weights, correction, row_sum * correction + tl.sum(weights, axis=1), new_maximum
-
-
-@triton.jit
 def _attend(
     accumulator, row_sum, row_maximum, query, key_source, value_source, stride_ks, stride_vs,
     batch, kv_head, indices_ptr, first_step, last_step, ends_m, key_length, last_block, scale_log2,
@@ -91,9 +74,16 @@ def _attend(
         # [TILE_M, TILE_N]
         products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
         visible = (first_n + tl.arange(0, TILE_N))[None, :] < ends_m[:, None]
-        weights, correction, row_sum, row_maximum = _weigh(
-            products, row_sum, row_maximum, scale_log2, visible, MASKED
-        )
+        if MASKED:
+            products = tl.where(visible, products, _LOWEST)
+        # scale_log2 is not negative, so that it may follow the maximum.
+        new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
+        weights = tl.exp2(products * scale_log2 - new_maximum[:, None])
+        if MASKED:
+            weights = tl.where(visible, weights, 0.0)
+        correction = tl.exp2(row_maximum - new_maximum)
+        row_sum = row_sum * correction + tl.sum(weights, axis=1)
+        row_maximum = new_maximum
         value = _load_rows(
             value_source, stride_vs, batch, kv_head, first_n, key_length,
             TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS,
@@ -105,55 +95,6 @@ def _attend(
     return accumulator, row_sum, row_maximum
 
 
-@triton.jit
-def _attend_overlapped(
-    accumulator, row_sum, row_maximum, query, key_source, value_source, stride_ks, stride_vs,
-    batch, kv_head, indices_ptr, num_steps, key_length, last_block, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """The first ``num_steps`` steps, at least one, none of which needs a mask.
-
-    Triton's compiler leaves the product with the values running until the next step's wait
-    because its result is used after that one alone, and only if the weights are cast where they
-    are used: carried in half precision they would go through shared memory.
-    """
-    PADDED_DIM: tl.constexpr = query.shape[1]
-    PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
-    first_n = tl.load(indices_ptr) * BLOCK_SIZE
-    key = _load_rows(
-        key_source, stride_ks, batch, kv_head, first_n, key_length,
-        TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
-    )  # fmt: skip
-    weights, correction, row_sum, row_maximum = _weigh(
-        tl.dot(query, tl.trans(key)), row_sum, row_maximum, scale_log2, None, False
-    )
-    block = tl.load(indices_ptr + tl.minimum(1 // PARTS, last_block))
-    for i in tl.range(1, num_steps, num_stages=NUM_STAGES):
-        last_n = first_n
-        first_n = block * BLOCK_SIZE + (i % PARTS) * TILE_N
-        block = tl.load(indices_ptr + tl.minimum((i + 1) // PARTS, last_block))
-        key = _load_rows(
-            key_source, stride_ks, batch, kv_head, first_n, key_length,
-            TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
-        )  # fmt: skip
-        products = tl.dot(query, tl.trans(key))
-        value = _load_rows(
-            value_source, stride_vs, batch, kv_head, last_n, key_length,
-            TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
-        )  # fmt: skip
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator * correction[:, None])
-        weights, correction, row_sum, row_maximum = _weigh(
-            products, row_sum, row_maximum, scale_log2, None, False
-        )
-    value = _load_rows(
-        value_source, stride_vs, batch, kv_head, first_n, key_length,
-        TILE_N, HEAD_DIM, PADDED_DIM, False, DESCRIPTORS,
-    )  # fmt: skip
-    accumulator = tl.dot(weights.to(value.dtype), value, accumulator * correction[:, None])
-    return accumulator, row_sum, row_maximum
-
-
 @triton.jit(do_not_specialize=["H", "group_size", "Sq", "Sk", "Nq", "Nk"])
 def _block_sparse_forward_kernel(
     query_source, key_source, value_source, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
@@ -162,7 +103,7 @@ def _block_sparse_forward_kernel(
     H, group_size, Sq, Sk, Nq, Nk, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    OVERLAPPED: tl.constexpr, NUM_STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, in a row of blocks, against the row's kept blocks."""
     PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
@@ -206,21 +147,12 @@ def _block_sparse_forward_kernel(
     accumulator = tl.zeros([TILE_M, PADDED_DIM], dtype=tl.float32)
     row_sum = tl.zeros([TILE_M], dtype=tl.float32)
     row_maximum = tl.full([TILE_M], _LOWEST, dtype=tl.float32)
-    if OVERLAPPED:
-        if unmasked > 0:
-            accumulator, row_sum, row_maximum = _attend_overlapped(
-                accumulator, row_sum, row_maximum, query, key_source, value_source,
-                stride_ks, stride_vs, batch, kv_head, indices_ptr, unmasked * PARTS,
-                key_length, Nk - 1, scale_log2,
-                HEAD_DIM, BLOCK_SIZE, TILE_N, DESCRIPTORS, NUM_STAGES,
-            )  # fmt: skip
-    else:
-        accumulator, row_sum, row_maximum = _attend(
-            accumulator, row_sum, row_maximum, query, key_source, value_source,
-            stride_ks, stride_vs, batch, kv_head, indices_ptr, 0, unmasked * PARTS,
-            ends_m, key_length, Nk - 1, scale_log2,
-            HEAD_DIM, BLOCK_SIZE, TILE_N, False, DESCRIPTORS, NUM_STAGES, INPUT_PRECISION,
-        )  # fmt: skip
+    accumulator, row_sum, row_maximum = _attend(
+        accumulator, row_sum, row_maximum, query, key_source, value_source,
+        stride_ks, stride_vs, batch, kv_head, indices_ptr, 0, unmasked * PARTS,
+        ends_m, key_length, Nk - 1, scale_log2,
+        HEAD_DIM, BLOCK_SIZE, TILE_N, False, DESCRIPTORS, NUM_STAGES, INPUT_PRECISION,
+    )  # fmt: skip
     accumulator, row_sum, row_maximum = _attend(
         accumulator, row_sum, row_maximum, query, key_source, value_source,
         stride_ks, stride_vs, batch, kv_head, indices_ptr, unmasked * PARTS, count * PARTS,
@@ -282,7 +214,6 @@ def block_sparse_forward(
     if tiles.descriptors:
         rows = tiles.tile_m, tiles.tile_n, tiles.tile_n
         sources = tuple(map(_descriptor, sources, rows))
-    limits = {} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}
     with torch.cuda.device_of(query):
         _block_sparse_forward_kernel[(triton.cdiv(Sq, tiles.tile_m), B * H)](
             *sources, output, counts, indices, key_lengths,
@@ -290,9 +221,8 @@ def block_sparse_forward(
             H, H // key.shape[1], Sq, Sk, Nq, Nk, scale * math.log2(math.e),
             HEAD_DIM=D, PADDED_DIM=triton.next_power_of_2(D), BLOCK_SIZE=block_size,
             CAUSAL=causal, TILE_M=tiles.tile_m, TILE_N=tiles.tile_n,
-            DESCRIPTORS=tiles.descriptors, OVERLAPPED=tiles.overlapped,
-            NUM_STAGES=tiles.num_stages, INPUT_PRECISION="ieee", num_warps=tiles.num_warps,
-            **limits,
+            DESCRIPTORS=tiles.descriptors, NUM_STAGES=tiles.num_stages, INPUT_PRECISION="ieee",
+            num_warps=tiles.num_warps,
         )  # fmt: skip
     return output
 

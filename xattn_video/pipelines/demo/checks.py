@@ -111,11 +111,16 @@ def measure_clip(frames: Tensor, *, num_objects: int) -> ClipMeasurement:
         )
     indices = torch.linspace(0, len(frames) - 1, min(_SAMPLED_FRAMES, len(frames)))
     chosen = indices.round().long()
-    frames_seen = _working_size(frames.float().cpu()[chosen])
+    frames_seen = _working_size(frames[chosen].float().cpu())
     background, name = _measure_background(frames_seen)
+    # [F, H, W]
+    distances = (frames_seen - background).norm(dim=1)
+    labels = _label(distances > _MIN_DISTANCE)
     regions = [
-        _find_regions(frame, background, int(index))
-        for index, frame in zip(chosen, frames_seen, strict=True)
+        _find_regions(int(index), frame, distance, labelled)
+        for index, frame, distance, labelled in zip(
+            chosen, frames_seen, distances, labels, strict=True
+        )
     ]
     number = int(torch.tensor([len(found) for found in regions]).median())
     course = (len(frames) - 1) / COURSE_FRAMES
@@ -153,19 +158,15 @@ def _nearest(colour: Tensor, names: dict[str, tuple[float, float, float]]) -> st
     return min(names, key=lambda name: float((colour - torch.tensor(names[name])).norm()))
 
 
-def _find_regions(frame: Tensor, background: Tensor, index: int) -> list[_Region]:
+def _find_regions(index: int, frame: Tensor, distance: Tensor, labels: Tensor) -> list[_Region]:
     """The regions of a frame ``[3, H, W]`` that are no background, the largest first."""
     height, width = frame.shape[1:]
     unit = min(height, width)
-    distance = (frame - background).norm(dim=0)
-    labels = _label(distance > _MIN_DISTANCE)
     regions = []
-    for label in sorted(set(labels.flatten().tolist())):
-        if label == 0:
+    for label, size in zip(*labels.unique(return_counts=True), strict=True):
+        if label == 0 or size < _MIN_AREA * unit**2:
             continue
         inside = labels == label
-        if inside.sum() < _MIN_AREA * unit**2:
-            continue
         # The outline runs where the colour is half the object's and half the background's.
         plain = distance[inside].quantile(0.75)
         mask = inside & (distance > 0.5 * plain)
@@ -176,11 +177,12 @@ def _find_regions(frame: Tensor, background: Tensor, index: int) -> list[_Region
     return sorted(regions, key=lambda region: -region.area)
 
 
-def _label(mask: Tensor) -> Tensor:
-    """Connected regions of ``mask``, each with one positive number: the largest index in it."""
-    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).view(mask.shape) * mask
+def _label(masks: Tensor) -> Tensor:
+    """Connected regions of each mask, ``[F, H, W]``, each with one number: its largest index."""
+    size = masks[0].numel()
+    labels = torch.arange(1, size + 1, dtype=torch.float32).view(masks.shape[1:]) * masks
     while True:
-        spread = F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * mask
+        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * masks
         if torch.equal(spread, labels):
             return labels.long()
         labels = spread
