@@ -37,7 +37,12 @@ def main(words: list[str] | None = None) -> None:
         if not arguments.skip_stock:
             measure(transformer, None, {"phase": "stock", "backend": "stock"}, arguments, results)
         for tau in [1.0, *arguments.threshold]:
-            options = {"warmup_steps": 0, "stride": arguments.stride, "backend": arguments.backend}
+            options = {
+                "warmup_steps": 0,
+                "stride": arguments.stride,
+                "backend": arguments.backend,
+                "min_tokens": 0,
+            }
             with enable_xattention(transformer, tau, **options) as handle:
                 phase = {"phase": "dense"} if tau == 1 else {"phase": "sparse", "threshold": tau}
                 row = {**phase, "stride": arguments.stride}

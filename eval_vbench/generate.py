@@ -54,7 +54,7 @@ def main(
     block_size: options.BlockSize = 128,
     warmup_steps: options.WarmupSteps = 5,
     cooldown_steps: options.CooldownSteps = 0,
-    min_tokens: options.MinTokens = 1024,
+    min_tokens: options.MinTokens = None,
     dense: options.Dense = False,
     backend: options.Backend = "auto",
     dtype: options.Dtype = None,
@@ -79,7 +79,7 @@ def main(
             block_size=block_size,
             warmup_steps=warmup_steps,
             cooldown_steps=cooldown_steps,
-            min_tokens=min_tokens,
+            min_tokens=options.chosen_min_tokens(model, min_tokens),
             backend=backend,
         )
         if device is None:

@@ -38,7 +38,10 @@ def main() -> int:
 
             stack.enter_context(
                 enable_xattention(
-                    pipeline, threshold=arguments.threshold, warmup_steps=arguments.warmup_steps
+                    pipeline,
+                    threshold=arguments.threshold,
+                    warmup_steps=arguments.warmup_steps,
+                    min_tokens=0,
                 )
             )
         for index, scene in enumerate(scenes):

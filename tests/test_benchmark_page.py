@@ -152,6 +152,13 @@ def test_the_readme_takes_the_fastest_backend(gpu_file):
     assert "8,192" in table[3]
 
 
+def test_the_readme_takes_the_smallest_stride(gpu_file):
+    totals = [row for row in gpu_file.content["rows"] if row["name"] == "xattention"]
+    faster = [row | {"stride": 16, "latency_ms": row["latency_ms"] / 2} for row in totals]
+    both = ResultFile("x", gpu_file.content | {"rows": faster + gpu_file.content["rows"]})
+    assert render_readme_table([both]) == render_readme_table([gpu_file])
+
+
 def test_the_readme_shows_whole_steps_where_there_are_any(gpu_file):
     table = render_readme_table([gpu_file]).splitlines()
     assert table[-1] == (

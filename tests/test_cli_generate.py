@@ -145,6 +145,17 @@ def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch,
     assert (tmp_path / video["file"]).is_file()
 
 
+@pytest.mark.parametrize(("model", "min_tokens"), [("demo", 0), ("org/hunyuan", None)])
+def test_the_demo_is_sparse_however_few_its_tokens(model, min_tokens, monkeypatch):
+    jobs = []
+    module = sys.modules["xattn_video.cli.generate"]
+    monkeypatch.setattr(module, "check_job", jobs.append)
+    monkeypatch.setattr(module, "run_job", lambda job: None)
+    code, _, err = run_cli("generate", f"--model={model}", "--prompt=a", "--device=cpu")
+    assert code == 0, err
+    assert jobs[0].requests[0].sparse.min_tokens == min_tokens
+
+
 def test_every_option_of_the_video_and_the_model_arrives(generate, monkeypatch):
     """Seen from what is handed on: most change nothing that a tiny video shows."""
     jobs = []

@@ -49,7 +49,10 @@ from command_line import run_cli
         (["--prompt=a", "--offload=all"], "offload must be one of none, model, sequential, group"),
         (["--prompt=a", "--offload=model"], "offload='model' moves parts off an accelerator"),
         (["--prompt=a", "--backend=fast"], "unknown attention backend 'fast'"),
-        (["--prompt=a", "--scoring-precision=int8"], 'must be "exact" or "float8", got \'int8\''),
+        (
+            ["--prompt=a", "--scoring-precision=int8"],
+            'must be "auto", "exact" or "float8", got \'int8\'',
+        ),
         (
             ["--prompt=a", "--attention-backend=fast"],
             "unknown attention backend 'fast' for the dense",

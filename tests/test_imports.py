@@ -18,6 +18,7 @@ ALLOWED = {
     "checks": set(),
     "inputs": set(),
     "forced": set(),
+    "min_tokens": set(),
     "kernels": {"kernels"},
     "first_use": {"errors"},
     "backends": {"kernels", "errors", "first_use", "inputs"},
@@ -29,8 +30,9 @@ ALLOWED = {
     "compat": OPERATOR,
     "schedule": {"errors"},
     "report": {"errors"},
-    "processors": OPERATOR | {"dense", "kernels", "schedule", "report", "processors"},
-    "pipelines": OPERATOR | {"schedule", "report", "processors", "pipelines"},
+    "processors": OPERATOR
+    | {"dense", "kernels", "min_tokens", "schedule", "report", "processors"},
+    "pipelines": OPERATOR | {"min_tokens", "schedule", "report", "processors", "pipelines"},
     "benchmark": OPERATOR | {"kernels", "benchmark"},
     "quality": {"errors", "schedule", "report", "processors", "pipelines", "quality"},
     "cli": OPERATOR

@@ -96,7 +96,8 @@ def test_no_sparse_step_is_warned_of(settings, message):
 
 
 def test_small_videos_are_warned_of():
-    warnings = "\n".join(plan(VideoSettings(height=256, width=256, num_frames=17)).warnings)
+    small = VideoSettings(height=256, width=256, num_frames=17)
+    warnings = "\n".join(plan(small, min_tokens=0).warnings)
     assert "Few tokens: 10 blocks" in warnings
     assert "Attention is 8% of a step's arithmetic" in warnings
 
@@ -104,7 +105,7 @@ def test_small_videos_are_warned_of():
 def test_videos_that_stay_dense_for_their_size_are_warned_of():
     found = plan(VideoSettings(height=128, width=128, num_frames=17))
     assert found.sparse_steps == 0
-    assert "320 video tokens are fewer than min_tokens=1,024" in found.warnings[0]
+    assert "320 video tokens are fewer than min_tokens=2,048" in found.warnings[0]
     assert plan(VideoSettings(height=128, width=128, num_frames=17), min_tokens=0).sparse_steps
 
 

@@ -17,7 +17,7 @@ from hunyuan import (
 )
 
 from xattn_video import ThresholdSchedule
-from xattn_video.processors import hunyuan_video, joint_attention
+from xattn_video.processors import hunyuan_video, joint_attention, session
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
 
@@ -99,6 +99,16 @@ def test_few_tokens_run_dense():
     run(transformer)
     assert processor.report().dense_reasons == {"too few tokens": NUM_LAYERS}
     transformer, processor = with_processor(min_tokens=VIDEO_TOKENS)
+    run(transformer)
+    assert states(processor.report()) == ["sparse"]
+
+
+def test_how_few_depends_on_the_device_where_nothing_is_said(monkeypatch):
+    transformer, processor = with_processor(min_tokens=None)
+    run(transformer)
+    assert processor.report().dense_reasons == {"too few tokens": NUM_LAYERS}
+    monkeypatch.setattr(session, "default_min_tokens", {"cpu": VIDEO_TOKENS}.__getitem__)
+    transformer, processor = with_processor(min_tokens=None)
     run(transformer)
     assert states(processor.report()) == ["sparse"]
 

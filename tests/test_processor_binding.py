@@ -208,7 +208,7 @@ def test_a_schedule_for_another_model_is_refused_when_it_is_set():
         ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
         ({"cooldown_steps": 1.5}, "cooldown_steps must be a whole number"),
         ({"backend": "cudnn"}, "unknown attention backend 'cudnn'; expected one of auto"),
-        ({"scoring_precision": "half"}, 'must be "exact" or "float8", got \'half\''),
+        ({"scoring_precision": "half"}, 'must be "auto", "exact" or "float8", got \'half\''),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
@@ -219,5 +219,5 @@ def test_wrong_arguments_are_refused(options, message):
 def test_the_defaults_are_those_of_the_paper():
     assert repr(XAttnProcessor()) == (
         "XAttnProcessor(threshold=0.95, stride=8, block_size=128, warmup_steps=5, "
-        "cooldown_steps=0, min_tokens=1024, backend='auto', scoring_precision='exact')"
+        "cooldown_steps=0, min_tokens=None, backend='auto', scoring_precision='auto')"
     )

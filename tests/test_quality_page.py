@@ -71,7 +71,7 @@ def test_the_page_shows_the_runs_and_nothing_of_the_last_ones(script, page, tmp_
     assert text.startswith("# Before\n")
     assert text.endswith("\n\nAfter.\n")
     assert "stale" not in text
-    assert text.count("### demo, 256x256x65, NVIDIA H100\n") == 1
+    assert text.count("### demo, 256x256x65, NVIDIA H100, stride 8\n") == 1
     for shown in ("torch 2.9", "xattn-video compare --model demo", "31.25", "75.0%", "4,352"):
         assert shown in text
     assert "VMAF is not measured: no ffmpeg." in text

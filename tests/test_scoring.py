@@ -3,6 +3,7 @@ import torch
 from oracle import antidiagonal_block_scores, assert_within_budget
 
 from xattn_video import block_scores
+from xattn_video.inputs import Problem
 from xattn_video.scoring import torch_block_scores
 
 
@@ -61,6 +62,35 @@ def test_eight_bits_are_refused_where_no_kernel_runs(monkeypatch):
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **options: reasons)
     with pytest.raises(ValueError, match=r'"float8" cannot be honoured: the device must be CUDA'):
         block_scores(*make_pair(1, 1, 64, 64, 16), precision="float8")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "capability", "reasons", "float8"),
+    [
+        pytest.param(65536, torch.bfloat16, (9, 0), [], True, id="hopper"),
+        pytest.param(65535, torch.bfloat16, (9, 0), [], False, id="few tokens"),
+        pytest.param(65536, torch.float32, (9, 0), [], False, id="float32"),
+        pytest.param(65536, torch.bfloat16, (8, 9), [], False, id="not measured"),
+        pytest.param(65536, torch.bfloat16, (9, 0), ["stride"], False, id="no kernel"),
+    ],
+)
+def test_eight_bits_are_taken_where_they_were_measured_to_pay(
+    tokens, dtype, capability, reasons, float8, monkeypatch
+):
+    support = pytest.importorskip("xattn_video.kernels.support")
+    from xattn_video import scoring
+
+    monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **options: reasons)
+    monkeypatch.setattr(support, "nvidia_capability", lambda device: capability)
+    problem = Problem(torch.device("cuda"), dtype, 128, 128)
+    assert scoring._float8_pays(problem, 8, tokens) == float8
+    cpu = Problem(torch.device("cpu"), dtype, 128, 128)
+    assert not scoring._float8_pays(cpu, 8, tokens)
+
+
+def test_an_automatic_precision_is_exact_on_a_cpu():
+    query, key = make_pair(1, 1, 256, 256, 16)
+    assert torch.equal(block_scores(query, key, precision="auto"), block_scores(query, key))
 
 
 def test_an_unknown_precision_is_refused():

@@ -127,7 +127,7 @@ def xattention(
     key_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     backend: str = "auto",
-    scoring_precision: Precision = "exact",
+    scoring_precision: Precision = "auto",
     return_block_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """XAttention (arXiv:2503.16428): antidiagonal scores, block selection, block-sparse attention.
@@ -192,7 +192,7 @@ def attend_selected(
     key_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     backend: str = "auto",
-    scoring_precision: Precision = "exact",
+    scoring_precision: Precision = "auto",
 ) -> tuple[Tensor, BlockLists]:
     """`xattention`, and the blocks that it computed as lists: no block mask is made."""
     _check_inference(query, key, value)
@@ -240,7 +240,7 @@ def score_and_select(
     num_text_tokens: int = 0,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
-    scoring_precision: Precision = "exact",
+    scoring_precision: Precision = "auto",
 ) -> BlockLists:
     """The blocks that `xattention` computes, and no attention; arguments as there."""
     scores = block_scores(
@@ -300,7 +300,7 @@ def _xattention(
     num_text_tokens: int,
     scale: float,
     backend: str,
-    scoring_precision: Precision = "exact",
+    scoring_precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = check_key_lengths(key_lengths, query, key)
     blocks = score_and_select(
@@ -338,7 +338,7 @@ _xattention_op = torch.library.custom_op(
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor? key_lengths, "
         "int stride, int block_size, bool causal, int num_text_tokens, float scale, str backend, "
-        "str scoring_precision='exact') -> (Tensor, Tensor, Tensor)"
+        "str scoring_precision='auto') -> (Tensor, Tensor, Tensor)"
     ),
 )
 

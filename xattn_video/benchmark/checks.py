@@ -9,8 +9,10 @@ from xattn_video.scoring import torch_block_scores
 
 # Of the norm. bfloat16 stays four times below it; attention over other blocks exceeds it far.
 _LARGEST_ERROR = 0.02
-# Of the largest score, and of a row's mass. Operands of 8 bits stay below it.
-_LARGEST_SCORE_ERROR = 0.05
+# Of the largest score. Operands of 8 bits err by up to 0.06, another stride by far more.
+_LARGEST_SCORE_ERROR = 0.1
+# Of a row's mass.
+_LARGEST_SELECTION_ERROR = 0.05
 
 
 class WrongResultError(XAttentionError):
@@ -72,7 +74,7 @@ def check_selection(
     alone = block_mask.sum(dim=-1) == 1
     surplus = (kept - smallest - threshold * total).clamp(min=0).masked_fill(alone, 0.0)
     return _checked(
-        (torch.maximum(missing, surplus) / total).max(), "selection", _LARGEST_SCORE_ERROR
+        (torch.maximum(missing, surplus) / total).max(), "selection", _LARGEST_SELECTION_ERROR
     )
 
 

@@ -84,7 +84,9 @@ def measure_speedup(
         )
     backend = resolve_backend(backend, Problem(device, dtype, problem.head_dim, BLOCK_SIZE))
     tensors = clustered_tensors(problem, device, dtype)
-    settings = SparseSettings(densities=(density,), strides=(stride,), backends=(backend,))
+    settings = SparseSettings(
+        densities=(density,), strides=(stride,), backends=(backend,), precisions=("auto",)
+    )
     rows: list[Row] = []
     failures: list[Row] = []
     for cases in (dense_cases(tensors), sparse_cases(tensors, settings)):

@@ -12,6 +12,7 @@ from xattn_video.pipelines.request import (
     VideoSettings,
     default_settings,
 )
+from xattn_video.pipelines.source import DEMO
 from xattn_video.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
@@ -113,7 +114,14 @@ Stride = Annotated[int, option(_SPARSITY, "Tokens between scored antidiagonals."
 BlockSize = Annotated[int, option(_SPARSITY, "Tokens in a block.")]
 WarmupSteps = Annotated[int, option(_SPARSITY, "First steps that stay dense.")]
 CooldownSteps = Annotated[int, option(_SPARSITY, "Last steps that stay dense.")]
-MinTokens = Annotated[int, option(_SPARSITY, "With fewer video tokens all steps stay dense.")]
+MinTokens = Annotated[
+    int | None,
+    option(
+        _SPARSITY,
+        "With fewer video tokens all steps stay dense.",
+        show_default="16384 on CUDA, else 2048; demo 0",
+    ),
+]
 ScoringPrecision = Annotated[
     str,
     option(_SPARSITY, "Of the estimate: exact, or float8, faster where the GPU can."),
@@ -165,12 +173,17 @@ def video_settings(
     return replace(default_settings(model), **given)
 
 
+def chosen_min_tokens(model: str, min_tokens: int | None) -> int | None:
+    """The option; if not given 0 for the demo, which is there to show sparse attention."""
+    return 0 if min_tokens is None and model == DEMO else min_tokens
+
+
 def sparse_settings(
     threshold: float | None,
     schedule: Path | None,
     dense: bool,
     *,
-    scoring_precision: str = "exact",
+    scoring_precision: str = "auto",
     **settings: Any,
 ) -> SparseSettings | None:
     """The sparse settings that were asked for; None for dense attention throughout.

@@ -97,7 +97,10 @@ def plan_run(
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
     steps = video.num_inference_steps
-    dense_steps = settings.dense_steps(steps, video_tokens) if sparse else steps
+    dense_steps = steps
+    device, dtype = options.resolved_device, options.resolved_dtype
+    if sparse:
+        dense_steps = sparse.dense_steps(steps, video_tokens, device.type)
     forwards = 2 if video.true_cfg_scale > 1 else 1
     attention = 4 * tokens**2 * shape.hidden * shape.layers
     linear = 2 * tokens * shape.linear_parameters * shape.layers
@@ -105,13 +108,14 @@ def plan_run(
     # Half a product of queries and keys that are `stride` times fewer.
     scoring = 1 / (2 * settings.stride)
     memory = _estimate_memory(shape, tokens, options)
-    device, dtype = options.resolved_device, options.resolved_dtype
     problem = Problem(device, dtype, shape.head_dim, settings.block_size)
     backend = None
     tflop = forwards * (attention + linear) / 1e12
     warnings = []
     if sparse:
-        warnings += _sparsity_warnings(settings, dense_steps, steps, video_tokens, share)
+        warnings += _sparsity_warnings(
+            sparse, dense_steps, steps, video_tokens, share, device.type
+        )
         if options.device_is_here:
             backend, refusal = _resolve(settings.backend, problem)
             warnings += [refusal] if refusal else _backend_warnings(backend, device)
@@ -192,15 +196,21 @@ def _scoring_warnings(settings: SparseSettings, problem: Problem) -> list[str]:
 
 
 def _sparsity_warnings(
-    settings: SparseSettings, dense_steps: int, steps: int, video_tokens: int, share: float
+    settings: SparseSettings,
+    dense_steps: int,
+    steps: int,
+    video_tokens: int,
+    share: float,
+    device_type: str,
 ) -> list[str]:
     """Why sparse attention would not pay."""
     warnings = []
     blocks = video_tokens // settings.block_size
-    if video_tokens < settings.min_tokens:
+    min_tokens = settings.min_tokens_on(device_type)
+    if video_tokens < min_tokens:
         warnings.append(
             f"No step is sparse: {video_tokens:,} video tokens are fewer than "
-            f"min_tokens={settings.min_tokens:,}, and dense attention is faster there."
+            f"min_tokens={min_tokens:,}, and dense attention is faster there."
         )
     elif dense_steps == steps:
         warnings.append(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from xattn_video.min_tokens import default_min_tokens
 from xattn_video.pipelines.source import DEMO
 from xattn_video.schedule import ThresholdSchedule
 
@@ -74,9 +75,9 @@ class SparseSettings:
     block_size: int = 128
     warmup_steps: int = 5
     cooldown_steps: int = 0
-    min_tokens: int = 1024
+    min_tokens: int | None = None
     backend: str = "auto"
-    scoring_precision: "Precision" = "exact"
+    scoring_precision: "Precision" = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
@@ -91,12 +92,17 @@ class SparseSettings:
         check_block_size(self.block_size, self.stride)
         check_precision(self.scoring_precision)
         for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+            count = getattr(self, name)
+            if count is not None and count < 0:
+                raise ValueError(f"{name} must be at least 0, got {count}.")
 
-    def dense_steps(self, num_inference_steps: int, video_tokens: int) -> int:
+    def min_tokens_on(self, device_type: str) -> int:
+        """``min_tokens``, or the default of a device."""
+        return default_min_tokens(device_type) if self.min_tokens is None else self.min_tokens
+
+    def dense_steps(self, num_inference_steps: int, video_tokens: int, device_type: str) -> int:
         """Steps that stay dense: warm-up, cool-down, a threshold of 1; all, with few tokens."""
-        if video_tokens < self.min_tokens:
+        if video_tokens < self.min_tokens_on(device_type):
             return num_inference_steps
         schedule = ThresholdSchedule.coerce(self.threshold)
         last = num_inference_steps - self.cooldown_steps

@@ -12,6 +12,7 @@ from torch import nn
 from xattn_video.checks import check_block_size
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.inputs import Problem
+from xattn_video.min_tokens import default_min_tokens
 from xattn_video.processors import joint_qkv
 from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
@@ -31,14 +32,16 @@ class Settings:
     block_size: int
     warmup_steps: int
     cooldown_steps: int
-    min_tokens: int
+    min_tokens: int | None
     backend: str
-    scoring_precision: Precision = "exact"
+    scoring_precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size, self.stride)
-        for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
-            count = getattr(self, name)
+        counts = {"warmup_steps": self.warmup_steps, "cooldown_steps": self.cooldown_steps}
+        if self.min_tokens is not None:
+            counts["min_tokens"] = self.min_tokens
+        for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {count!r}.")
         if self.backend != "auto":
@@ -110,8 +113,12 @@ class Session:
             for length in [num_video_tokens + inputs.text_tokens, *key_lengths]
         ]
         taus = settings.schedule.per_head(step, self._num_layers, config.num_attention_heads)
-        reason = self._dense_reason(settings, step, taus, num_video_tokens)
         device = _layer_device(transformer, inputs.device)
+        min_tokens = settings.min_tokens
+        if min_tokens is None:
+            min_tokens = default_min_tokens(device.type)
+        few_tokens = num_video_tokens < min_tokens
+        reason = self._dense_reason(settings, step, taus, few_tokens)
         backend = None
         if reason is None:
             backend = self._resolve(settings, inputs, device, config.attention_head_dim)
@@ -129,7 +136,7 @@ class Session:
         )
 
     def _dense_reason(
-        self, settings: Settings, step: int, taus: list[list[float]], num_video_tokens: int
+        self, settings: Settings, step: int, taus: list[list[float]], few_tokens: bool
     ) -> str | None:
         """Why the step runs dense; None where it runs sparse."""
         if step < settings.warmup_steps:
@@ -138,7 +145,7 @@ class Session:
             reason = "cool-down"
         elif all(tau == 1 for layer in taus for tau in layer):
             reason = "threshold 1"
-        elif num_video_tokens < settings.min_tokens:
+        elif few_tokens:
             reason = "too few tokens"
         else:
             reason = None

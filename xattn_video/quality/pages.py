@@ -29,7 +29,14 @@ def comparison_rows(record: Mapping[str, Any]) -> list[Row]:
 
 
 def comparison_title(record: Mapping[str, Any]) -> str:
-    """What was compared, and where."""
+    """What was compared, where, and at which strides."""
+    rows = comparison_rows(record)
+    strides = sorted({row.method.sparse.stride for row in rows if row.method.sparse})
+    at = f", stride {' and '.join(map(str, strides))}" if strides else ""
+    return f"{_video_and_device(record)}{at}"
+
+
+def _video_and_device(record: Mapping[str, Any]) -> str:
     video = record["video"]
     return (
         f"{record['model']}, {video['width']}x{video['height']}x{video['num_frames']}, "
@@ -85,7 +92,7 @@ def psnr_grid(record: Mapping[str, Any]) -> str:
         for tau in sorted({tau for tau, _ in cells})
     ]
     facts = (
-        f"{comparison_title(record)}, {record['video']['num_inference_steps']} steps, "
+        f"{_video_and_device(record)}, {record['video']['num_inference_steps']} steps, "
         f"{record['num_prompts']} prompts, stride {stride}, backend "
         f"{', '.join(record['backends'])}:"
     )

@@ -67,8 +67,8 @@ def _psnr_over_density(rows: Sequence[Row], noise: Sequence[Row]) -> "Figure":
             marker="osD^"[strides.index(stride) % 4],
             label=f"warm-up {warmup}, stride {stride}",
         )
-        # Lines of other strides run near it, with the same thresholds.
-        for row in points if stride == strides[0] else ():
+        # The other lines run near it, with the same thresholds.
+        for row in points if (stride, warmup) == (strides[0], warmups[-1]) else ():
             axes.annotate(
                 f"{_grid_place(row)[2]:g}",
                 (row.density or 0, row.psnr or 0),
