@@ -33,6 +33,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def unresolved_backends() -> None:
+    """What one test lets a backend run says nothing to the next."""
+    from xattn_video import registry
+
+    registry._resolve_named.cache_clear()
+    registry._resolve_auto.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
     torch.manual_seed(0)

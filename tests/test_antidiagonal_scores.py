@@ -1,5 +1,3 @@
-import importlib.util
-
 import pytest
 import torch
 from oracle import antidiagonal_block_scores, assert_within_budget, make_lengths
@@ -196,7 +194,7 @@ def test_eight_bits_need_a_recent_gpu(monkeypatch):
 
 def test_all_reasons_are_given_at_once(monkeypatch):
     monkeypatch.setattr(support, "INTERPRETING", False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(support, "is_installed", lambda name: False)
     reasons = unsupported_reasons(torch.device("cpu"), torch.float64, 24, 96, 12)
     assert [reason.split(",")[0].split(";")[0].split(" that")[0] for reason in reasons] == [
         "triton is not installed",

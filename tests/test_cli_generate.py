@@ -76,9 +76,6 @@ def test_a_run_that_stayed_dense_says_why(generate):
 
 
 def test_verbose_tells_the_backend(generate, caplog):
-    from xattn_video.registry import _resolve_auto
-
-    _resolve_auto.cache_clear()
     code, _, err = generate("--prompt=a", *SPARSE, "--output=a.mp4", "--verbose")
     assert code == 0, err
     assert "attention backend 'torch_gather' chosen" in caplog.text

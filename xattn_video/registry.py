@@ -61,15 +61,20 @@ def resolve_backend(name: str, problem: Problem) -> str:
         ValueError: No backend has that name.
         BackendUnavailableError: It cannot run the problem, with every reason.
     """
-    if name == "auto":
-        return _resolve_auto(problem)
+    return _resolve_auto(problem) if name == "auto" else _resolve_named(name, problem)
+
+
+# What runs is cached, what is refused is not: every layer of every step asks, and looking for a
+# package takes as long as a few launches.
+@functools.lru_cache(maxsize=256)
+def _resolve_named(name: str, problem: Problem) -> str:
     reasons = load_backend(name).unsupported_reasons(problem)
     if reasons:
         raise BackendUnavailableError(name, reasons)
     return name
 
 
-# Cached, so that one problem is looked into, and spoken of, once.
+# Cached, so that one choice is spoken of once, too.
 @functools.lru_cache(maxsize=256)
 def _resolve_auto(problem: Problem) -> str:
     refused: list[str] = []

@@ -5,7 +5,6 @@ seconds), never from step to step: masks and key lengths are tensors.
 """
 
 import functools
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from xattn_video.inputs import AttentionInputs, Problem
-from xattn_video.kernels.support import cuda_unsupported_reasons, nvidia_capability
+from xattn_video.kernels.support import (
+    cuda_unsupported_reasons,
+    is_installed,
+    nvidia_capability,
+)
 
 NAME = "flex"
 
@@ -54,7 +57,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def _cuda_reasons(problem: Problem) -> list[str]:
     """Why Inductor's Triton template cannot run."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed("triton"):
         reasons.append("triton is not installed; pip install triton (Linux only).")
     elif os.environ.get("TRITON_INTERPRET", "0") != "0":
         reasons.append("TRITON_INTERPRET keeps Triton from compiling; unset it.")

@@ -1,5 +1,6 @@
 """What the Triton kernels can run and how they take their inputs; readable without Triton."""
 
+import functools
 import importlib.util
 import os
 
@@ -39,10 +40,16 @@ def kernel_unsupported_reasons(
     return reasons
 
 
+@functools.cache
+def is_installed(module: str) -> bool:
+    """Whether a module is there, found out once: every layer of every step asks."""
+    return importlib.util.find_spec(module) is not None
+
+
 def device_unsupported_reasons(device: torch.device) -> list[str]:
     """Why Triton cannot run on the device, each reason with its remedy."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed("triton"):
         reasons.append("triton is not installed; pip install triton (Linux only).")
     if not INTERPRETING:
         reasons.extend(_compiler_reasons(device))
