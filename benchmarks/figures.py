@@ -9,7 +9,13 @@ from matplotlib.figure import Figure
 from benchmarks.page import estimate_of, figure_names
 from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
 
-_COLOURS = {"dense": "0.7", "scoring": "#4477aa", "selection": "#ccbb44", "attention": "#228833"}
+_COLOURS = {
+    "dense": "0.7",
+    "scoring": "#4477aa",
+    "selection": "#ccbb44",
+    "attention": "#228833",
+    "scoring not timed": "#a8d0a8",
+}
 
 
 def draw_figures(files: list[ResultFile], folder: Path) -> None:
@@ -28,27 +34,33 @@ def draw_parts(problem: Problem, device: str) -> Figure:
     dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
     sparse = problem.select("xattention")
     figure, axes = _figure(0.34 * (len(dense) + len(sparse)) + 1.4)
+    drawn = set()
     for position, row in enumerate(dense):
         axes.barh(position, row["latency_ms"], color=_COLOURS["dense"])
+        drawn.add("dense")
     for position, row in enumerate(sparse, len(dense)):
         start = 0.0
         for part, length in _split(problem, row).items():
             axes.barh(position, length, left=start, color=_COLOURS[part])
             start += length
+            drawn.add(part)
     labels = [row["backend"] for row in dense]
     labels += [f"{r['backend']}, {r['density']:.3f}, S={estimate_of(r)}" for r in sparse]
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=f"{problem.first['n']:,} tokens, {device}")
     for part, colour in _COLOURS.items():
-        axes.barh(0, 0, color=colour, label=part)
-    figure.legend(loc="outside lower center", ncols=len(_COLOURS), frameon=False)
+        if part in drawn:
+            axes.barh(0, 0, color=colour, label=part)
+    figure.legend(loc="outside lower center", ncols=len(drawn), frameon=False)
     return figure
 
 
 def _split(problem: Problem, total: Row) -> dict[str, float]:
     """A sparse run's parts; attention is what scoring and selection leave of the whole."""
     found = {"scoring": problem.scoring_of(total)}
+    if found["scoring"] is None:
+        return {"scoring not timed": total["latency_ms"]}
     if total["backend"] != AUTHORS:
         same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
         found["selection"] = problem.find("selection", **same)

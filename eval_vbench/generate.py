@@ -14,13 +14,13 @@ from eval_vbench.launch import Share, launched_share
 from eval_vbench.prompts import DEFAULT_SUITE, DEMO_SUITE, SUITES, VIDEOS_PER_PROMPT
 from eval_vbench.run_folder import RunFolder
 from xattn_video.cli import options
-from xattn_video.cli.console import ErrorsToExitCodes, log_choices
+from xattn_video.cli.console import ErrorsToExitCodes, OneLineCommand, log_choices
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     run: Annotated[Path, typer.Option(help="The run's folder; one that exists is resumed.")],
     suite: Annotated[

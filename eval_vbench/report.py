@@ -13,14 +13,19 @@ from eval_vbench.fidelity import fidelity_scorer, measure_fidelity
 from eval_vbench.page import report_page, report_values
 from eval_vbench.plots import plot_report
 from eval_vbench.run_folder import RunFolder
-from xattn_video.cli.console import ErrorsToExitCodes, message_console, output_console
+from xattn_video.cli.console import (
+    ErrorsToExitCodes,
+    OneLineCommand,
+    message_console,
+    output_console,
+)
 from xattn_video.cli.record import write_json
 from xattn_video.pipelines.video import atomic_path, check_output_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     dense: Annotated[Path, typer.Option(help="The run with dense attention.")],
     sparse: Annotated[list[Path], typer.Option(help="A sparse run; may be given again.")],

@@ -19,13 +19,18 @@ from eval_vbench.preflight import (
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.scores import read_scores, write_score
 from eval_vbench.scoring import ScoringError, check_videos, run_dimensions, score_dimension
-from xattn_video.cli.console import ErrorsToExitCodes, message_console, output_console
+from xattn_video.cli.console import (
+    ErrorsToExitCodes,
+    OneLineCommand,
+    message_console,
+    output_console,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _DEFAULT_PYTHON = Path("vbench-env/bin/python")
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     run: Annotated[Path, typer.Option(help="A run that eval_vbench.generate made.")],
     vbench_python: Annotated[

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from eval_vbench.preflight import NEEDS, missing_modules, probe_environment
-from xattn_video.cli.console import ErrorsToExitCodes, output_console
+from xattn_video.cli.console import ErrorsToExitCodes, OneLineCommand, output_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -20,7 +20,7 @@ REQUIREMENTS = Path(__file__).with_name("requirements-vbench.txt")
 _NEWEST_PYTHON = (3, 11)
 
 
-@app.command()
+@app.command(cls=OneLineCommand)
 def main(
     folder: Annotated[Path, typer.Argument(help="The environment's folder.")],
     python: Annotated[

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measure, write_page
-from benchmarks.figures import draw_figures
+from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.page import figure_names, render_page, render_readme_table
-from benchmarks.results_files import RESULTS, ResultFile, read_results
+from benchmarks.results_files import RESULTS, Problem, ResultFile, read_results
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"heads": 24, "head_dim": 128, "dtype": "bfloat16", "extra_memory_gib": 0.5}
@@ -201,6 +201,15 @@ def test_pictures_are_drawn(gpu_file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         figure_names(gpu_file).values()
     )
+
+
+def test_a_picture_splits_no_time_whose_scoring_is_not_known(gpu_file):
+    whole = gpu_file.single_problems[0]
+    legend = {text.get_text() for text in draw_parts(whole, "a GPU").legends[0].get_texts()}
+    assert legend == {"dense", "scoring", "selection", "attention"}
+    rest = Problem(whole.name, tuple(row for row in whole.rows if row["name"] != "scoring"))
+    legend = {text.get_text() for text in draw_parts(rest, "a GPU").legends[0].get_texts()}
+    assert legend == {"dense", "scoring not timed"}
 
 
 def test_the_readmes_marks_stay():

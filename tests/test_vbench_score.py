@@ -1,5 +1,6 @@
 """Scoring a run: what is checked before, during and after; VBench itself is a stand-in."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -266,3 +267,13 @@ def test_the_real_vbench_scores_temporal_flickering(run, tmp_path, vbench_python
     # Two decoders round the conversion from YUV differently.
     assert found["videos"] == pytest.approx(expected, abs=2e-3)
     assert found["score"] == pytest.approx(np.mean(list(expected.values())), abs=2e-3)
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "report", "setup_vbench"])
+def test_words_that_are_no_option_are_one_line(command):
+    app = importlib.import_module(f"eval_vbench.{command}").app
+    code, out, err = invoke(app, "--nonsense")
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: No such option: --nonsense")
+    assert line.endswith("--help.")

@@ -48,23 +48,32 @@ def print_labelled(console: Console, lines: dict[str, str]) -> None:
         console.print(Text.assemble((f"{label:<11}", "bold"), text), soft_wrap=True)
 
 
-class OneLineErrors(typer.core.TyperGroup):
-    """Commands that say in one line, too, what is wrong with the words they were given."""
+class _OneLineUsageErrors:
+    """Says in one line, too, what is wrong with the words that a command was given."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command and exit, unless ``standalone_mode`` is False."""
         exits = options.pop("standalone_mode", True)
         options["standalone_mode"] = False
+        run = super().main  # type: ignore[misc]
         if not exits:
-            return super().main(*args, **options)
+            return run(*args, **options)
         try:
-            code = super().main(*args, **options)
+            code = run(*args, **options)
         except _UsageError as error:
             print_error(_describe_usage(error))
             sys.exit(BAD_ARGUMENT)
         except typer.Abort:
             sys.exit(FAILED)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class OneLineErrors(_OneLineUsageErrors, typer.core.TyperGroup):
+    """A group of commands."""
+
+
+class OneLineCommand(_OneLineUsageErrors, typer.core.TyperCommand):
+    """A command by itself."""
 
 
 def _describe_usage(error: Any) -> str:

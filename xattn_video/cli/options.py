@@ -124,7 +124,7 @@ MinTokens = Annotated[
 ]
 ScoringPrecision = Annotated[
     str,
-    option(_SPARSITY, "Of the estimate: exact, or float8, faster where the GPU can."),
+    option(_SPARSITY, "Of the estimate: exact, float8, or auto, the faster of them."),
 ]
 Dense = Annotated[bool, option(_SPARSITY, "Dense attention throughout.", "--dense")]
 Backend = Annotated[str, option(_SPARSITY, "One of those that `xattn-video backends` lists.")]
