@@ -210,7 +210,8 @@ def _sparsity_warnings(
     if video_tokens < min_tokens:
         warnings.append(
             f"No step is sparse: {video_tokens:,} video tokens are fewer than "
-            f"min_tokens={min_tokens:,}, and dense attention is faster there."
+            f"min_tokens={min_tokens:,}, below which dense attention tends to be faster. "
+            "Set it to 0 for sparse steps all the same."
         )
     elif dense_steps == steps:
         warnings.append(
