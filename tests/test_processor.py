@@ -282,13 +282,34 @@ def test_autocast_runs(threshold):
     assert states(processor.report()) == ["dense" if threshold == 1 else "sparse"]
 
 
+@pytest.mark.parametrize("lengths", [(10,), (10, 3)])
+def test_scores_in_eight_bits_choose_nearly_the_same(lengths):
+    pytest.importorskip("triton")
+    found, densities = [], []
+    for precision in ("exact", "float8"):
+        torch.manual_seed(0)
+        transformer, processor = with_processor(
+            0.8, block_size=64, stride=8, scoring_precision=precision
+        )
+        found.append(run(transformer, lengths=lengths, size=20))
+        densities.append(processor.report().density)
+    exact, rounded = found
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+    assert abs(densities[0] - densities[1]) < 0.05
+    assert densities[0] < 0.9
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(10,), (10, 3)])
-@pytest.mark.parametrize("threshold", [1.0, 0.9])
-def test_a_layer_never_waits_for_the_gpu(lengths, threshold):
+@pytest.mark.parametrize(
+    ("threshold", "precision"), [(1.0, "exact"), (0.9, "exact"), (0.9, "float8")]
+)
+def test_a_layer_never_waits_for_the_gpu(lengths, threshold, precision):
     model = tiny_transformer(attention_head_dim=64, rope_axes_dim=(16, 24, 24))
     model = model.to("cuda", torch.bfloat16)
-    transformer, processor = with_processor(threshold, model, stride=8, block_size=64)
+    transformer, processor = with_processor(
+        threshold, model, stride=8, block_size=64, scoring_precision=precision
+    )
     arguments = forward_inputs(lengths=lengths, size=32, dtype=torch.bfloat16)
     arguments = {name: value.cuda() for name, value in arguments.items()}
     with torch.no_grad():
