@@ -57,6 +57,7 @@ def main(
     min_tokens: options.MinTokens = None,
     dense: options.Dense = False,
     backend: options.Backend = "auto",
+    scoring_precision: options.ScoringPrecision = "auto",
     dtype: options.Dtype = None,
     device: options.Device = None,
     offload: options.OffloadOption = None,
@@ -81,6 +82,7 @@ def main(
             cooldown_steps=cooldown_steps,
             min_tokens=options.chosen_min_tokens(model, min_tokens),
             backend=backend,
+            scoring_precision=scoring_precision,
         )
         if device is None:
             device = _device_of(share)

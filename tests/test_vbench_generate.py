@@ -287,4 +287,5 @@ def test_bad_arguments_touch_nothing(tiny_pipeline, tmp_path, option, message):
 def test_the_settings_are_readable(finished):
     content = json.loads((finished / "settings.json").read_text())
     assert content["settings"]["sparse"]["threshold"] == 0.8
+    assert content["settings"]["sparse"]["scoring_precision"] == "exact"
     assert len(content["hash"]) == 64

@@ -17,7 +17,13 @@ SMALL = [
     "--device=cpu",
     "--dtype=float32",
 ]
-SPARSE = ["--block-size=16", "--min-tokens=0", "--warmup-steps=1", "--threshold=0.8"]
+SPARSE = [
+    "--block-size=16",
+    "--min-tokens=0",
+    "--warmup-steps=1",
+    "--threshold=0.8",
+    "--scoring-precision=exact",
+]
 
 
 def invoke(app: object, *arguments: object) -> tuple[int, str, str]:
