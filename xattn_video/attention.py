@@ -150,8 +150,8 @@ def xattention(
         key_lengths: int `[B]`, valid keys of each item; see `block_scores`.
         scale: Softmax scale, 1 / sqrt(D) if None.
         backend: A name from `available_backends`, or ``"auto"``.
-        scoring_precision: ``"exact"``, or ``"float8"`` for 8-bit operands in the estimate alone;
-            the ``precision`` of `block_scores`.
+        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
+            ``"auto"`` for the faster of them; the ``precision`` of `block_scores`.
         return_block_mask: Also return the block mask.
 
     Returns:

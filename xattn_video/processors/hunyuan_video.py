@@ -53,8 +53,9 @@ class XAttnProcessor(TransformerBound):
         min_tokens: With fewer video tokens every step runs dense. None for what was measured to
             pay: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
-        scoring_precision: ``"exact"``, or ``"float8"`` for 8-bit operands in the estimate alone;
-            see `xattention`. Where it cannot be had, the first sparse step raises.
+        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
+            ``"auto"`` for the faster of them; see `block_scores`. Where 8 bits were asked for and
+            cannot be had, the first sparse step raises.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
