@@ -199,7 +199,7 @@ def _step_section(steps: list[Row]) -> Iterator[str]:
             [
                 row["phase"],
                 row["backend"] or "sdpa",
-                row.get("stride", "") if row["phase"] == "sparse" else "",
+                estimate_of(row) if row["phase"] == "sparse" else "",
                 "" if density is None else f"{density:.3f}",
                 f"{row['latency_ms'] / 1e3:.2f}",
                 _over(row, phases.get("stock")),

@@ -22,6 +22,8 @@ from benchmarks.upstream_step import AuthorsProcessor
 from xattn_video import XAttnProcessor, enable_xattention
 from xattn_video.benchmark.checks import WrongResultError
 from xattn_video.dense import fastest_dense_kernel
+from xattn_video.inputs import Problem
+from xattn_video.scoring import PRECISIONS, chosen_precision
 
 TEXT_TOKENS = 256
 
@@ -42,10 +44,13 @@ def main(words: list[str] | None = None) -> None:
                 "stride": arguments.stride,
                 "backend": arguments.backend,
                 "min_tokens": 0,
+                "scoring_precision": arguments.precision,
             }
             with enable_xattention(transformer, tau, **options) as handle:
-                phase = {"phase": "dense"} if tau == 1 else {"phase": "sparse", "threshold": tau}
-                row = {**phase, "stride": arguments.stride}
+                row = {"phase": "dense", "stride": arguments.stride}
+                if tau != 1:
+                    row |= {"phase": "sparse", "threshold": tau}
+                    row |= {"precision": arguments.precision}
                 measure(transformer, handle.processor, row, arguments, results)
         for tau in arguments.threshold if arguments.time_upstream else []:
             transformer.set_attn_processor(AuthorsProcessor(tau, arguments.stride))
@@ -62,6 +67,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--valid-text-tokens", type=int, default=60)
     add("--threshold", type=comma_separated(float), default=[0.345, 0.455])
     add("--stride", type=int, default=8)
+    add("--precision", choices=PRECISIONS, default="auto", help="of scoring")
     add("--backend", default="auto")
     add("--device", default="cuda")
     add("--layers", type=comma_separated(int), default=[20, 40], help="double, single stream")
@@ -111,6 +117,9 @@ def measure(
         "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
     }
     row = common | row
+    if "precision" in row:
+        problem = Problem(device, transformer.dtype, config.attention_head_dim, block_size=128)
+        row["precision"] = chosen_precision(row["precision"], problem, row["stride"], row["n"])
     try:
         small = step_inputs(arguments, config, device, frames=9)
         time_step(transformer, inputs if arguments.compile else small, processor, 1)

@@ -79,7 +79,6 @@ def _check_scene(
     print(f"{index + 1:3} {seconds:6.1f} s  {scene.prompt}  {verdict}", flush=True)
     return {
         "prompt": scene.prompt,
-        "seconds": round(seconds, 2),
         "right": right,
         "measured": dataclasses.asdict(seen),
     }

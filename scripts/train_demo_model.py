@@ -11,7 +11,9 @@ Four stages, the long ones resumable in pieces that fit a machine lent for minut
     python scripts/train_demo_model.py --stage package --work-dir runs/demo
 
 To refine a finished model instead, give its folder to the first call of the vae and of the
-transformer stage: `--start-from xattn_video/pipelines/demo/model`.
+transformer stage: `--start-from xattn_video/pipelines/demo/model`. The transformer then sees other
+frame sizes more often than the default one. With `--freeze-encoder` the vae stage trains the
+decoder alone: latents stay what they are, so the transformer need not learn them anew.
 
 `--seconds` limits the wall time of a call, imports and final measurements included;
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
@@ -36,6 +38,7 @@ def main() -> int:
     import torch
     from demo_training import package_stage, text_stage, transformer_stage, vae_stage
     from demo_training.plan import SMOKE, Job, Plan
+    from demo_training.weights import inherit_reports
 
     job = Job(
         stage=arguments.stage,
@@ -45,11 +48,14 @@ def main() -> int:
         total_seconds=arguments.total_seconds,
         resume=arguments.resume,
         start_from=arguments.start_from,
+        freeze_encoder=arguments.freeze_encoder,
         seed=arguments.seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         plan=SMOKE if arguments.smoke else Plan(),
     )
     job.work_dir.mkdir(parents=True, exist_ok=True)
+    if job.start_from is not None:
+        inherit_reports(job.work_dir, job.start_from)
     torch.manual_seed(job.seed)
     random.seed(job.seed)
     torch.backends.cudnn.benchmark = job.stage != "package"
@@ -80,6 +86,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--total-seconds", type=float)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--start-from", type=Path, help="a finished model to refine")
+    parser.add_argument("--freeze-encoder", action="store_true", help="refine the decoder alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a check on a CPU")
     return parser.parse_args()

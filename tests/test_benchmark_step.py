@@ -35,6 +35,7 @@ def test_steps_of_each_kind_are_recorded(tiny, tmp_path, capsys):
     rows = json.loads(output.read_text())["rows"]
     assert [row["phase"] for row in rows] == ["stock", "dense", "sparse"]
     assert [row["backend"] for row in rows] == ["stock", None, "torch_gather"]
+    assert rows[-1]["precision"] == "exact", "what auto is on a CPU"
     for row in rows:
         assert row["name"] == "step"
         assert row["n"] == 5 * 16 * 16 + 256

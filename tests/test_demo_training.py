@@ -1,10 +1,14 @@
 """The parts of the demo model's training that must be exact."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from xattn_video.pipelines.demo import DEMO_DIR
 from xattn_video.pipelines.demo.grammar import parse_prompt
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -36,6 +40,49 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         FileNotFoundError, match=r"no checkpoint of 'vae' in .*, expected vae.ckpt.0"
     ):
         load_checkpoint(tmp_path, "vae")
+
+
+def test_a_refined_model_s_calls_follow_those_before(tmp_path: Path) -> None:
+    from demo_training import weights
+
+    finished = tmp_path / "model"
+    finished.mkdir()
+    (finished / "TRAINING.json").write_text('{"calls": [{"stage": "vae"}]}')
+    weights.inherit_reports(tmp_path, finished)
+    weights.add_report(tmp_path, {"stage": "transformer"})
+    weights.inherit_reports(tmp_path, finished)
+    calls = json.loads((tmp_path / "training.json").read_text())
+    assert [call["stage"] for call in calls] == ["vae", "transformer"]
+
+
+def test_a_frozen_encoder_stays_what_it_is_and_the_decoder_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from demo_training import vae_stage
+    from demo_training.plan import SMOKE, Clock, Job
+
+    monkeypatch.setattr(vae_stage, "measure_reconstruction", lambda job, vae: {})
+    job = Job(
+        stage="vae",
+        work_dir=tmp_path,
+        started=time.time(),
+        seconds=0.0,
+        total_seconds=None,
+        resume=False,
+        start_from=DEMO_DIR,
+        freeze_encoder=True,
+        seed=0,
+        device=torch.device("cpu"),
+        plan=SMOKE,
+    )
+    steps = iter([False, True])
+    monkeypatch.setattr(Clock, "is_over", property(lambda clock: next(steps)))
+    vae_stage.run(job)
+    trained = torch.load(tmp_path / vae_stage.VAE_FILE, weights_only=True)
+    before = load_file(DEMO_DIR / "vae" / "diffusion_pytorch_model.safetensors")
+    changed = {name.split(".")[0] for name in before if (before[name] != trained[name]).any()}
+    assert changed <= {"decoder", "post_quant_conv"}
+    assert "decoder" in changed
 
 
 def test_windows_are_encoded_as_the_stock_tiles_are() -> None:

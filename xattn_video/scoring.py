@@ -79,9 +79,8 @@ def block_scores(
     }
     problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
     check_precision(precision, problem, stride)
-    if precision == "float8" or (
-        precision == "auto" and _float8_pays(problem, stride, min(query.shape[2], key.shape[2]))
-    ):
+    tokens = min(query.shape[2], key.shape[2])
+    if chosen_precision(precision, problem, stride, tokens) == "float8":
         return triton_block_scores(query, key, **options, float8=True)
     triton = query.is_cuda and not triton_unsupported_reasons(problem, stride)
     return (triton_block_scores if triton else torch_block_scores)(query, key, **options)
@@ -104,6 +103,15 @@ def check_precision(precision: str, problem: Problem | None = None, stride: int 
         raise ValueError(
             f'scoring precision "float8" cannot be honoured: {" ".join(reasons)} Or take "exact".'
         )
+
+
+def chosen_precision(
+    precision: Precision, problem: Problem, stride: int, tokens: int
+) -> Precision:
+    """What "auto" is for such inputs; any other precision as it stands."""
+    if precision != "auto":
+        return precision
+    return "float8" if _float8_pays(problem, stride, tokens) else "exact"
 
 
 def _float8_pays(problem: Problem, stride: int, tokens: int) -> bool:

@@ -15,13 +15,13 @@ class Plan:
 
     Attributes:
         square: The default frame.
-        other_sizes: Frames unlike it, with the share of late transformer steps each takes.
+        wide, tall, large: Frames unlike it.
         crop: Side of the crops that the VAE sees first.
         crop_batch: Crops in a batch.
         square_batch: Whole frames' windows in a batch.
         clips: Rendered clips that the VAE's crops are cut from.
         batch_of: Clips in a transformer batch, by number of frames, at the default frame.
-        large_batch: Clips in a batch of the largest frame.
+        large_batch_of: Likewise at the largest frame.
         encode_batch: Clips that are rendered and encoded at once.
         transformer: Arguments of the transformer.
         eval_clips: Held-out clips that the VAE is measured on.
@@ -38,7 +38,7 @@ class Plan:
     square_batch: int = 2
     clips: int = 96
     batch_of: dict[int, int] = field(default_factory=lambda: {17: 36, 33: 20, 65: 10})
-    large_batch: int = 3
+    large_batch_of: dict[int, int] = field(default_factory=lambda: {17: 9, 33: 5, 65: 3})
     encode_batch: int = 4
     eval_clips: int = 24
     inference_steps: int = 25
@@ -66,7 +66,7 @@ SMOKE = Plan(
     square_batch=1,
     clips=3,
     batch_of={17: 2, 33: 2, 65: 1},
-    large_batch=1,
+    large_batch_of={17: 1, 33: 1, 65: 1},
     encode_batch=2,
     eval_clips=1,
     inference_steps=1,
@@ -95,6 +95,7 @@ class Job:
         total_seconds: Training seconds of the stage over all its calls; this call alone if None.
         resume: Whether to go on from the stage's checkpoint.
         start_from: A finished model whose weights the stage begins with; random ones if None.
+        freeze_encoder: Whether the VAE's latents stay what they are and its decoder alone learns.
         seed: Of everything random.
         device: Where to train.
         plan: The sizes.
@@ -107,6 +108,7 @@ class Job:
     total_seconds: float | None
     resume: bool
     start_from: Path | None
+    freeze_encoder: bool
     seed: int
     device: torch.device
     plan: Plan

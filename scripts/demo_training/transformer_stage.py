@@ -29,6 +29,7 @@ from demo_training.weights import (
 )
 
 LEARNING_RATE = 1.2e-3
+REFINING_LEARNING_RATE = 8e-4
 FLAT_UNTIL = 0.3
 WARMUP_STEPS = 120
 SIGMA_SHIFT = 6.0
@@ -36,7 +37,14 @@ UNIFORM_SHARE = 0.3
 # Other frame sizes join in this far into the schedule.
 OTHER_SIZES_FROM = 0.5
 OTHER_SIZES_SHARE = 0.15
+# A finished model knows the default size.
+REFINING_OTHER_SIZES_SHARE = 0.6
+# By number of frames: where an object is, and what, is learnt from short clips of more scenes.
+SHARES_OF_OTHER_SIZES = {17: 0.4, 33: 0.25, 65: 0.35}
+# Seconds of rendering and encoding.
 POOL_S = 35.0
+OTHER_POOL_S, REFINING_OTHER_POOL_S = 5.0, 8.0
+LARGE_POOL_S, REFINING_LARGE_POOL_S = 10.0, 50.0
 SAVE_EVERY_S = 150.0
 # Left at the end of a call for saving.
 RESERVE_S = 14.0
@@ -117,11 +125,14 @@ def _fill_all_pools(
     job: Job, text: TextStack, rng: random.Random, *, with_others: bool
 ) -> dict[Size, dict[int, LatentPool]]:
     """Latents of every frame size that this call needs."""
-    plan = job.plan
+    plan, refining = job.plan, job.start_from is not None
     vae = load_vae(job)
     seconds = {plan.square: POOL_S}
     if with_others:
-        seconds |= {plan.wide: 0.15 * POOL_S, plan.tall: 0.15 * POOL_S, plan.large: 0.3 * POOL_S}
+        seconds |= dict.fromkeys(
+            (plan.wide, plan.tall), REFINING_OTHER_POOL_S if refining else OTHER_POOL_S
+        )
+        seconds[plan.large] = REFINING_LARGE_POOL_S if refining else LARGE_POOL_S
     if job.is_smoke:
         seconds = dict.fromkeys(seconds, 0.5)
     return {size: fill_pools(job, vae, text, rng, size, limit) for size, limit in seconds.items()}
@@ -130,21 +141,24 @@ def _fill_all_pools(
 def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tensor, str]:
     """Latents, prompt states, pooled states, and the name of the batch's kind."""
     plan, rng = trainee.job.plan, trainee.rng
+    other_sizes_share = OTHER_SIZES_SHARE
     if trainee.job.start_from is not None:
         # A finished model has been through the short clips.
         fraction = 1.0
+        other_sizes_share = REFINING_OTHER_SIZES_SHARE
     if fraction < 0.3:
         shares = {17: 1.0}
     elif fraction < 0.45:
         shares = {17: 0.35, 33: 0.65}
     else:
         shares = {17: 0.15, 33: 0.2, 65: 0.65}
-    num_frames = rng.choices(list(shares), list(shares.values()))[0]
-    size, count = plan.square, plan.batch_of[num_frames]
+    size = plan.square
     has_others = len(trainee.pools) > 1 and fraction >= OTHER_SIZES_FROM
-    if has_others and rng.random() < OTHER_SIZES_SHARE:
-        size, num_frames = rng.choice([plan.wide, plan.tall, plan.large]), 65
-        count = plan.large_batch if size == plan.large else plan.batch_of[65]
+    if has_others and rng.random() < other_sizes_share:
+        size = rng.choices([plan.wide, plan.tall, plan.large], [1, 1, 4])[0]
+        shares = SHARES_OF_OTHER_SIZES
+    num_frames = rng.choices(list(shares), list(shares.values()))[0]
+    count = (plan.large_batch_of if size == plan.large else plan.batch_of)[num_frames]
     prompt = rng.choices(["one", "two", "empty"], [0.6, 0.35, 0.05])[0]
     num_objects = 2 if prompt == "two" or (prompt == "empty" and rng.random() < 0.25) else 1
     pool = trainee.pools[size][num_objects]
@@ -162,7 +176,11 @@ def _loss(
     uniform = torch.rand(count, device=device)
     middling = torch.sigmoid(1.1 * torch.randn(count, device=device))
     u = torch.where(torch.rand(count, device=device) < UNIFORM_SHARE, uniform, middling)
-    sigma = (SIGMA_SHIFT * u / (1 + (SIGMA_SHIFT - 1) * u)).clamp(1e-3, 1)
+    # What a larger frame shows is seen through more noise (arXiv:2403.03206, section 5.3.2).
+    height, width = trainee.job.plan.square
+    area = latents.shape[-2] * latents.shape[-1] * 8**2 / (height * width)
+    shift = SIGMA_SHIFT * math.sqrt(area)
+    sigma = (shift * u / (1 + (shift - 1) * u)).clamp(1e-3, 1)
     noise = torch.randn_like(latents)
     weight = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - weight) * latents + weight * noise
@@ -224,7 +242,8 @@ def _train(
         latents, states, pooled, kind = _draw_batch(trainee, fraction)
         loss, losses, sigma = _loss(trainee, latents, states, pooled)
         loss.backward()
-        trained.step(_learning_rate(fraction), WARMUP_STEPS)
+        peak = LEARNING_RATE if job.start_from is None else REFINING_LEARNING_RATE
+        trained.step(peak * _course(fraction), WARMUP_STEPS)
         recent.append((sigma, losses))
         kinds[kind] = kinds.get(kind, 0) + 1
         now = time.time()
@@ -242,10 +261,10 @@ def _train(
             saved = time.time()
 
 
-def _learning_rate(fraction: float) -> float:
-    """Flat, then a cosine down to a hundredth."""
+def _course(fraction: float) -> float:
+    """Of the learning rate: flat, then a cosine down to a hundredth."""
     course = max(0.0, (fraction - FLAT_UNTIL) / (1 - FLAT_UNTIL))
-    return LEARNING_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * course)))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * course))
 
 
 def _summary(recent: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:

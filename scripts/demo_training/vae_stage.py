@@ -8,6 +8,7 @@ areas in their colours.
 import math
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from demo_training.weights import (
 )
 
 LEARNING_RATE = 1.5e-3
+DECODER_LEARNING_RATE = 6e-4
 WARMUP_STEPS = 60
 KL_WEIGHT = 1e-4
 CROPS_UNTIL = 0.3
@@ -75,6 +77,9 @@ def run(job: Job) -> None:
     vae = build_vae()
     if job.start_from is not None:
         load_weights(vae, job.start_from / "vae")
+    if job.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     vae = vae.to(job.device).train()
     trained = TrainedWeights(
         [vae],
@@ -103,12 +108,10 @@ def run(job: Job) -> None:
     # From here on many sizes run a few times each.
     torch.backends.cudnn.benchmark = False
     final = _averaged_vae(trained).to(job.device)
-    statistics = normalise_latents(final, job)
-    torch.save(
-        {name: value.to("cpu", torch.bfloat16) for name, value in final.state_dict().items()},
-        job.work_dir / VAE_FILE,
-    )
-    job.log(f"{VAE_FILE} saved; latents' own scale {statistics}")
+    if not job.freeze_encoder:
+        job.log(f"latents' own scale {normalise_latents(final, job)}")
+    _write(final, job.work_dir / VAE_FILE)
+    job.log(f"{VAE_FILE} saved")
     quality = measure_reconstruction(job, load_vae(job))
     add_report(
         job.work_dir,
@@ -124,13 +127,26 @@ def run(job: Job) -> None:
 
 
 def load_vae(job: Job) -> AutoencoderKLHunyuanVideo:
-    """The trained, normalised VAE, frozen, as it will be shipped."""
+    """The trained, normalised VAE, frozen, as it will be shipped.
+
+    It is that of `vae.pt`; where a finished model is refined and there is none, the model's own,
+    which `vae.pt` then holds.
+    """
     path = job.work_dir / VAE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run the vae stage first.")
     vae = build_vae()
-    vae.load_state_dict(torch.load(path, weights_only=True))
+    if path.is_file():
+        vae.load_state_dict(torch.load(path, weights_only=True))
+    elif job.start_from is not None:
+        load_weights(vae, job.start_from / "vae")
+        _write(vae, path)
+    else:
+        raise FileNotFoundError(f"{path} is missing; run the vae stage first.")
     return vae.requires_grad_(False).eval().to(job.device, job.dtype)
+
+
+def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
+    state = {name: value.to("cpu", torch.bfloat16) for name, value in vae.state_dict().items()}
+    torch.save(state, path)
 
 
 def _draw_batch(
@@ -138,7 +154,7 @@ def _draw_batch(
 ) -> tuple[Tensor, int, str]:
     """Frames, the latent at which decoding begins, and the name of the batch's kind."""
     plan = job.plan
-    crop_share = 0.85 if fraction < CROPS_UNTIL else 0.1
+    crop_share = 0.85 if fraction < CROPS_UNTIL and not job.freeze_encoder else 0.1
     is_crop = rng.random() < crop_share
     count = plan.crop_batch if is_crop else plan.square_batch
     first_latent = rng.choice([0, rng.randint(1, 4)])
@@ -163,7 +179,11 @@ def _loss(
     error = decoded - target
     absolute, squared = error.abs().mean(), error.square().mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = absolute + 2 * squared + KL_WEIGHT * kl
+    if any(parameter.requires_grad for parameter in vae.encoder.parameters()):
+        loss = absolute + 2 * squared + KL_WEIGHT * kl
+    else:
+        # The mean of the windows' PSNR, but for a factor.
+        loss = error.square().mean((1, 2, 3, 4)).clamp(min=1e-8).log().mean()
     return loss, (absolute.detach(), squared.detach(), kl.detach())
 
 
@@ -185,7 +205,8 @@ def _train(
         frames, first_latent, kind = _draw_batch(job, pool, rng, fraction)
         loss, parts = _loss(vae, frames, first_latent)
         loss.backward()
-        rate = LEARNING_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
+        peak = DECODER_LEARNING_RATE if job.freeze_encoder else LEARNING_RATE
+        rate = peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
         trained.step(rate, WARMUP_STEPS)
         if trained.step_count % 5 == 0:
             pool.refresh()

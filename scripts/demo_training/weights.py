@@ -162,6 +162,14 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(state)
 
 
+def inherit_reports(directory: Path, model_dir: Path) -> None:
+    """Begin `training.json` with the calls that a finished model has behind it."""
+    path = directory / "training.json"
+    if not path.is_file():
+        calls = json.loads((model_dir / "TRAINING.json").read_text())["calls"]
+        path.write_text(json.dumps(calls, indent=2) + "\n")
+
+
 def add_report(directory: Path, entry: dict[str, Any]) -> None:
     """Append what a call did, and on which GPU, to `training.json`."""
     entry["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None

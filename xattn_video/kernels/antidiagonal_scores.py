@@ -313,7 +313,9 @@ def antidiagonal_scores(
         triton.cdiv(S, tile * stride) for S, tile in ((Sq, tiles.tile_m), (Sk, tiles.tile_n))
     )
     rows, pitch = tiles_m * tiles.tile_m, tiles_n * (tiles.tile_n // groups)
-    heads = max(1, min(B * H, _SCRATCH_BYTES // (rows * pitch * 4)))
+    passes = triton.cdiv(B * H, max(1, _SCRATCH_BYTES // (rows * pitch * 4)))
+    # As many heads in each pass: the last one would leave scratch unused.
+    heads = triton.cdiv(B * H, passes)
     single = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     scores, partial, maxima = (
         single(B, H, Nq, Nk),

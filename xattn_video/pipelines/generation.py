@@ -132,6 +132,7 @@ def generate_together(
             videos = pipe(
                 **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
             ).frames
+            frames = [_to_bytes(video) for video in videos]
         finally:
             hook.remove()
         report = processor.report() if processor else None
@@ -140,10 +141,8 @@ def generate_together(
     assert recorder.latents is not None
     latents = recorder.latents.float().cpu()
     return tuple(
-        GenerationResult(
-            _to_bytes(np.asarray(video)), steps, seconds, _peak_memory_gib(device), report, latent
-        )
-        for video, latent in zip(videos, latents, strict=True)
+        GenerationResult(clip, steps, seconds, _peak_memory_gib(device), report, latent)
+        for clip, latent in zip(frames, latents, strict=True)
     )
 
 
@@ -242,18 +241,21 @@ def _pipeline_arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]
         "guidance_scale": first.video.guidance_scale,
         "true_cfg_scale": first.video.true_cfg_scale,
         "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in requests],
-        "output_type": "np",
+        "output_type": "pt",
     }
 
 
-def _to_bytes(video: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Frames in 0 to 1 as bytes; NaN would turn black without a word."""
-    if not np.isfinite(video).all():
+def _to_bytes(video: Tensor) -> NDArray[np.uint8]:
+    """Frames `[T, 3, H, W]` in 0 to 1 as bytes `[T, H, W, 3]`; NaN would turn black, unnoticed."""
+    # A GPU that holds the model may have no room for the video in float32.
+    video = video.cpu()
+    if not bool(video.isfinite().all()):
         raise RuntimeError(
             "the video holds values that are not finite: the dtype's range was too small; "
             "load the model in bfloat16 or float32."
         )
-    return (video * 255).round().astype(np.uint8)
+    frames = video.permute(0, 2, 3, 1).float().mul_(255).round_().to(torch.uint8)
+    return frames.contiguous().numpy()
 
 
 def _peak_memory_gib(device: torch.device) -> float | None:

@@ -221,4 +221,4 @@ def judge_demo_clip(prompt: str, clip: Clip) -> Attributes | None:
         scene = parse_prompt(prompt)
     except ValueError:
         return None
-    return score_clip(torch.from_numpy(clip.frames).permute(0, 3, 1, 2) / 255, scene)
+    return score_clip(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), scene)

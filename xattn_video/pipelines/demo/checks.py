@@ -72,7 +72,7 @@ class _Region:
 
 
 def score_clip(frames: Tensor, scene: Scene) -> dict[str, list[bool]]:
-    """Whether a clip ``[T, 3, H, W]`` in [0, 1] shows its scene; see `score_measurement`."""
+    """Whether a clip shows its scene; see `measure_clip` and `score_measurement`."""
     return score_measurement(measure_clip(frames, num_objects=len(scene.objects)), scene)
 
 
@@ -98,7 +98,7 @@ def measure_clip(frames: Tensor, *, num_objects: int) -> ClipMeasurement:
     """What a clip shows.
 
     Args:
-        frames: ``[T, 3, H, W]`` in [0, 1].
+        frames: ``[T, 3, H, W]`` in [0, 1], or in bytes.
         num_objects: With one the largest region is followed; with two the largest of each half.
 
     Raises:
@@ -111,7 +111,10 @@ def measure_clip(frames: Tensor, *, num_objects: int) -> ClipMeasurement:
         )
     indices = torch.linspace(0, len(frames) - 1, min(_SAMPLED_FRAMES, len(frames)))
     chosen = indices.round().long()
-    frames_seen = _working_size(frames[chosen].float().cpu())
+    frames_seen = frames[chosen].float().cpu()
+    if frames.dtype == torch.uint8:
+        frames_seen = frames_seen / 255
+    frames_seen = _working_size(frames_seen)
     background, name = _measure_background(frames_seen)
     # [F, H, W]
     distances = (frames_seen - background).norm(dim=1)
