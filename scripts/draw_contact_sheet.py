@@ -1,6 +1,6 @@
 """Draw a row of frames of each video, one below the other.
 
-python scripts/draw_contact_sheet.py videos/*.mp4 --output docs/images/demo.png
+python scripts/draw_contact_sheet.py $(ls -tr videos/*.mp4) --output docs/images/demo.png
 """
 
 import argparse

@@ -16,8 +16,8 @@ from hunyuan import (
     with_processor,
 )
 
-from xattn_video import ThresholdSchedule
-from xattn_video.processors import hunyuan_video, joint_attention, session
+from xattn_video import ThresholdSchedule, min_tokens
+from xattn_video.processors import hunyuan_video, joint_attention
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
 
@@ -107,7 +107,7 @@ def test_how_few_depends_on_the_device_where_nothing_is_said(monkeypatch):
     transformer, processor = with_processor(min_tokens=None)
     run(transformer)
     assert processor.report().dense_reasons == {"too few tokens": NUM_LAYERS}
-    monkeypatch.setattr(session, "default_min_tokens", {"cpu": VIDEO_TOKENS}.__getitem__)
+    monkeypatch.setattr(min_tokens, "_ELSEWHERE", VIDEO_TOKENS)
     transformer, processor = with_processor(min_tokens=None)
     run(transformer)
     assert states(processor.report()) == ["sparse"]

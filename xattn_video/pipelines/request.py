@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.min_tokens import default_min_tokens
+from xattn_video.min_tokens import resolve_min_tokens
 from xattn_video.pipelines.source import DEMO
 from xattn_video.schedule import ThresholdSchedule
 
@@ -98,7 +98,7 @@ class SparseSettings:
 
     def min_tokens_on(self, device_type: str) -> int:
         """``min_tokens``, or the default of a device."""
-        return default_min_tokens(device_type) if self.min_tokens is None else self.min_tokens
+        return resolve_min_tokens(self.min_tokens, device_type)
 
     def dense_steps(self, num_inference_steps: int, video_tokens: int, device_type: str) -> int:
         """Steps that stay dense: warm-up, cool-down, a threshold of 1; all, with few tokens."""

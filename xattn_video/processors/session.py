@@ -12,7 +12,7 @@ from torch import nn
 from xattn_video.checks import check_block_size
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.inputs import Problem
-from xattn_video.min_tokens import default_min_tokens
+from xattn_video.min_tokens import resolve_min_tokens
 from xattn_video.processors import joint_qkv
 from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
@@ -114,9 +114,7 @@ class Session:
         ]
         taus = settings.schedule.per_head(step, self._num_layers, config.num_attention_heads)
         device = _layer_device(transformer, inputs.device)
-        min_tokens = settings.min_tokens
-        if min_tokens is None:
-            min_tokens = default_min_tokens(device.type)
+        min_tokens = resolve_min_tokens(settings.min_tokens, device.type)
         few_tokens = num_video_tokens < min_tokens
         reason = self._dense_reason(settings, step, taus, few_tokens)
         backend = None
