@@ -83,10 +83,11 @@ def _problem_section(problem: Problem, figure: str) -> Iterator[str]:
     headings = ["density", "stride", "by", "scoring", "selection", "attention", "total"]
     headings += ["over best dense", "over stock", "extra GiB"]
     sparse = [_sparse_row(problem, total) for total in problem.select("xattention")]
+    estimates = {row["stride"]: row for row in problem.select("scoring", backend=AUTHORS)}
     sparse += [
-        ["", row["stride"], AUTHORS, _ms(row), "included", "", "", "", "", _gib(row)]
-        for row in problem.select("scoring", backend=AUTHORS)
-        if not problem.find("xattention", backend=AUTHORS, stride=row["stride"])
+        ["", stride, AUTHORS, _ms(row), "included", "", "", "", "", _gib(row)]
+        for stride, row in estimates.items()
+        if not problem.find("xattention", backend=AUTHORS, stride=stride)
     ]
     yield from _table(headings, sparse)
     yield f"\n![Time by part]({IMAGES}/{figure})\n"

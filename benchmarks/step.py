@@ -35,6 +35,12 @@ def main(words: list[str] | None = None) -> None:
     if arguments.compile:
         transformer.compile_repeated_blocks(fullgraph=True)
     results = ResultFile(arguments.output, environment(device, arguments.commit))
+    # Resolved here, so that the small step before a timed one compiles what that one runs.
+    head_dim = transformer.config.attention_head_dim
+    problem = Problem(device, transformer.dtype, head_dim, block_size=128)
+    precision = chosen_precision(
+        arguments.precision, problem, arguments.stride, num_tokens(arguments)
+    )
     with torch.no_grad():
         if not arguments.skip_stock:
             measure(transformer, None, {"phase": "stock", "backend": "stock"}, arguments, results)
@@ -44,13 +50,12 @@ def main(words: list[str] | None = None) -> None:
                 "stride": arguments.stride,
                 "backend": arguments.backend,
                 "min_tokens": 0,
-                "scoring_precision": arguments.precision,
+                "scoring_precision": precision,
             }
             with enable_xattention(transformer, tau, **options) as handle:
                 row = {"phase": "dense", "stride": arguments.stride}
                 if tau != 1:
-                    row |= {"phase": "sparse", "threshold": tau}
-                    row |= {"precision": arguments.precision}
+                    row |= {"phase": "sparse", "threshold": tau, "precision": precision}
                 measure(transformer, handle.processor, row, arguments, results)
         for tau in arguments.threshold if arguments.time_upstream else []:
             transformer.set_attn_processor(AuthorsProcessor(tau, arguments.stride))
@@ -101,7 +106,6 @@ def measure(
     """
     config, device = transformer.config, torch.device(arguments.device)
     inputs = step_inputs(arguments, config, device)
-    grid = inputs["hidden_states"].shape[2:]
     common = {
         "name": "step",
         "height": arguments.height,
@@ -109,7 +113,7 @@ def measure(
         "num_frames": arguments.num_frames,
         "layers": arguments.layers,
         "compiled": arguments.compile,
-        "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
+        "n": num_tokens(arguments),
         "valid_text_tokens": arguments.valid_text_tokens,
         "batch": 1,
         "heads": config.num_attention_heads,
@@ -117,9 +121,6 @@ def measure(
         "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
     }
     row = common | row
-    if "precision" in row:
-        problem = Problem(device, transformer.dtype, config.attention_head_dim, block_size=128)
-        row["precision"] = chosen_precision(row["precision"], problem, row["stride"], row["n"])
     try:
         small = step_inputs(arguments, config, device, frames=9)
         time_step(transformer, inputs if arguments.compile else small, processor, 1)
@@ -151,6 +152,12 @@ def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoT
     finally:
         torch.set_default_dtype(previous)
     return transformer.eval().requires_grad_(False)
+
+
+def num_tokens(arguments: argparse.Namespace) -> int:
+    """Video tokens, patches of 2x2 latents of 8x8 pixels and 4 frames, and text tokens."""
+    frames = (arguments.num_frames - 1) // 4 + 1
+    return frames * (arguments.height // 16) * (arguments.width // 16) + TEXT_TOKENS
 
 
 def step_inputs(

@@ -6,6 +6,7 @@ from xattn_video.inputs import BlockLists
 
 pytest.importorskip("triton")
 
+from xattn_video.kernels import block_sparse_forward as kernel
 from xattn_video.kernels.block_sparse_forward import block_sparse_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -39,12 +40,12 @@ def attend(query, key, value, mask, *, block_size=64, causal=False, key_lengths=
     )
 
 
-def assert_is_masked_attention(query, key, value, mask, **options):
+def assert_is_masked_attention(query, key, value, mask, *, exp2_error=0.0, **options):
     actual = attend(query, key, value, mask, **options)
     expected = masked_attention(query, key, value, mask, **options)
     same_dtype = masked_attention(query, key, value, mask, **options, dtype=query.dtype)
     assert actual.dtype == query.dtype
-    assert_within_budget(actual, expected, same_dtype)
+    assert_within_budget(actual, expected, same_dtype, exp2_error=exp2_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
@@ -166,3 +167,29 @@ def test_offsets_beyond_32_bits(device):
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
     actual = attend(sparse, sparse, sparse, mask)
     assert torch.equal(actual, attend(dense, dense, dense, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("norm", [1.0, 2.5, 8.0])
+def test_bounded_and_unbounded_products(norm, causal, dtype, device, monkeypatch):
+    """Of products up to +-norm^2 * 8 natural units: below, near and beyond the largest bound."""
+    monkeypatch.setattr(kernel, "_BOUNDED_DTYPES", (dtype,))
+    query, key, value = make_inputs(2, 2, 200, 450, 64, device, dtype)
+    query[:, :, 64:128] *= 0.01
+    query, key = (norm * 8 * x / x.norm(dim=-1).max() for x in (query, key))
+    # One query along the longest key and one against it reach the bound from both sides.
+    longest = key[0, 0, :131].norm(dim=-1).argmax()
+    query[0, 0, 3] = key[0, 0, longest] * (norm * 8 / key[0, 0, longest].norm())
+    query[0, 0, 4] = -query[0, 0, 3]
+    assert_is_masked_attention(
+        query,
+        key,
+        value,
+        make_mask(2, 2, 200, 450, 64, device, density=0.7),
+        block_size=64,
+        causal=causal,
+        key_lengths=make_lengths([450, 131], device),
+        # A difference of up to 128 powers of two, rounded to 24 bits.
+        exp2_error=2**-18 if dtype == torch.float32 else 0.0,
+    )

@@ -1,8 +1,13 @@
-"""Block-sparse attention from lists of kept blocks, with an online softmax.
+"""Block-sparse attention from lists of kept blocks.
 
 A program holds one block of queries, walks the row's list of key blocks and touches no other. The
 lists ascend, so the blocks that need a mask (cut by the end of the keys or by the diagonal) come
 last and have a loop of their own; the one before runs without masks.
+
+A softmax may take any number in place of its row's maximum, as long as no exponential leaves the
+range of float32. A product is at most the norms of its query and of the head's longest key; where
+that bound is small enough it is the number, and no maximum is sought and no sum corrected. Other
+rows, and other dtypes than bfloat16, have an online softmax.
 """
 
 import math
@@ -14,10 +19,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xattn_video.kernels.attention_tiles import choose_attention_tiles
+from xattn_video.kernels.largest_norms import largest_norms
 from xattn_video.kernels.support import with_unit_stride
 
 # Stands for the maximum of no products at all; finite, so that differences of maxima are.
 _LOWEST = tl.constexpr(-1e38)
+# In powers of two. With this less than the bound for a maximum, weights lie between 2^-120 and
+# 2^32, and neither they nor their sums leave the range of float32 and bfloat16.
+_BELOW_BOUND = tl.constexpr(32.0)
+_LARGEST_BOUND = tl.constexpr(76.0)
+# Half precision has no room for weights so far from 1, and float32 loses bits to the larger
+# differences, which bfloat16 never had.
+_BOUNDED_DTYPES = (torch.bfloat16,)
 
 
 @triton.jit
@@ -53,12 +66,16 @@ def _load_rows(
 
 @triton.jit
 def _attend(
-    accumulator, row_sum, row_maximum, query, key_source, value_source, stride_ks, stride_vs,
-    batch, kv_head, indices_ptr, first_step, last_step, ends_m, key_length, last_block, scale_log2,
+    accumulator, row_sum, row_maximum, is_bounded, query, key_source, value_source,
+    stride_ks, stride_vs, batch, kv_head, indices_ptr, first_step, last_step,
+    ends_m, key_length, last_block, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, NUM_STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Steps of TILE_N keys, one after the other; masked, of keys before a query's end only."""
+    """Steps of TILE_N keys, one after the other; masked, of keys before a query's end only.
+
+    Where the products are bounded ``row_maximum`` stays what it is.
+    """
     PADDED_DIM: tl.constexpr = query.shape[1]
     PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
     # Read one step ahead, so that no load of keys waits for its index.
@@ -76,29 +93,31 @@ def _attend(
         visible = (first_n + tl.arange(0, TILE_N))[None, :] < ends_m[:, None]
         if MASKED:
             products = tl.where(visible, products, _LOWEST)
-        # scale_log2 is not negative, so that it may follow the maximum.
-        new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
-        weights = tl.exp2(products * scale_log2 - new_maximum[:, None])
+        if not is_bounded:
+            # scale_log2 is not negative, so that it may follow the maximum.
+            new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
+            correction = tl.exp2(row_maximum - new_maximum)
+            row_sum *= correction
+            accumulator *= correction[:, None]
+            row_maximum = new_maximum
+        weights = tl.exp2(products * scale_log2 - row_maximum[:, None])
         if MASKED:
             weights = tl.where(visible, weights, 0.0)
-        correction = tl.exp2(row_maximum - new_maximum)
-        row_sum = row_sum * correction + tl.sum(weights, axis=1)
-        row_maximum = new_maximum
+        row_sum += tl.sum(weights, axis=1)
         value = _load_rows(
             value_source, stride_vs, batch, kv_head, first_n, key_length,
             TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS,
         )  # fmt: skip
         accumulator = tl.dot(
-            weights.to(value.dtype), value, accumulator * correction[:, None],
-            input_precision=INPUT_PRECISION,
-        )  # fmt: skip
+            weights.to(value.dtype), value, accumulator, input_precision=INPUT_PRECISION
+        )
     return accumulator, row_sum, row_maximum
 
 
 @triton.jit(do_not_specialize=["H", "group_size", "Sq", "Sk", "Nq", "Nk"])
 def _block_sparse_forward_kernel(
     query_source, key_source, value_source, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    key_norms_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     H, group_size, Sq, Sk, Nq, Nk, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -146,15 +165,24 @@ def _block_sparse_forward_kernel(
     )  # fmt: skip
     accumulator = tl.zeros([TILE_M, PADDED_DIM], dtype=tl.float32)
     row_sum = tl.zeros([TILE_M], dtype=tl.float32)
+    # In powers of two.
     row_maximum = tl.full([TILE_M], _LOWEST, dtype=tl.float32)
+    is_bounded = False
+    if key_norms_ptr is not None:
+        key_norm = tl.load(key_norms_ptr + b * (H // group_size) + kv_head)
+        squares = query.to(tl.float32) * query.to(tl.float32)
+        # [TILE_M], at least what any product of the query comes to.
+        bounds = tl.sqrt(tl.sum(squares, axis=1)) * key_norm * scale_log2
+        is_bounded = tl.max(bounds) <= _LARGEST_BOUND
+        row_maximum = tl.where(is_bounded, bounds - _BELOW_BOUND, row_maximum)
     accumulator, row_sum, row_maximum = _attend(
-        accumulator, row_sum, row_maximum, query, key_source, value_source,
+        accumulator, row_sum, row_maximum, is_bounded, query, key_source, value_source,
         stride_ks, stride_vs, batch, kv_head, indices_ptr, 0, unmasked * PARTS,
         ends_m, key_length, Nk - 1, scale_log2,
         HEAD_DIM, BLOCK_SIZE, TILE_N, False, DESCRIPTORS, NUM_STAGES, INPUT_PRECISION,
     )  # fmt: skip
     accumulator, row_sum, row_maximum = _attend(
-        accumulator, row_sum, row_maximum, query, key_source, value_source,
+        accumulator, row_sum, row_maximum, False, query, key_source, value_source,
         stride_ks, stride_vs, batch, kv_head, indices_ptr, unmasked * PARTS, count * PARTS,
         ends_m, key_length, Nk - 1, scale_log2,
         HEAD_DIM, BLOCK_SIZE, TILE_N, True, DESCRIPTORS, 1, INPUT_PRECISION,
@@ -208,6 +236,7 @@ def block_sparse_forward(
         query, scale = -query, -scale
     query, key, value = (with_unit_stride(tensor) for tensor in (query, key, value))
     counts, indices = counts.contiguous(), indices.contiguous()
+    key_norms = largest_norms(key, key_lengths) if query.dtype in _BOUNDED_DTYPES else None
     output = query.new_empty(B, Sq, H, D).transpose(1, 2)
     tiles = choose_attention_tiles(query, key, value, block_size)
     sources = query, key, value
@@ -216,7 +245,7 @@ def block_sparse_forward(
         sources = tuple(map(_descriptor, sources, rows))
     with torch.cuda.device_of(query):
         _block_sparse_forward_kernel[(triton.cdiv(Sq, tiles.tile_m), B * H)](
-            *sources, output, counts, indices, key_lengths,
+            *sources, output, counts, indices, key_lengths, key_norms,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             H, H // key.shape[1], Sq, Sk, Nq, Nk, scale * math.log2(math.e),
             HEAD_DIM=D, PADDED_DIM=triton.next_power_of_2(D), BLOCK_SIZE=block_size,
