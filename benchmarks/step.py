@@ -122,8 +122,10 @@ def measure(
     }
     row = common | row
     try:
+        # What is compiled for a sparse step, or by torch.compile, depends on its size.
+        by_size = arguments.compile or row["phase"] == "sparse"
         small = step_inputs(arguments, config, device, frames=9)
-        time_step(transformer, inputs if arguments.compile else small, processor, 1)
+        time_step(transformer, inputs if by_size else small, processor, 1)
         row |= time_step(transformer, inputs, processor, arguments.repeats)
     # What one kind of step may raise keeps no other from being measured.
     except Exception as failure:

@@ -5,6 +5,7 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from torch import Tensor
 
 from demo_training.attention import TrainingProcessor, rotation_of, use_training_attention
+from demo_training.graphs import StepGraphs
 from demo_training.latents import LatentPool, fill_pools
 from demo_training.models import TextStack, build_transformer
 from demo_training.plan import Clock, Job, Size
 from demo_training.text_stage import load_text_stack
+from demo_training.vae_layers import use_training_layers
 from demo_training.vae_stage import load_vae
 from demo_training.weights import (
     TrainedWeights,
@@ -127,6 +130,7 @@ def _fill_all_pools(
     """Latents of every frame size that this call needs."""
     plan, refining = job.plan, job.start_from is not None
     vae = load_vae(job)
+    use_training_layers(vae)
     seconds = {plan.square: POOL_S}
     if with_others:
         seconds |= dict.fromkeys(
@@ -199,7 +203,7 @@ def _loss(
         return_dict=False,
     )[0]
     losses = (velocity.float() - (noise - latents)).square().mean((1, 2, 3, 4))
-    return losses.mean(), losses.detach(), sigma
+    return losses.mean(), losses, sigma
 
 
 @torch.no_grad()
@@ -237,11 +241,13 @@ def _train(
     kinds: dict[str, int] = {}
     reported = saved = time.time()
     reported_step = trained.step_count
+    graphs = StepGraphs(trained.parameters)
     while not clock.is_over:
         fraction = clock.fraction
         latents, states, pooled, kind = _draw_batch(trainee, fraction)
-        loss, losses, sigma = _loss(trainee, latents, states, pooled)
-        loss.backward()
+        _, losses, sigma = graphs.run(
+            (latents.shape, states.shape), partial(_loss, trainee), latents, states, pooled
+        )
         peak = LEARNING_RATE if job.start_from is None else REFINING_LEARNING_RATE
         trained.step(peak * _course(fraction), WARMUP_STEPS)
         recent.append((sigma, losses))

@@ -2,12 +2,13 @@
 
 A window is decoded as the pipeline decodes a long clip: from latents that begin anywhere, not only
 at a clip's first frame. Squared error is what PSNR measures; absolute error keeps wide flat
-areas in their colours.
+areas in their colours. Once they are right the loss is PSNR itself.
 """
 
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from demo_training.clips import WINDOW_FRAMES, encode_windows, random_scene, render_clip
+from demo_training.graphs import StepGraphs
 from demo_training.models import LATENT_CHANNELS, build_vae
 from demo_training.pictures import save_sheet
 from demo_training.plan import Clock, Job
+from demo_training.vae_layers import use_training_layers
 from demo_training.weights import (
     TrainedWeights,
     add_report,
@@ -34,6 +37,9 @@ DECODER_LEARNING_RATE = 6e-4
 WARMUP_STEPS = 60
 KL_WEIGHT = 1e-4
 CROPS_UNTIL = 0.3
+# From here on in the schedule the loss is PSNR, with a weight that leaves the KL its share.
+PSNR_FROM = 0.5
+PSNR_WEIGHT = 0.01
 SAVE_EVERY_S = 150.0
 # Left at the end of a call for saving, measuring and pictures.
 RESERVE_S = 18.0
@@ -80,7 +86,8 @@ def run(job: Job) -> None:
     if job.freeze_encoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    vae = vae.to(job.device).train()
+    vae = vae.to(job.device, memory_format=torch.channels_last_3d).train()
+    use_training_layers(vae)
     trained = TrainedWeights(
         [vae],
         dtype=job.dtype,
@@ -165,8 +172,8 @@ def _draw_batch(
 
 
 def _loss(
-    vae: AutoencoderKLHunyuanVideo, frames: Tensor, first_latent: int
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    vae: AutoencoderKLHunyuanVideo, frames: Tensor, first_latent: int, *, by_psnr: bool
+) -> tuple[Tensor, Tensor]:
     """Loss and (mean absolute error, mean squared error, KL) of one batch."""
     mean, log_variance = encode_windows(vae, frames)
     latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -177,14 +184,15 @@ def _loss(
         # The first latent of a later window only gives context.
         decoded, target = decoded[:, :, 1:], target[:, :, 1:]
     error = decoded - target
-    absolute, squared = error.abs().mean(), error.square().mean()
+    absolute, squared = error.abs().mean(), error.square().mean((1, 2, 3, 4))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    if any(parameter.requires_grad for parameter in vae.encoder.parameters()):
-        loss = absolute + 2 * squared + KL_WEIGHT * kl
-    else:
+    if by_psnr:
         # The mean of the windows' PSNR, but for a factor.
-        loss = error.square().mean((1, 2, 3, 4)).clamp(min=1e-8).log().mean()
-    return loss, (absolute.detach(), squared.detach(), kl.detach())
+        of_error = PSNR_WEIGHT * squared.clamp(min=1e-8).log().mean()
+    else:
+        of_error = absolute + 2 * squared.mean()
+    # A frozen encoder has a KL without gradients.
+    return of_error + KL_WEIGHT * kl, torch.stack([absolute, squared.mean(), kl])
 
 
 def _train(
@@ -200,17 +208,19 @@ def _train(
     recent: dict[str, list[Tensor]] = {}
     reported = saved = time.time()
     reported_step = trained.step_count
+    graphs = StepGraphs(trained.parameters)
     while not clock.is_over:
         fraction = clock.fraction
         frames, first_latent, kind = _draw_batch(job, pool, rng, fraction)
-        loss, parts = _loss(vae, frames, first_latent)
-        loss.backward()
+        by_psnr = job.freeze_encoder or fraction >= PSNR_FROM
+        compute = partial(_loss, vae, first_latent=first_latent, by_psnr=by_psnr)
+        _, parts = graphs.run((kind, first_latent, by_psnr), compute, frames)
         peak = DECODER_LEARNING_RATE if job.freeze_encoder else LEARNING_RATE
         rate = peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
         trained.step(rate, WARMUP_STEPS)
         if trained.step_count % 5 == 0:
             pool.refresh()
-        recent.setdefault(kind, []).append(torch.stack(parts))
+        recent.setdefault(kind, []).append(parts)
         now = time.time()
         if now - reported >= job.plan.report_every:
             line = _summary(recent)
