@@ -38,16 +38,16 @@ WARMUP_STEPS = 120
 SIGMA_SHIFT = 6.0
 UNIFORM_SHARE = 0.3
 # Other frame sizes join in this far into the schedule.
-OTHER_SIZES_FROM = 0.5
-OTHER_SIZES_SHARE = 0.15
+OTHER_SIZES_FROM = 0.4
+OTHER_SIZES_SHARE = 0.45
 # A finished model knows the default size.
 REFINING_OTHER_SIZES_SHARE = 0.6
 # By number of frames: where an object is, and what, is learnt from short clips of more scenes.
 SHARES_OF_OTHER_SIZES = {17: 0.4, 33: 0.25, 65: 0.35}
 # Seconds of rendering and encoding.
-POOL_S = 35.0
-OTHER_POOL_S, REFINING_OTHER_POOL_S = 5.0, 8.0
-LARGE_POOL_S, REFINING_LARGE_POOL_S = 10.0, 50.0
+POOL_S = 25.0
+OTHER_POOL_S, REFINING_OTHER_POOL_S = 4.0, 8.0
+LARGE_POOL_S, REFINING_LARGE_POOL_S = 16.0, 50.0
 SAVE_EVERY_S = 150.0
 # Left at the end of a call for saving.
 RESERVE_S = 14.0
@@ -159,7 +159,7 @@ def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tens
     size = plan.square
     has_others = len(trainee.pools) > 1 and fraction >= OTHER_SIZES_FROM
     if has_others and rng.random() < other_sizes_share:
-        size = rng.choices([plan.wide, plan.tall, plan.large], [1, 1, 4])[0]
+        size = rng.choices([plan.wide, plan.tall, plan.large], [1, 1, 3])[0]
         shares = SHARES_OF_OTHER_SIZES
     num_frames = rng.choices(list(shares), list(shares.values()))[0]
     count = (plan.large_batch_of if size == plan.large else plan.batch_of)[num_frames]
