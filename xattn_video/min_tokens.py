@@ -1,6 +1,6 @@
 """From how many video tokens on sparse attention has been measured to pay."""
 
-_ON_CUDA = 8192
+_ON_CUDA = 16384
 _ELSEWHERE = 2048
 
 

@@ -119,7 +119,7 @@ MinTokens = Annotated[
     option(
         _SPARSITY,
         "With fewer video tokens all steps stay dense.",
-        show_default="8192 on CUDA, else 2048; demo 0",
+        show_default="16384 on CUDA, else 2048; demo 0",
     ),
 ]
 ScoringPrecision = Annotated[

@@ -51,7 +51,7 @@ class XAttnProcessor(TransformerBound):
         cooldown_steps: Last steps that run dense. Needs the number of steps: from the pipeline,
             with `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
         min_tokens: With fewer video tokens every step runs dense. None for what was measured to
-            pay: 8192 on CUDA, 2048 elsewhere.
+            pay: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
         scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
             ``"auto"`` for the faster of them; see `block_scores`. Where 8 bits were asked for and
