@@ -1,5 +1,7 @@
 """The parts of the demo model's training that must be exact."""
 
+import functools
+import itertools
 import json
 import time
 from pathlib import Path
@@ -142,3 +144,52 @@ def test_the_text_encoders_learn_the_order_of_words() -> None:
     motion = logits.split(choices, -1)[3][:, 6].argmax(-1)
     assert torch.equal(motion, targets[:, 6, 3])
     assert motion[0] != motion[1]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_training_layers_compute_what_the_stock_ones_do(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from demo_training import vae_stage
+    from demo_training.models import build_vae
+    from demo_training.vae_layers import use_training_layers
+
+    # Drawn in the order of the memory, which differs.
+    noise = torch.randn(2, 8, 9, 2, 2)
+    monkeypatch.setattr(torch, "randn_like", lambda like: noise)
+    frames = torch.rand(2, 3, 33, 16, 16)
+    results = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        vae = build_vae().train()
+        if own:
+            use_training_layers(vae.to(memory_format=memory_format))
+        loss, _ = vae_stage._loss(vae, frames, first_latent=2, by_psnr=False)
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in vae.parameters())])
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm() + 1e-7
+
+
+def test_each_step_has_its_own_loss_gradients_and_noise(device: torch.device) -> None:
+    from demo_training.graphs import StepGraphs
+
+    layer = torch.nn.Linear(3, 2).to(device)
+    graphs = StepGraphs(layer.parameters())
+
+    def compute(x: torch.Tensor, *, power: int) -> tuple[torch.Tensor, ...]:
+        return layer(x).pow(power).sum(), torch.rand_like(x)
+
+    noises = []
+    # Each kind once as it is, once recorded, and then replayed.
+    for power in (1, 2, 1, 2, 1, 2, 2, 1):
+        x = torch.randn(4, 3, device=device)
+        loss, noise = graphs.run(power, functools.partial(compute, power=power), x)
+        expected = layer(x).pow(power).sum()
+        torch.testing.assert_close(loss, expected.detach())
+        expected_gradients = torch.autograd.grad(expected, list(layer.parameters()))
+        for parameter, gradient in zip(layer.parameters(), expected_gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+            parameter.grad = None
+        noises.append(noise)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(noises, 2))
