@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oracle import antidiagonal_block_scores, assert_within_budget, make_lengths
+from oracle import antidiagonal_block_scores, assert_within_budget, make_lengths, order_error
 
 pytest.importorskip("triton")
 
@@ -40,12 +40,11 @@ def assert_is_the_formula(query, key, **options):
     dtype = query.dtype if query.is_cuda else torch.float32
     same_dtype = antidiagonal_block_scores(query, key, **options, dtype=dtype)
     assert actual.dtype == torch.float32
-    exp2_error = 0.0
+    relative_error = order_error(options.get("stride", 8), query.shape[-1])
     if query.is_cuda:
-        # PTX's ex2.approx errs by up to 2**-22, in the numerator and in the denominator; what it
-        # is given, by the roundings of a product's terms, added one after the other.
-        exp2_error = 2**-21 + 2**-24 * (options.get("stride", 8) * query.shape[-1]) ** 0.5
-    assert_within_budget(actual, expected, same_dtype, exp2_error=exp2_error)
+        # PTX's ex2.approx errs by up to 2**-22, in the numerator and in the denominator.
+        relative_error += 2**-21
+    assert_within_budget(actual, expected, same_dtype, relative_error=relative_error)
     assert torch.equal(actual.cpu() > 0, expected > 0)
 
 

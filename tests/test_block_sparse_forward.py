@@ -40,12 +40,12 @@ def attend(query, key, value, mask, *, block_size=64, causal=False, key_lengths=
     )
 
 
-def assert_is_masked_attention(query, key, value, mask, *, exp2_error=0.0, **options):
+def assert_is_masked_attention(query, key, value, mask, *, relative_error=0.0, **options):
     actual = attend(query, key, value, mask, **options)
     expected = masked_attention(query, key, value, mask, **options)
     same_dtype = masked_attention(query, key, value, mask, **options, dtype=query.dtype)
     assert actual.dtype == query.dtype
-    assert_within_budget(actual, expected, same_dtype, exp2_error=exp2_error)
+    assert_within_budget(actual, expected, same_dtype, relative_error=relative_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
@@ -191,5 +191,5 @@ def test_bounded_and_unbounded_products(norm, causal, dtype, device, monkeypatch
         causal=causal,
         key_lengths=make_lengths([450, 131], device),
         # A difference of up to 128 powers of two, rounded to 24 bits.
-        exp2_error=2**-18 if dtype == torch.float32 else 0.0,
+        relative_error=2**-18 if dtype == torch.float32 else 0.0,
     )

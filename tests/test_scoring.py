@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oracle import antidiagonal_block_scores, assert_within_budget
+from oracle import antidiagonal_block_scores, assert_within_budget, order_error
 
 from xattn_video import block_scores
 from xattn_video.inputs import Problem
@@ -31,7 +31,7 @@ def test_scores_are_the_formula(B, H, Sq, Sk, D, block_size, stride, causal):
     in_float32 = antidiagonal_block_scores(query, key, **options, dtype=torch.float32)
     actual = block_scores(query, key, **options)
     assert actual.dtype == torch.float32
-    assert_within_budget(actual, expected, in_float32)
+    assert_within_budget(actual, expected, in_float32, relative_error=order_error(stride, D))
     torch.testing.assert_close(actual.sum(-1), torch.ones(actual.shape[:-1]))
 
 
@@ -39,7 +39,8 @@ def test_half_precision_inputs_are_compared_in_float32():
     query, key = make_pair(1, 1, 200, 200, 64, torch.bfloat16)
     expected = antidiagonal_block_scores(query, key)
     in_float32 = antidiagonal_block_scores(query, key, dtype=torch.float32)
-    assert_within_budget(block_scores(query, key), expected, in_float32)
+    actual = block_scores(query, key)
+    assert_within_budget(actual, expected, in_float32, relative_error=order_error(8, 64))
 
 
 def test_each_item_of_a_batch_has_its_own_key_length():
@@ -49,7 +50,7 @@ def test_each_item_of_a_batch_has_its_own_key_length():
     expected = antidiagonal_block_scores(query, key, **options)
     in_float32 = antidiagonal_block_scores(query, key, **options, dtype=torch.float32)
     actual = block_scores(query, key, **options)
-    assert_within_budget(actual, expected, in_float32)
+    assert_within_budget(actual, expected, in_float32, relative_error=order_error(8, 32))
     assert (actual[1, :, :, 3:] == 0).all()
     assert (actual[2, :, :, 0] == 1).all()
 
