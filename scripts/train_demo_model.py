@@ -59,6 +59,8 @@ def main() -> int:
     torch.manual_seed(job.seed)
     random.seed(job.seed)
     torch.backends.cudnn.benchmark = job.stage != "package"
+    # For each shape; all that it knows took half a minute of the VAE's stage.
+    torch.backends.cudnn.benchmark_limit = 4
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
     name = torch.cuda.get_device_name() if job.device.type == "cuda" else "CPU"

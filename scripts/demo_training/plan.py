@@ -16,10 +16,12 @@ class Plan:
     Attributes:
         square: The default frame.
         wide, tall, large: Frames unlike it.
-        crop: Side of the crops that the VAE sees first.
+        small: Frames that the VAE sees first.
+        small_batch: Their windows in a batch.
+        crop: Side of the crops that the VAE sees now and then.
         crop_batch: Crops in a batch.
         square_batch: Whole frames' windows in a batch.
-        clips: Rendered clips that the VAE's crops are cut from.
+        clips: Rendered clips of a size that the VAE's windows are cut from.
         batch_of: Clips in a transformer batch, by number of frames, at the default frame.
         large_batch_of: Likewise at the largest frame.
         encode_batch: Clips that are rendered and encoded at once.
@@ -33,6 +35,8 @@ class Plan:
     wide: Size = (128, 512)
     tall: Size = (512, 128)
     large: Size = (512, 512)
+    small: Size = (64, 64)
+    small_batch: int = 8
     crop: int = 128
     crop_batch: int = 12
     square_batch: int = 2
@@ -61,6 +65,8 @@ SMOKE = Plan(
     wide=(32, 128),
     tall=(128, 32),
     large=(80, 80),
+    small=(32, 32),
+    small_batch=2,
     crop=16,
     crop_batch=1,
     square_batch=1,

@@ -20,7 +20,7 @@ from demo_training.clips import WINDOW_FRAMES, encode_windows, random_scene, ren
 from demo_training.graphs import StepGraphs
 from demo_training.models import LATENT_CHANNELS, build_vae
 from demo_training.pictures import save_sheet
-from demo_training.plan import Clock, Job
+from demo_training.plan import Clock, Job, Size
 from demo_training.vae_layers import use_training_layers
 from demo_training.weights import (
     TrainedWeights,
@@ -36,7 +36,10 @@ LEARNING_RATE = 1.5e-3
 DECODER_LEARNING_RATE = 6e-4
 WARMUP_STEPS = 60
 KL_WEIGHT = 1e-4
-CROPS_UNTIL = 0.3
+# So far into the schedule frames are small: for its first thousand steps or more the VAE learns
+# hardly anything, whatever the size of the frames, and small ones take a fraction of the time.
+SMALL_UNTIL = 0.05
+CROP_SHARE = 0.1
 # From here on in the schedule the loss is PSNR, with a weight that leaves the KL its share.
 PSNR_FROM = 0.5
 PSNR_WEIGHT = 0.01
@@ -49,9 +52,10 @@ VAE_FILE = "vae.pt"
 class ClipPool:
     """Rendered clips on the device, replaced one by one while training goes on."""
 
-    def __init__(self, job: Job, rng: random.Random) -> None:
+    def __init__(self, job: Job, rng: random.Random, size: Size) -> None:
         self._job = job
         self._rng = rng
+        self._size = size
         self._clips = [self._render() for _ in range(job.plan.clips)]
 
     def refresh(self) -> None:
@@ -61,7 +65,7 @@ class ClipPool:
     def batch(self, crop: int | None, count: int, num_frames: int) -> Tensor:
         """Random windows of ``num_frames`` frames, whole or cropped, mirrored as often as not."""
         rng, windows = self._rng, []
-        height, width = self._job.plan.square
+        height, width = self._size
         for _ in range(count):
             clip = rng.choice(self._clips)
             first = rng.choice([0, rng.randint(0, clip.shape[1] - num_frames)])
@@ -75,7 +79,7 @@ class ClipPool:
     def _render(self) -> Tensor:
         job = self._job
         scene = random_scene(self._rng)
-        return render_clip(scene, self._rng, job.plan.square, job.device, job.dtype)
+        return render_clip(scene, self._rng, self._size, job.device, job.dtype)
 
 
 def run(job: Job) -> None:
@@ -103,14 +107,15 @@ def run(job: Job) -> None:
         restore_random_state(state["random"])
         before, calls, history = state["spent"], state["calls"], state["history"]
     rng = random.Random(f"{job.seed}/vae/{calls}")
-    pool = ClipPool(job, rng)
+    sizes = (job.plan.small, job.plan.square)
+    pools = {size: ClipPool(job, rng, size) for size in sizes}
     job.log("clips rendered")
 
     clock = Clock.begin(job, before, 5.0 if job.is_smoke else RESERVE_S)
-    _train(job, vae, trained, pool, rng, clock, calls, history)
+    _train(job, vae, trained, pools, rng, clock, calls, history)
     _save(job, trained, clock, calls + 1, history)
     job.log(f"checkpoint saved at {clock.fraction:.0%} of the schedule")
-    del pool
+    del pools
 
     # From here on many sizes run a few times each.
     torch.backends.cudnn.benchmark = False
@@ -157,17 +162,21 @@ def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
 
 
 def _draw_batch(
-    job: Job, pool: ClipPool, rng: random.Random, fraction: float
+    job: Job, pools: dict[Size, ClipPool], rng: random.Random, step: int, fraction: float
 ) -> tuple[Tensor, int, str]:
     """Frames, the latent at which decoding begins, and the name of the batch's kind."""
     plan = job.plan
-    crop_share = 0.85 if fraction < CROPS_UNTIL and not job.freeze_encoder else 0.1
-    is_crop = rng.random() < crop_share
+    is_small = fraction < SMALL_UNTIL and not job.freeze_encoder
+    pool = pools[plan.small if is_small else plan.square]
+    if step % 5 == 0:
+        pool.refresh()
+    if is_small:
+        return pool.batch(None, plan.small_batch, WINDOW_FRAMES), 0, "small"
+    is_crop = rng.random() < CROP_SHARE
     count = plan.crop_batch if is_crop else plan.square_batch
     first_latent = rng.choice([0, rng.randint(1, 4)])
     num_frames = WINDOW_FRAMES if first_latent == 0 else 2 * WINDOW_FRAMES - 1
-    crop = plan.crop if is_crop else None
-    frames = pool.batch(crop, count, num_frames)
+    frames = pool.batch(plan.crop if is_crop else None, count, num_frames)
     return frames, first_latent, "crop" if is_crop else "square"
 
 
@@ -199,7 +208,7 @@ def _train(
     job: Job,
     vae: AutoencoderKLHunyuanVideo,
     trained: TrainedWeights,
-    pool: ClipPool,
+    pools: dict[Size, ClipPool],
     rng: random.Random,
     clock: Clock,
     calls: int,
@@ -211,15 +220,13 @@ def _train(
     graphs = StepGraphs(trained.parameters)
     while not clock.is_over:
         fraction = clock.fraction
-        frames, first_latent, kind = _draw_batch(job, pool, rng, fraction)
+        frames, first_latent, kind = _draw_batch(job, pools, rng, trained.step_count, fraction)
         by_psnr = job.freeze_encoder or fraction >= PSNR_FROM
         compute = partial(_loss, vae, first_latent=first_latent, by_psnr=by_psnr)
         _, parts = graphs.run((kind, first_latent, by_psnr), compute, frames)
         peak = DECODER_LEARNING_RATE if job.freeze_encoder else LEARNING_RATE
         rate = peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
         trained.step(rate, WARMUP_STEPS)
-        if trained.step_count % 5 == 0:
-            pool.refresh()
         recent.setdefault(kind, []).append(parts)
         now = time.time()
         if now - reported >= job.plan.report_every:
