@@ -35,12 +35,6 @@ def main(words: list[str] | None = None) -> None:
     if arguments.compile:
         transformer.compile_repeated_blocks(fullgraph=True)
     results = ResultFile(arguments.output, environment(device, arguments.commit))
-    # Resolved here, so that the small step before a timed one compiles what that one runs.
-    head_dim = transformer.config.attention_head_dim
-    problem = Problem(device, transformer.dtype, head_dim, block_size=128)
-    precision = chosen_precision(
-        arguments.precision, problem, arguments.stride, num_tokens(arguments)
-    )
     with torch.no_grad():
         if not arguments.skip_stock:
             measure(transformer, None, {"phase": "stock", "backend": "stock"}, arguments, results)
@@ -50,12 +44,13 @@ def main(words: list[str] | None = None) -> None:
                 "stride": arguments.stride,
                 "backend": arguments.backend,
                 "min_tokens": 0,
-                "scoring_precision": precision,
+                "scoring_precision": arguments.precision,
             }
             with enable_xattention(transformer, tau, **options) as handle:
                 row = {"phase": "dense", "stride": arguments.stride}
                 if tau != 1:
-                    row |= {"phase": "sparse", "threshold": tau, "precision": precision}
+                    row |= {"phase": "sparse", "threshold": tau}
+                    row |= {"precision": arguments.precision}
                 measure(transformer, handle.processor, row, arguments, results)
         for tau in arguments.threshold if arguments.time_upstream else []:
             transformer.set_attn_processor(AuthorsProcessor(tau, arguments.stride))
@@ -106,6 +101,7 @@ def measure(
     """
     config, device = transformer.config, torch.device(arguments.device)
     inputs = step_inputs(arguments, config, device)
+    grid = inputs["hidden_states"].shape[2:]
     common = {
         "name": "step",
         "height": arguments.height,
@@ -113,7 +109,7 @@ def measure(
         "num_frames": arguments.num_frames,
         "layers": arguments.layers,
         "compiled": arguments.compile,
-        "n": num_tokens(arguments),
+        "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
         "valid_text_tokens": arguments.valid_text_tokens,
         "batch": 1,
         "heads": config.num_attention_heads,
@@ -121,6 +117,9 @@ def measure(
         "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
     }
     row = common | row
+    if "precision" in row:
+        problem = Problem(device, transformer.dtype, config.attention_head_dim, block_size=128)
+        row["precision"] = chosen_precision(row["precision"], problem, row["stride"], row["n"])
     try:
         # What is compiled for a sparse step, or by torch.compile, depends on its size.
         by_size = arguments.compile or row["phase"] == "sparse"
@@ -154,12 +153,6 @@ def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoT
     finally:
         torch.set_default_dtype(previous)
     return transformer.eval().requires_grad_(False)
-
-
-def num_tokens(arguments: argparse.Namespace) -> int:
-    """Video tokens, patches of 2x2 latents of 8x8 pixels and 4 frames, and text tokens."""
-    frames = (arguments.num_frames - 1) // 4 + 1
-    return frames * (arguments.height // 16) * (arguments.width // 16) + TEXT_TOKENS
 
 
 def step_inputs(

@@ -53,7 +53,7 @@ class StepGraphs:
             What ``compute`` gives, without its history.
         """
         if self._stream is None:
-            return self._compute(compute, inputs)
+            return _backward(compute, inputs)
         while len(self._running) >= STEPS_AHEAD:
             self._running.popleft().synchronize()
         if kind in self._recordings:
@@ -64,17 +64,12 @@ class StepGraphs:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                results = self._compute(compute, inputs)
+                results = _backward(compute, inputs)
             current.wait_stream(self._stream)
         event = torch.cuda.Event()
         event.record()
         self._running.append(event)
         return results
-
-    def _compute(self, compute: Compute, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        results = compute(*inputs)
-        results[0].backward()
-        return tuple(result.detach() for result in results)
 
     def _replay(
         self, kind: Hashable, compute: Compute, inputs: tuple[Tensor, ...]
@@ -95,5 +90,12 @@ class StepGraphs:
             parameter.grad = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            results = self._compute(compute, inputs)
+            results = _backward(compute, inputs)
         return _Recording(graph, inputs, results, [p.grad for p in self._parameters])
+
+
+def _backward(compute: Compute, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What ``compute`` gives, after the gradients of its loss."""
+    results = compute(*inputs)
+    results[0].backward()
+    return tuple(result.detach() for result in results)
