@@ -1,19 +1,24 @@
 """Train the small HunyuanVideo pipeline that ships with the package.
 
-Four stages, the long ones resumable in pieces that fit a machine lent for minutes:
+Five stages, the long ones resumable in pieces that fit a machine lent for minutes:
 
-    python scripts/train_demo_model.py --stage vae --work-dir runs/demo --seconds 560
     python scripts/train_demo_model.py --stage text --work-dir runs/demo --seconds 60
+    python scripts/train_demo_model.py --stage vae --work-dir runs/demo --seconds 560
+    python scripts/train_demo_model.py --stage decoder --work-dir runs/demo --seconds 300
+    python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 560
+    python scripts/train_demo_model.py --stage package --work-dir runs/demo
+
+The decoder stage goes on with the VAE's decoder and leaves its latents what they are: it may run
+before, after or beside the transformer's. A stage in two pieces is told the length of both:
+
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 560 \
         --total-seconds 800
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 330 \
         --total-seconds 800 --resume
-    python scripts/train_demo_model.py --stage package --work-dir runs/demo
 
-To refine a finished model instead, give its folder to the first call of the vae and of the
-transformer stage: `--start-from xattn_video/pipelines/demo/model`. The transformer then sees other
-frame sizes more often than the default one. With `--freeze-encoder` the vae stage trains the
-decoder alone: latents stay what they are, so the transformer need not learn them anew.
+To refine a finished model instead, give its folder to the first call of the vae, the decoder or
+the transformer stage: `--start-from xattn_video/pipelines/demo/model`. The transformer then sees
+other frame sizes more often than the default one.
 
 `--seconds` limits the wall time of a call, imports and final measurements included;
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
@@ -48,7 +53,6 @@ def main() -> int:
         total_seconds=arguments.total_seconds,
         resume=arguments.resume,
         start_from=arguments.start_from,
-        freeze_encoder=arguments.freeze_encoder,
         seed=arguments.seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         plan=SMOKE if arguments.smoke else Plan(),
@@ -67,6 +71,7 @@ def main() -> int:
     job.log(f"{job.stage} on {name}, torch {torch.__version__}")
     stages = {
         "vae": vae_stage.run,
+        "decoder": vae_stage.run,
         "text": text_stage.run,
         "transformer": transformer_stage.run,
         "package": package_stage.run,
@@ -81,14 +86,13 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--stage", required=True, choices=("vae", "text", "transformer", "package")
+        "--stage", required=True, choices=("vae", "decoder", "text", "transformer", "package")
     )
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--total-seconds", type=float)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--start-from", type=Path, help="a finished model to refine")
-    parser.add_argument("--freeze-encoder", action="store_true", help="refine the decoder alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a check on a CPU")
     return parser.parse_args()

@@ -57,7 +57,7 @@ def test_a_refined_model_s_calls_follow_those_before(tmp_path: Path) -> None:
     assert [call["stage"] for call in calls] == ["vae", "transformer"]
 
 
-def test_a_frozen_encoder_stays_what_it_is_and_the_decoder_learns(
+def test_the_decoder_stage_leaves_the_encoder_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from demo_training import vae_stage
@@ -65,14 +65,13 @@ def test_a_frozen_encoder_stays_what_it_is_and_the_decoder_learns(
 
     monkeypatch.setattr(vae_stage, "measure_reconstruction", lambda job, vae: {})
     job = Job(
-        stage="vae",
+        stage="decoder",
         work_dir=tmp_path,
         started=time.time(),
         seconds=0.0,
         total_seconds=None,
         resume=False,
         start_from=DEMO_DIR,
-        freeze_encoder=True,
         seed=0,
         device=torch.device("cpu"),
         plan=SMOKE,

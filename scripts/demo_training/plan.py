@@ -18,6 +18,8 @@ class Plan:
         wide, tall, large: Frames unlike it.
         small: Frames that the VAE sees first.
         small_batch: Their windows in a batch.
+        medium: Frames that it sees next.
+        medium_batch: Likewise.
         crop: Side of the crops that the VAE sees now and then.
         crop_batch: Crops in a batch.
         square_batch: Whole frames' windows in a batch.
@@ -37,6 +39,8 @@ class Plan:
     large: Size = (512, 512)
     small: Size = (64, 64)
     small_batch: int = 8
+    medium: Size = (128, 128)
+    medium_batch: int = 4
     crop: int = 128
     crop_batch: int = 12
     square_batch: int = 2
@@ -67,6 +71,8 @@ SMOKE = Plan(
     large=(80, 80),
     small=(32, 32),
     small_batch=2,
+    medium=(48, 48),
+    medium_batch=2,
     crop=16,
     crop_batch=1,
     square_batch=1,
@@ -94,14 +100,13 @@ class Job:
     """One call of the training script.
 
     Attributes:
-        stage: `vae`, `text`, `transformer` or `package`.
+        stage: `vae`, `decoder`, `text`, `transformer` or `package`.
         work_dir: Checkpoints, reports and pictures.
         started: Wall clock when the process began.
         seconds: Wall seconds that this call may take.
         total_seconds: Training seconds of the stage over all its calls; this call alone if None.
         resume: Whether to go on from the stage's checkpoint.
         start_from: A finished model whose weights the stage begins with; random ones if None.
-        freeze_encoder: Whether the VAE's latents stay what they are and its decoder alone learns.
         seed: Of everything random.
         device: Where to train.
         plan: The sizes.
@@ -114,7 +119,6 @@ class Job:
     total_seconds: float | None
     resume: bool
     start_from: Path | None
-    freeze_encoder: bool
     seed: int
     device: torch.device
     plan: Plan

@@ -2,7 +2,8 @@
 
 A window is decoded as the pipeline decodes a long clip: from latents that begin anywhere, not only
 at a clip's first frame. Squared error is what PSNR measures; absolute error keeps wide flat
-areas in their colours. Once they are right the loss is PSNR itself.
+areas in their colours. Once they are right the loss is PSNR itself. The decoder stage goes on
+with the decoder alone: latents stay what they are, so the transformer can be trained beside it.
 """
 
 import math
@@ -14,7 +15,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from torch import Tensor
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoResnetBlockCausal3D,
+)
+from torch import Tensor, nn
 
 from demo_training.clips import WINDOW_FRAMES, encode_windows, random_scene, render_clip
 from demo_training.graphs import StepGraphs
@@ -32,13 +36,15 @@ from demo_training.weights import (
     save_checkpoint,
 )
 
-LEARNING_RATE = 1.5e-3
+LEARNING_RATE = 2e-3
 DECODER_LEARNING_RATE = 6e-4
 WARMUP_STEPS = 60
 KL_WEIGHT = 1e-4
-# So far into the schedule frames are small: for its first thousand steps or more the VAE learns
-# hardly anything, whatever the size of the frames, and small ones take a fraction of the time.
+# So far into the schedule frames are small, then middling: for its first thousand steps or more
+# the VAE learns hardly anything, whatever the size of the frames, and small ones take a fraction
+# of the time.
 SMALL_UNTIL = 0.05
+MEDIUM_UNTIL = 0.25
 CROP_SHARE = 0.1
 # From here on in the schedule the loss is PSNR, with a weight that leaves the KL its share.
 PSNR_FROM = 0.5
@@ -83,13 +89,16 @@ class ClipPool:
 
 
 def run(job: Job) -> None:
-    """Train the VAE for one call; write `vae.ckpt.*` and the normalised `vae.pt`."""
-    vae = build_vae()
-    if job.start_from is not None:
-        load_weights(vae, job.start_from / "vae")
-    if job.freeze_encoder:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+    """Train for one call; write the normalised `vae.pt` and `vae.ckpt.*` or `decoder.ckpt.*`."""
+    if job.stage == "decoder":
+        vae = load_vae(job).float()
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+    else:
+        vae = build_vae()
+        _let_blocks_begin_as_identity(vae)
+        if job.start_from is not None:
+            load_weights(vae, job.start_from / "vae")
     vae = vae.to(job.device, memory_format=torch.channels_last_3d).train()
     use_training_layers(vae)
     trained = TrainedWeights(
@@ -102,13 +111,13 @@ def run(job: Job) -> None:
     )
     before, calls, history = 0.0, 0, []
     if job.resume:
-        state = load_checkpoint(job.work_dir, "vae")
+        state = load_checkpoint(job.work_dir, job.stage)
         trained.load_state(state["weights"])
         restore_random_state(state["random"])
         before, calls, history = state["spent"], state["calls"], state["history"]
-    rng = random.Random(f"{job.seed}/vae/{calls}")
-    sizes = (job.plan.small, job.plan.square)
-    pools = {size: ClipPool(job, rng, size) for size in sizes}
+    rng = random.Random(f"{job.seed}/{job.stage}/{calls}")
+    sizes = {_frame_size(job, fraction) for fraction in (0.0, SMALL_UNTIL, MEDIUM_UNTIL)}
+    pools = {size: ClipPool(job, rng, size) for size in sorted(sizes)}
     job.log("clips rendered")
 
     clock = Clock.begin(job, before, 5.0 if job.is_smoke else RESERVE_S)
@@ -120,7 +129,7 @@ def run(job: Job) -> None:
     # From here on many sizes run a few times each.
     torch.backends.cudnn.benchmark = False
     final = _averaged_vae(trained).to(job.device)
-    if not job.freeze_encoder:
+    if job.stage == "vae":
         job.log(f"latents' own scale {normalise_latents(final, job)}")
     _write(final, job.work_dir / VAE_FILE)
     job.log(f"{VAE_FILE} saved")
@@ -128,7 +137,7 @@ def run(job: Job) -> None:
     add_report(
         job.work_dir,
         {
-            "stage": "vae",
+            "stage": job.stage,
             "training_seconds": round(clock.spent - before, 1),
             "steps": trained.steps_since_start,
             "schedule_fraction": round(clock.fraction, 4),
@@ -136,6 +145,14 @@ def run(job: Job) -> None:
             "reconstruction_psnr_db": quality,
         },
     )
+
+
+def _let_blocks_begin_as_identity(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Zero the last convolution of each residual block."""
+    for module in vae.modules():
+        if isinstance(module, HunyuanVideoResnetBlockCausal3D):
+            nn.init.zeros_(module.conv2.conv.weight)
+            nn.init.zeros_(module.conv2.conv.bias)
 
 
 def load_vae(job: Job) -> AutoencoderKLHunyuanVideo:
@@ -161,17 +178,25 @@ def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
     torch.save(state, path)
 
 
+def _frame_size(job: Job, fraction: float) -> Size:
+    """Of the clips that batches are cut from, so far into the schedule."""
+    if job.stage == "decoder" or fraction >= MEDIUM_UNTIL:
+        return job.plan.square
+    return job.plan.small if fraction < SMALL_UNTIL else job.plan.medium
+
+
 def _draw_batch(
     job: Job, pools: dict[Size, ClipPool], rng: random.Random, step: int, fraction: float
 ) -> tuple[Tensor, int, str]:
     """Frames, the latent at which decoding begins, and the name of the batch's kind."""
-    plan = job.plan
-    is_small = fraction < SMALL_UNTIL and not job.freeze_encoder
-    pool = pools[plan.small if is_small else plan.square]
+    plan, size = job.plan, _frame_size(job, fraction)
+    pool = pools[size]
     if step % 5 == 0:
         pool.refresh()
-    if is_small:
+    if size == plan.small:
         return pool.batch(None, plan.small_batch, WINDOW_FRAMES), 0, "small"
+    if size == plan.medium:
+        return pool.batch(None, plan.medium_batch, WINDOW_FRAMES), 0, "medium"
     is_crop = rng.random() < CROP_SHARE
     count = plan.crop_batch if is_crop else plan.square_batch
     first_latent = rng.choice([0, rng.randint(1, 4)])
@@ -221,10 +246,10 @@ def _train(
     while not clock.is_over:
         fraction = clock.fraction
         frames, first_latent, kind = _draw_batch(job, pools, rng, trained.step_count, fraction)
-        by_psnr = job.freeze_encoder or fraction >= PSNR_FROM
+        by_psnr = job.stage == "decoder" or fraction >= PSNR_FROM
         compute = partial(_loss, vae, first_latent=first_latent, by_psnr=by_psnr)
         _, parts = graphs.run((kind, first_latent, by_psnr), compute, frames)
-        peak = DECODER_LEARNING_RATE if job.freeze_encoder else LEARNING_RATE
+        peak = DECODER_LEARNING_RATE if job.stage == "decoder" else LEARNING_RATE
         rate = peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction)))
         trained.step(rate, WARMUP_STEPS)
         recent.setdefault(kind, []).append(parts)
@@ -235,7 +260,7 @@ def _train(
             line |= {"step": trained.step_count, "fraction": round(clock.fraction, 4)}
             line |= {"ms_a_step": round((time.time() - reported) / steps * 1e3, 1)}
             history.append(line)
-            job.log(f"vae {line}")
+            job.log(f"{job.stage} {line}")
             recent, reported, reported_step = {}, time.time(), trained.step_count
         if now - saved >= SAVE_EVERY_S:
             _save(job, trained, clock, calls + 1, history)
@@ -265,7 +290,7 @@ def _save(
         "calls": calls,
         "history": history,
     }
-    save_checkpoint(job.work_dir, "vae", state)
+    save_checkpoint(job.work_dir, job.stage, state)
 
 
 @torch.no_grad()
