@@ -27,8 +27,10 @@ class TrainedWeights:
         dtype: Of the working copies.
         stored_dtype: Of weights and average in a checkpoint.
         betas: Of AdamW.
-        weight_decay: Of AdamW.
+        weight_decay: Of every optimiser.
         ema_decay: Of the moving average, reached after a ramp.
+        matrices: Parameters of the modules that Muon updates; AdamW takes the others.
+        matrix_rate: Muon's learning rate over AdamW's.
     """
 
     def __init__(
@@ -40,8 +42,12 @@ class TrainedWeights:
         betas: tuple[float, float],
         weight_decay: float,
         ema_decay: float,
+        matrices: Sequence[nn.Parameter] = (),
+        matrix_rate: float = 1.0,
     ) -> None:
         parameters = [p for module in modules for p in module.parameters()]
+        for_muon = {id(matrix) for matrix in matrices}
+        by_muon = [id(p) in for_muon for p in parameters]
         self.masters = [nn.Parameter(p.detach().clone().float()) for p in parameters]
         self.ema = [p.detach().clone() for p in self.masters]
         for module in modules:
@@ -51,13 +57,18 @@ class TrainedWeights:
         self.ema_decay = ema_decay
         self.step_count = 0
         self.steps_since_start = 0
-        self.optimiser = torch.optim.AdamW(
-            self.masters,
-            lr=0.0,
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=self.masters[0].is_cuda,
+        others = [m for m, muon in zip(self.masters, by_muon, strict=True) if not muon]
+        adamw = torch.optim.AdamW(
+            others, lr=0.0, betas=betas, weight_decay=weight_decay, fused=others[0].is_cuda
         )
+        # Each with its learning rate over the one that `step` is given.
+        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
+        if matrices:
+            chosen = [m for m, muon in zip(self.masters, by_muon, strict=True) if muon]
+            muon = torch.optim.Muon(
+                chosen, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimisers.append((muon, matrix_rate))
 
     def step(self, learning_rate: float, warmup_steps: int) -> Tensor:
         """Update from the working copies' gradients; gives the gradient's norm before clipping."""
@@ -67,10 +78,11 @@ class TrainedWeights:
         self.steps_since_start += 1
         self.step_count += 1
         warmup = min(1.0, self.steps_since_start / warmup_steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate * warmup
         norm = nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
-        self.optimiser.step()
+        for optimiser, rate in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * learning_rate * warmup
+            optimiser.step()
         masters = [master.detach() for master in self.masters]
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self.parameters], masters)
