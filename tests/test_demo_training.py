@@ -35,6 +35,33 @@ def test_a_checkpoint_comes_back_from_its_parts(
     assert torch.equal(loaded["weights"][0], state["weights"][0])
 
 
+def test_chosen_matrices_take_steps_of_equal_size_in_every_direction() -> None:
+    from demo_training.weights import TrainedWeights
+
+    torch.manual_seed(0)
+    modules = [torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)]
+    before = [module.weight.detach().clone() for module in modules]
+    trained = TrainedWeights(
+        modules,
+        dtype=torch.float32,
+        stored_dtype=torch.float32,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        ema_decay=0.9,
+        matrices=[modules[1].weight],
+    )
+    modules[1](modules[0](torch.randn(64, 16))).square().sum().backward()
+    trained.step(1e-2, warmup_steps=1)
+    by_adamw, by_muon = (
+        module.weight.detach() - weight for module, weight in zip(modules, before, strict=True)
+    )
+    # AdamW's first step has one size for every element, Muon's nearly one for the directions.
+    torch.testing.assert_close(by_adamw.abs(), torch.full((16, 16), 1e-2), rtol=0.01, atol=0)
+    sizes, sizes_of_adamw = torch.linalg.svdvals(by_muon), torch.linalg.svdvals(by_adamw)
+    assert sizes.max() < 2 * sizes.median()
+    assert sizes_of_adamw.max() > 3 * sizes_of_adamw.median()
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     from demo_training.weights import load_checkpoint
 

@@ -34,7 +34,7 @@ from demo_training.weights import (
 LEARNING_RATE = 1.2e-3
 REFINING_LEARNING_RATE = 8e-4
 # Of Muon's steps, whose size is a fifth of an undisturbed one of AdamW.
-MATRIX_RATE = 3.0
+MATRIX_RATE = 2.0
 FLAT_UNTIL = 0.3
 WARMUP_STEPS = 120
 SIGMA_SHIFT = 6.0
