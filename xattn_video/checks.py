@@ -64,14 +64,18 @@ def check_key_lengths(
         return None
     B, Sk = query.shape[0], key.shape[2]
     lengths = torch.as_tensor(key_lengths)
-    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    inexact = lengths.is_floating_point() or lengths.is_complex()
+    if lengths.shape != (B,) or inexact or lengths.dtype == torch.bool:
         raise ValueError(
             f"key_lengths must hold one integer per item of the batch, [{B}], "
             f"got {lengths.dtype} {list(lengths.shape)}."
         )
+    if lengths.dtype != torch.int32:
+        # Sk would wrap around in a type that cannot hold it.
+        lengths = lengths.long()
     if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= Sk)).all()):
         raise ValueError(
             f"key_lengths must lie between 1 and Sk={Sk}, got {lengths.tolist()}; "
             "an item needs at least one key."
         )
-    return lengths.to(device=query.device, dtype=torch.int32, non_blocking=True).clamp(1, Sk)
+    return lengths.clamp(1, Sk).to(device=query.device, dtype=torch.int32, non_blocking=True)
