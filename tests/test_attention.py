@@ -290,3 +290,21 @@ def test_bad_arguments_are_refused(change, message):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         xattention(*make_inputs(1, 1, 128, 128, 16), **options)
+
+
+@pytest.mark.parametrize("threshold", [[0.9], "0.9", None, True])
+def test_a_threshold_that_is_no_number_is_refused(threshold):
+    inputs = make_inputs(1, 1, 128, 128, 16)
+    with pytest.raises(TypeError, match=r"threshold must be a number in \(0, 1\] or a tensor"):
+        xattention(*inputs, threshold=threshold)
+    with pytest.raises(TypeError, match=r"threshold must be a number in \(0, 1\] or a tensor"):
+        select_blocks(block_scores(*inputs[:2]), threshold)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 8.0}, {"stride": "8"}, {"block_size": 128.0}, {"block_size": True}]
+)
+def test_sizes_that_are_no_integers_are_refused(options):
+    ((name, size),) = options.items()
+    with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
+        xattention(*make_inputs(1, 1, 128, 128, 16), **options)

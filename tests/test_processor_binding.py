@@ -218,6 +218,13 @@ def test_wrong_arguments_are_refused(options, message):
         XAttnProcessor(**options)
 
 
+@pytest.mark.parametrize("options", [{"stride": 8.0}, {"stride": "8"}, {"block_size": 128.0}])
+def test_arguments_of_a_wrong_type_are_refused(options):
+    ((name, size),) = options.items()
+    with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
+        XAttnProcessor(**options)
+
+
 def test_the_defaults_are_those_of_the_paper():
     assert repr(XAttnProcessor()) == (
         "XAttnProcessor(threshold=0.95, stride=8, block_size=128, warmup_steps=5, "

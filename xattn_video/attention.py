@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from xattn_video.checks import check_block_size, check_key_lengths, check_pair
+from xattn_video.checks import check_block_size, check_key_lengths, check_pair, check_threshold
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import AttentionInputs, BlockLists, empty_output
 from xattn_video.registry import load_backend, resolve_backend
@@ -142,7 +142,8 @@ def xattention(
         key: `[B, Hkv, Sk, D]`, same dtype and device; Hkv divides H, as in
             `block_sparse_attention`.
         value: `[B, Hkv, Sk, D]`, likewise.
-        threshold: Share of each row's estimated mass to keep, in (0, 1]; see `select_blocks`.
+        threshold: Share of each row's estimated mass to keep, in (0, 1]; a number or a tensor,
+            see `select_blocks`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         block_size: Tokens in a block.
         causal: Query t sees keys up to t + Sk - Sq; the diagonal and key block 0 are kept.
@@ -159,7 +160,8 @@ def xattention(
         `[B, H, Nq, Nk]` mask of computed blocks.
 
     Raises:
-        ValueError: An argument is out of range, or shapes, dtypes or devices disagree.
+        ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
+            or devices disagree.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
     out, blocks = attend_selected(
@@ -209,9 +211,7 @@ def attend_selected(
             f"causal={causal}, Sq={Sq}, Sk={Sk}; pass num_text_tokens=0 otherwise."
         )
     if not isinstance(threshold, Tensor):
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {threshold}; try 0.9 or 0.95.")
-        threshold = torch.full((), threshold, device=query.device)
+        threshold = torch.full((), check_threshold(threshold), device=query.device)
     out, counts, indices = torch.ops.xattn_video.xattention(
         query,
         key,

@@ -1,13 +1,19 @@
 """Checks of the operator's arguments, shared by its parts."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 
 def check_block_size(block_size: int, stride: int = 1) -> None:
-    """A positive block size that ``stride`` divides."""
+    """A positive block size that ``stride`` divides, both of them integers."""
+    for name, size in (("block_size", block_size), ("stride", stride)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(
+                f"{name} must be an int of tokens, got {size!r}; pass an int, such as 64."
+            )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}; use 64 or 128.")
     if stride < 1 or block_size % stride:
@@ -16,6 +22,19 @@ def check_block_size(block_size: int, stride: int = 1) -> None:
             f"stride must divide block_size, got stride={stride}, block_size={block_size}; "
             f"use {', '.join(divisors)}."
         )
+
+
+def check_threshold(threshold: object) -> float:
+    """A threshold that is one number, in (0, 1]."""
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
+        raise TypeError(
+            f"threshold must be a number in (0, 1] or a tensor of them, got {threshold!r}; "
+            "try 0.9 or 0.95."
+        )
+    tau = float(threshold)
+    if not 0 < tau <= 1:
+        raise ValueError(f"threshold must lie in (0, 1], got {tau}; try 0.9 or 0.95.")
+    return tau
 
 
 def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = None) -> None:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn_video.checks import check_threshold
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import BlockLists
 from xattn_video.kernels.support import device_unsupported_reasons
@@ -94,9 +95,7 @@ def select_block_lists(
 def _as_row_threshold(threshold: float | Tensor, scores: Tensor) -> Tensor:
     """The threshold as a tensor that broadcasts to `[B, H, Nq, 1]`."""
     if not isinstance(threshold, Tensor):
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {threshold}; try 0.9 or 0.95.")
-        return scores.new_full((), threshold)
+        return scores.new_full((), check_threshold(threshold))
     if threshold.device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
         raise ValueError(
             f"threshold must lie in (0, 1], got values from {threshold.min().item()} "
