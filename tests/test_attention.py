@@ -256,6 +256,14 @@ def test_available_backends_lists_all_of_them():
             {"block_mask": torch.ones(1, 1, 2, 3, dtype=torch.bool)},
             r"\[B, H, Nq, Nk\] = \[1, 1, 2, 2\].*got \[1, 1, 2, 3\]",
         ),
+        (
+            {"block_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")},
+            "query and block_mask must be on one device, got query cpu, block_mask meta",
+        ),
+        (
+            {"key_lengths": torch.ones(1, dtype=torch.int32, device="meta")},
+            "key_lengths must be on cpu .*, got meta, which holds no numbers",
+        ),
         ({"value": torch.randn(1, 1, 100, 16)}, "key and value must have the same shape"),
         ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
         ({"value": torch.randn(1, 1, 128, 16).half()}, "share one dtype, got query torch.float32"),
@@ -283,6 +291,14 @@ def test_bad_arguments_are_refused(change, message):
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], got 0.0"),
         ({"threshold": 1.5}, r"threshold must lie in \(0, 1\], got 1.5"),
         ({"stride": 7}, "stride must divide block_size, got stride=7"),
+        (
+            {"threshold": torch.ones((), device="meta")},
+            "threshold must be on cpu .*, got meta, which holds no numbers",
+        ),
+        (
+            {"key_lengths": torch.ones(1, dtype=torch.int32, device="meta")},
+            "key_lengths must be on cpu .*, got meta, which holds no numbers",
+        ),
         ({"num_text_tokens": 128}, "between 0 and Sk - 1 = 127, got 128"),
         ({"num_text_tokens": 8, "causal": True}, "joint text-video attention is not causal"),
     ],

@@ -184,6 +184,12 @@ def test_key_lengths_of_another_batch_are_refused():
         block_scores(query, key, key_lengths=torch.tensor([5, 5, 5]))
 
 
+def test_key_lengths_without_numbers_are_refused():
+    query, key = make_pair(2, 1, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"key_lengths must be on cpu .*, got meta"):
+        block_scores(query, key, key_lengths=torch.ones(2, dtype=torch.int32, device="meta"))
+
+
 def test_mismatched_pairs_are_refused_with_their_shapes():
     query, key = make_pair(1, 2, 128, 128, 16)
     with pytest.raises(ValueError, match=r"query \[1, 2, 128, 16\], key \[1, 2, 128, 8\]"):

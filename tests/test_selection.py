@@ -100,3 +100,19 @@ def test_a_threshold_out_of_range_is_refused(threshold):
 def test_a_threshold_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"broadcast to \[B, H, Nq\] = \[1, 3, 2\], got \[3\]"):
         select_blocks(random_scores(1, 3, 2, 4), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1, 1, 2, 4), (4, 2)])
+def test_forced_blocks_of_another_shape_are_refused(shape):
+    forced = torch.ones(shape, dtype=torch.bool)
+    message = rf"\[B, H, Nq, Nk\] = \[1, 3, 2, 4\], got \[{', '.join(map(str, shape))}\]"
+    with pytest.raises(ValueError, match=message):
+        select_blocks(random_scores(1, 3, 2, 4), 0.5, forced=forced)
+
+
+def test_what_is_on_another_device_is_refused():
+    scores = random_scores(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="must be on one device, got scores cpu, forced meta"):
+        select_blocks(scores, 0.5, forced=torch.ones(2, 4, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"threshold must be on cpu .*, got meta"):
+        select_blocks(scores, torch.ones((), device="meta"))

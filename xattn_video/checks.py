@@ -71,6 +71,24 @@ def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = 
         )
 
 
+def check_movable(name: str, tensor: Tensor, other: Tensor) -> None:
+    """A small tensor may lie on another device than the inputs, but has to hold numbers."""
+    if tensor.device.type == "meta" != other.device.type:
+        raise ValueError(
+            f"{name} must be on {other.device} or a device to copy it from, got "
+            f"{tensor.device}, which holds no numbers; pass one on {other.device}."
+        )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Tensors that no part moves to each other."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(
+            f"{' and '.join(tensors)} must be on one device, got {found}; move one to the other."
+        )
+
+
 def check_key_lengths(
     key_lengths: Tensor | Sequence[int] | None, query: Tensor, key: Tensor
 ) -> Tensor | None:
@@ -83,6 +101,7 @@ def check_key_lengths(
         return None
     B, Sk = query.shape[0], key.shape[2]
     lengths = torch.as_tensor(key_lengths)
+    check_movable("key_lengths", lengths, query)
     inexact = lengths.is_floating_point() or lengths.is_complex()
     if lengths.shape != (B,) or inexact or lengths.dtype == torch.bool:
         raise ValueError(

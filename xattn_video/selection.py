@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.checks import check_threshold
+from xattn_video.checks import check_movable, check_same_device, check_threshold
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import BlockLists
 from xattn_video.kernels.support import device_unsupported_reasons
@@ -25,9 +25,10 @@ def select_blocks(
     Args:
         scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`.
         threshold: Share of the mass, in (0, 1]; or a tensor of them that broadcasts to
-            `[B, H, Nq]`, for instance `[H, 1]` for one per head. A tensor's values are checked
-            where it is on the CPU; elsewhere a look at them would make the host wait.
-        forced: bool, broadcastable to ``scores``; True = keep whatever the score.
+            `[B, H, Nq]`, for instance `[H, 1]` for one per head. It is copied to the device of
+            the scores. Its values are checked where it is on the CPU; elsewhere a look at them
+            would make the host wait.
+        forced: bool, broadcastable to ``scores``, same device; True = keep whatever the score.
 
     Returns:
         Block mask, bool `[B, H, Nq, Nk]`; True = compute. A row whose scores are not all finite
@@ -35,7 +36,8 @@ def select_blocks(
         attention would.
 
     Raises:
-        ValueError: The threshold is out of range or does not broadcast, or the shapes disagree.
+        ValueError, TypeError: The threshold is out of range, no number or does not broadcast, or
+            shapes, dtypes or devices disagree.
     """
     if scores.dim() != 4 or not scores.is_floating_point():
         raise ValueError(
@@ -44,8 +46,8 @@ def select_blocks(
     threshold = _as_row_threshold(threshold, scores)
     if forced is None:
         forced = scores.new_zeros((), dtype=torch.bool)
-    elif forced.dtype != torch.bool:
-        raise TypeError(f"forced must be a bool tensor, got {forced.dtype}.")
+    else:
+        _check_forced(forced, scores)
     forced = forced.expand_as(scores)
 
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
@@ -92,21 +94,37 @@ def select_block_lists(
     return BlockLists(counts, indices)
 
 
+def _check_forced(forced: Tensor, scores: Tensor) -> None:
+    if forced.dtype != torch.bool:
+        raise TypeError(f"forced must be a bool tensor, got {forced.dtype}.")
+    check_same_device(scores=scores, forced=forced)
+    if not _broadcasts(forced, scores.shape):
+        raise ValueError(
+            f"forced must broadcast to scores, [B, H, Nq, Nk] = {list(scores.shape)}, "
+            f"got {list(forced.shape)}."
+        )
+
+
+def _broadcasts(tensor: Tensor, shape: torch.Size) -> bool:
+    """Whether the tensor can be expanded to the shape."""
+    axes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    return tensor.dim() <= len(shape) and all(found in (1, want) for found, want in axes)
+
+
 def _as_row_threshold(threshold: float | Tensor, scores: Tensor) -> Tensor:
     """The threshold as a tensor that broadcasts to `[B, H, Nq, 1]`."""
     if not isinstance(threshold, Tensor):
         return scores.new_full((), check_threshold(threshold))
+    check_movable("threshold", threshold, scores)
     if threshold.device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
         raise ValueError(
             f"threshold must lie in (0, 1], got values from {threshold.min().item()} "
             f"to {threshold.max().item()}; try 0.9 or 0.95."
         )
     rows = scores.shape[:-1]
-    try:
-        threshold.expand(rows)
-    except RuntimeError:
+    if not _broadcasts(threshold, rows):
         raise ValueError(
             f"threshold must broadcast to [B, H, Nq] = {list(rows)}, got {list(threshold.shape)}; "
             "one per head is [H, 1]."
-        ) from None
+        )
     return threshold.to(device=scores.device, dtype=scores.dtype).unsqueeze(-1)
