@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from oracle import assert_smallest_set
 
 from xattn_video import block_scores, select_blocks
+from xattn_video.selection import _fewest_blocks
 
 
 def random_scores(*shape, sharpness=3.0):
@@ -71,6 +72,21 @@ def test_a_threshold_per_head_and_per_row():
     mask = select_blocks(scores, per_row)
     for row, tau in enumerate(per_row.tolist()):
         assert torch.equal(mask[:, :, row], select_blocks(scores, tau)[:, :, row])
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0])
+def test_a_threshold_that_nobody_looked_at_keeps_the_best_block(threshold):
+    scores = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(1, 1, 2, 4)
+    # A forced block that holds no valid key is no block to be content with.
+    forced = torch.tensor([[False] * 4, [False, True, False, False]]).expand(1, 1, 2, 4)
+    mask = _fewest_blocks(scores, torch.tensor(threshold), forced)
+    assert mask[0, 0].tolist() == [[False, False, True, False]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_scores_are_summed_in_float32(dtype):
+    scores = random_scores(1, 1, 4, 3000, sharpness=0.5).to(dtype)
+    assert torch.equal(select_blocks(scores, 0.9), select_blocks(scores.float(), 0.9))
 
 
 def test_threshold_one_keeps_blocks_whose_mass_underflowed():

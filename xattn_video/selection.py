@@ -11,6 +11,8 @@ from xattn_video.kernels.support import device_unsupported_reasons
 
 # Longer rows do not stay in the registers of a program; they are sorted.
 _LARGEST_KERNEL_ROW = 8192
+# What a single valid block reaches.
+_SMALLEST_TARGET = torch.finfo(torch.float32).tiny
 
 
 def select_blocks(
@@ -23,11 +25,13 @@ def select_blocks(
     and is never kept; a threshold of 1 keeps all others, and every row keeps at least one of them.
 
     Args:
-        scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`.
+        scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`; of another
+            floating-point type they are summed in float32 at least.
         threshold: Share of the mass, in (0, 1]; or a tensor of them that broadcasts to
             `[B, H, Nq]`, for instance `[H, 1]` for one per head. It is copied to the device of
-            the scores. Its values are checked where it is on the CPU; elsewhere a look at them
-            would make the host wait.
+            the scores. Its values are checked where it is on the CPU. Elsewhere a look at them
+            would make the host wait: there what is not above 0 keeps the best block, and what is
+            not below 1, NaN too, every block.
         forced: bool, broadcastable to ``scores``, same device; True = keep whatever the score.
 
     Returns:
@@ -43,20 +47,30 @@ def select_blocks(
         raise ValueError(
             f"scores must be float [B, H, Nq, Nk], got {scores.dtype} {list(scores.shape)}."
         )
+    if scores.dtype.itemsize < torch.float32.itemsize:
+        # Half precision loses the sum of many small scores.
+        scores = scores.float()
     threshold = _as_row_threshold(threshold, scores)
     if forced is None:
         forced = scores.new_zeros((), dtype=torch.bool)
     else:
         _check_forced(forced, scores)
-    forced = forced.expand_as(scores)
+    return _fewest_blocks(scores, threshold, forced.expand_as(scores))
 
+
+def _fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
+    """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq, 1]`."""
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, order)
     mass_before = F.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
     total = scores.sum(dim=-1, keepdim=True)
+    target = threshold * total
+    # A threshold that nobody looked at may be too low; the best block is kept all the same.
+    target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
     keep = torch.zeros_like(order, dtype=torch.bool)
-    keep.scatter_(-1, order, mass_before < threshold * total)
-    keep_all = (threshold >= 1) | ~total.isfinite()
+    keep.scatter_(-1, order, mass_before < target)
+    # NaN compares with nothing.
+    keep_all = ~(threshold < 1) | ~total.isfinite()
     return (keep | forced | keep_all) & (scores != 0)
 
 
