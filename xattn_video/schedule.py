@@ -126,6 +126,14 @@ class ThresholdSchedule:
         if self.is_uniform:
             tau = self.threshold(step)
             return [[tau] * num_heads for _ in range(num_layers)]
+        self.check_model(num_layers, num_heads)
+        return [
+            [self.threshold(step, layer, head) for head in range(num_heads)]
+            for layer in range(num_layers)
+        ]
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raise ValueError where the schedule names a layer or a head that a model lacks."""
         for layer in [*self.layers, *(layer for layer, _ in self.heads)]:
             if layer >= num_layers:
                 raise ValueError(
@@ -138,10 +146,6 @@ class ThresholdSchedule:
                     f"the schedule names head {head} of layer {layer}, but a layer has "
                     f"{num_heads} heads, 0 to {num_heads - 1}."
                 )
-        return [
-            [self.threshold(step, layer, head) for head in range(num_heads)]
-            for layer in range(num_layers)
-        ]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; `from_dict` reads it."""
