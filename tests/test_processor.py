@@ -214,6 +214,17 @@ def test_the_token_refiner_is_computed_as_ever():
     assert len(processor.report().layer_names) == NUM_LAYERS
 
 
+def test_a_pass_in_which_no_layer_ran_names_no_backend():
+    transformer, processor = with_processor()
+    handle = transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(transformer)
+    assert processor.report().backends == ()
+    handle.remove()
+    run(transformer)
+    assert [forward.backend for forward in processor.report().forwards] == ["torch_gather"]
+
+
 def test_steps_use_the_thresholds_they_were_given():
     pipe = tiny_pipeline()
     processor = tiny_processor([1, 0.9, 0.6, 0.3], warmup_steps=0)

@@ -144,7 +144,7 @@ def _as_run(forward: _Forward) -> ForwardRun:
         forward.forward_pass,
         forward.timestep,
         plan.threshold,
-        plan.backend,
+        plan.backend if "sparse" in forward.states else None,
         tuple(layers),
     )
 
