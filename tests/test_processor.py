@@ -142,6 +142,37 @@ def test_gradients_run_dense_and_equal_the_stock_ones():
     assert states(processor.report())[-1] == "sparse"
 
 
+@pytest.mark.parametrize("trained", ["last block", "output", "latents"])
+def test_no_layer_is_sparse_where_anything_needs_gradients(trained):
+    """Else what is trained would learn from the outputs of sparse layers before it."""
+
+    def gradient(transformer):
+        arguments = forward_inputs(lengths=(10, 3))
+        leaf = {
+            "last block": transformer.single_transformer_blocks[-1].proj_out.weight,
+            "output": transformer.proj_out.weight,
+            "latents": arguments["hidden_states"],
+        }[trained].requires_grad_(True)
+        transformer(**arguments).sample.square().sum().backward()
+        return leaf.grad
+
+    expected = gradient(tiny_transformer())
+    transformer, processor = with_processor()
+    assert torch.equal(gradient(transformer), expected)
+    assert processor.report().dense_reasons == {"gradients": NUM_LAYERS}
+    run(transformer)
+    assert states(processor.report()) == ["sparse"]
+
+
+def test_gradients_that_a_hook_brings_in_run_dense():
+    transformer, processor = with_processor()
+    block = transformer.single_transformer_blocks[0]
+    block.attn.to_q.register_forward_hook(lambda *call: call[2].requires_grad_())
+    transformer(**forward_inputs())
+    found = [layer.reason for layer in processor.report().forwards[0].layers]
+    assert found == [None, None, "gradients", "gradients"]
+
+
 # Sparse steps
 
 

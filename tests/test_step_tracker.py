@@ -19,6 +19,7 @@ def seen(timestep, latents=0.0, dtype=torch.float32, shape=(4, 3, 8, 8), text=0.
         text_tokens=16,
         device=torch.device("cpu"),
         dtype=dtype,
+        needs_grad=False,
     )
 
 

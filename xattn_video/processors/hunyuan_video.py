@@ -181,8 +181,9 @@ class XAttnProcessor(TransformerBound):
         num_text_tokens: int,
     ) -> Tensor:
         """Attention as the plan of this forward pass says, `[B, S, H, D]`."""
-        needs_grad = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (query, key, value)
+        # A hook on a module may have brought in gradients that the plan knows nothing of.
+        needs_grad = plan.needs_grad or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
         )
         if needs_grad or self._parallel_config is not None:
             slot.record_dense()

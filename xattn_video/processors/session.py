@@ -117,6 +117,8 @@ class Session:
         min_tokens = resolve_min_tokens(settings.min_tokens, device.type)
         few_tokens = num_video_tokens < min_tokens
         reason = self._dense_reason(settings, step, taus, few_tokens)
+        if reason is None and inputs.needs_grad:
+            reason = "gradients"
         backend = None
         if reason is None:
             backend = self._resolve(settings, inputs, device, config.attention_head_dim)
@@ -125,6 +127,7 @@ class Session:
         return ForwardPlan(
             sparse=reason is None,
             reason=reason,
+            needs_grad=inputs.needs_grad,
             backend=backend,
             threshold=taus[0][0] if settings.schedule.is_uniform else None,
             fused_on=device.type if joint_qkv.kernel_runs_on(device) else None,

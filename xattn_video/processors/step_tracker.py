@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ class ForwardInputs:
         text_tokens: Text tokens of an item, padding included.
         device: Of the latents.
         dtype: Of the latents.
+        needs_grad: Whether gradients are on, and an input or a parameter of the model needs them.
     """
 
     timestep: float
@@ -36,6 +38,7 @@ class ForwardInputs:
     text_tokens: int
     device: torch.device
     dtype: torch.dtype
+    needs_grad: bool
 
 
 def read_inputs(
@@ -71,7 +74,13 @@ def read_inputs(
         text_tokens=mask.shape[1],
         device=latents.device,
         dtype=latents.dtype,
+        needs_grad=torch.is_grad_enabled() and _any_needs_grad(transformer, given.values()),
     )
+
+
+def _any_needs_grad(transformer: nn.Module, given: Iterable[object]) -> bool:
+    tensors = (one for one in given if isinstance(one, Tensor))
+    return any(one.requires_grad for one in itertools.chain(tensors, transformer.parameters()))
 
 
 class StepTracker:
