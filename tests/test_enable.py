@@ -133,7 +133,7 @@ def test_the_scoring_precision_reaches_the_scores(monkeypatch):
     assert all(seen)
 
 
-def test_a_scoring_precision_that_cannot_be_had_stops_the_first_sparse_step(monkeypatch):
+def test_a_scoring_precision_that_cannot_be_had_stops_the_first_step(monkeypatch):
     from xattn_video import scoring
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
@@ -141,4 +141,5 @@ def test_a_scoring_precision_that_cannot_be_had_stops_the_first_sparse_step(monk
     handle = enable_xattention(pipe, 0.5, **OPTIONS, scoring_precision="float8")
     with pytest.raises(ValueError, match='precision "float8" cannot be honoured: no 8 bits'):
         generate(pipe, 3)
-    assert states(handle.processor.report()) == ["dense"]
+    assert handle.processor.report().num_refused == 1
+    assert states(handle.processor.report()) == []

@@ -108,6 +108,12 @@ class ThresholdSchedule:
         """Whether all layers and heads share their tau."""
         return not self.layers and not self.heads
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every tau is 1."""
+        of_all = (self.points, *self.layers.values(), *self.heads.values())
+        return all(tau == 1 for points in of_all for _, tau in points)
+
     def threshold(self, step: int, layer: int | None = None, head: int | None = None) -> float:
         """Tau at a step: of a head, of a layer, or of all that have none of their own."""
         points = self.points
@@ -223,6 +229,11 @@ class CallableSchedule:
     def is_uniform(self) -> bool:
         """True: the function knows nothing of layers."""
         return True
+
+    @property
+    def is_dense(self) -> bool:
+        """False: nobody knows what the function gives at other steps."""
+        return False
 
     def threshold(self, step: int, layer: int | None = None, head: int | None = None) -> float:
         """Tau at a step, the same in every layer and head."""

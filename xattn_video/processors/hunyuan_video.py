@@ -54,8 +54,10 @@ class XAttnProcessor(TransformerBound):
             pay: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
         scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
-            ``"auto"`` for the faster of them; see `block_scores`. Where 8 bits were asked for and
-            cannot be had, the first sparse step raises.
+            ``"auto"`` for the faster of them; see `block_scores`.
+
+    The first forward pass raises where a backend that was asked for by name cannot run, 8 bits
+    cannot be had, or ``cooldown_steps`` has no number of steps.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
