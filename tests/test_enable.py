@@ -106,6 +106,17 @@ def test_the_transformer_does_not_keep_its_pipeline_alive():
         generate_alone(transformer)
 
 
+def test_another_pipeline_on_the_same_transformer_has_steps_of_its_own():
+    pipe = tiny_pipeline()
+    other = tiny_pipeline(pipe.transformer)
+    handle = enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
+    generate(pipe, 3)
+    with pytest.raises(ValueError, match=r"cooldown_steps=\.\.\.\) on the pipeline that runs it"):
+        generate(other, 5)
+    generate(pipe, 4)
+    assert states(handle.processor.report()) == ["dense", "sparse", "sparse", "dense"]
+
+
 def generate_alone(transformer):
     """Two steps of a transformer without a pipeline."""
     from hunyuan import forward_inputs

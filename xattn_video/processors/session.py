@@ -162,8 +162,8 @@ class Session:
         if num_steps is None:
             raise ValueError(
                 "cooldown_steps needs the number of denoising steps, which a transformer does not "
-                "know; use enable_xattention(pipe, cooldown_steps=...), or tell it with "
-                "processor.bind(transformer, num_steps=...)."
+                "know; use enable_xattention(pipe, cooldown_steps=...) on the pipeline that runs "
+                "it, or tell it with processor.bind(transformer, num_steps=...)."
             )
         return num_steps
 
