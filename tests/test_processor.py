@@ -7,10 +7,8 @@ from hunyuan import (
     TEXT_TOKENS,
     VIDEO_TOKENS,
     forward_inputs,
-    generate,
     run,
     states,
-    tiny_pipeline,
     tiny_processor,
     tiny_transformer,
     with_processor,
@@ -20,11 +18,6 @@ from xattn_video import ThresholdSchedule, min_tokens
 from xattn_video.processors import hunyuan_video, joint_attention
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
-
-
-def densities(report):
-    """Of each layer of the latest forward pass."""
-    return [run.density for run in report.forwards[-1].layers]
 
 
 # Dense steps
@@ -254,34 +247,6 @@ def test_a_pass_in_which_no_layer_ran_names_no_backend():
     handle.remove()
     run(transformer)
     assert [forward.backend for forward in processor.report().forwards] == ["torch_gather"]
-
-
-def test_steps_use_the_thresholds_they_were_given():
-    pipe = tiny_pipeline()
-    processor = tiny_processor([1, 0.9, 0.6, 0.3], warmup_steps=0)
-    pipe.transformer.set_attn_processor(processor)
-    generate(pipe, 5)
-    report = processor.report()
-    assert [forward.threshold for forward in report.forwards] == [1, 0.9, 0.6, 0.3, 0.3]
-    assert states(report) == ["dense", *["sparse"] * 4]
-    assert report.dense_reasons == {"threshold 1": NUM_LAYERS}
-    by_step = [sum(run.kept for run in forward.layers) for forward in report.forwards[1:4]]
-    assert by_step[0] > by_step[1] > by_step[2]
-
-
-def test_layers_and_heads_use_thresholds_of_their_own():
-    schedule = ThresholdSchedule(((0, 0.2),), layers={1: ((0, 1.0),), 3: ((0, 0.99),)})
-    transformer, processor = with_processor(schedule)
-    run(transformer)
-    found = densities(processor.report())
-    assert found[1] == 1.0
-    assert max(found[0], found[2]) < found[3] < 1.0
-    assert processor.report().forwards[0].threshold is None
-
-    every_head = {(0, head): ((0, 1.0),) for head in range(HEADS)}
-    transformer, processor = with_processor(ThresholdSchedule(((0, 0.2),), heads=every_head))
-    run(transformer)
-    assert densities(processor.report())[0] == 1.0
 
 
 def test_the_density_counts_kept_over_valid_blocks():
