@@ -242,7 +242,8 @@ class XAttnProcessor(TransformerBound):
         """Start a new generation with the next forward pass.
 
         Needed only where the timesteps cannot tell: after an interrupted generation, when the next
-        one starts at a lower timestep than the last one that ran.
+        one starts at a lower timestep than the last one that ran. After one that stopped at its
+        first step it keeps that step out of the next report, where only the prompt is another.
         """
         if self._session is not None:
             self._session.tracker.reset()
