@@ -60,6 +60,10 @@ from command_line import SMALL, run_cli
         (["--prompt=a", "--output=a.gif"], "output must end in .mp4 or .mkv, got 'a.gif'"),
         (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
         (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
+        (
+            ["--prompt=a", f"--output={'a' * 247}.mp4"],
+            ".mp4': File name too long; use another",
+        ),
         (["--prompt=a", "--report=a.txt"], "report must end in .json"),
         (["--prompt=a", "--plot=a.jpg"], "plot must end in .png"),
         (["--prompt=a", "--plot=a.png", "--dense"], "--dense has none"),
