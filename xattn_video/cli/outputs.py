@@ -80,7 +80,8 @@ def read_prompts(file: Path) -> list[str]:
         ValueError: The file is missing, is no UTF-8 text, or holds no prompt.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        # Windows' editors begin a file with a byte order mark.
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(
             f"cannot read the prompts file {str(file)!r}: {error.strerror}."
