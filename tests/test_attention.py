@@ -178,6 +178,28 @@ def test_nan_propagates_as_in_dense_attention():
     assert xattention(query, key, value, threshold=0.3, block_size=64).isnan().all()
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_infinity_propagates_as_in_dense_attention(bad):
+    query, key, value = make_inputs(1, 1, 256, 256, 16)
+    # An infinite query reaches its row of blocks, which is dense then.
+    broken = query.clone()
+    broken[0, 0, 70, 3] = bad
+    out, mask = xattention(
+        broken * 4, key, value, threshold=0.3, block_size=64, return_block_mask=True
+    )
+    dense = F.scaled_dot_product_attention(broken * 4, key, value)
+    assert mask.sum(-1).flatten().eq(4).tolist() == [False, True, False, False]
+    torch.testing.assert_close(out[:, :, 64:128], dense[:, :, 64:128], equal_nan=True)
+    assert out.isnan().flatten(0, 2).any(-1).nonzero().tolist() == [[70]]
+    # An infinite key hides itself from some queries and breaks the others.
+    broken = key.clone()
+    broken[0, 0, 5, 3] = bad
+    out = xattention(query, broken, value, threshold=1.0, block_size=64)
+    dense = F.scaled_dot_product_attention(query, broken, value)
+    assert 0.1 < dense.isnan().float().mean() < 0.9
+    torch.testing.assert_close(out, dense, equal_nan=True)
+
+
 def test_compiled_calls_keep_one_graph():
     query, key, value = make_inputs(1, 2, 256, 256, 16)
 
@@ -240,6 +262,15 @@ def test_a_named_backend_never_falls_back(monkeypatch):
             block_size=64,
             backend="torch_gather",
         )
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash4"])
+def test_a_head_size_that_a_named_backend_lacks_is_refused(backend):
+    inputs = make_inputs(1, 1, 128, 128, 20)
+    mask = random_mask(1, 1, 128, 128, 128)
+    for call in (xattention, partial(block_sparse_attention, block_mask=mask)):
+        with pytest.raises(BackendUnavailableError, match=rf"'{backend}'(?s:.*)head_dim must"):
+            call(*inputs, backend=backend)
 
 
 def test_available_backends_lists_all_of_them():
