@@ -178,6 +178,28 @@ def test_nan_propagates_as_in_dense_attention():
     assert xattention(query, key, value, threshold=0.3, block_size=64).isnan().all()
 
 
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_infinity_propagates_as_in_dense_attention(bad):
+    query, key, value = make_inputs(1, 1, 256, 256, 16)
+    # An infinite query reaches its row of blocks, which is dense then.
+    broken = query.clone()
+    broken[0, 0, 70, 3] = bad
+    out, mask = xattention(
+        broken * 4, key, value, threshold=0.3, block_size=64, return_block_mask=True
+    )
+    dense = F.scaled_dot_product_attention(broken * 4, key, value)
+    assert mask.sum(-1).flatten().eq(4).tolist() == [False, True, False, False]
+    torch.testing.assert_close(out[:, :, 64:128], dense[:, :, 64:128], equal_nan=True)
+    assert out.isnan().flatten(0, 2).any(-1).nonzero().tolist() == [[70]]
+    # An infinite key hides itself from some queries and breaks the others.
+    broken = key.clone()
+    broken[0, 0, 5, 3] = bad
+    out = xattention(query, broken, value, threshold=1.0, block_size=64)
+    dense = F.scaled_dot_product_attention(query, broken, value)
+    assert 0.1 < dense.isnan().float().mean() < 0.9
+    torch.testing.assert_close(out, dense, equal_nan=True)
+
+
 def test_compiled_calls_keep_one_graph():
     query, key, value = make_inputs(1, 2, 256, 256, 16)
 
@@ -242,6 +264,15 @@ def test_a_named_backend_never_falls_back(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("backend", ["triton", "flash4"])
+def test_a_head_size_that_a_named_backend_lacks_is_refused(backend):
+    inputs = make_inputs(1, 1, 128, 128, 20)
+    mask = random_mask(1, 1, 128, 128, 128)
+    for call in (xattention, partial(block_sparse_attention, block_mask=mask)):
+        with pytest.raises(BackendUnavailableError, match=rf"'{backend}'(?s:.*)head_dim must"):
+            call(*inputs, backend=backend)
+
+
 def test_available_backends_lists_all_of_them():
     reasons = available_backends("cpu")
     assert list(reasons) == list(BACKENDS)
@@ -255,6 +286,14 @@ def test_available_backends_lists_all_of_them():
         (
             {"block_mask": torch.ones(1, 1, 2, 3, dtype=torch.bool)},
             r"\[B, H, Nq, Nk\] = \[1, 1, 2, 2\].*got \[1, 1, 2, 3\]",
+        ),
+        (
+            {"block_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")},
+            "query and block_mask must be on one device, got query cpu, block_mask meta",
+        ),
+        (
+            {"key_lengths": torch.ones(1, dtype=torch.int32, device="meta")},
+            "key_lengths must be on cpu .*, got meta, which holds no numbers",
         ),
         ({"value": torch.randn(1, 1, 100, 16)}, "key and value must have the same shape"),
         ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
@@ -283,10 +322,36 @@ def test_bad_arguments_are_refused(change, message):
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], got 0.0"),
         ({"threshold": 1.5}, r"threshold must lie in \(0, 1\], got 1.5"),
         ({"stride": 7}, "stride must divide block_size, got stride=7"),
+        (
+            {"threshold": torch.ones((), device="meta")},
+            "threshold must be on cpu .*, got meta, which holds no numbers",
+        ),
+        (
+            {"key_lengths": torch.ones(1, dtype=torch.int32, device="meta")},
+            "key_lengths must be on cpu .*, got meta, which holds no numbers",
+        ),
         ({"num_text_tokens": 128}, "between 0 and Sk - 1 = 127, got 128"),
         ({"num_text_tokens": 8, "causal": True}, "joint text-video attention is not causal"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
+        xattention(*make_inputs(1, 1, 128, 128, 16), **options)
+
+
+@pytest.mark.parametrize("threshold", [[0.9], "0.9", None, True])
+def test_a_threshold_that_is_no_number_is_refused(threshold):
+    inputs = make_inputs(1, 1, 128, 128, 16)
+    with pytest.raises(TypeError, match=r"threshold must be a number in \(0, 1\] or a tensor"):
+        xattention(*inputs, threshold=threshold)
+    with pytest.raises(TypeError, match=r"threshold must be a number in \(0, 1\] or a tensor"):
+        select_blocks(block_scores(*inputs[:2]), threshold)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 8.0}, {"stride": "8"}, {"block_size": 128.0}, {"block_size": True}]
+)
+def test_sizes_that_are_no_integers_are_refused(options):
+    ((name, size),) = options.items()
+    with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
         xattention(*make_inputs(1, 1, 128, 128, 16), **options)

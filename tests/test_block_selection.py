@@ -8,6 +8,7 @@ from xattn_video import select_blocks
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import BlockLists
 from xattn_video.kernels.block_selection import block_selection
+from xattn_video.selection import _fewest_blocks
 
 BLOCK_SIZE = 64
 
@@ -125,6 +126,22 @@ def test_a_row_that_is_not_finite_keeps_every_valid_block(bad, device):
     lists = select(scores, 0.2)
     assert lists.indices[0, 0, 1].tolist() == list(range(20))
     assert_same_lists(lists, select_blocks(scores, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "count"), [(0.0, 1), (-1.0, 1), (1e-45, 1), (2.0, 20), (torch.nan, 20)]
+)
+def test_a_threshold_out_of_range_leaves_no_row_empty(threshold, count, device):
+    """On a GPU nobody looks at a tensor's values."""
+    scores = exact_scores(1, 1, 3, 20, device)
+    scores[0, 0, 0, [7, 11]] = 0.5
+    scores[0, 0, 1] = 0
+    lists = select(scores, threshold)
+    assert lists.counts.tolist() == [[[count, 0, count]]]
+    assert lists.indices[0, 0, 0, 0] == (7 if count == 1 else 0)
+    unforced = torch.zeros_like(scores, dtype=torch.bool)
+    in_torch = _fewest_blocks(scores, torch.as_tensor(threshold, device=device), unforced)
+    assert_same_lists(lists, in_torch)
 
 
 def test_threshold_one_keeps_what_hardly_scores(device):

@@ -51,6 +51,21 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     assert "\x1b" not in out + err
 
 
+def test_a_plot_that_fails_leaves_the_old_one(generate, tmp_path, monkeypatch):
+    from xattn_video import SparsityReport
+
+    def write_half(report, path):
+        Path(path).write_text("half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(SparsityReport, "plot", write_half)
+    (tmp_path / "run.png").write_text("old")
+    code, _, err = generate("--prompt=a red circle", *SPARSE, "--plot=run.png")
+    assert code == 1
+    assert "the disk is full" in err
+    assert (tmp_path / "run.png").read_text() == "old"
+
+
 def test_a_terminal_shows_step_phase_density_and_time_left():
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, no_color=True, width=120)

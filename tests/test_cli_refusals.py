@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import run_cli
+from command_line import SMALL, run_cli
 
 
 @pytest.mark.usefixtures("no_model")
@@ -60,6 +60,10 @@ from command_line import run_cli
         (["--prompt=a", "--output=a.gif"], "output must end in .mp4 or .mkv, got 'a.gif'"),
         (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
         (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
+        (
+            ["--prompt=a", f"--output={'a' * 247}.mp4"],
+            ".mp4': File name too long; use another",
+        ),
         (["--prompt=a", "--report=a.txt"], "report must end in .json"),
         (["--prompt=a", "--plot=a.jpg"], "plot must end in .png"),
         (["--prompt=a", "--plot=a.png", "--dense"], "--dense has none"),
@@ -126,6 +130,30 @@ def test_bad_schedules_are_refused(schedule, message, generate, tmp_path):
     code, _, err = generate("--prompt=a", "--schedule=s.json")
     assert code == 2
     assert f"error: s.json: {message}" in err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers": {"3": [[0, 0.9]]}}, "names layer 3, but the transformer has 3 layers, 0 to 2"),
+        ({"heads": {"0": {"2": [[0, 0.9]]}}}, "names head 2 of layer 0, but a layer has 2 heads"),
+    ],
+    ids=["layer", "head"],
+)
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_schedules_for_another_model_are_refused(
+    values, message, command, generate, tmp_path, tiny_pipeline
+):
+    (tmp_path / "s.json").write_text(json.dumps({"points": [[0, 0.95]], **values}))
+    if command == "generate":
+        code, _, err = generate("--prompt=a", "--schedule=s.json")
+    else:
+        code, _, err = run_cli("plan", "--model", tiny_pipeline, *SMALL, "--schedule=s.json")
+    assert code == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("no_model", "no_triton")

@@ -3,6 +3,7 @@ import torch
 
 from xattn_video import block_scores, block_sparse_attention, select_blocks, xattention
 from xattn_video.compat import Xattention_prefill
+from xattn_video.scoring import torch_block_scores
 
 
 def make_inputs(length=512, heads=2, head_dim=32):
@@ -51,11 +52,30 @@ def test_sink_and_recent_blocks_are_kept():
         assert torch.equal(out, block_sparse_attention(query, key, value, mask, block_size=64))
 
 
+@pytest.mark.parametrize("use_triton", [None, False])
+@pytest.mark.parametrize("chunk_size", [None, 128])
+def test_the_chunk_size_bounds_the_scores_in_torch(use_triton, chunk_size, monkeypatch):
+    from xattn_video import compat
+
+    seen = []
+
+    def spy(*args, chunk_size, **options):
+        seen.append(chunk_size)
+        return torch_block_scores(*args, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(compat, "torch_block_scores", spy)
+    options = {"block_size": 64, "chunk_size": chunk_size, "use_triton": use_triton}
+    Xattention_prefill(*make_inputs(), 8, **options)
+    assert seen == [chunk_size]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kdb": 2}, "kdb must be 1, got 2"),
-        ({"norm": 0}, "norm must be positive, got 0"),
+        ({"norm": 0}, "norm must be positive and finite, got 0"),
+        ({"norm": float("nan")}, "norm must be positive and finite, got nan"),
+        ({"norm": float("inf")}, "norm must be positive and finite, got inf"),
         ({"chunk_size": 100}, "multiple of block_size=128, got 100"),
         ({"threshold": 2.0}, r"threshold must lie in \(0, 1\]"),
     ],

@@ -106,6 +106,17 @@ def test_the_transformer_does_not_keep_its_pipeline_alive():
         generate_alone(transformer)
 
 
+def test_another_pipeline_on_the_same_transformer_has_steps_of_its_own():
+    pipe = tiny_pipeline()
+    other = tiny_pipeline(pipe.transformer)
+    handle = enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
+    generate(pipe, 3)
+    with pytest.raises(ValueError, match=r"cooldown_steps=\.\.\.\) on the pipeline that runs it"):
+        generate(other, 5)
+    generate(pipe, 4)
+    assert states(handle.processor.report()) == ["dense", "sparse", "sparse", "dense"]
+
+
 def generate_alone(transformer):
     """Two steps of a transformer without a pipeline."""
     from hunyuan import forward_inputs
@@ -133,7 +144,7 @@ def test_the_scoring_precision_reaches_the_scores(monkeypatch):
     assert all(seen)
 
 
-def test_a_scoring_precision_that_cannot_be_had_stops_the_first_sparse_step(monkeypatch):
+def test_a_scoring_precision_that_cannot_be_had_stops_the_first_step(monkeypatch):
     from xattn_video import scoring
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
@@ -141,4 +152,5 @@ def test_a_scoring_precision_that_cannot_be_had_stops_the_first_sparse_step(monk
     handle = enable_xattention(pipe, 0.5, **OPTIONS, scoring_precision="float8")
     with pytest.raises(ValueError, match='precision "float8" cannot be honoured: no 8 bits'):
         generate(pipe, 3)
-    assert states(handle.processor.report()) == ["dense"]
+    assert handle.processor.report().num_refused == 1
+    assert states(handle.processor.report()) == []

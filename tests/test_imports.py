@@ -24,7 +24,7 @@ ALLOWED = {
     "backends": {"kernels", "errors", "first_use", "inputs"},
     "dense": {"kernels"},
     "scoring": {"checks", "inputs", "kernels"},
-    "selection": {"forced", "inputs", "kernels"},
+    "selection": {"checks", "forced", "inputs", "kernels"},
     "registry": {"errors", "inputs"},
     "attention": OPERATOR - {"attention"},
     "compat": OPERATOR,

@@ -7,10 +7,8 @@ from hunyuan import (
     TEXT_TOKENS,
     VIDEO_TOKENS,
     forward_inputs,
-    generate,
     run,
     states,
-    tiny_pipeline,
     tiny_processor,
     tiny_transformer,
     with_processor,
@@ -20,11 +18,6 @@ from xattn_video import ThresholdSchedule, min_tokens
 from xattn_video.processors import hunyuan_video, joint_attention
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
-
-
-def densities(report):
-    """Of each layer of the latest forward pass."""
-    return [run.density for run in report.forwards[-1].layers]
 
 
 # Dense steps
@@ -142,6 +135,37 @@ def test_gradients_run_dense_and_equal_the_stock_ones():
     assert states(processor.report())[-1] == "sparse"
 
 
+@pytest.mark.parametrize("trained", ["last block", "output", "latents"])
+def test_no_layer_is_sparse_where_anything_needs_gradients(trained):
+    """Else what is trained would learn from the outputs of sparse layers before it."""
+
+    def gradient(transformer):
+        arguments = forward_inputs(lengths=(10, 3))
+        leaf = {
+            "last block": transformer.single_transformer_blocks[-1].proj_out.weight,
+            "output": transformer.proj_out.weight,
+            "latents": arguments["hidden_states"],
+        }[trained].requires_grad_(True)
+        transformer(**arguments).sample.square().sum().backward()
+        return leaf.grad
+
+    expected = gradient(tiny_transformer())
+    transformer, processor = with_processor()
+    assert torch.equal(gradient(transformer), expected)
+    assert processor.report().dense_reasons == {"gradients": NUM_LAYERS}
+    run(transformer)
+    assert states(processor.report()) == ["sparse"]
+
+
+def test_gradients_that_a_hook_brings_in_run_dense():
+    transformer, processor = with_processor()
+    block = transformer.single_transformer_blocks[0]
+    block.attn.to_q.register_forward_hook(lambda *call: call[2].requires_grad_())
+    transformer(**forward_inputs())
+    found = [layer.reason for layer in processor.report().forwards[0].layers]
+    assert found == [None, None, "gradients", "gradients"]
+
+
 # Sparse steps
 
 
@@ -214,32 +238,15 @@ def test_the_token_refiner_is_computed_as_ever():
     assert len(processor.report().layer_names) == NUM_LAYERS
 
 
-def test_steps_use_the_thresholds_they_were_given():
-    pipe = tiny_pipeline()
-    processor = tiny_processor([1, 0.9, 0.6, 0.3], warmup_steps=0)
-    pipe.transformer.set_attn_processor(processor)
-    generate(pipe, 5)
-    report = processor.report()
-    assert [forward.threshold for forward in report.forwards] == [1, 0.9, 0.6, 0.3, 0.3]
-    assert states(report) == ["dense", *["sparse"] * 4]
-    assert report.dense_reasons == {"threshold 1": NUM_LAYERS}
-    by_step = [sum(run.kept for run in forward.layers) for forward in report.forwards[1:4]]
-    assert by_step[0] > by_step[1] > by_step[2]
-
-
-def test_layers_and_heads_use_thresholds_of_their_own():
-    schedule = ThresholdSchedule(((0, 0.2),), layers={1: ((0, 1.0),), 3: ((0, 0.99),)})
-    transformer, processor = with_processor(schedule)
+def test_a_pass_in_which_no_layer_ran_names_no_backend():
+    transformer, processor = with_processor()
+    handle = transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(transformer)
+    assert processor.report().backends == ()
+    handle.remove()
     run(transformer)
-    found = densities(processor.report())
-    assert found[1] == 1.0
-    assert max(found[0], found[2]) < found[3] < 1.0
-    assert processor.report().forwards[0].threshold is None
-
-    every_head = {(0, head): ((0, 1.0),) for head in range(HEADS)}
-    transformer, processor = with_processor(ThresholdSchedule(((0, 0.2),), heads=every_head))
-    run(transformer)
-    assert densities(processor.report())[0] == 1.0
+    assert [forward.backend for forward in processor.report().forwards] == ["torch_gather"]
 
 
 def test_the_density_counts_kept_over_valid_blocks():

@@ -9,6 +9,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from hunyuan import (
     NUM_LAYERS,
+    VIDEO_TOKENS,
     run,
     states,
     tiny_processor,
@@ -168,6 +169,21 @@ def test_a_backend_that_cannot_run_is_refused_before_any_layer(monkeypatch):
     assert processor.report().summary().endswith("1 refused")
 
 
+def test_a_backend_that_cannot_run_is_refused_before_the_warm_up(monkeypatch):
+    from xattn_video.backends import torch_gather
+
+    monkeypatch.setattr(torch_gather, "unsupported_reasons", lambda problem: ["not today."])
+    transformer, processor = with_processor(backend="torch_gather", warmup_steps=2)
+    with pytest.raises(BackendUnavailableError, match="not today"):
+        run(transformer)
+    assert processor.report().num_refused == 1
+    # What never runs sparse needs no backend.
+    for options in ({"threshold": 1.0}, {"min_tokens": VIDEO_TOKENS + 1}):
+        transformer, processor = with_processor(backend="torch_gather", **options)
+        run(transformer)
+        assert states(processor.report()) == ["dense"]
+
+
 def test_sparse_steps_refuse_context_parallelism():
     config = SimpleNamespace(context_parallel_config=object())
     transformer, processor = with_processor()
@@ -185,14 +201,14 @@ def test_sparse_steps_refuse_context_parallelism():
 
 
 def test_cooling_down_needs_the_number_of_steps():
-    transformer, processor = with_processor(cooldown_steps=1)
+    transformer, processor = with_processor(cooldown_steps=1, warmup_steps=2)
     with pytest.raises(ValueError, match=r"use enable_xattention\(pipe, cooldown_steps"):
         run(transformer)
-    processor.bind(transformer, num_steps=2)
-    run(transformer)
-    run(transformer, timestep=400.0)
-    assert states(processor.report()) == ["sparse", "dense"]
-    assert processor.report().dense_reasons == {"cool-down": NUM_LAYERS}
+    processor.bind(transformer, num_steps=4)
+    for timestep in (900.0, 600.0, 400.0, 200.0):
+        run(transformer, timestep=timestep)
+    assert states(processor.report()) == ["dense", "dense", "sparse", "dense"]
+    assert processor.report().dense_reasons == {"warm-up": 2 * NUM_LAYERS, "cool-down": NUM_LAYERS}
 
 
 def test_a_schedule_for_another_model_is_refused_when_it_is_set():
@@ -215,6 +231,13 @@ def test_a_schedule_for_another_model_is_refused_when_it_is_set():
 )
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
+        XAttnProcessor(**options)
+
+
+@pytest.mark.parametrize("options", [{"stride": 8.0}, {"stride": "8"}, {"block_size": 128.0}])
+def test_arguments_of_a_wrong_type_are_refused(options):
+    ((name, size),) = options.items()
+    with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
         XAttnProcessor(**options)
 
 

@@ -133,6 +133,39 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
         ThresholdSchedule.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'\xff\xfe{"points"', "is not UTF-8 text; save it so"),
+        (b"[" * 100_000, "is nested too deeply; a schedule is"),
+        (b'{"points": [[0, 0.9]], "points": [[0, 0.8]]}', "the key 'points' occurs twice in one"),
+        (
+            b'{"points": [[0, 0.9]], "layers": {"1": [[0, 0.9]], "01": [[0, 0.8]]}}',
+            "layers names 1 twice, once as '01'",
+        ),
+        (
+            b'{"points": [[0, 0.9]], "heads": {"2": {"1": [[0, 0.9]], "01": [[0, 0.8]]}}}',
+            r"heads\.2 names 1 twice, once as '01'",
+        ),
+        (
+            b'{"points": [[0, 0.9]], "heads": {"2": {"1": [[0, 0.9]]}, "02": {}}}',
+            "heads names 2 twice, once as '02'",
+        ),
+    ],
+    ids=["not text", "deep", "same key", "same layer", "same head", "same of heads"],
+)
+def test_a_file_that_says_no_one_schedule_is_refused(tmp_path, content, message):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises((ValueError, TypeError), match=rf"plan\.json.*{message}") as raised:
+        ThresholdSchedule.load(tmp_path / "plan.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "plan.json").write_text('{"points": [[0, 0.9]]}', encoding="utf-8-sig")
+    assert ThresholdSchedule.load(tmp_path / "plan.json") == ThresholdSchedule.constant(0.9)
+
+
 @pytest.mark.parametrize("value", [0, 1.01, -0.5, float("nan")])
 def test_a_threshold_outside_its_range_is_refused(value):
     with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\]"):

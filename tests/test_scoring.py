@@ -43,10 +43,11 @@ def test_half_precision_inputs_are_compared_in_float32():
     assert_within_budget(actual, expected, in_float32, relative_error=order_error(8, 64))
 
 
-def test_each_item_of_a_batch_has_its_own_key_length():
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_item_of_a_batch_has_its_own_key_length(causal):
     query, key = make_pair(3, 2, 300, 300, 32)
     lengths = torch.tensor([300, 131, 1])
-    options = {"block_size": 64, "stride": 8, "key_lengths": lengths}
+    options = {"block_size": 64, "stride": 8, "causal": causal, "key_lengths": lengths}
     expected = antidiagonal_block_scores(query, key, **options)
     in_float32 = antidiagonal_block_scores(query, key, **options, dtype=torch.float32)
     actual = block_scores(query, key, **options)
@@ -166,10 +167,27 @@ def test_key_lengths_out_of_range_are_refused(lengths):
         block_scores(query, key, key_lengths=torch.tensor(lengths))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+def test_key_lengths_may_be_of_a_type_that_does_not_hold_the_number_of_keys(dtype):
+    query, key = make_pair(2, 1, 300, 300, 16)
+    lengths = torch.tensor([100, 44])
+    expected = block_scores(query, key, block_size=64, key_lengths=lengths)
+    found = block_scores(query, key, block_size=64, key_lengths=lengths.to(dtype))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"between 1 and Sk=300, got \[0, 100\]"):
+        block_scores(query, key, key_lengths=torch.tensor([0, 100], dtype=dtype))
+
+
 def test_key_lengths_of_another_batch_are_refused():
     query, key = make_pair(2, 1, 128, 128, 16)
     with pytest.raises(ValueError, match=r"one integer per item of the batch, \[2\]"):
         block_scores(query, key, key_lengths=torch.tensor([5, 5, 5]))
+
+
+def test_key_lengths_without_numbers_are_refused():
+    query, key = make_pair(2, 1, 128, 128, 16)
+    with pytest.raises(ValueError, match=r"key_lengths must be on cpu .*, got meta"):
+        block_scores(query, key, key_lengths=torch.ones(2, dtype=torch.int32, device="meta"))
 
 
 def test_mismatched_pairs_are_refused_with_their_shapes():

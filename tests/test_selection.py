@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from oracle import assert_smallest_set
 
 from xattn_video import block_scores, select_blocks
+from xattn_video.selection import _fewest_blocks
 
 
 def random_scores(*shape, sharpness=3.0):
@@ -73,6 +74,21 @@ def test_a_threshold_per_head_and_per_row():
         assert torch.equal(mask[:, :, row], select_blocks(scores, tau)[:, :, row])
 
 
+@pytest.mark.parametrize("threshold", [0.0, -1.0])
+def test_a_threshold_that_nobody_looked_at_keeps_the_best_block(threshold):
+    scores = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(1, 1, 2, 4)
+    # A forced block that holds no valid key is no block to be content with.
+    forced = torch.tensor([[False] * 4, [False, True, False, False]]).expand(1, 1, 2, 4)
+    mask = _fewest_blocks(scores, torch.tensor(threshold), forced)
+    assert mask[0, 0].tolist() == [[False, False, True, False]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_scores_are_summed_in_float32(dtype):
+    scores = random_scores(1, 1, 4, 3000, sharpness=0.5).to(dtype)
+    assert torch.equal(select_blocks(scores, 0.9), select_blocks(scores.float(), 0.9))
+
+
 def test_threshold_one_keeps_blocks_whose_mass_underflowed():
     query, key = torch.rand(1, 1, 256, 32), torch.rand(1, 1, 256, 32)
     key[:, :, :64] += 1e3
@@ -100,3 +116,19 @@ def test_a_threshold_out_of_range_is_refused(threshold):
 def test_a_threshold_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"broadcast to \[B, H, Nq\] = \[1, 3, 2\], got \[3\]"):
         select_blocks(random_scores(1, 3, 2, 4), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1, 1, 2, 4), (4, 2)])
+def test_forced_blocks_of_another_shape_are_refused(shape):
+    forced = torch.ones(shape, dtype=torch.bool)
+    message = rf"\[B, H, Nq, Nk\] = \[1, 3, 2, 4\], got \[{', '.join(map(str, shape))}\]"
+    with pytest.raises(ValueError, match=message):
+        select_blocks(random_scores(1, 3, 2, 4), 0.5, forced=forced)
+
+
+def test_what_is_on_another_device_is_refused():
+    scores = random_scores(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="must be on one device, got scores cpu, forced meta"):
+        select_blocks(scores, 0.5, forced=torch.ones(2, 4, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"threshold must be on cpu .*, got meta"):
+        select_blocks(scores, torch.ones((), device="meta"))

@@ -19,6 +19,7 @@ def seen(timestep, latents=0.0, dtype=torch.float32, shape=(4, 3, 8, 8), text=0.
         text_tokens=16,
         device=torch.device("cpu"),
         dtype=dtype,
+        needs_grad=False,
     )
 
 
@@ -97,6 +98,31 @@ def test_rounding_up_is_no_new_generation():
     assert float(torch.tensor(994.2).bfloat16()) > 994.5
     assert found == [(0, 0), (1, 0)]
     assert generations == 1
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_latents_in_the_middle_are_no_new_generation(dtype, passes):
+    """As a callback can return them; the timestep takes their dtype."""
+    timesteps = shifted_timesteps(50)
+    expected = [(step, number) for step in range(50) for number in range(passes)]
+    for middle in range(1, 50):
+        run = pipeline_run(50, dtype, passes)
+        for number in range(middle * passes, (middle + 1) * passes):
+            text = run[number].text_sample[0]
+            run[number] = seen(timesteps[middle], float(middle), torch.float32, text=text)
+        assert steps_of(run) == (expected, 1), middle
+
+
+def test_reset_parts_what_only_the_prompt_tells_apart():
+    """A generation that stopped at its first step, then the same noise with another prompt."""
+    tracker = StepTracker()
+    tracker.observe(seen(1000.0, text=1.0))
+    assert not tracker.observe(seen(1000.0, text=2.0))
+    assert (tracker.step, tracker.forward_pass) == (0, 1)
+    tracker.reset()
+    assert tracker.observe(seen(1000.0, text=3.0))
+    assert (tracker.step, tracker.forward_pass) == (0, 0)
 
 
 def test_another_latent_shape_is_a_new_generation():

@@ -96,6 +96,26 @@ def test_a_folder_in_the_files_place_is_refused(tmp_path):
         check_output_path(tmp_path / "a.mp4", VIDEO_SUFFIXES)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        pytest.param("a" * 247 + ".mp4", "File name too long", id="its temporary is too long"),
+        pytest.param("a" * 300 + ".mp4", "File name too long", id="too long"),
+        pytest.param("a\0b.mp4", "embedded null byte", id="NUL"),
+        pytest.param("a\0b/c.mp4", "embedded null byte", id="NUL in the folder"),
+    ],
+)
+def test_a_name_that_cannot_be_written_is_refused(name, reason, tmp_path):
+    with pytest.raises(ValueError, match=rf"output cannot be written to .*: {reason}; use anoth"):
+        check_output_path(tmp_path / name, VIDEO_SUFFIXES)
+
+
+def test_the_check_leaves_nothing_and_takes_nothing(tmp_path):
+    (tmp_path / "a.mp4").write_text("old")
+    check_output_path(tmp_path / "a.mp4", VIDEO_SUFFIXES)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"report cannot be written to .*file"):

@@ -6,7 +6,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from xattn_video.checks import check_block_size, check_key_lengths, check_pair
+from xattn_video.checks import (
+    check_block_size,
+    check_key_lengths,
+    check_movable,
+    check_pair,
+    check_same_device,
+    check_threshold,
+)
 from xattn_video.forced import ForcedBlocks
 from xattn_video.inputs import AttentionInputs, BlockLists, empty_output
 from xattn_video.registry import load_backend, resolve_backend
@@ -33,7 +40,7 @@ def block_sparse_attention(
         key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
             H / Hkv query heads in a row, which have blocks of their own.
         value: `[B, Hkv, Sk, D]`, likewise.
-        block_mask: bool `[B, H, Nq, Nk]`, broadcast over B and H; True = compute.
+        block_mask: bool `[B, H, Nq, Nk]`, same device, broadcast over B and H; True = compute.
         block_size: Tokens in a block, of queries and of keys.
         causal: Query t sees keys up to t + Sk - Sq.
         key_lengths: int `[B]`, valid keys of each item; see `block_scores`.
@@ -62,12 +69,13 @@ def block_sparse_attention(
             f"{list(query.shape)}, key {list(key.shape)} and block_size={block_size}, "
             f"got {list(block_mask.shape)}."
         )
+    check_same_device(query=query, block_mask=block_mask)
     out: Tensor = torch.ops.xattn_video.block_sparse_attention(
         query,
         key,
         value,
         block_mask.expand(expected),
-        _as_lengths(key_lengths),
+        _as_lengths(key_lengths, query),
         block_size,
         causal,
         query.shape[-1] ** -0.5 if scale is None else scale,
@@ -142,7 +150,8 @@ def xattention(
         key: `[B, Hkv, Sk, D]`, same dtype and device; Hkv divides H, as in
             `block_sparse_attention`.
         value: `[B, Hkv, Sk, D]`, likewise.
-        threshold: Share of each row's estimated mass to keep, in (0, 1]; see `select_blocks`.
+        threshold: Share of each row's estimated mass to keep, in (0, 1]; a number or a tensor,
+            see `select_blocks`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         block_size: Tokens in a block.
         causal: Query t sees keys up to t + Sk - Sq; the diagonal and key block 0 are kept.
@@ -159,7 +168,8 @@ def xattention(
         `[B, H, Nq, Nk]` mask of computed blocks.
 
     Raises:
-        ValueError: An argument is out of range, or shapes, dtypes or devices disagree.
+        ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
+            or devices disagree.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
     out, blocks = attend_selected(
@@ -209,15 +219,14 @@ def attend_selected(
             f"causal={causal}, Sq={Sq}, Sk={Sk}; pass num_text_tokens=0 otherwise."
         )
     if not isinstance(threshold, Tensor):
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {threshold}; try 0.9 or 0.95.")
-        threshold = torch.full((), threshold, device=query.device)
+        threshold = torch.full((), check_threshold(threshold), device=query.device)
+    check_movable("threshold", threshold, query)
     out, counts, indices = torch.ops.xattn_video.xattention(
         query,
         key,
         value,
         threshold,
-        _as_lengths(key_lengths),
+        _as_lengths(key_lengths, query),
         stride,
         block_size,
         causal,
@@ -267,8 +276,13 @@ def _check_inference(*tensors: Tensor) -> None:
         )
 
 
-def _as_lengths(key_lengths: Tensor | Sequence[int] | None) -> Tensor | None:
-    return None if key_lengths is None else torch.as_tensor(key_lengths)
+def _as_lengths(key_lengths: Tensor | Sequence[int] | None, query: Tensor) -> Tensor | None:
+    if key_lengths is None:
+        return None
+    lengths = torch.as_tensor(key_lengths)
+    # Given a meta tensor the operators would run their fake implementations.
+    check_movable("key_lengths", lengths, query)
+    return lengths
 
 
 def _block_sparse_attention(

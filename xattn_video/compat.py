@@ -1,5 +1,6 @@
 """The published quick-use call of XAttention, for code written against it."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from xattn_video.checks import check_block_size, check_pair
 from xattn_video.forced import diagonal_blocks, sink_blocks
 from xattn_video.inputs import Problem
 from xattn_video.scoring import (
-    block_scores,
     torch_block_scores,
     triton_block_scores,
     triton_unsupported_reasons,
@@ -50,9 +50,9 @@ def Xattention_prefill(  # noqa: N802  (the published name)
             on a GPU where it can run.
         causal: Query t sees keys up to t + Sk - Sq; the diagonal and key block 0 are kept.
         kdb: Only 1.
-        chunk_size: The most query tokens whose scores may be in memory at once, a multiple of
-            ``block_size``. The Triton kernel keeps none, and torch picks its own bound unless
-            ``use_triton=False`` asks for it by name.
+        chunk_size: The most query tokens whose group matrix may be in memory at once, a multiple
+            of ``block_size``; if None torch picks its own bound. The Triton kernel keeps no such
+            matrix, so that it stays within any bound.
         keep_sink: Keep key block 0 in every row, as a causal call always does.
         keep_recent: Keep the diagonal block of every row, as a causal call always does.
 
@@ -95,8 +95,10 @@ def Xattention_prefill(  # noqa: N802  (the published name)
 def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: int) -> None:
     if kdb != 1:
         raise ValueError(f"kdb must be 1, got {kdb}: larger key steps are not supported.")
-    if norm <= 0:
-        raise ValueError(f"norm must be positive, got {norm}; 1 leaves the scale as it is.")
+    if not 0 < norm < math.inf:
+        raise ValueError(
+            f"norm must be positive and finite, got {norm}; 1 leaves the scale as it is."
+        )
     if chunk_size is not None and (chunk_size < 1 or chunk_size % block_size):
         raise ValueError(
             f"chunk_size must be a multiple of block_size={block_size}, got {chunk_size}."
@@ -107,14 +109,14 @@ def _scores(
     query: Tensor, key: Tensor, use_triton: bool | None, chunk_size: int | None, **options: Any
 ) -> Tensor:
     """`block_scores` by the path that ``use_triton`` names."""
-    if use_triton is None:
-        return block_scores(query, key, **options)
-    if not use_triton:
-        return torch_block_scores(query, key, chunk_size=chunk_size, **options)
     problem = Problem(query.device, query.dtype, query.shape[-1], options["block_size"])
     reasons = triton_unsupported_reasons(problem, options["stride"])
-    if reasons:
+    if use_triton and reasons:
         raise ValueError(
             f"use_triton=True cannot be honoured: {' '.join(reasons)} Or pass use_triton=False."
         )
-    return triton_block_scores(query, key, **options)
+    if use_triton is None:
+        use_triton = query.is_cuda and not reasons
+    if use_triton:
+        return triton_block_scores(query, key, **options)
+    return torch_block_scores(query, key, chunk_size=chunk_size, **options)

@@ -41,7 +41,7 @@ class ForwardRun:
         forward_pass: Pass within the step, from 0: true classifier-free guidance runs two.
         timestep: What the transformer was given.
         threshold: Tau of the step where it is one number for all layers and heads, else None.
-        backend: What computed the sparse layers; None in a dense pass.
+        backend: What computed the sparse layers; None where no layer ran sparse.
         layers: One entry a layer.
     """
 

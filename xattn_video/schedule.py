@@ -108,6 +108,12 @@ class ThresholdSchedule:
         """Whether all layers and heads share their tau."""
         return not self.layers and not self.heads
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every tau is 1."""
+        of_all = (self.points, *self.layers.values(), *self.heads.values())
+        return all(tau == 1 for points in of_all for _, tau in points)
+
     def threshold(self, step: int, layer: int | None = None, head: int | None = None) -> float:
         """Tau at a step: of a head, of a layer, or of all that have none of their own."""
         points = self.points
@@ -126,6 +132,14 @@ class ThresholdSchedule:
         if self.is_uniform:
             tau = self.threshold(step)
             return [[tau] * num_heads for _ in range(num_layers)]
+        self.check_model(num_layers, num_heads)
+        return [
+            [self.threshold(step, layer, head) for head in range(num_heads)]
+            for layer in range(num_layers)
+        ]
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raise ValueError where the schedule names a layer or a head that a model lacks."""
         for layer in [*self.layers, *(layer for layer, _ in self.heads)]:
             if layer >= num_layers:
                 raise ValueError(
@@ -138,10 +152,6 @@ class ThresholdSchedule:
                     f"the schedule names head {head} of layer {layer}, but a layer has "
                     f"{num_heads} heads, 0 to {num_heads - 1}."
                 )
-        return [
-            [self.threshold(step, layer, head) for head in range(num_heads)]
-            for layer in range(num_layers)
-        ]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; `from_dict` reads it."""
@@ -172,22 +182,20 @@ class ThresholdSchedule:
             )
         if "points" not in data:
             raise ValueError('the schedule has no "points"; write [[0, 0.95]] for one tau.')
-        layers = _mapping(data.get("layers", {}), "layers")
-        heads = _mapping(data.get("heads", {}), "heads")
         return cls(
             data["points"],
             data.get("interpolation", "hold"),
-            {_index_key(layer, "layers"): points for layer, points in layers.items()},
+            _by_index(data.get("layers", {}), "layers"),
             {
-                (_index_key(layer, "heads"), _index_key(head, f"heads.{layer}")): points
-                for layer, of_layer in heads.items()
-                for head, points in _mapping(of_layer, f"heads.{layer}").items()
+                (layer, head): points
+                for layer, of_layer in _by_index(data.get("heads", {}), "heads").items()
+                for head, points in _by_index(of_layer, f"heads.{layer}").items()
             },
         )
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "ThresholdSchedule":
@@ -197,9 +205,16 @@ class ThresholdSchedule:
             ValueError, TypeError: The file is not a schedule, with its name and the field's path.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            text = Path(path).read_text(encoding="utf-8-sig")
+            return cls.from_dict(json.loads(text, object_pairs_hook=_without_repetition))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}.") from None
+        except RecursionError:
+            raise ValueError(
+                f'{path} is nested too deeply; a schedule is {{"points": [[0, 0.95]]}}.'
+            ) from None
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -214,6 +229,11 @@ class CallableSchedule:
     def is_uniform(self) -> bool:
         """True: the function knows nothing of layers."""
         return True
+
+    @property
+    def is_dense(self) -> bool:
+        """False: nobody knows what the function gives at other steps."""
+        return False
 
     def threshold(self, step: int, layer: int | None = None, head: int | None = None) -> float:
         """Tau at a step, the same in every layer and head."""
@@ -294,11 +314,27 @@ def _index(value: object, path: str) -> int:
     return value
 
 
-def _index_key(key: object, path: str) -> int:
-    """A JSON object's key that stands for a layer or a head."""
-    if not str(key).isdecimal():
-        raise ValueError(f'the keys of {path} must be numbers such as "3", got {key!r}.')
-    return int(str(key))
+def _by_index(value: object, path: str) -> dict[int, Any]:
+    """A JSON object whose keys stand for layers or heads, each of which may be named once."""
+    by_index: dict[int, Any] = {}
+    for key, of_index in _mapping(value, path).items():
+        if not str(key).isdecimal():
+            raise ValueError(f'the keys of {path} must be numbers such as "3", got {key!r}.')
+        index = int(str(key))
+        if index in by_index:
+            raise ValueError(f"{path} names {index} twice, once as {key!r}; remove one.")
+        by_index[index] = of_index
+    return by_index
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which plain `json.loads` would keep the last of equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} occurs twice in one object; remove one.")
+    return found
 
 
 def _mapping(value: object, path: str) -> Mapping[str, Any]:

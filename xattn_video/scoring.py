@@ -46,9 +46,9 @@ def block_scores(
         block_size: Tokens in a block.
         stride: Tokens in a group; divides ``block_size``.
         causal: Query t sees keys up to t + Sk - Sq.
-        key_lengths: int `[B]`, valid keys of each item, 1 to Sk. Keys beyond take no mass. Values
-            are checked where the tensor is on the CPU and clamped, with no host
-            synchronisation, where it is on another device.
+        key_lengths: int `[B]`, valid keys of each item, 1 to Sk. Keys beyond take no mass. It is
+            copied to the query's device. Values are checked where the tensor is on the CPU and
+            clamped, with no host synchronisation, where it is on another device.
         scale: Softmax scale, 1 / sqrt(D) if None.
         precision: ``"exact"`` multiplies query and key as they are; ``"float8"`` rounds them to
             8 bits first (e4m3, one scale for each group of tokens), for speed: the scores are

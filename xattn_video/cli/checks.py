@@ -18,7 +18,8 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
         requests: One for each kind of run.
 
     Raises:
-        ValueError: The scoring precision cannot be had here, or the model cannot be used.
+        ValueError: The scoring precision cannot be had here, the schedule is for another model, or
+            the model cannot be used.
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads here.
     """

@@ -55,7 +55,7 @@ def run_job(job: Job) -> None:
     """Load the model, generate every video and write the files."""
     from xattn_video.pipelines.generation import generate
     from xattn_video.pipelines.hunyuan_video import load_pipeline
-    from xattn_video.pipelines.video import write_video
+    from xattn_video.pipelines.video import atomic_path, write_video
 
     if not job.verbose:
         quiet_libraries()
@@ -75,7 +75,8 @@ def run_job(job: Job) -> None:
         replaced = video.exists()
         write_video(video, result.frames, job.fps)
         if plot is not None and result.report is not None:
-            result.report.plot(plot)
+            with atomic_path(plot) as temporary:
+                result.report.plot(temporary)
         runs.append(generation_record(request, result, video))
         if job.outputs.report is not None:
             # Rewritten after every video, so that a run cut short leaves what it did.

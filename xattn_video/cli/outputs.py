@@ -59,6 +59,7 @@ def choose_outputs(
         for request in requests:
             name = default_name(request.prompt, request.seed)
             videos.append(unused_path(folder, name, ".mp4", set(videos)))
+            check_output_path(videos[-1], VIDEO_SUFFIXES)
     else:
         check_output_path(output, VIDEO_SUFFIXES)
         videos.append(output)
@@ -66,10 +67,9 @@ def choose_outputs(
         check_output_path(report, (".json",), what="report")
     plots: list[Path | None] = [plot] * len(videos)
     if plot is not None and many:
-        check_output_folder(plot, what="plot")
         plots = [plot / f"{video.stem}.png" for video in videos]
-    elif plot is not None:
-        check_output_path(plot, (".png",), what="plot")
+    for path in filter(None, plots):
+        check_output_path(path, (".png",), what="plot")
     return Outputs(tuple(videos), tuple(plots), report)
 
 
@@ -80,7 +80,8 @@ def read_prompts(file: Path) -> list[str]:
         ValueError: The file is missing, is no UTF-8 text, or holds no prompt.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        # Windows' editors begin a file with a byte order mark.
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(
             f"cannot read the prompts file {str(file)!r}: {error.strerror}."

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+# The smallest normal float32, which a single valid block reaches.
+_SMALLEST_TARGET = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -69,6 +71,8 @@ def _block_selection_kernel(
     scores = tl.load(scores_ptr + row * Nk + columns, mask=inside, other=0.0)
     total = tl.sum(scores, axis=0)
     target = threshold * total
+    # A threshold that nobody looked at may be too low; the best block is kept all the same.
+    target = tl.where(target > _SMALLEST_TARGET, target, _SMALLEST_TARGET)
     forced = _forced_blocks(
         columns, m, key_length, Sq, Sk, num_video_tokens, BLOCK_SIZE, CAUSAL, TEXT
     )
@@ -114,7 +118,8 @@ def block_selection(
 
     Args:
         scores: float32 `[B, H, Nq, Nk]`, not negative.
-        threshold: float32 `[B, H, Nq]`, any strides, on the same device.
+        threshold: float32 `[B, H, Nq]`, any strides, on the same device. What is not above 0
+            keeps the best block, what is not below 1, NaN too, every block.
         query_length: Sq.
         key_length: Sk, text included.
         block_size: Tokens in a block.

@@ -11,6 +11,7 @@ from xattn_video.pipelines.hunyuan_video import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
 from xattn_video.registry import available_backends, resolve_backend
+from xattn_video.schedule import ThresholdSchedule
 from xattn_video.scoring import check_precision
 
 PAPER_DENSITIES = (0.34, 0.455)
@@ -90,8 +91,13 @@ def plan_run(
         video: Size and sampling.
         sparse: None for dense attention throughout.
         options: Device, dtype and offload.
+
+    Raises:
+        ValueError: The schedule names a layer or a head that the model lacks.
     """
     settings = sparse or SparseSettings()
+    if isinstance(settings.threshold, ThresholdSchedule):
+        settings.threshold.check_model(shape.layers, shape.heads)
     grid = shape.grid(video.height, video.width, video.num_frames)
     video_tokens = grid[0] * grid[1] * grid[2]
     tokens = video_tokens + shape.text_tokens

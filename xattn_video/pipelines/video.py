@@ -28,13 +28,19 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
     """Make sure that ``path`` can be written later; missing parent folders are created now.
 
     Raises:
-        ValueError: Wrong suffix, a folder is in its place, or its folder cannot be written.
+        ValueError: Wrong suffix, a folder is in its place, or it cannot be written.
     """
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}.")
-    if path.is_dir():
-        raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
     check_output_folder(path.parent, what=what)
+    with _refused(path, what):
+        is_folder = path.is_dir()
+        # The very file that will be written: its name is longer than the path's.
+        temporary = _temporary_path(path)
+        temporary.touch()
+        temporary.unlink()
+    if is_folder:
+        raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
 
 
 def check_output_folder(folder: Path, *, what: str = "output") -> None:
@@ -43,14 +49,23 @@ def check_output_folder(folder: Path, *, what: str = "output") -> None:
     Raises:
         ValueError: It cannot be created or written.
     """
-    try:
+    with _refused(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
         # Permission bits say nothing of a read-only file system; a file does.
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
+
+
+@contextmanager
+def _refused(path: Path, what: str) -> Iterator[None]:
+    """Say in one way that ``path`` cannot be written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # A name that no system takes, such as one with a NUL, is a ValueError.
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{what} cannot be written to {str(folder)!r}: {error.strerror}; use another."
+            f"{what} cannot be written to {str(path)!r}: {reason}; use another."
         ) from None
 
 
@@ -92,9 +107,14 @@ def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that takes the place of ``path`` when all went well."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = _temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_path(path: Path) -> Path:
+    """Of this process, with the suffix that tells a library what to write."""
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")

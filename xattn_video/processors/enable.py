@@ -43,13 +43,21 @@ class XAttentionHandle:
 
 
 class _PipelineSteps:
-    """The number of steps that a pipeline is running."""
+    """The number of steps that a pipeline is running; None where it runs none.
+
+    Another pipeline may share its transformer. One that an exception stopped looks as if it ran
+    on until it runs again.
+    """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline = weakref.ref(pipeline)
 
     def __call__(self) -> int | None:
-        num_steps: int | None = getattr(self._pipeline(), "_num_timesteps", None)
+        pipeline = self._pipeline()
+        # Diffusers' pipelines set it to None before and after their denoising loop.
+        if getattr(pipeline, "_current_timestep", None) is None:
+            return None
+        num_steps: int | None = getattr(pipeline, "_num_timesteps", None)
         return num_steps
 
 

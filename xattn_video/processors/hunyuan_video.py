@@ -54,8 +54,10 @@ class XAttnProcessor(TransformerBound):
             pay: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
         scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
-            ``"auto"`` for the faster of them; see `block_scores`. Where 8 bits were asked for and
-            cannot be had, the first sparse step raises.
+            ``"auto"`` for the faster of them; see `block_scores`.
+
+    The first forward pass raises where a backend that was asked for by name cannot run, 8 bits
+    cannot be had, or ``cooldown_steps`` has no number of steps.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
@@ -181,8 +183,9 @@ class XAttnProcessor(TransformerBound):
         num_text_tokens: int,
     ) -> Tensor:
         """Attention as the plan of this forward pass says, `[B, S, H, D]`."""
-        needs_grad = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (query, key, value)
+        # A hook on a module may have brought in gradients that the plan knows nothing of.
+        needs_grad = plan.needs_grad or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
         )
         if needs_grad or self._parallel_config is not None:
             slot.record_dense()
@@ -239,7 +242,8 @@ class XAttnProcessor(TransformerBound):
         """Start a new generation with the next forward pass.
 
         Needed only where the timesteps cannot tell: after an interrupted generation, when the next
-        one starts at a lower timestep than the last one that ran.
+        one starts at a lower timestep than the last one that ran. After one that stopped at its
+        first step it keeps that step out of the next report, where only the prompt is another.
         """
         if self._session is not None:
             self._session.tracker.reset()

@@ -50,6 +50,7 @@ class ForwardPlan:
     Args:
         sparse: Whether they run sparse.
         reason: Why they do not.
+        needs_grad: Whether something in the model needs gradients, in a layer after this one too.
         backend: What computes sparse attention; None where the layers run dense.
         threshold: Tau where it is one number for all layers and heads.
         fused_on: The type of device on which one kernel prepares queries and keys, or None.
@@ -60,6 +61,7 @@ class ForwardPlan:
 
     sparse: bool
     reason: str | None
+    needs_grad: bool
     backend: str | None
     threshold: float | None
     fused_on: str | None
@@ -144,7 +146,7 @@ def _as_run(forward: _Forward) -> ForwardRun:
         forward.forward_pass,
         forward.timestep,
         plan.threshold,
-        plan.backend,
+        plan.backend if "sparse" in forward.states else None,
         tuple(layers),
     )
 

@@ -117,15 +117,20 @@ class Session:
         min_tokens = resolve_min_tokens(settings.min_tokens, device.type)
         few_tokens = num_video_tokens < min_tokens
         reason = self._dense_reason(settings, step, taus, few_tokens)
+        if reason is None and inputs.needs_grad:
+            reason = "gradients"
         backend = None
-        if reason is None:
+        if not (few_tokens or inputs.needs_grad or settings.schedule.is_dense):
+            # In a dense step too: what cannot run is refused before the warm-up, not after it.
             backend = self._resolve(settings, inputs, device, config.attention_head_dim)
+        if reason is None:
             self._fill_thresholds(settings, taus, device)
         lengths = torch.tensor(key_lengths)
         return ForwardPlan(
             sparse=reason is None,
             reason=reason,
-            backend=backend,
+            needs_grad=inputs.needs_grad,
+            backend=backend if reason is None else None,
             threshold=taus[0][0] if settings.schedule.is_uniform else None,
             fused_on=device.type if joint_qkv.kernel_runs_on(device) else None,
             key_lengths=lengths,
@@ -137,9 +142,12 @@ class Session:
         self, settings: Settings, step: int, taus: list[list[float]], few_tokens: bool
     ) -> str | None:
         """Why the step runs dense; None where it runs sparse."""
+        first_cool = math.inf
+        if settings.cooldown_steps:
+            first_cool = self._count_steps() - settings.cooldown_steps
         if step < settings.warmup_steps:
             reason = "warm-up"
-        elif settings.cooldown_steps and step >= self._count_steps() - settings.cooldown_steps:
+        elif step >= first_cool:
             reason = "cool-down"
         elif all(tau == 1 for layer in taus for tau in layer):
             reason = "threshold 1"
@@ -154,8 +162,8 @@ class Session:
         if num_steps is None:
             raise ValueError(
                 "cooldown_steps needs the number of denoising steps, which a transformer does not "
-                "know; use enable_xattention(pipe, cooldown_steps=...), or tell it with "
-                "processor.bind(transformer, num_steps=...)."
+                "know; use enable_xattention(pipe, cooldown_steps=...) on the pipeline that runs "
+                "it, or tell it with processor.bind(transformer, num_steps=...)."
             )
         return num_steps
 

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ class ForwardInputs:
         text_tokens: Text tokens of an item, padding included.
         device: Of the latents.
         dtype: Of the latents.
+        needs_grad: Whether gradients are on, and an input or a parameter of the model needs them.
     """
 
     timestep: float
@@ -36,6 +38,7 @@ class ForwardInputs:
     text_tokens: int
     device: torch.device
     dtype: torch.dtype
+    needs_grad: bool
 
 
 def read_inputs(
@@ -71,7 +74,13 @@ def read_inputs(
         text_tokens=mask.shape[1],
         device=latents.device,
         dtype=latents.dtype,
+        needs_grad=torch.is_grad_enabled() and _any_needs_grad(transformer, given.values()),
     )
+
+
+def _any_needs_grad(transformer: nn.Module, given: Iterable[object]) -> bool:
+    tensors = (one for one in given if isinstance(one, Tensor))
+    return any(one.requires_grad for one in itertools.chain(tensors, transformer.parameters()))
 
 
 class StepTracker:
@@ -81,6 +90,10 @@ class StepTracker:
     next step, a higher one a new generation, and so is another latent shape. Where the timestep is
     rounded to bfloat16 or float16, as Diffusers' pipelines do, neighbouring steps may share it;
     then other latents mean the next step.
+
+    Same latents with another text, at the first timestep again, are taken for guidance's second
+    pass. Where they are a new generation instead, after one that stopped at its first step, the
+    steps are right all the same, and the report holds the pass of the one before as well.
     """
 
     def __init__(self) -> None:
@@ -171,29 +184,44 @@ def _starts_generation(
     first: ForwardInputs, last: ForwardInputs, inputs: ForwardInputs, step: int
 ) -> bool:
     """Whether a generation starts here; ``first`` and ``last`` are of the one before."""
-    exact = inputs.timestep_dtype in _EXACT_DTYPES
     before, now = _comparable(last, inputs)
     # After a generation of one step; guidance's second pass has another text.
     starts_over = (
         inputs.latent_sample != last.latent_sample or inputs.text_sample == first.text_sample
     )
+    # A pipeline's first timestep is float32, the later ones have the model's dtype. One that is
+    # float32 in the middle, as a callback can make it, is lower than the first.
+    is_first_again = (
+        _are_exact(inputs)
+        and not _are_exact(last)
+        and now >= _rounded(first.timestep, last.timestep_dtype)
+    )
     return (
         inputs.latent_shape != last.latent_shape
         or now > before
-        # A pipeline's first timestep is float32, the later ones have the model's dtype.
-        or (exact and last.timestep_dtype not in _EXACT_DTYPES)
-        or (exact and now == before and step == 0 and starts_over)
+        or is_first_again
+        or (_are_exact(last, inputs) and now == before and step == 0 and starts_over)
     )
 
 
 def _continues_step(last: ForwardInputs, inputs: ForwardInputs) -> bool:
     """Whether ``inputs`` are of the same step as ``last``."""
-    exact = inputs.timestep_dtype in _EXACT_DTYPES
     before, now = _comparable(last, inputs)
-    return now == before and (exact or inputs.latent_sample == last.latent_sample)
+    same_latents = inputs.latent_sample == last.latent_sample
+    return now == before and (_are_exact(last, inputs) or same_latents)
 
 
 def _comparable(last: ForwardInputs, inputs: ForwardInputs) -> tuple[float, float]:
-    """Both timesteps in the precision of the newer one."""
-    rounded = torch.tensor(last.timestep, dtype=torch.float64).to(inputs.timestep_dtype)
-    return float(rounded), inputs.timestep
+    """Both timesteps in the coarser of their precisions."""
+    coarser = last if _are_exact(inputs) and not _are_exact(last) else inputs
+    dtype = coarser.timestep_dtype
+    return _rounded(last.timestep, dtype), _rounded(inputs.timestep, dtype)
+
+
+def _are_exact(*inputs: ForwardInputs) -> bool:
+    """Whether steps of their own have timesteps of their own."""
+    return all(one.timestep_dtype in _EXACT_DTYPES for one in inputs)
+
+
+def _rounded(timestep: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(timestep, dtype=torch.float64).to(dtype))
