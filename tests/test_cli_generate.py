@@ -51,15 +51,19 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     assert "\x1b" not in out + err
 
 
-def test_a_terminal_shows_step_phase_density_and_time_left():
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_step_phase_density_and_times(width):
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, no_color=True, width=120)
-    steps = [StepRecord(0, 4, 1.5, False, None), StepRecord(1, 4, 1.0, True, 0.41)]
-    with GenerationProgress(console, "a cat", 4) as progress:
+    console = Console(file=screen, force_terminal=True, no_color=True, width=width)
+    steps = [StepRecord(0, 25, 1.5, False, None), StepRecord(1, 25, 1.0, True, 0.41)]
+    title = "a red circle moving left to right over a blue b..."
+    with GenerationProgress(console, title, 25) as progress:
         for step in steps:
             progress(step)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    assert re.search(r"a cat .* 2/4 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+", shown)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
+    assert lines[0] == title
+    bar = r" 2/25 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+\s*$"
+    assert any(re.search(bar, line) for line in lines), lines
 
 
 def test_markup_in_a_prompt_is_text(generate):
