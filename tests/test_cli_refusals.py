@@ -1,5 +1,6 @@
 """What `xattn-video generate` refuses, before any model is loaded."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -109,6 +110,66 @@ def test_folders_that_cannot_be_written_are_refused(option, generate, tmp_path):
         code, _, err = generate("--prompts-file=p.txt", f"--{option}={folder}")
         assert code == 2
         assert f"error: {option} cannot be written to {folder!r}" in err
+
+
+@pytest.fixture
+def locked(tmp_path, monkeypatch):
+    """A folder that one may not search; mode bits would not keep root out of it."""
+    folder = tmp_path / "locked"
+
+    def guard(real):
+        def guarded(self, *arguments, **options):
+            if self.is_relative_to(folder) and self != folder:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return real(self, *arguments, **options)
+
+        return guarded
+
+    for name in ("stat", "mkdir", "is_dir", "is_file", "exists", "open", "read_text"):
+        monkeypatch.setattr(Path, name, guard(getattr(Path, name)))
+    return folder
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--output={}/a.mp4"], "output cannot be written to"),
+        (["generate", "--output=a.mp4", "--report={}/a.json"], "report cannot be written to"),
+        (["generate", "--output=a.mp4", "--plot={}/a.png"], "plot cannot be written to"),
+        (["generate", "--output=a.mp4", "--model={}/model"], "cannot read the model"),
+        (["plan", "--model={}/model"], "cannot read the model"),
+        (["compare", "--reference={}/a.mkv", "--candidate={}/b.mkv"], "cannot read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_folders_that_one_may_not_search_are_refused(
+    command, message, locked, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(locked) for word in command]
+    code, _, err = run_cli(*words, *(["--prompt=a"] if words[0] == "generate" else []))
+    assert code == 2, err
+    assert err.startswith(f"error: {message}")
+    assert "Permission denied; " in err
+    assert "[Errno" not in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("file", ["model_index.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_files_of_a_model_that_one_may_not_read_are_refused(file, tiny_pipeline, monkeypatch):
+    real = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == tiny_pipeline / file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    code, _, err = run_cli("plan", "--model", tiny_pipeline)
+    assert code == 2, err
+    assert err.startswith(f"error: cannot read '{tiny_pipeline / file}': Permission denied; ")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -32,7 +32,13 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
     """
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}.")
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be written to {str(path)!r}: {error.strerror}; use another."
+        ) from None
+    if is_folder:
         raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
     check_output_folder(path.parent, what=what)
 
