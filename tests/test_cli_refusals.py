@@ -198,6 +198,19 @@ def test_a_backend_that_cannot_run_says_why_before_the_model_is_loaded(generate)
 
 
 @pytest.mark.usefixtures("no_model")
+def test_an_attention_backend_without_its_package_says_why_before_the_model_is_loaded(
+    generate, monkeypatch
+):
+    from diffusers.models import attention_dispatch
+
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
+    code, _, err = generate("--prompt=a", "--attention-backend=flash")
+    assert code == 2
+    assert err.startswith("error: attention backend 'flash' cannot run this problem:\n  - ")
+    assert "install `flash-attn>=" in err
+
+
+@pytest.mark.usefixtures("no_model")
 def test_a_scoring_precision_that_cannot_be_had_says_why_before_the_model_is_loaded(
     generate, monkeypatch
 ):

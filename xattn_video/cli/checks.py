@@ -20,7 +20,7 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
     Raises:
         ValueError: The scoring precision cannot be had here, or the model cannot be used.
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
-        BackendUnavailableError: A backend cannot run the model's heads here.
+        BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
     """
     from xattn_video.inputs import Problem
     from xattn_video.pipelines.hunyuan_video import check_attention_backend

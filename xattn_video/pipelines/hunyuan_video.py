@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from xattn_video.errors import BackendUnavailableError
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO, check_supported, find_model
 
 if TYPE_CHECKING:
@@ -111,9 +112,12 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
 
     Raises:
         ValueError: No such folder, no pipeline in it, or an unknown attention backend.
+        BackendUnavailableError: The attention backend cannot be used here.
         UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
         PipelineLoadError: The hub has no such model, or cannot be reached.
     """
+    if options.attention_backend is not None:
+        check_attention_backend(options.attention_backend)
     source = find_model(options.model)
     if options.model != DEMO:
         check_supported(source)
@@ -128,8 +132,16 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
 
 
 def check_attention_backend(name: str) -> None:
-    """Raise ValueError, with the known names, unless Diffusers has the backend ``name``."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
+    """Find out whether Diffusers can use the backend ``name``.
+
+    Raises:
+        ValueError: There is none of this name.
+        BackendUnavailableError: Its package is missing or too old.
+    """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _check_attention_backend_requirements,
+    )
 
     known = sorted(member.value for member in AttentionBackendName)
     if name.lower() not in known:
@@ -137,6 +149,10 @@ def check_attention_backend(name: str) -> None:
             f"unknown attention backend {name!r} for the dense steps; "
             f"Diffusers has {', '.join(known)}."
         )
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name.lower()))
+    except RuntimeError as error:
+        raise BackendUnavailableError(name, [str(error)]) from None
 
 
 def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
