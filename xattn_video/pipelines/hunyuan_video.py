@@ -1,7 +1,7 @@
 """Load a HunyuanVideo pipeline, with the memory advice of the Diffusers documentation applied."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -170,17 +170,8 @@ def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     folder = find_model(options.model).folder
     return HunyuanVideoPipeline.from_pretrained(
         options.model if folder is None else folder,
-        **_dtype_argument({"transformer": dtype, "default": others}),
+        dtype={"transformer": dtype, "default": others},
     )
-
-
-def _dtype_argument(dtype: dict[str, torch.dtype]) -> dict[str, Any]:
-    """`from_pretrained`'s dtype argument; before 0.42 its name was torch_dtype."""
-    import diffusers
-    from packaging.version import Version
-
-    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-    return {name: dtype}
 
 
 def _place(pipe: "HunyuanVideoPipeline", options: LoadOptions) -> None:
