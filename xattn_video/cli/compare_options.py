@@ -78,7 +78,10 @@ def compared_prompts(
         raise ValueError(f"--demo-prompts must be at least 1, got {demo_prompts}; use 40.")
     from xattn_video.pipelines.demo import held_out_scenes
 
-    return [scene.prompt for scene in held_out_scenes(demo_prompts)]
+    try:
+        return [scene.prompt for scene in held_out_scenes(demo_prompts)]
+    except ValueError as error:
+        raise ValueError(f"--demo-prompts: {error}") from None
 
 
 def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[_Number]:
