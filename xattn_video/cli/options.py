@@ -40,7 +40,8 @@ _FILES = "Files"
 
 Prompt = Annotated[str | None, typer.Option(help="What the video shows.")]
 PromptsFile = Annotated[
-    Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
+    Path | None,
+    typer.Option(help="Many prompts, one a line; a line that begins with # is a comment."),
 ]
 
 Model = Annotated[
