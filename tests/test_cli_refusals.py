@@ -78,6 +78,24 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, generate
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--stride=12", "stride must divide block_size, got stride=12"),
+        ("--block-size=0", "block_size must be at least 1 token, got 0"),
+        ("--warmup-steps=-1", "warmup_steps must be at least 0, got -1"),
+        ("--min-tokens=-1", "min_tokens must be at least 0, got -1"),
+        ("--backend=fast", "unknown attention backend 'fast'"),
+        ("--scoring-precision=int8", "got 'int8'"),
+    ],
+)
+def test_dense_makes_no_wrong_option_right(option, message, generate):
+    code, _, err = generate("--prompt=a", "--dense", option)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "holds no prompt; expected one a line"),

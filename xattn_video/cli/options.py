@@ -199,10 +199,13 @@ def sparse_settings(
             out of range.
     """
     tau = _choose_threshold(threshold, schedule, dense)
-    if tau is None:
-        return None
-    # SparseSettings checks the precision.
-    return SparseSettings(tau, scoring_precision=cast("Precision", scoring_precision), **settings)
+    # It checks what is given, which --dense leaves unused but does not make right.
+    sparse = SparseSettings(
+        SparseSettings().threshold if tau is None else tau,
+        scoring_precision=cast("Precision", scoring_precision),
+        **settings,
+    )
+    return None if tau is None else sparse
 
 
 def check_fps(fps: int) -> None:

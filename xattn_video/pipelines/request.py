@@ -87,9 +87,12 @@ class SparseSettings:
             )
         # It brings torch, which a command line that only shows its help need not wait for.
         from xattn_video.checks import check_block_size
+        from xattn_video.registry import load_backend
         from xattn_video.scoring import check_precision
 
         check_block_size(self.block_size, self.stride)
+        if self.backend != "auto":
+            load_backend(self.backend)
         check_precision(self.scoring_precision)
         for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
             count = getattr(self, name)
