@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +146,48 @@ def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch,
     assert err.splitlines()[-1] == "error: CUDA out of memory"
     (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert (tmp_path / video["file"]).is_file()
+
+
+def test_an_interruption_says_how_many_videos_are_written(generate, monkeypatch, tmp_path):
+    from xattn_video.pipelines import generation
+
+    real = generation.generate
+
+    def interrupt_at_the_second(pipe, request, progress):
+        if request.prompt == "second":
+            raise KeyboardInterrupt
+        return real(pipe, request, progress)
+
+    monkeypatch.setattr(generation, "generate", interrupt_at_the_second)
+    (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
+    code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 1 of 3 videos are written."
+    (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [tmp_path / video["file"]] == list((tmp_path / "videos").iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+def test_ctrl_c_leaves_no_part_of_a_video(tiny_pipeline, tmp_path):
+    """In the middle of a run of many steps, once it has shown the first tenth of them."""
+    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    options = ["--num-inference-steps=1000", "--dense", f"--output={tmp_path / 'a.mp4'}"]
+    process = subprocess.Popen(
+        [*command, *SMALL, *options, "--prompt=a"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Where the tests run in the background of a shell the signal would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "step 100/1000" in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, lines
+    assert lines[-1] == "interrupted; 0 of 1 videos are written.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("model", "min_tokens"), [("demo", 0), ("org/hunyuan", None)])
