@@ -268,6 +268,24 @@ def test_models_that_are_none_of_ours_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("no_model")
+def test_the_demo_model_in_float16_is_refused(tmp_path):
+    """Its VAE's values leave float16's range, and the video would not be finite."""
+    code, _, err = run_cli(
+        "generate",
+        "--model=demo",
+        "--prompt=a red circle moving left to right over a blue background",
+        "--dtype=float16",
+        "--device=cpu",
+        f"--output={tmp_path / 'a.mp4'}",
+    )
+    assert code == 2
+    assert err == (
+        "error: dtype float16 is too small for the values of the demo model's VAE; "
+        "use bfloat16 or float32.\n"
+    )
+
+
+@pytest.mark.usefixtures("no_model")
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -111,13 +111,12 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     """Load, place and set up the pipeline.
 
     Raises:
-        ValueError: No such folder, no pipeline in it, or an unknown attention backend.
-        BackendUnavailableError: The attention backend cannot be used here.
+        ValueError: No such folder, no pipeline in it, or as `check_loading`.
+        BackendUnavailableError: As `check_loading`.
         UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
         PipelineLoadError: The hub has no such model, or cannot be reached.
     """
-    if options.attention_backend is not None:
-        check_attention_backend(options.attention_backend)
+    check_loading(options)
     source = find_model(options.model)
     if options.model != DEMO:
         check_supported(source)
@@ -131,7 +130,23 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     return pipe
 
 
-def check_attention_backend(name: str) -> None:
+def check_loading(options: LoadOptions) -> None:
+    """Find out what would show only once the weights are loaded, or the video decoded.
+
+    Raises:
+        ValueError: A dtype that the demo model cannot use, or an unknown attention backend.
+        BackendUnavailableError: The attention backend cannot be used here.
+    """
+    if options.model == DEMO and options.dtype == torch.float16:
+        raise ValueError(
+            "dtype float16 is too small for the values of the demo model's VAE; "
+            "use bfloat16 or float32."
+        )
+    if options.attention_backend is not None:
+        _check_attention_backend(options.attention_backend)
+
+
+def _check_attention_backend(name: str) -> None:
     """Find out whether Diffusers can use the backend ``name``.
 
     Raises:
