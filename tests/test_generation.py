@@ -250,6 +250,8 @@ def test_sparse_settings_are_checked(options, message):
     [
         ({"dtype": torch.int8}, "dtype must be one of"),
         ({"device": "nowhere"}, "device must be cpu, cuda or cuda:N"),
+        ({"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'; use one of these"),
+        ({"device": "mps"}, "device must be cpu, cuda or cuda:N, got 'mps'"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"device": "cpu", "offload": "group"}, "offload='group' moves parts off an accelerator"),
         ({"offload": "disk"}, "offload must be one of none, model, sequential, group"),

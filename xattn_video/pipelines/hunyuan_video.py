@@ -1,5 +1,6 @@
 """Load a HunyuanVideo pipeline, with the memory advice of the Diffusers documentation applied."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -71,10 +72,15 @@ class LoadOptions:
         """The device that computes."""
         if self.device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}.") from None
+        device: torch.device | None = None
+        with contextlib.suppress(RuntimeError):
+            device = torch.device(self.device)
+        # Others exist, but nothing here was ever run on them.
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device must be cpu, cuda or cuda:N, got {self.device!r}; use one of these."
+            )
+        return device
 
     @property
     def device_is_here(self) -> bool:
