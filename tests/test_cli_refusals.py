@@ -58,7 +58,10 @@ from command_line import run_cli
             ["--prompt=a", "--attention-backend=fast"],
             "unknown attention backend 'fast' for the dense",
         ),
-        (["--prompt=a", "--output=a.gif"], "output must end in .mp4 or .mkv, got 'a.gif'"),
+        (
+            ["--prompt=a", "--output=a.gif"],
+            "output must end in .mp4 or .mkv, got 'a.gif'; give the name of such a file",
+        ),
         (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
         (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
         (["--prompt=a", "--report=a.txt"], "report must end in .json"),
@@ -114,9 +117,11 @@ def test_prompts_files_without_prompts_are_refused(content, message, generate, t
 @pytest.mark.usefixtures("no_model")
 def test_many_videos_need_a_folder(generate, tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
-    code, _, err = generate("--prompts-file=p.txt", "--output=a.mp4")
-    assert code == 2
-    assert "with --prompts-file the output is a folder, got 'a.mp4'" in err
+    for what, name in (("output", "a.mp4"), ("plot", "p.png")):
+        code, _, err = generate("--prompts-file=p.txt", f"--{what}={name}")
+        assert code == 2
+        assert f"with --prompts-file the {what} is a folder, got {name!r}; give a name" in err
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.usefixtures("no_model")

@@ -165,7 +165,7 @@ def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --prompt or --prompts-file, got none"),
+        ([], "give --prompt, --prompts-file or --demo-prompts, got none"),
         ([PROMPT, "--prompts-file=p.txt"], "give --prompt or --prompts-file, got both"),
         ([PROMPT, "--demo-prompts=4"], "--demo-prompts excludes --prompt and --prompts-file"),
         (["--demo-prompts=4"], "--demo-prompts are for --model demo, got "),

@@ -69,6 +69,8 @@ def compared_prompts(
         ValueError: Several or none were given, or there are no such prompts.
     """
     if demo_prompts is None:
+        if prompt is None and prompts_file is None:
+            raise ValueError("give --prompt, --prompts-file or --demo-prompts, got none.")
         return choose_prompts(prompt, prompts_file)
     if prompt is not None or prompts_file is not None:
         raise ValueError("--demo-prompts excludes --prompt and --prompts-file; give one of them.")
