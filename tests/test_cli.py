@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command_line import SMALL, run_cli
 
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,6 +41,7 @@ def test_backends_refuses_what_no_problem_has(option, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_model")
 def test_plan_for_a_person_and_for_a_program(tiny_pipeline):
     code, out, err = run_cli("plan", "--model", tiny_pipeline, "--device=cpu")
     assert code == 0, err
@@ -91,6 +94,7 @@ logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
 
 
 def test_help_names_the_default_model_whole():
+    assert HUNYUAN_VIDEO == "hunyuanvideo-community/HunyuanVideo"
     for command in ("generate", "compare", "plan", "bench"):
         code, out, _ = run_cli(command, "--help")
         assert code == 0

@@ -16,6 +16,8 @@ from command_line import SMALL, SPARSE, run_cli
 from rich.console import Console
 
 from xattn_video.cli.progress import GenerationProgress
+from xattn_video.pipelines.demo import parse_prompt
+from xattn_video.pipelines.demo.checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.generation import StepRecord
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
 
@@ -45,6 +47,7 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     assert video["peak_memory_gib"] > 0
     assert "2/4 steps x 3/3 layers sparse, density" in out
     assert "0 refused" in out
+    assert re.search(r"^memory +\d+\.\d\d GiB at the peak$", out, re.MULTILINE)
     for text in ("new/a.mp4", "new/run.json", "new/run.png", "torch_gather", "2 dense steps of"):
         assert text in out
     assert "an estimate" in out
@@ -127,6 +130,31 @@ def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
     assert [video["prompt"] for video in runs] == ["a red circle", "a blue ring"]
     assert all(video["report"]["num_sparse_steps"] == 2 for video in runs)
     assert out.count("2/4 steps x 3/3 layers sparse") == 2
+
+
+def test_many_prompts_load_the_model_once(generate, monkeypatch, tmp_path):
+    from xattn_video.pipelines import hunyuan_video
+
+    loads, load = [], hunyuan_video.load_pipeline
+    monkeypatch.setattr(
+        hunyuan_video, "load_pipeline", lambda options: loads.append(options) or load(options)
+    )
+    (tmp_path / "p.txt").write_text("a red circle\na blue ring\n")
+    code, _, err = generate("--prompts-file=p.txt", "--dense", "--output=o")
+    assert code == 0, err
+    assert len(loads) == 1
+    assert len(list((tmp_path / "o").iterdir())) == 2
+
+
+def test_the_model_is_hunyuan_video_unless_another_is_named(monkeypatch):
+    jobs = []
+    module = sys.modules["xattn_video.cli.generate"]
+    monkeypatch.setattr(module, "check_job", jobs.append)
+    monkeypatch.setattr(module, "run_job", lambda job: None)
+    monkeypatch.setattr(module, "choose_outputs", lambda *arguments: None)
+    code, _, err = run_cli("generate", "--prompt=a", "--device=cpu")
+    assert code == 0, err
+    assert jobs[0].load.model == "hunyuanvideo-community/HunyuanVideo"
 
 
 def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch, tmp_path):
@@ -307,4 +335,8 @@ def test_the_readmes_first_command(tmp_path, monkeypatch):
     (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert [step["sparse"] for step in video["steps"]] == [False] * 5 + [True] * 20
     assert "20/25 steps x" in out
-    assert imageio.imread(tmp_path / video["file"]).shape == (65, 256, 256, 3)
+    frames = imageio.imread(tmp_path / video["file"])
+    assert frames.shape == (65, 256, 256, 3)
+    seen = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+    right = score_clip(seen, parse_prompt(prompt))
+    assert all(all(right[name]) for name in ATTRIBUTES), right

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from diffusers import HunyuanVideoPipeline
 
 from xattn_video import ThresholdSchedule, XAttnProcessor
 from xattn_video.pipelines import hunyuan_video
@@ -298,3 +299,5 @@ def test_offloading_is_the_pipelines_own(offload, call):
     ((name, arguments, keywords),) = pipe.method_calls
     assert name == call
     assert torch.device("cuda") in [*arguments, *keywords.values()]
+    # A Mock takes any argument; Diffusers does not.
+    inspect.signature(getattr(HunyuanVideoPipeline, call)).bind(pipe, *arguments, **keywords)
