@@ -195,6 +195,19 @@ def test_an_interruption_says_how_many_videos_are_written(generate, monkeypatch,
     assert [tmp_path / video["file"]] == list((tmp_path / "videos").iterdir())
 
 
+def test_an_interruption_of_a_plot_counts_the_video(generate, monkeypatch, tmp_path):
+    from xattn_video import SparsityReport
+
+    def interrupt(report, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparsityReport, "plot", interrupt)
+    code, _, err = generate("--prompt=a", *SPARSE, "--output=a.mp4", "--plot=a.png")
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 1 of 1 videos are written."
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
 def test_ctrl_c_leaves_no_part_of_a_video(tiny_pipeline, tmp_path):
     """In the middle of a run of many steps, once it has shown the first tenth of them."""

@@ -87,9 +87,9 @@ def _generate_all(job: Job, runs: list[dict[str, Any]]) -> None:
             result = generate(pipe, request, progress)
         replaced = video.exists()
         write_video(video, result.frames, job.fps)
+        runs.append(generation_record(request, result, video))
         if plot is not None and result.report is not None:
             result.report.plot(plot)
-        runs.append(generation_record(request, result, video))
         if job.outputs.report is not None:
             # Rewritten after every video, so that a run cut short leaves what it did.
             write_json(job.outputs.report, job_record(job.load, job.fps, runs))
