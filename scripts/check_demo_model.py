@@ -28,9 +28,9 @@ GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
 def main() -> int:
     """Generate, measure, report; 0 if every goal is met, else 1."""
     arguments = _parse_arguments()
+    scenes = held_out_scenes(arguments.num_prompts, arguments.seed)
     pipeline = load_demo_pipeline(device=arguments.device)
     pipeline.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(arguments.num_prompts, arguments.seed)
     clips = []
     with contextlib.ExitStack() as stack:
         if arguments.threshold is not None:

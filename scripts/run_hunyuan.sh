@@ -31,13 +31,14 @@ for number in "$gpus" "$num_prompts"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "not a positive number: $number" >&2; exit 2; }
 done
 
-# Seconds on one H100 for one video. A step of the transformer alone was measured: dense 20.4 s with
-# flash-attn-4, sparse 13.0 s at density 0.455 and 11.05 s at 0.344, scoring another 1.8 s. The 90 s
-# for text and decoding are a guess. A lossless copy takes about 0.15 GiB, also a guess.
+# Seconds on one H100 for one video. A step of the transformer alone was measured, scoring included
+# (benchmarks/results/step-h100.json): dense 18.8 s with flash-attn-4, sparse 11.2 s at density 0.445
+# and 9.44 s at 0.336, near the paper's densities at tau 0.95 and 0.90. The 90 s for text and decoding
+# are a guess. A lossless copy takes about 0.15 GiB, also a guess.
 other=90
-dense=$((50 * 204 / 10 + other))
-tau_95=$((5 * 204 / 10 + 45 * 148 / 10 + other))
-tau_90=$((5 * 204 / 10 + 45 * 129 / 10 + other))
+dense=$((50 * 188 / 10 + other))
+tau_95=$((5 * 188 / 10 + 45 * 112 / 10 + other))
+tau_90=$((5 * 188 / 10 + 45 * 944 / 100 + other))
 total=$(((dense + tau_95 + tau_90) * num_prompts))
 cat <<COST
 expected   $num_prompts prompts x 3 runs; on an H100 about $dense s for a dense video,

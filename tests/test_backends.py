@@ -151,6 +151,34 @@ def test_cuda_without_a_gpu_is_refused(name, monkeypatch):
     assert any("no CUDA device is present" in reason for reason in reasons), reasons
 
 
+@pytest.mark.parametrize("name", ["triton", "flex"])
+def test_triton_needs_a_c_compiler(name, monkeypatch):
+    monkeypatch.setattr(support, "INTERPRETING", False)
+    monkeypatch.setattr(support, "has_c_compiler", lambda: False)
+    reasons = load_backend(name).unsupported_reasons(problem(torch.device("cuda", 0)))
+    assert "no C compiler was found; install gcc or clang, or set CC to one." in reasons
+
+
+@pytest.mark.parametrize(
+    ("compiler", "named", "found"),
+    [(None, None, False), ("gcc", None, True), ("clang", None, True), (None, "tcc", True)],
+)
+def test_a_c_compiler_is_looked_for_where_triton_does(
+    compiler, named, found, monkeypatch, tmp_path
+):
+    if compiler is not None:
+        (tmp_path / compiler).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CC", named)
+    support.has_c_compiler.cache_clear()
+    try:
+        assert support.has_c_compiler() is found
+    finally:
+        support.has_c_compiler.cache_clear()
+
+
 def test_flex_on_cuda_needs_a_power_of_two():
     reasons = flex.unsupported_reasons(problem(torch.device("cuda", 0), head_dim=80))
     assert any("head_dim must be a power of two" in reason for reason in reasons), reasons

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command_line import SMALL, run_cli
 
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,6 +31,7 @@ def test_backends_lists_every_backend_with_its_reasons():
         ("--head-dim=0", "head_dim must be at least 1, got 0"),
         ("--block-size=0", "block_size must be at least 1 token, got 0"),
         ("--dtype=int4", "dtype must be one of float32, float16, bfloat16, got 'int4'"),
+        ("--device=meta", "device must be cpu, cuda or cuda:N, got 'meta'"),
     ],
 )
 def test_backends_refuses_what_no_problem_has(option, message):
@@ -38,6 +41,7 @@ def test_backends_refuses_what_no_problem_has(option, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_model")
 def test_plan_for_a_person_and_for_a_program(tiny_pipeline):
     code, out, err = run_cli("plan", "--model", tiny_pipeline, "--device=cpu")
     assert code == 0, err
@@ -90,6 +94,7 @@ logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
 
 
 def test_help_names_the_default_model_whole():
+    assert HUNYUAN_VIDEO == "hunyuanvideo-community/HunyuanVideo"
     for command in ("generate", "compare", "plan", "bench"):
         code, out, _ = run_cli(command, "--help")
         assert code == 0

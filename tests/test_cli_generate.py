@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from command_line import SMALL, SPARSE, run_cli
 from rich.console import Console
 
 from xattn_video.cli.progress import GenerationProgress
+from xattn_video.pipelines.demo import parse_prompt
+from xattn_video.pipelines.demo.checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.generation import StepRecord
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
 
@@ -43,6 +47,7 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     assert video["peak_memory_gib"] > 0
     assert "2/4 steps x 3/3 layers sparse, density" in out
     assert "0 refused" in out
+    assert re.search(r"^memory +\d+\.\d\d GiB at the peak$", out, re.MULTILINE)
     for text in ("new/a.mp4", "new/run.json", "new/run.png", "torch_gather", "2 dense steps of"):
         assert text in out
     assert "an estimate" in out
@@ -66,15 +71,19 @@ def test_a_plot_that_fails_leaves_the_old_one(generate, tmp_path, monkeypatch):
     assert (tmp_path / "run.png").read_text() == "old"
 
 
-def test_a_terminal_shows_step_phase_density_and_time_left():
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_step_phase_density_and_times(width):
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, no_color=True, width=120)
-    steps = [StepRecord(0, 4, 1.5, False, None), StepRecord(1, 4, 1.0, True, 0.41)]
-    with GenerationProgress(console, "a cat", 4) as progress:
+    console = Console(file=screen, force_terminal=True, no_color=True, width=width)
+    steps = [StepRecord(0, 25, 1.5, False, None), StepRecord(1, 25, 1.0, True, 0.41)]
+    title = "a red circle moving left to right over a blue b..."
+    with GenerationProgress(console, title, 25) as progress:
         for step in steps:
             progress(step)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    assert re.search(r"a cat .* 2/4 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+", shown)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
+    assert lines[0] == title
+    bar = r" 2/25 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+\s*$"
+    assert any(re.search(bar, line) for line in lines), lines
 
 
 def test_markup_in_a_prompt_is_text(generate):
@@ -138,6 +147,31 @@ def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
     assert out.count("2/4 steps x 3/3 layers sparse") == 2
 
 
+def test_many_prompts_load_the_model_once(generate, monkeypatch, tmp_path):
+    from xattn_video.pipelines import hunyuan_video
+
+    loads, load = [], hunyuan_video.load_pipeline
+    monkeypatch.setattr(
+        hunyuan_video, "load_pipeline", lambda options: loads.append(options) or load(options)
+    )
+    (tmp_path / "p.txt").write_text("a red circle\na blue ring\n")
+    code, _, err = generate("--prompts-file=p.txt", "--dense", "--output=o")
+    assert code == 0, err
+    assert len(loads) == 1
+    assert len(list((tmp_path / "o").iterdir())) == 2
+
+
+def test_the_model_is_hunyuan_video_unless_another_is_named(monkeypatch):
+    jobs = []
+    module = sys.modules["xattn_video.cli.generate"]
+    monkeypatch.setattr(module, "check_job", jobs.append)
+    monkeypatch.setattr(module, "run_job", lambda job: None)
+    monkeypatch.setattr(module, "choose_outputs", lambda *arguments: None)
+    code, _, err = run_cli("generate", "--prompt=a", "--device=cpu")
+    assert code == 0, err
+    assert jobs[0].load.model == "hunyuanvideo-community/HunyuanVideo"
+
+
 def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch, tmp_path):
     from xattn_video.pipelines import generation
 
@@ -155,6 +189,61 @@ def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch,
     assert err.splitlines()[-1] == "error: CUDA out of memory"
     (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert (tmp_path / video["file"]).is_file()
+
+
+def test_an_interruption_says_how_many_videos_are_written(generate, monkeypatch, tmp_path):
+    from xattn_video.pipelines import generation
+
+    real = generation.generate
+
+    def interrupt_at_the_second(pipe, request, progress):
+        if request.prompt == "second":
+            raise KeyboardInterrupt
+        return real(pipe, request, progress)
+
+    monkeypatch.setattr(generation, "generate", interrupt_at_the_second)
+    (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
+    code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 1 of 3 videos are written."
+    (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [tmp_path / video["file"]] == list((tmp_path / "videos").iterdir())
+
+
+def test_an_interruption_of_a_plot_counts_the_video(generate, monkeypatch, tmp_path):
+    from xattn_video import SparsityReport
+
+    def interrupt(report, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparsityReport, "plot", interrupt)
+    code, _, err = generate("--prompt=a", *SPARSE, "--output=a.mp4", "--plot=a.png")
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 1 of 1 videos are written."
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+def test_ctrl_c_leaves_no_part_of_a_video(tiny_pipeline, tmp_path):
+    """In the middle of a run of many steps, once it has shown the first tenth of them."""
+    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    options = ["--num-inference-steps=1000", "--dense", f"--output={tmp_path / 'a.mp4'}"]
+    process = subprocess.Popen(
+        [*command, *SMALL, *options, "--prompt=a"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Where the tests run in the background of a shell the signal would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "step 100/1000" in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, lines
+    assert lines[-1] == "interrupted; 0 of 1 videos are written.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("model", "min_tokens"), [("demo", 0), ("org/hunyuan", None)])
@@ -274,4 +363,8 @@ def test_the_readmes_first_command(tmp_path, monkeypatch):
     (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert [step["sparse"] for step in video["steps"]] == [False] * 5 + [True] * 20
     assert "20/25 steps x" in out
-    assert imageio.imread(tmp_path / video["file"]).shape == (65, 256, 256, 3)
+    frames = imageio.imread(tmp_path / video["file"])
+    assert frames.shape == (65, 256, 256, 3)
+    seen = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+    right = score_clip(seen, parse_prompt(prompt))
+    assert all(all(right[name]) for name in ATTRIBUTES), right

@@ -1,5 +1,6 @@
 """What `xattn-video generate` refuses, before any model is loaded."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -57,7 +58,10 @@ from command_line import SMALL, run_cli
             ["--prompt=a", "--attention-backend=fast"],
             "unknown attention backend 'fast' for the dense",
         ),
-        (["--prompt=a", "--output=a.gif"], "output must end in .mp4 or .mkv, got 'a.gif'"),
+        (
+            ["--prompt=a", "--output=a.gif"],
+            "output must end in .mp4 or .mkv, got 'a.gif'; give the name of such a file",
+        ),
         (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
         (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
         (
@@ -81,6 +85,24 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, generate
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--stride=12", "stride must divide block_size, got stride=12"),
+        ("--block-size=0", "block_size must be at least 1 token, got 0"),
+        ("--warmup-steps=-1", "warmup_steps must be at least 0, got -1"),
+        ("--min-tokens=-1", "min_tokens must be at least 0, got -1"),
+        ("--backend=fast", "unknown attention backend 'fast'"),
+        ("--scoring-precision=int8", "got 'int8'"),
+    ],
+)
+def test_dense_makes_no_wrong_option_right(option, message, generate):
+    code, _, err = generate("--prompt=a", "--dense", option)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "holds no prompt; expected one a line"),
@@ -99,9 +121,11 @@ def test_prompts_files_without_prompts_are_refused(content, message, generate, t
 @pytest.mark.usefixtures("no_model")
 def test_many_videos_need_a_folder(generate, tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
-    code, _, err = generate("--prompts-file=p.txt", "--output=a.mp4")
-    assert code == 2
-    assert "with --prompts-file the output is a folder, got 'a.mp4'" in err
+    for what, name in (("output", "a.mp4"), ("plot", "p.png")):
+        code, _, err = generate("--prompts-file=p.txt", f"--{what}={name}")
+        assert code == 2
+        assert f"with --prompts-file the {what} is a folder, got {name!r}; give a name" in err
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.usefixtures("no_model")
@@ -113,6 +137,66 @@ def test_folders_that_cannot_be_written_are_refused(option, generate, tmp_path):
         code, _, err = generate("--prompts-file=p.txt", f"--{option}={folder}")
         assert code == 2
         assert f"error: {option} cannot be written to {folder!r}" in err
+
+
+@pytest.fixture
+def locked(tmp_path, monkeypatch):
+    """A folder that one may not search; mode bits would not keep root out of it."""
+    folder = tmp_path / "locked"
+
+    def guard(real):
+        def guarded(self, *arguments, **options):
+            if self.is_relative_to(folder) and self != folder:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return real(self, *arguments, **options)
+
+        return guarded
+
+    for name in ("stat", "mkdir", "is_dir", "is_file", "exists", "open", "read_text"):
+        monkeypatch.setattr(Path, name, guard(getattr(Path, name)))
+    return folder
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--output={}/a.mp4"], "output cannot be written to"),
+        (["generate", "--output=a.mp4", "--report={}/a.json"], "report cannot be written to"),
+        (["generate", "--output=a.mp4", "--plot={}/a.png"], "plot cannot be written to"),
+        (["generate", "--output=a.mp4", "--model={}/model"], "cannot read the model"),
+        (["plan", "--model={}/model"], "cannot read the model"),
+        (["compare", "--reference={}/a.mkv", "--candidate={}/b.mkv"], "cannot read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_folders_that_one_may_not_search_are_refused(
+    command, message, locked, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(locked) for word in command]
+    code, _, err = run_cli(*words, *(["--prompt=a"] if words[0] == "generate" else []))
+    assert code == 2, err
+    assert err.startswith(f"error: {message}")
+    assert "Permission denied; " in err
+    assert "[Errno" not in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("file", ["model_index.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_files_of_a_model_that_one_may_not_read_are_refused(file, tiny_pipeline, monkeypatch):
+    real = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == tiny_pipeline / file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    code, _, err = run_cli("plan", "--model", tiny_pipeline)
+    assert code == 2, err
+    assert err.startswith(f"error: cannot read '{tiny_pipeline / file}': Permission denied; ")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -165,6 +249,19 @@ def test_a_backend_that_cannot_run_says_why_before_the_model_is_loaded(generate)
 
 
 @pytest.mark.usefixtures("no_model")
+def test_an_attention_backend_without_its_package_says_why_before_the_model_is_loaded(
+    generate, monkeypatch
+):
+    from diffusers.models import attention_dispatch
+
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
+    code, _, err = generate("--prompt=a", "--attention-backend=flash")
+    assert code == 2
+    assert err.startswith("error: attention backend 'flash' cannot run this problem:\n  - ")
+    assert "install `flash-attn>=" in err
+
+
+@pytest.mark.usefixtures("no_model")
 def test_a_scoring_precision_that_cannot_be_had_says_why_before_the_model_is_loaded(
     generate, monkeypatch
 ):
@@ -201,6 +298,24 @@ def test_models_that_are_none_of_ours_are_refused(tmp_path):
         assert code == 2, err
         assert message in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+def test_the_demo_model_in_float16_is_refused(tmp_path):
+    """Its VAE's values leave float16's range, and the video would not be finite."""
+    code, _, err = run_cli(
+        "generate",
+        "--model=demo",
+        "--prompt=a red circle moving left to right over a blue background",
+        "--dtype=float16",
+        "--device=cpu",
+        f"--output={tmp_path / 'a.mp4'}",
+    )
+    assert code == 2
+    assert err == (
+        "error: dtype float16 is too small for the values of the demo model's VAE; "
+        "use bfloat16 or float32.\n"
+    )
 
 
 @pytest.mark.usefixtures("no_model")

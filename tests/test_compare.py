@@ -165,7 +165,7 @@ def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --prompt or --prompts-file, got none"),
+        ([], "give --prompt, --prompts-file or --demo-prompts, got none"),
         ([PROMPT, "--prompts-file=p.txt"], "give --prompt or --prompts-file, got both"),
         ([PROMPT, "--demo-prompts=4"], "--demo-prompts excludes --prompt and --prompts-file"),
         (["--demo-prompts=4"], "--demo-prompts are for --model demo, got "),
@@ -268,6 +268,8 @@ def test_the_demo_prompts_are_fixed_and_none_was_trained_on():
     assert all(parse_prompt(prompt).is_held_out for prompt in prompts)
     with pytest.raises(ValueError, match="--demo-prompts must be at least 1, got 0"):
         compared_prompts("demo", None, None, 0)
+    with pytest.raises(ValueError, match="--demo-prompts: there are 293 held-out scenes, got"):
+        compared_prompts("demo", None, None, 1000)
 
 
 def test_numbers_are_parsed():

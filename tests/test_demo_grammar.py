@@ -8,6 +8,7 @@ from xattn_video.pipelines.demo.grammar import (
     Scene,
     SceneObject,
     combinations,
+    held_out_scenes,
     is_held_out,
     parse_prompt,
     sample_scene,
@@ -49,6 +50,18 @@ def test_about_a_tenth_of_the_combinations_is_held_out() -> None:
     known = combinations()
     share = sum(is_held_out(item, background) for item, background in known) / len(known)
     assert 0.08 <= share <= 0.12
+
+
+def test_as_many_held_out_scenes_as_there_are_can_be_had() -> None:
+    scenes = held_out_scenes(293)
+    assert len(set(scenes)) == 293
+    assert all(scene.is_held_out for scene in scenes)
+    assert scenes[:40] == held_out_scenes(40)
+
+
+def test_more_held_out_scenes_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"there are 293 held-out scenes, got count=294; ask for"):
+        held_out_scenes(294)
 
 
 def test_two_objects_differ_in_colour() -> None:

@@ -10,12 +10,17 @@ PACKAGE = ROOT / "xattn_video"
 
 
 @pytest.fixture(scope="module")
-def setuptools_table():
+def pyproject():
     if sys.version_info < (3, 11):
         pytest.skip("tomllib came with Python 3.11")
     import tomllib
 
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def setuptools_table(pyproject):
+    return pyproject["tool"]["setuptools"]
 
 
 def data_files():
@@ -38,6 +43,13 @@ def test_every_data_file_is_shipped(setuptools_table):
 
 def test_the_package_alone_is_shipped(setuptools_table):
     assert setuptools_table["packages"]["find"]["include"] == ["xattn_video", "xattn_video.*"]
+
+
+def test_diffusers_knows_the_dtype_argument(pyproject):
+    """The README and the loading say `dtype=`, which came with 0.42."""
+    (diffusers,) = [d for d in pyproject["project"]["dependencies"] if d.startswith("diffusers")]
+    floor = tuple(map(int, diffusers.removeprefix("diffusers>=").split(".")))
+    assert floor >= (0, 42)
 
 
 def test_every_folder_of_code_is_a_package():

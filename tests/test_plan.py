@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -131,6 +132,14 @@ def test_more_memory_than_the_gpu_has_is_warned_of(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
         warnings = plan_module._cost_warnings(plan().memory, 1.0, load)
         assert [warning.split(" Try ")[0] for warning in warnings] == expected
+
+
+def test_more_memory_than_the_host_has_is_warned_of(monkeypatch):
+    for total, expected in ((80, []), (24, ["About 51 GiB are needed and this machine has 24."])):
+        host = SimpleNamespace(total=total * 2**30)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda host=host: host)
+        warnings = plan_module._cost_warnings(plan().memory, 1.0, CPU)
+        assert [warning.split(" Run ")[0] for warning in warnings] == expected
 
 
 def test_a_backend_that_cannot_run_is_warned_of(monkeypatch):

@@ -1,4 +1,7 @@
-"""What the README shows must be there: its code compiles, its commands and files are read."""
+"""What the README shows must be there: its code compiles, its commands and files are read.
+
+And the links of every page lead somewhere.
+"""
 
 import ast
 import json
@@ -14,6 +17,8 @@ from xattn_video import ThresholdSchedule
 from xattn_video.cli import app
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "benchmarks").glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -48,6 +53,17 @@ def test_its_schedule_is_one():
     assert ThresholdSchedule.from_dict(schedule).threshold(49) == 0.98
 
 
-def test_its_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_every_page_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        file, _, heading = target.partition("#")
+        found = page.parent / file if file else page
+        assert found.exists(), target
+        assert not heading or heading in anchors(found), target
+
+
+def anchors(page: Path) -> set[str]:
+    """What a heading is linked by: its letters, digits and hyphens, spaces as hyphens."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}

@@ -8,7 +8,7 @@ def resolve_min_tokens(min_tokens: int | None, device_type: str) -> int:
     """What is asked for, or the default of a device where nothing is.
 
     With half of the blocks kept XAttention beats the best dense kernel from there on: on CUDA by
-    every fast backend, as measured on an H100; elsewhere as on a CPU, whose shortest measured
+    flash4 and triton, as measured on an H100; elsewhere as on a CPU, whose shortest measured
     length this is. docs/benchmarks.md has the curves.
     """
     if min_tokens is not None:

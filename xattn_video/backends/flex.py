@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from xattn_video.inputs import AttentionInputs, Problem
 from xattn_video.kernels.support import (
+    c_compiler_reasons,
     cuda_unsupported_reasons,
     is_installed,
     nvidia_capability,
@@ -61,6 +62,7 @@ def _cuda_reasons(problem: Problem) -> list[str]:
         reasons.append("triton is not installed; pip install triton (Linux only).")
     elif os.environ.get("TRITON_INTERPRET", "0") != "0":
         reasons.append("TRITON_INTERPRET keeps Triton from compiling; unset it.")
+    reasons.extend(c_compiler_reasons())
     reasons.extend(cuda_unsupported_reasons(problem.device))
     if problem.head_dim & (problem.head_dim - 1) or not 16 <= problem.head_dim <= 256:
         reasons.append(

@@ -15,7 +15,8 @@ from xattn_video.cli.plan import plan
 app = typer.Typer(
     name="xattn-video",
     help="HunyuanVideo with block-sparse attention (XAttention).",
-    epilog="Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed.",
+    epilog="Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed, "
+    "130 it was interrupted.",
     cls=OneLineErrors,
     add_completion=False,
     pretty_exceptions_enable=False,

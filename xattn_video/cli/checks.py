@@ -21,10 +21,10 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
         ValueError: The scoring precision cannot be had here, the schedule is for another model, or
             the model cannot be used.
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
-        BackendUnavailableError: A backend cannot run the model's heads here.
+        BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
     """
     from xattn_video.inputs import Problem
-    from xattn_video.pipelines.hunyuan_video import check_attention_backend
+    from xattn_video.pipelines.hunyuan_video import check_loading
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.plan import plan_run
     from xattn_video.pipelines.source import find_model
@@ -32,8 +32,7 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
     from xattn_video.scoring import check_precision
 
     shape = read_model_shape(find_model(load.model))
-    if load.attention_backend is not None:
-        check_attention_backend(load.attention_backend)
+    check_loading(load)
     warnings: list[str] = []
     for request in requests:
         sparse = request.sparse

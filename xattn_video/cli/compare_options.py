@@ -69,6 +69,8 @@ def compared_prompts(
         ValueError: Several or none were given, or there are no such prompts.
     """
     if demo_prompts is None:
+        if prompt is None and prompts_file is None:
+            raise ValueError("give --prompt, --prompts-file or --demo-prompts, got none.")
         return choose_prompts(prompt, prompts_file)
     if prompt is not None or prompts_file is not None:
         raise ValueError("--demo-prompts excludes --prompt and --prompts-file; give one of them.")
@@ -78,7 +80,10 @@ def compared_prompts(
         raise ValueError(f"--demo-prompts must be at least 1, got {demo_prompts}; use 40.")
     from xattn_video.pipelines.demo import held_out_scenes
 
-    return [scene.prompt for scene in held_out_scenes(demo_prompts)]
+    try:
+        return [scene.prompt for scene in held_out_scenes(demo_prompts)]
+    except ValueError as error:
+        raise ValueError(f"--demo-prompts: {error}") from None
 
 
 def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[_Number]:

@@ -16,6 +16,8 @@ from xattn_video.errors import BackendUnavailableError, XAttentionError
 
 BAD_ARGUMENT = 2
 FAILED = 1
+# What a shell reports of a command that Ctrl-C ended.
+INTERRUPTED = 130
 # Typer brings click along in some releases and depends on it in others.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 # A backend that cannot run is an argument too: "auto" always finds one.
@@ -42,6 +44,11 @@ def print_error(text: str) -> None:
     message_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
+def print_interruption(done: str = "") -> None:
+    """That Ctrl-C was pressed and what was done until then, on stderr."""
+    message_console().print(f"interrupted; {done}." if done else "interrupted.", soft_wrap=True)
+
+
 def print_labelled(console: Console, lines: dict[str, str]) -> None:
     """One line for each label; a terminal wraps it, a file keeps it whole."""
     for label, text in lines.items():
@@ -64,7 +71,8 @@ class _OneLineUsageErrors:
             print_error(_describe_usage(error))
             sys.exit(BAD_ARGUMENT)
         except typer.Abort:
-            sys.exit(FAILED)
+            print_interruption()
+            sys.exit(INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -83,7 +91,9 @@ def _describe_usage(error: Any) -> str:
 
 
 class ErrorsToExitCodes:
-    """Within it an exception becomes one line on stderr and an exit code.
+    """Within it an exception becomes one line on stderr and an exit code, and Ctrl-C does too.
+
+    The text of a KeyboardInterrupt, where it has one, is what was done until then.
 
     Args:
         verbose: Print the traceback too.
@@ -105,6 +115,9 @@ class ErrorsToExitCodes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            print_interruption(str(error))
+            raise typer.Exit(INTERRUPTED) from None
         if not isinstance(error, Exception) or isinstance(error, typer.Exit):
             return
         if self.verbose:

@@ -52,19 +52,32 @@ def check_job(job: Job) -> None:
 
 
 def run_job(job: Job) -> None:
-    """Load the model, generate every video and write the files."""
+    """Load the model, generate every video and write the files.
+
+    Raises:
+        KeyboardInterrupt: With the number of videos that are written.
+    """
+    if not job.verbose:
+        quiet_libraries()
+    runs: list[dict[str, Any]] = []
+    try:
+        _generate_all(job, runs)
+    except KeyboardInterrupt:
+        done = f"{len(runs)} of {len(job.requests)} videos are written"
+        raise KeyboardInterrupt(done) from None
+
+
+def _generate_all(job: Job, runs: list[dict[str, Any]]) -> None:
+    """Append the record of every video to ``runs`` once it is written."""
     from xattn_video.pipelines.generation import generate
     from xattn_video.pipelines.hunyuan_video import load_pipeline
     from xattn_video.pipelines.video import atomic_path, write_video
 
-    if not job.verbose:
-        quiet_libraries()
     messages = message_console()
     # A plain line: a spinner would hide the bars of a download.
     messages.print(f"loading {job.load.model}", soft_wrap=True)
     pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
-    runs: list[dict[str, Any]] = []
     for number, request in enumerate(job.requests):
         video, plot = job.outputs.videos[number], job.outputs.plots[number]
         title = shorten(request.prompt, 50, placeholder="...")
@@ -74,10 +87,10 @@ def run_job(job: Job) -> None:
             result = generate(pipe, request, progress)
         replaced = video.exists()
         write_video(video, result.frames, job.fps)
+        runs.append(generation_record(request, result, video))
         if plot is not None and result.report is not None:
             with atomic_path(plot) as temporary:
                 result.report.plot(temporary)
-        runs.append(generation_record(request, result, video))
         if job.outputs.report is not None:
             # Rewritten after every video, so that a run cut short leaves what it did.
             write_json(job.outputs.report, job_record(job.load, job.fps, runs))

@@ -40,7 +40,8 @@ _FILES = "Files"
 
 Prompt = Annotated[str | None, typer.Option(help="What the video shows.")]
 PromptsFile = Annotated[
-    Path | None, typer.Option(help="Many prompts, one a line; # begins a comment.")
+    Path | None,
+    typer.Option(help="Many prompts, one a line; a line that begins with # is a comment."),
 ]
 
 Model = Annotated[
@@ -198,10 +199,13 @@ def sparse_settings(
             out of range.
     """
     tau = _choose_threshold(threshold, schedule, dense)
-    if tau is None:
-        return None
-    # SparseSettings checks the precision.
-    return SparseSettings(tau, scoring_precision=cast("Precision", scoring_precision), **settings)
+    # It checks what is given, which --dense leaves unused but does not make right.
+    sparse = SparseSettings(
+        SparseSettings().threshold if tau is None else tau,
+        scoring_precision=cast("Precision", scoring_precision),
+        **settings,
+    )
+    return None if tau is None else sparse
 
 
 def check_fps(fps: int) -> None:

@@ -50,11 +50,12 @@ def choose_outputs(
     Raises:
         ValueError: A file could not be written.
     """
+    if many:
+        _check_is_folder(output, VIDEO_SUFFIXES, "output")
+        _check_is_folder(plot, (".png",), "plot")
     videos: list[Path] = []
     if many or output is None:
         folder = (output or _DEFAULT_FOLDER) if many else Path()
-        if folder.suffix.lower() in VIDEO_SUFFIXES:
-            raise ValueError(f"with --prompts-file the output is a folder, got {str(folder)!r}.")
         check_output_folder(folder)
         for request in requests:
             name = default_name(request.prompt, request.seed)
@@ -71,6 +72,15 @@ def choose_outputs(
     for path in filter(None, plots):
         check_output_path(path, (".png",), what="plot")
     return Outputs(tuple(videos), tuple(plots), report)
+
+
+def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:
+    """Raise ValueError where a file is named and many will be written."""
+    if path is not None and path.suffix.lower() in suffixes:
+        raise ValueError(
+            f"with --prompts-file the {what} is a folder, got {str(path)!r}; "
+            f"give a name without {path.suffix}."
+        )
 
 
 def read_prompts(file: Path) -> list[str]:

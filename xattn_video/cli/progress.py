@@ -13,6 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.generation import StepRecord
@@ -24,23 +25,24 @@ class GenerationProgress:
     def __init__(self, console: Console, title: str, steps: int) -> None:
         self._console = console
         self._title = title
+        # A narrow terminal takes room from the bar, not from the figures.
+        uncut = Column(no_wrap=True)
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[phase]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=uncut),
+            TextColumn("{task.fields[phase]}", table_column=uncut),
+            TimeElapsedColumn(table_column=uncut),
+            TimeRemainingColumn(table_column=uncut),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=steps, phase="reading the prompt")
+        self._task = self._progress.add_task("", total=steps, phase="reading the prompt")
 
     def __enter__(self) -> "GenerationProgress":
-        if not self._console.is_terminal:
-            self._console.print(self._title, soft_wrap=True)
+        # A line of its own: beside the bar it would leave an 80-column terminal no room for times.
+        self._console.print(self._title, soft_wrap=True)
         self._progress.start()
         return self
 

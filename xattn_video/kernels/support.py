@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -63,7 +64,20 @@ def _compiler_reasons(device: torch.device) -> list[str]:
             f"the device must be CUDA, got {device}; move the inputs to a GPU, or set "
             "TRITON_INTERPRET=1 before the first import to interpret the kernels, slowly."
         ]
-    return cuda_unsupported_reasons(device)
+    return cuda_unsupported_reasons(device) + c_compiler_reasons()
+
+
+def c_compiler_reasons() -> list[str]:
+    """Why Triton cannot build what launches its kernels, with the remedy."""
+    if has_c_compiler():
+        return []
+    return ["no C compiler was found; install gcc or clang, or set CC to one."]
+
+
+@functools.cache
+def has_c_compiler() -> bool:
+    """Whether there is one where Triton looks, found out once: every layer of every step asks."""
+    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
 
 
 def cuda_unsupported_reasons(device: torch.device) -> list[str]:

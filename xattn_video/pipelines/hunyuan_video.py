@@ -1,10 +1,12 @@
 """Load a HunyuanVideo pipeline, with the memory advice of the Diffusers documentation applied."""
 
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from xattn_video.errors import BackendUnavailableError
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO, check_supported, find_model
 
 if TYPE_CHECKING:
@@ -70,10 +72,15 @@ class LoadOptions:
         """The device that computes."""
         if self.device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}.") from None
+        device: torch.device | None = None
+        with contextlib.suppress(RuntimeError):
+            device = torch.device(self.device)
+        # Others exist, but nothing here was ever run on them.
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device must be cpu, cuda or cuda:N, got {self.device!r}; use one of these."
+            )
+        return device
 
     @property
     def device_is_here(self) -> bool:
@@ -110,10 +117,12 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     """Load, place and set up the pipeline.
 
     Raises:
-        ValueError: No such folder, no pipeline in it, or an unknown attention backend.
+        ValueError: No such folder, no pipeline in it, or as `check_loading`.
+        BackendUnavailableError: As `check_loading`.
         UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
         PipelineLoadError: The hub has no such model, or cannot be reached.
     """
+    check_loading(options)
     source = find_model(options.model)
     if options.model != DEMO:
         check_supported(source)
@@ -127,9 +136,33 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     return pipe
 
 
-def check_attention_backend(name: str) -> None:
-    """Raise ValueError, with the known names, unless Diffusers has the backend ``name``."""
-    from diffusers.models.attention_dispatch import AttentionBackendName
+def check_loading(options: LoadOptions) -> None:
+    """Find out what would show only once the weights are loaded, or the video decoded.
+
+    Raises:
+        ValueError: A dtype that the demo model cannot use, or an unknown attention backend.
+        BackendUnavailableError: The attention backend cannot be used here.
+    """
+    if options.model == DEMO and options.dtype == torch.float16:
+        raise ValueError(
+            "dtype float16 is too small for the values of the demo model's VAE; "
+            "use bfloat16 or float32."
+        )
+    if options.attention_backend is not None:
+        _check_attention_backend(options.attention_backend)
+
+
+def _check_attention_backend(name: str) -> None:
+    """Find out whether Diffusers can use the backend ``name``.
+
+    Raises:
+        ValueError: There is none of this name.
+        BackendUnavailableError: Its package is missing or too old.
+    """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _check_attention_backend_requirements,
+    )
 
     known = sorted(member.value for member in AttentionBackendName)
     if name.lower() not in known:
@@ -137,6 +170,10 @@ def check_attention_backend(name: str) -> None:
             f"unknown attention backend {name!r} for the dense steps; "
             f"Diffusers has {', '.join(known)}."
         )
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name.lower()))
+    except RuntimeError as error:
+        raise BackendUnavailableError(name, [str(error)]) from None
 
 
 def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
@@ -154,17 +191,8 @@ def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     folder = find_model(options.model).folder
     return HunyuanVideoPipeline.from_pretrained(
         options.model if folder is None else folder,
-        **_dtype_argument({"transformer": dtype, "default": others}),
+        dtype={"transformer": dtype, "default": others},
     )
-
-
-def _dtype_argument(dtype: dict[str, torch.dtype]) -> dict[str, Any]:
-    """`from_pretrained`'s dtype argument; before 0.42 its name was torch_dtype."""
-    import diffusers
-    from packaging.version import Version
-
-    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-    return {name: dtype}
 
 
 def _place(pipe: "HunyuanVideoPipeline", options: LoadOptions) -> None:

@@ -98,13 +98,23 @@ def read_model_shape(source: ModelSource) -> ModelShape:
 
 
 def count_parameters(folder: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files, from the headers of the files."""
+    """Elements of all tensors in a folder's safetensors files, from the headers of the files.
+
+    Raises:
+        ValueError: One of them cannot be read.
+    """
     count = 0
     for file in folder.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            # The format: the header's length in 8 bytes, then the header as JSON.
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+        try:
+            with file.open("rb") as stream:
+                # The format: the header's length in 8 bytes, then the header as JSON.
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+        except OSError as error:
+            raise ValueError(
+                f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another "
+                "model."
+            ) from None
         header.pop("__metadata__", None)
         count += sum(math.prod(tensor["shape"]) for tensor in header.values())
     return count

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from xattn_video.errors import BackendUnavailableError
@@ -251,13 +252,7 @@ def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -
     """Whether the run is too large for where it would run."""
     device = options.resolved_device
     if device.type != "cuda":
-        if tflop < _SLOW_CPU_TFLOP:
-            return []
-        hours = tflop / _SLOW_CPU_TFLOP
-        return [
-            f"{tflop / 1000:,.0f} PFLOP on device {str(device)!r} take {hours:,.1f} hours at "
-            "1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
-        ]
+        return _cpu_cost_warnings(memory, tflop)
     if not options.device_is_here:
         return []
     total = torch.cuda.get_device_properties(device).total_memory / _GIB
@@ -267,3 +262,21 @@ def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -
         f"About {memory.peak:.0f} GiB are needed and the GPU has {total:.0f}. "
         "Try --offload group or sequential, or a smaller video."
     ]
+
+
+def _cpu_cost_warnings(memory: MemoryEstimate, tflop: float) -> list[str]:
+    """Whether the run is too large for a CPU."""
+    warnings = []
+    total = psutil.virtual_memory().total / _GIB
+    if memory.peak >= total:
+        warnings.append(
+            f"About {memory.peak:.0f} GiB are needed and this machine has {total:.0f}. "
+            "Run a smaller video or model, or on another machine."
+        )
+    if tflop >= _SLOW_CPU_TFLOP:
+        hours = tflop / _SLOW_CPU_TFLOP
+        warnings.append(
+            f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {hours:,.1f} hours at "
+            "1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
+        )
+    return warnings

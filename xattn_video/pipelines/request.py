@@ -50,12 +50,14 @@ class VideoSettings:
             )
         if self.num_inference_steps < 1:
             raise ValueError(
-                f"num_inference_steps must be at least 1, got {self.num_inference_steps}."
+                f"num_inference_steps must be at least 1, got {self.num_inference_steps}; use 50."
             )
-        for name in ("guidance_scale", "true_cfg_scale"):
+        for name, usual in (("guidance_scale", 6), ("true_cfg_scale", 1)):
             scale = getattr(self, name)
             if not 0 <= scale < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {scale}.")
+                raise ValueError(
+                    f"{name} must be a finite number of at least 0, got {scale}; use {usual}."
+                )
 
 
 DEMO_SETTINGS = VideoSettings(height=256, width=256, num_frames=65, num_inference_steps=25)
@@ -87,14 +89,17 @@ class SparseSettings:
             )
         # It brings torch, which a command line that only shows its help need not wait for.
         from xattn_video.checks import check_block_size
+        from xattn_video.registry import load_backend
         from xattn_video.scoring import check_precision
 
         check_block_size(self.block_size, self.stride)
+        if self.backend != "auto":
+            load_backend(self.backend)
         check_precision(self.scoring_precision)
         for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
             count = getattr(self, name)
             if count is not None and count < 0:
-                raise ValueError(f"{name} must be at least 0, got {count}.")
+                raise ValueError(f"{name} must be at least 0, got {count}; use 0 for none.")
 
     def min_tokens_on(self, device_type: str) -> int:
         """``min_tokens``, or the default of a device."""
@@ -147,4 +152,4 @@ class GenerationRequest:
                 f"got {self.video.true_cfg_scale}; try 6."
             )
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}.")
+            raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}; use 0.")

@@ -26,7 +26,7 @@ class ModelSource:
         """A JSON file of the model, from its folder or from the hub and its cache.
 
         Raises:
-            ValueError: The folder has no such file.
+            ValueError: The folder has no such file, or it cannot be read.
             PipelineLoadError: The hub has no such model or file, or cannot be reached.
         """
         file = self._fetch(path) if self.folder is None else self.folder / path
@@ -36,6 +36,11 @@ class ModelSource:
             raise ValueError(
                 f"{self.folder} is no Diffusers pipeline: it has no {path}; "
                 "give a folder written by save_pretrained."
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another "
+                "model."
             ) from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not valid JSON ({error}); download it again.") from None
@@ -75,14 +80,21 @@ def find_model(name: str) -> ModelSource:
     """Tell the demo model, a folder and a model on the hub apart.
 
     Raises:
-        ValueError: ``name`` is neither an existing folder nor a hub ID.
+        ValueError: ``name`` is neither a folder that can be opened nor a hub ID.
     """
     if name == DEMO:
         from xattn_video.pipelines.demo import DEMO_DIR
 
         return ModelSource(name, DEMO_DIR)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the model {name!r}: {error.strerror}; "
+            "give a folder that you may open, or a hub ID."
+        ) from None
+    if is_folder:
         return ModelSource(name, folder)
     if _HUB_ID.fullmatch(name):
         return ModelSource(name, None)

@@ -31,7 +31,10 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
         ValueError: Wrong suffix, a folder is in its place, or it cannot be written.
     """
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}.")
+        raise ValueError(
+            f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}; "
+            "give the name of such a file."
+        )
     check_output_folder(path.parent, what=what)
     with _refused(path, what):
         is_folder = path.is_dir()

@@ -64,13 +64,20 @@ def read_clip(path: Path) -> Clip:
     """Read a video file.
 
     Raises:
-        ValueError: It is missing, is no video, or ends before the length it states.
+        ValueError: It is missing, may not be read, is no video, or ends before the length it
+            states.
         MissingPackageError: There is no ffmpeg.
     """
     require_ffmpeg()
     import imageio.v3 as imageio
 
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {str(path)!r}: {error.strerror}; give a video that you may open."
+        ) from None
+    if not is_file:
         raise ValueError(f"there is no video {str(path)!r}; give the name of a file.")
     try:
         described = imageio.immeta(path, plugin="FFMPEG")

@@ -178,7 +178,15 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     Args:
         count: How many; every fourth has two objects.
         seed: The same scenes for the same seed, the first of many the same as the first of few.
+
+    Raises:
+        ValueError: There are not so many.
     """
+    alone = len(PREPOSITIONS) * sum(is_held_out(*found) for found in combinations())
+    # Scenes of two objects outnumber those of one by far, so that these are used up first.
+    most = alone + alone // 3
+    if count > most:
+        raise ValueError(f"there are {most} held-out scenes, got count={count}; ask for fewer.")
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
