@@ -89,3 +89,11 @@ def test_the_page_shows_the_shares_that_were_measured(path: Path) -> None:
     shares = json.loads(path.read_text())["shares"]
     cells = [f"{shares[name]['share']:.0%}" for name in ATTRIBUTES]
     assert f" | {' | '.join(cells)} |" in (ROOT / "docs/demo_model.md").read_text()
+
+
+@pytest.mark.parametrize("run", ["dense", "sparse"])
+def test_the_demo_model_met_the_goals(run: str) -> None:
+    from scripts.check_demo_model import GOALS
+
+    shares = json.loads((ROOT / f"benchmarks/results/demo_check/{run}.json").read_text())["shares"]
+    assert all(shares[name]["share"] >= goal for name, goal in GOALS.items())
