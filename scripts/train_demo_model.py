@@ -24,6 +24,7 @@ other frame sizes more often than the default one.
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
 its calls. To go on elsewhere copy `vae.pt`, `text.pt`, `*.ckpt.*` and `training.json` out of the
 work directory. Clips are rendered on the fly from seeds; nothing is downloaded.
+The transformer stage needs torch 2.9 or later, for `torch.optim.Muon`.
 """
 
 import argparse

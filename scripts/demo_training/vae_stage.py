@@ -96,9 +96,10 @@ def run(job: Job) -> None:
         vae.post_quant_conv.requires_grad_(True)
     else:
         vae = build_vae()
-        _let_blocks_begin_as_identity(vae)
         if job.start_from is not None:
             load_weights(vae, job.start_from / "vae")
+        else:
+            _let_blocks_begin_as_identity(vae)
     vae = vae.to(job.device, memory_format=torch.channels_last_3d).train()
     use_training_layers(vae)
     trained = TrainedWeights(
