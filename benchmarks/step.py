@@ -16,6 +16,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 
 from benchmarks.arguments import comma_separated
 from benchmarks.measure import ResultFile, environment
+from benchmarks.random_pipeline import new_weights
 from benchmarks.results_files import AUTHORS
 from benchmarks.upstream import find_checkouts, has_kernel
 from benchmarks.upstream_step import AuthorsProcessor
@@ -143,15 +144,10 @@ def measure(
 
 def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoTransformer3DModel:
     """HunyuanVideo's transformer in bfloat16, weights drawn at random on the device."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            transformer = HunyuanVideoTransformer3DModel(
-                num_layers=layers[0], num_single_layers=layers[1]
-            )
-    finally:
-        torch.set_default_dtype(previous)
+    with new_weights(device, torch.bfloat16):
+        transformer = HunyuanVideoTransformer3DModel(
+            num_layers=layers[0], num_single_layers=layers[1]
+        )
     return transformer.eval().requires_grad_(False)
 
 

@@ -5,42 +5,65 @@ The grid of 64x64x9 pixels is 3 x 4 x 4 = 48 video tokens: 6 blocks of 8, and 2 
 
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 
+from benchmarks.random_pipeline import PipelineSizes, write_pipeline
 from xattn_video import XAttnProcessor
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 CHANNELS, FRAMES, SIZE = 4, 9, 64
 HEADS, HEAD_DIM, NUM_LAYERS = 2, 16, 4
 TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 16, 32, 24
 VIDEO_TOKENS = 48
+TINY_TRANSFORMER = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": TEXT_DIM,
+    "pooled_projection_dim": POOLED_DIM,
+    "rope_axes_dim": (4, 6, 6),
+}
+TINY_PIPELINE = PipelineSizes(
+    transformer=TINY_TRANSFORMER | {"num_layers": 1},
+    vae={
+        "latent_channels": CHANNELS,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    },
+    text_encoder={
+        "vocab_size": 538,
+        "hidden_size": TEXT_DIM,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    },
+    text_encoder_2={
+        "vocab_size": 613,
+        "hidden_size": POOLED_DIM,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+)
 
 
 def tiny_transformer(**config) -> HunyuanVideoTransformer3DModel:
     """Two double-stream, two single-stream blocks and one refiner block, the same every time."""
-    defaults = {
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "num_attention_heads": HEADS,
-        "attention_head_dim": HEAD_DIM,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "mlp_ratio": 2.0,
-        "text_embed_dim": TEXT_DIM,
-        "pooled_projection_dim": POOLED_DIM,
-        "rope_axes_dim": (4, 6, 6),
-    }
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        transformer = HunyuanVideoTransformer3DModel(**(defaults | config))
+        transformer = HunyuanVideoTransformer3DModel(**(TINY_TRANSFORMER | config))
         # Peaky enough for blocks to differ: PyTorch's own initialisation attends evenly.
         for name, weight in transformer.named_parameters():
             if "norm_q" in name or "norm_k" in name or "norm_added" in name:
@@ -65,33 +88,8 @@ def tiny_pipeline(transformer=None) -> HunyuanVideoPipeline:
 
 def save_whole_pipeline(folder: Path) -> None:
     """Write a pipeline with text encoders and VAE, as `from_pretrained` reads it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        from demo_training.models import build_text_stack
-
     torch.manual_seed(0)
-    text = build_text_stack()
-    transformer = tiny_transformer(
-        num_layers=1,
-        text_embed_dim=text.text_encoder.config.hidden_size,
-        pooled_projection_dim=text.text_encoder_2.config.hidden_size,
-    )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=CHANNELS,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    )
-    HunyuanVideoPipeline(
-        text_encoder=text.text_encoder,
-        tokenizer=text.tokenizer,
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=text.text_encoder_2,
-        tokenizer_2=text.tokenizer_2,
-    ).save_pretrained(folder)
+    write_pipeline(folder, TINY_PIPELINE, torch.device("cpu"))
 
 
 def prompt(lengths=(10,), seed=0, prefix="") -> dict[str, torch.Tensor]:

@@ -1,0 +1,117 @@
+"""Writes a HunyuanVideo pipeline of full size whose weights are random.
+
+    python -m benchmarks.random_pipeline FOLDER
+    xattn-video generate --model FOLDER --prompt "a cat walks on the grass" --report run.json
+
+For where no model hub is reachable: loading, offloading, time and memory are those of
+HunyuanVideo's own weights, the picture is noise. The tokenizers are the demo model's. It takes
+39 GiB of disk, and as much memory, on a CUDA device where there is one.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+)
+
+from xattn_video.pipelines.demo import DEMO_DIR
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSizes:
+    """Arguments of the models' configurations; those of HunyuanVideo unless given."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(
+        default_factory=lambda: {
+            "vocab_size": 128320,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+        }
+    )
+    text_encoder_2: dict[str, Any] = field(
+        default_factory=lambda: {
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        }
+    )
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(words)
+    torch.manual_seed(arguments.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_pipeline(arguments.folder, PipelineSizes(), device)
+    print(f"{arguments.folder}: weights drawn on {device}, seed {arguments.seed}")
+
+
+def write_pipeline(folder: Path, sizes: PipelineSizes, device: torch.device) -> None:
+    """Write a folder for `HunyuanVideoPipeline.from_pretrained`."""
+    random_pipeline(sizes, device).save_pretrained(folder)
+
+
+def random_pipeline(sizes: PipelineSizes, device: torch.device) -> HunyuanVideoPipeline:
+    """A bfloat16 transformer beside a float16 VAE and text encoders."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "tokenizer")
+    tokenizer_2 = AutoTokenizer.from_pretrained(DEMO_DIR / "tokenizer_2")
+    with new_weights(device, torch.bfloat16):
+        transformer = HunyuanVideoTransformer3DModel(**sizes.transformer)
+    with new_weights(device, torch.float16):
+        vae = AutoencoderKLHunyuanVideo(**sizes.vae)
+        llama = LlamaConfig(**sizes.text_encoder, pad_token_id=tokenizer.pad_token_id)
+        text_encoder = LlamaModel(llama)
+        # The pooled state is that of the last token.
+        clip = CLIPTextConfig(**sizes.text_encoder_2, eos_token_id=tokenizer_2.eos_token_id)
+        text_encoder_2 = CLIPTextModel(clip)
+    return HunyuanVideoPipeline(
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+
+
+@contextlib.contextmanager
+def new_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Models built inside draw their weights on ``device``, in ``dtype``."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+if __name__ == "__main__":
+    main()
