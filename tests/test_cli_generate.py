@@ -1,5 +1,6 @@
 """What `xattn-video generate` writes and says."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from command_line import SMALL, SPARSE, run_cli
 from rich.console import Console
 
 from xattn_video.cli.progress import GenerationProgress
+from xattn_video.cli.record import machine_record
 from xattn_video.pipelines.demo import parse_prompt
 from xattn_video.pipelines.demo.checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.generation import StepRecord
@@ -368,3 +370,17 @@ def test_the_readmes_first_command(tmp_path, monkeypatch):
     seen = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
     right = score_clip(seen, parse_prompt(prompt))
     assert all(all(right[name]) for name in ATTRIBUTES), right
+
+
+def test_a_report_names_the_versions_of_what_backends_run_on(monkeypatch):
+    present = {"triton": "3.7.1", "flash-attn-4": "4.0"}
+
+    def version(name):
+        if name not in present:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return present[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = machine_record(torch.device("cpu"))["versions"]
+    assert {name: versions[name] for name in present} == present
+    assert set(versions) == {*present, "xattn_video", "torch", "diffusers"}

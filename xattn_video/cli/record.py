@@ -46,9 +46,10 @@ def machine_record(device: "torch.device") -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    # Builds of Triton go by other names on some platforms.
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
+    # What the backends run on, where it is installed.
+    for package in ("triton", "flash-attn-4", "block-sparse-attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     cuda = device.type == "cuda"
     return {
         "versions": versions,
