@@ -5,13 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
+from benchmarks.whole_videos import (
+    PAGE_HEADINGS,
+    README_HEADINGS,
+    WholeVideo,
+    memory_by_offload,
+    page_rows,
+    readme_rows,
+)
 from xattn_video.benchmark.dense import STOCK
 
 IMAGES = "images/benchmarks"
 _INTRODUCTION = Path(__file__).with_name("page_introduction.md")
 
 
-def render_page(files: list[ResultFile]) -> str:
+def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
     """The whole page; what no file holds is left out."""
     lines = [_INTRODUCTION.read_text(encoding="utf-8")]
     device = None
@@ -20,11 +28,13 @@ def render_page(files: list[ResultFile]) -> str:
             device = file.device
             lines.append(f"## {device}\n")
         lines += _file_section(file)
+    if videos:
+        lines += _videos_section(videos)
     return "\n".join(lines)
 
 
-def render_readme_table(files: list[ResultFile]) -> str:
-    """The best dense kernel against the best backend; then whole steps, where there are any."""
+def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> str:
+    """The best dense kernel against the best backend; then whole steps and videos, if any."""
     rows = []
     for file in files:
         for problem in [*file.single_problems, *file.sweep[-1:]]:
@@ -36,6 +46,10 @@ def render_readme_table(files: list[ResultFile]) -> str:
         lines += ["", "A whole denoising step of the transformer, with random weights:", ""]
         headings = ["on", "video", "density", "stock", "dense", "sparse"]
         lines += _table([*headings, "than stock", "than dense"], steps)
+    whole = list(readme_rows(videos))
+    if whole:
+        lines += ["", "A whole video by `xattn-video generate`, text and decoding included:", ""]
+        lines += [*_table(README_HEADINGS, whole), "", memory_by_offload(videos)]
     return "\n".join(lines)
 
 
@@ -211,6 +225,19 @@ def _step_section(steps: list[Row]) -> Iterator[str]:
     headings = ["step", "by", "stride", "density", "s", "over stock", "over dense", "peak GiB"]
     yield from _table(headings, rows)
     yield ""
+
+
+def _videos_section(videos: list[WholeVideo]) -> Iterator[str]:
+    first = videos[0]
+    packages = ", ".join(f"{k} {v}" for k, v in first.content["versions"].items())
+    yield f"## Whole videos, {first.frames}\n"
+    yield f"{first.device}; {packages}. Weights are random: the picture is noise.\n"
+    yield "```bash\npython -m benchmarks.random_pipeline hunyuan-random"
+    yield from (video.command for video in videos)
+    yield "```\n"
+    yield from _table(PAGE_HEADINGS, page_rows(videos))
+    yield f"\n{memory_by_offload(videos)}"
+    yield "A step's time is that of the fastest; the first of a kind compiles kernels.\n"
 
 
 def _readme_rows(file: ResultFile, problem: Problem) -> Iterator[list[object]]:

@@ -8,17 +8,18 @@ from pathlib import Path
 from benchmarks.figures import draw_figures
 from benchmarks.page import IMAGES, render_page, render_readme_table
 from benchmarks.results_files import read_results
+from benchmarks.whole_videos import read_whole_videos
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
 
 
 def main() -> None:
-    files = read_results()
-    (ROOT / "docs/benchmarks.md").write_text(render_page(files), encoding="utf-8")
+    files, videos = read_results(), read_whole_videos()
+    (ROOT / "docs/benchmarks.md").write_text(render_page(files, videos), encoding="utf-8")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(replace_table(text, render_readme_table(files)), encoding="utf-8")
+    readme.write_text(replace_table(text, render_readme_table(files, videos)), encoding="utf-8")
     pictures = ROOT / "docs" / IMAGES
     for picture in pictures.glob("*.png"):
         picture.unlink()

@@ -31,14 +31,14 @@ for number in "$gpus" "$num_prompts"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "not a positive number: $number" >&2; exit 2; }
 done
 
-# Seconds on one H100 for one video. A step of the transformer alone was measured, scoring included
-# (benchmarks/results/step-h100.json): dense 18.8 s with flash-attn-4, sparse 11.2 s at density 0.445
-# and 9.44 s at 0.336, near the paper's densities at tau 0.95 and 0.90. The 90 s for text and decoding
-# are a guess. A lossless copy takes about 0.15 GiB, also a guess.
-other=90
-dense=$((50 * 188 / 10 + other))
-tau_95=$((5 * 188 / 10 + 45 * 112 / 10 + other))
-tau_90=$((5 * 188 / 10 + 45 * 944 / 100 + other))
+# Seconds on one H100 for one video, measured on random weights with flash-attn-4. Steps, scoring
+# included (benchmarks/results/step-h100.json): dense 18.53 s, sparse 11.06 s at density 0.445 and
+# 9.31 s at 0.336, near the paper's densities at tau 0.95 and 0.90. Text, decoding and moving the
+# weights: 60 s (docs/benchmarks.md, whole videos). A lossless copy takes about 0.15 GiB, a guess.
+other=60
+dense=$((50 * 1853 / 100 + other))
+tau_95=$((5 * 1853 / 100 + 45 * 1106 / 100 + other))
+tau_90=$((5 * 1853 / 100 + 45 * 931 / 100 + other))
 total=$(((dense + tau_95 + tau_90) * num_prompts))
 cat <<COST
 expected   $num_prompts prompts x 3 runs; on an H100 about $dense s for a dense video,

@@ -9,6 +9,7 @@ from benchmarks import measure, write_page
 from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.page import figure_names, render_page, render_readme_table
 from benchmarks.results_files import RESULTS, Problem, ResultFile, read_results
+from benchmarks.whole_videos import read_whole_videos
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"heads": 24, "head_dim": 128, "dtype": "bfloat16", "extra_memory_gib": 0.5}
@@ -84,7 +85,7 @@ def gpu_file():
 
 
 def test_a_problem_has_its_dense_and_sparse_rows(gpu_file):
-    page = render_page([gpu_file])
+    page = render_page([gpu_file], [])
     assert "### hunyuan: 119,056 tokens, 24 heads of 128, bfloat16" in page
     assert "| flash-attn-4 | 298 | 690 | 0.50 |" in page
     assert "| 0.345 | 8 | flash4 | 17.9 | 1.19 | 119 | 149 | 2.00x | 3.60x | 0.50 |" in page
@@ -93,7 +94,7 @@ def test_a_problem_has_its_dense_and_sparse_rows(gpu_file):
 
 
 def test_sizes_are_in_order(gpu_file):
-    page = render_page([gpu_file])
+    page = render_page([gpu_file], [])
     small = page.index("| 4,096 | 10.2 (flash-attn-4) | 0.345 | 8 | flash4 | 5.12 | 2.00x |")
     assert small < page.index("| 8,192 | 20.5 (flash-attn-4)")
 
@@ -105,13 +106,13 @@ def test_the_size_from_which_it_pays_is_named(gpu_file):
             row["latency_ms"] *= 10
         if row["backend"] == "flash4":
             row["latency_ms"] *= 10
-    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
+    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})], [])
     assert "- `triton`, stride 8, density 0.345: faster from 8,192 tokens on" in page
     assert "- `flash4`, stride 8, density 0.345: faster at no size measured" in page
 
 
 def test_steps_are_compared_with_both_dense_ones(gpu_file):
-    page = render_page([gpu_file])
+    page = render_page([gpu_file], [])
     assert "### A whole step, 720x1280, 129 frames (119,056 tokens), 60 layers" in page
     assert "| dense | dense |  |  | 20.00 | 1.60x |  | 36.3 |" in page
     assert "| sparse | flash4 | 8 | 0.345 | 10.00 | 3.20x | 2.00x | 36.3 |" in page
@@ -120,32 +121,32 @@ def test_steps_are_compared_with_both_dense_ones(gpu_file):
 def test_a_compiled_step_says_so(gpu_file):
     rows = [step | {"compiled": True} for step in STEPS]
     compiled = ResultFile("step-gpu", gpu_file.content | {"rows": rows})
-    assert "60 layers with random weights, torch.compile" in render_page([compiled])
-    assert "| 720x1280, 129 frames, torch.compile |" in render_readme_table([compiled])
+    assert "60 layers with random weights, torch.compile" in render_page([compiled], [])
+    assert "| 720x1280, 129 frames, torch.compile |" in render_readme_table([compiled], [])
 
 
 def test_selections_and_failures_are_listed(gpu_file):
-    page = render_page([gpu_file])
+    page = render_page([gpu_file], [])
     assert "| layer-1 | 17664 | 8 | 0.9 | " + " | ".join(["0.625"] * 7) + " |" in page
     assert "- not measured: 8k dense fa2: no way" in page
 
 
 def test_what_was_not_measured_has_no_section(gpu_file):
     content = gpu_file.content | {"rows": rows_of("8k", 8192), "failures": []}
-    page = render_page([ResultFile("x", content)])
+    page = render_page([ResultFile("x", content)], [])
     for word in ("hunyuan", "A whole step", "Selections", "not measured"):
         assert word not in page.partition("## A GPU")[2]
 
 
 def test_one_size_is_no_row_of_sizes(gpu_file):
     content = gpu_file.content | {"rows": rows_of("8k", 8192)}
-    page = render_page([ResultFile("x", content)])
+    page = render_page([ResultFile("x", content)], [])
     assert "### 8k: 8,192 tokens" in page
     assert "By number of tokens" not in page
 
 
 def test_the_readme_takes_the_fastest_backend(gpu_file):
-    table = render_readme_table([gpu_file]).splitlines()
+    table = render_readme_table([gpu_file], []).splitlines()
     assert table[2] == (
         "| A GPU | 119,056 | 0.345 | 298 ms (flash-attn-4) | 149 ms (flash4) | 2.00x | 3.60x |"
     )
@@ -156,20 +157,20 @@ def test_the_readme_takes_the_smallest_stride(gpu_file):
     totals = [row for row in gpu_file.content["rows"] if row["name"] == "xattention"]
     faster = [row | {"stride": 16, "latency_ms": row["latency_ms"] / 2} for row in totals]
     both = ResultFile("x", gpu_file.content | {"rows": faster + gpu_file.content["rows"]})
-    assert render_readme_table([both]) == render_readme_table([gpu_file])
+    assert render_readme_table([both], []) == render_readme_table([gpu_file], [])
 
 
 def test_the_readme_shows_whole_steps_where_there_are_any(gpu_file):
-    table = render_readme_table([gpu_file]).splitlines()
+    table = render_readme_table([gpu_file], []).splitlines()
     assert table[-1] == (
         "| A GPU | 720x1280, 129 frames | 0.345 | 32.0 s | 20.0 s | 10.0 s | 3.20x | 2.00x |"
     )
     content = gpu_file.content | {"rows": rows_of("hunyuan", 119_056)}
-    assert len(render_readme_table([ResultFile("x", content)]).splitlines()) == 3
+    assert len(render_readme_table([ResultFile("x", content)], []).splitlines()) == 3
 
 
 def test_a_device_has_one_heading(gpu_file):
-    page = render_page([gpu_file, ResultFile("other", gpu_file.content)])
+    page = render_page([gpu_file, ResultFile("other", gpu_file.content)], [])
     assert page.count("## A GPU") == 1
 
 
@@ -177,7 +178,7 @@ def test_the_authors_rows_are_told_apart(gpu_file):
     columns = {"problem": "hunyuan", "inputs": "random", "n": 119_056, **COMMON, "stride": 8}
     estimate = {"name": "scoring", "backend": "x-attention", "threshold": 0.4, **columns}
     rows = [*gpu_file.content["rows"], estimate | {"latency_ms": 80.0}]
-    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
+    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})], [])
     assert "|  | 8 | x-attention | 80 | included |  |  |  |  | 0.50 |" in page
     assert "| 0.345 | 8 | flash4 | 17.9 |" in page
 
@@ -191,7 +192,7 @@ def test_scores_of_8_bits_have_rows_of_their_own(gpu_file):
         {"name": "selection", "backend": None, "latency_ms": 2.0, **columns},
         {"name": "xattention", "backend": "flash4", "latency_ms": 119.0, **columns},
     ]
-    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})])
+    page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})], [])
     assert "| 0.345 | 8 (float8) | flash4 | 7 | 2 |  | 119 | 2.50x |" in page
     assert "| 0.345 | 8 | flash4 | 17.9 | 1.19 | 119 | 149 |" in page
 
@@ -233,11 +234,12 @@ def test_the_command_is_kept(monkeypatch):
 
 
 def test_the_committed_page_is_what_the_files_say():
-    files = read_results()
+    files, videos = read_results(), read_whole_videos()
     rerun = "; run python -m benchmarks.write_page"
-    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == render_page(files), rerun
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert page == render_page(files, videos), rerun
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert write_page.replace_table(readme, render_readme_table(files)) == readme, rerun
+    assert write_page.replace_table(readme, render_readme_table(files, videos)) == readme, rerun
     pictures = {name for file in files for name in figure_names(file).values()}
     assert {path.name for path in (ROOT / "docs/images/benchmarks").iterdir()} == pictures, rerun
 
