@@ -10,7 +10,7 @@ NAME = "torch_gather"
 
 # Rows that one call attends for: enough to keep a CPU's cores at work between two waits, and
 # few enough that their keys and values stay in its caches.
-_ROWS_AT_ONCE = 4
+_ROWS_AT_ONCE = 2
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:

@@ -31,8 +31,11 @@ def print_summary(
     lines["time"] = _time(result)
     saved = result.estimated_seconds_saved
     if saved is not None:
-        verb = "saved" if saved >= 0 else "lost"
-        lines[verb] = f"about {abs(saved):.1f} s against dense steps throughout (an estimate)"
+        estimate = f"about {abs(saved):.1f} s against dense steps throughout (an estimate)"
+        if saved >= 0:
+            lines["saved"] = estimate
+        else:
+            lines["lost"] = f"{estimate}; longer videos and lower thresholds pay"
     if result.peak_memory_gib is not None:
         lines["memory"] = f"{result.peak_memory_gib:.2f} GiB at the peak"
     print_labelled(console, files | lines)

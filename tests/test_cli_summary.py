@@ -1,0 +1,59 @@
+"""The lines at the end of a generation."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from xattn_video.cli.summary import print_summary
+from xattn_video.pipelines.generation import GenerationResult, StepRecord
+from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+
+
+def summary_of(dense, sparse, seconds=100.0) -> str:
+    """What is printed for steps of the given seconds."""
+    times = [(second, False) for second in dense] + [(second, True) for second in sparse]
+    steps = tuple(
+        StepRecord(i, len(times), second, is_sparse, 0.4 if is_sparse else None)
+        for i, (second, is_sparse) in enumerate(times)
+    )
+    frames, latents = np.zeros((1, 2, 2, 3), np.uint8), torch.zeros(4, 1, 1, 1)
+    result = GenerationResult(frames, steps, seconds, 12.345, None, latents)
+    video = VideoSettings(256, 256, 65, len(times))
+    request = GenerationRequest("a red circle", None, 7, video, SparseSettings())
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(console, request, result, {"video": "a.mp4"})
+    return console.file.getvalue()
+
+
+def test_it_names_file_size_time_and_memory():
+    lines = summary_of(dense=[9, 2, 2], sparse=[1, 1]).splitlines()
+    assert lines[0] == "video      a.mp4"
+    assert lines[1] == "size       256x256, 65 frames, seed 7"
+    time = (
+        "100.0 s, 3 dense steps of 2.00 s, 2 sparse steps of 1.00 s, 85.0 s for text and decoding"
+    )
+    assert f"time       {time}" in lines
+    assert lines[-1] == "memory     12.35 GiB at the peak"
+
+
+def test_it_says_what_was_saved():
+    text = summary_of(dense=[3, 3], sparse=[1, 1, 1])
+    assert "saved      about 6.0 s against dense steps throughout (an estimate)\n" in text
+    assert "lost" not in text
+
+
+def test_a_loss_says_what_would_pay():
+    text = summary_of(dense=[1, 1], sparse=[1.5, 1.5])
+    wanted = "lost       about 1.0 s against dense steps throughout (an estimate)"
+    assert f"{wanted}; longer videos and lower thresholds pay" in text
+    assert "saved" not in text
+
+
+@pytest.mark.parametrize(("dense", "sparse"), [([1, 1], []), ([], [1, 1])])
+def test_without_both_kinds_of_steps_there_is_no_estimate(dense, sparse):
+    text = summary_of(dense, sparse)
+    assert "saved" not in text
+    assert "lost" not in text
