@@ -48,8 +48,8 @@ def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> st
         lines += _table([*headings, "than stock", "than dense"], steps)
     whole = list(readme_rows(videos))
     if whole:
-        lines += ["", "A whole video by `xattn-video generate`, text and decoding included:", ""]
-        lines += [*_table(README_HEADINGS, whole), "", memory_by_offload(videos)]
+        title = "A whole video by `xattn-video generate`, decoding included, with random weights:"
+        lines += ["", title, "", *_table(README_HEADINGS, whole), "", memory_by_offload(videos)]
     return "\n".join(lines)
 
 
