@@ -52,6 +52,15 @@ def test_plan_for_a_person_and_for_a_program(tiny_pipeline):
     assert json.loads(out)["sparse_steps"] == 0
 
 
+def test_plan_tells_the_memory_of_every_way_to_offload():
+    """`xattn-video plan` for HunyuanVideo on a GPU elsewhere."""
+    lines = run_cli("plan", "--device=cuda")[1].splitlines()
+    wanted = "offload    model; with none 50.6 GiB, with group 12.7 GiB, with sequential 12.7 GiB"
+    assert wanted in lines
+    lines = run_cli("plan", "--device=cpu")[1].splitlines()
+    assert "offload    none" in lines
+
+
 def test_plan_warns_where_sparse_attention_would_not_pay(tiny_pipeline):
     code, _, err = run_cli("plan", "--model", tiny_pipeline, *SMALL)
     assert code == 0

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.whole_videos import read_whole_videos
 from xattn_video import ThresholdSchedule
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.pipelines import plan as plan_module
@@ -121,6 +122,7 @@ def test_a_laptop_plans_for_a_gpu_elsewhere(monkeypatch):
     found = plan(load=LoadOptions(device="cuda", device_elsewhere=True))
     assert (found.device, found.dtype, found.device_is_here) == ("cuda", "bfloat16", False)
     assert found.memory.peak == pytest.approx(36.0, abs=0.1)
+    assert found.memory.offload == "model"
     assert found.backend is None
     assert found.warnings == ()
 
@@ -132,6 +134,22 @@ def test_more_memory_than_the_gpu_has_is_warned_of(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
         warnings = plan_module._cost_warnings(plan().memory, 1.0, load)
         assert [warning.split(" Try ")[0] for warning in warnings] == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "remedy"),
+    [
+        (40, "Try --offload model or group or sequential, or a smaller video."),
+        (24, "Try --offload group or sequential, or a smaller video."),
+        (8, "Try a smaller video."),
+    ],
+)
+def test_the_remedy_names_what_fits(monkeypatch, total, remedy):
+    properties = SimpleNamespace(total_memory=total * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    load = SimpleNamespace(resolved_device=torch.device("cuda"), device_is_here=True)
+    memory = plan(load=LoadOptions(device="cuda", offload="none", device_elsewhere=True)).memory
+    assert plan_module._cost_warnings(memory, 1.0, load)[0].endswith(remedy)
 
 
 def test_more_memory_than_the_host_has_is_warned_of(monkeypatch):
@@ -173,6 +191,19 @@ def test_memory_holds_the_weights():
     )
     # 36.3 GiB were measured on an H100: the weights and the activations of the transformer.
     assert memory.transformer + memory.activations == pytest.approx(36.3, rel=0.02)
+
+
+def test_a_cpu_has_nowhere_to_offload_to():
+    memory = plan().memory
+    assert (memory.offload, memory.peaks) == ("none", {"none": memory.peak})
+
+
+@pytest.mark.parametrize("video", read_whole_videos(), ids=lambda video: video.stem)
+def test_the_peaks_are_near_those_measured(video):
+    load = LoadOptions(device="cuda", offload=video.offload, device_elsewhere=True)
+    memory = plan(load=load).memory
+    assert memory.peak == memory.peaks[video.offload]
+    assert memory.peak == pytest.approx(video.peak_memory_gib, rel=0.05)
 
 
 def test_the_plan_is_plain_json():

@@ -18,7 +18,7 @@ from xattn_video.cli.console import (
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.plan import RunPlan
+    from xattn_video.pipelines.plan import MemoryEstimate, RunPlan
 
 
 def plan(
@@ -94,6 +94,7 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         f"(an estimate: transformer {memory.transformer:.1f}, "
         f"activations {memory.activations:.1f}, text encoders {memory.text_encoders:.1f}, "
         f"VAE {memory.vae:.1f})",
+        "offload": _offload(memory),
         "device": f"{run_plan.device}, {run_plan.dtype}"
         + (", not on this machine" if not run_plan.device_is_here else ""),
         "backend": _backend(run_plan),
@@ -105,6 +106,16 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:
         print_warning(warning)
+
+
+def _offload(memory: "MemoryEstimate") -> str:
+    """What waits in host memory, and the peak of the other ways to offload."""
+    others = [
+        f"with {name} {gib:.1f} GiB"
+        for name, gib in memory.peaks.items()
+        if name != memory.offload
+    ]
+    return "; ".join([memory.offload, *([", ".join(others)] if others else [])])
 
 
 def _backend(run_plan: "RunPlan") -> str:

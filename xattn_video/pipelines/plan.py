@@ -8,7 +8,7 @@ import torch
 
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.inputs import Problem
-from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
 from xattn_video.registry import available_backends, resolve_backend
@@ -42,13 +42,23 @@ class SpeedupBound:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """GiB. An estimate; the VAE's decoding comes on top of none of it."""
+    """GiB. An estimate; the VAE's decoding comes on top of none of it.
+
+    Attributes:
+        transformer, text_encoders, vae: Weights.
+        activations: Of one forward of the transformer.
+        peak: What the device holds at most.
+        offload: Which parts wait in host memory.
+        peaks: The peak of every way to offload that the device has.
+    """
 
     transformer: float
     text_encoders: float
     vae: float
     activations: float
     peak: float
+    offload: Offload
+    peaks: dict[Offload, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +185,15 @@ def _estimate_memory(shape: ModelShape, tokens: int, options: LoadOptions) -> Me
     text_encoders = shape.text_parameters * others / _GIB
     vae = shape.vae_parameters * others / _GIB
     activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB
-    match options.resolved_offload:
-        case "none":
-            peak = transformer + text_encoders + vae + activations
-        case "model":
-            peak = max(transformer + activations, text_encoders, vae)
-        case _:
-            peak = transformer / shape.layers + activations
-    return MemoryEstimate(transformer, text_encoders, vae, activations, peak)
+    peaks: dict[Offload, float] = {"none": transformer + text_encoders + vae + activations}
+    if options.resolved_device.type == "cuda":
+        a_layer = transformer / shape.layers + activations
+        peaks["model"] = max(transformer + activations, text_encoders, vae)
+        peaks |= {"group": a_layer, "sequential": a_layer}
+    offload = options.resolved_offload
+    return MemoryEstimate(
+        transformer, text_encoders, vae, activations, peaks[offload], offload, peaks
+    )
 
 
 def _resolve(name: str, problem: Problem) -> tuple[str | None, str | None]:
@@ -258,9 +269,11 @@ def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -
     total = torch.cuda.get_device_properties(device).total_memory / _GIB
     if memory.peak < total:
         return []
+    fitting = [name for name, peak in memory.peaks.items() if peak < total]
+    remedy = f"Try --offload {' or '.join(fitting)}, or a" if fitting else "Try a"
     return [
         f"About {memory.peak:.0f} GiB are needed and the GPU has {total:.0f}. "
-        "Try --offload group or sequential, or a smaller video."
+        f"{remedy} smaller video."
     ]
 
 
