@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from xattn_video.cli.record import installed_versions
 
 PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "block-sparse-attn", "xattn-video")
 
@@ -23,18 +24,12 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         device: What computes.
         commit: Of this repository; asked of git if None.
     """
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": dict.fromkeys(PACKAGES) | installed_versions(PACKAGES),
         "commit": commit or _commit(),
         "command": _command(),
         "date": time.strftime("%Y-%m-%d"),

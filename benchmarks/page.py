@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
+from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row, describe_video
 from benchmarks.whole_videos import (
     PAGE_HEADINGS,
     README_HEADINGS,
@@ -202,7 +202,7 @@ def _model_section(problems: list[Problem]) -> Iterator[str]:
 def _step_section(steps: list[Row]) -> Iterator[str]:
     first = steps[0]
     yield (
-        f"### A whole step, {first['height']}x{first['width']}, {first['num_frames']} frames "
+        f"### A whole step, {describe_video(first)} "
         f"({first['n']:,} tokens), {sum(first['layers'])} layers with random weights"
         f"{_compiled(first)}\n"
     )
@@ -269,7 +269,7 @@ def _readme_steps(file: ResultFile) -> Iterator[list[object]]:
         if row["phase"] == "sparse" and row["backend"] != AUTHORS and stock and dense:
             yield [
                 file.device,
-                f"{row['height']}x{row['width']}, {row['num_frames']} frames{_compiled(row)}",
+                f"{describe_video(row)}{_compiled(row)}",
                 f"{row['density']:.3f}",
                 *(f"{step['latency_ms'] / 1e3:.1f} s" for step in (stock, dense, row)),
                 _over(row, stock),

@@ -68,13 +68,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_pipeline(arguments.folder, PipelineSizes(), device)
+    random_pipeline(PipelineSizes(), device).save_pretrained(arguments.folder)
     print(f"{arguments.folder}: weights drawn on {device}, seed {arguments.seed}")
-
-
-def write_pipeline(folder: Path, sizes: PipelineSizes, device: torch.device) -> None:
-    """Write a folder for `HunyuanVideoPipeline.from_pretrained`."""
-    random_pipeline(sizes, device).save_pretrained(folder)
 
 
 def random_pipeline(sizes: PipelineSizes, device: torch.device) -> HunyuanVideoPipeline:

@@ -15,6 +15,11 @@ AUTHORS = "x-attention"
 _SWEEP = re.compile(r"(cpu-)?\d+k")
 
 
+def describe_video(row: Row) -> str:
+    """Height, width and number of frames."""
+    return f"{row['height']}x{row['width']}, {row['num_frames']} frames"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """The rows of one attention problem in one file."""

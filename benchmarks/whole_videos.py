@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_files import RESULTS
+from benchmarks.results_files import RESULTS, describe_video
+from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.request import SparseSettings, VideoSettings
 
 VIDEOS = RESULTS / "generate"
 # The folder that `benchmarks.random_pipeline` wrote, wherever it was.
@@ -37,40 +39,37 @@ class WholeVideo:
     @property
     def run(self) -> dict[str, Any]:
         """The one video of the command."""
-        found: dict[str, Any] = self.content["runs"][0]
-        return found
+        return self.content["runs"][0]
 
     @property
     def device(self) -> str:
-        return str(self.content["device"])
+        return self.content["device"]
 
     @property
     def frames(self) -> str:
-        """Height, width and number of frames."""
-        return f"{self.run['height']}x{self.run['width']}, {self.run['num_frames']} frames"
+        return describe_video(self.run)
 
     @property
     def offload(self) -> str:
-        return str(self.content["offload"])
+        return self.content["offload"]
 
     @property
     def seconds(self) -> float:
-        return float(self.run["seconds"])
+        return self.run["seconds"]
 
     @property
     def other_seconds(self) -> float:
         """Text, decoding, and moving weights between denoising and these."""
-        return self.seconds - float(self.run["dense_seconds"] + self.run["sparse_seconds"])
+        return self.seconds - self.run["dense_seconds"] - self.run["sparse_seconds"]
 
     @property
     def density(self) -> float | None:
         """Of the sparse steps; None where there are none."""
-        found: float | None = self.run["report"]["density"]
-        return found
+        return self.run["report"]["density"]
 
     @property
     def peak_memory_gib(self) -> float:
-        return float(self.run["peak_memory_gib"])
+        return self.run["peak_memory_gib"]
 
     def count(self, *, sparse: bool) -> int:
         """How many steps of a kind there were."""
@@ -89,12 +88,15 @@ class WholeVideo:
         """The command with the options that were not left at their defaults."""
         words = ["xattn-video", "generate", "--model", MODEL, "--prompt", self.run["prompt"]]
         words += ["--threshold", f"{self.run['sparse']['threshold']:g}"]
-        if self.run["num_inference_steps"] != 50:
-            words += ["--num-inference-steps", str(self.run["num_inference_steps"])]
-        if self.run["sparse"]["warmup_steps"] != 5:
-            words += ["--warmup-steps", str(self.run["sparse"]["warmup_steps"])]
-        if self.offload != "model":
-            words += ["--offload", self.offload]
+        steps, warmup_steps = self.run["num_inference_steps"], self.run["sparse"]["warmup_steps"]
+        offload = LoadOptions(device="cuda", device_elsewhere=True).resolved_offload
+        for option, value, default in (
+            ("--num-inference-steps", steps, VideoSettings().num_inference_steps),
+            ("--warmup-steps", warmup_steps, SparseSettings().warmup_steps),
+            ("--offload", self.offload, offload),
+        ):
+            if value != default:
+                words += [option, str(value)]
         return shlex.join([*words, "--report", f"{self.stem}.json"])
 
 

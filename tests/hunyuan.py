@@ -12,7 +12,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
 )
 
-from benchmarks.random_pipeline import PipelineSizes, write_pipeline
+from benchmarks.random_pipeline import PipelineSizes, random_pipeline
 from xattn_video import XAttnProcessor
 
 CHANNELS, FRAMES, SIZE = 4, 9, 64
@@ -32,6 +32,7 @@ TINY_TRANSFORMER = {
     "pooled_projection_dim": POOLED_DIM,
     "rope_axes_dim": (4, 6, 6),
 }
+# The vocabularies are those of the demo model's tokenizers.
 TINY_PIPELINE = PipelineSizes(
     transformer=TINY_TRANSFORMER | {"num_layers": 1},
     vae={
@@ -89,7 +90,7 @@ def tiny_pipeline(transformer=None) -> HunyuanVideoPipeline:
 def save_whole_pipeline(folder: Path) -> None:
     """Write a pipeline with text encoders and VAE, as `from_pretrained` reads it."""
     torch.manual_seed(0)
-    write_pipeline(folder, TINY_PIPELINE, torch.device("cpu"))
+    random_pipeline(TINY_PIPELINE, torch.device("cpu")).save_pretrained(folder)
 
 
 def prompt(lengths=(10,), seed=0, prefix="") -> dict[str, torch.Tensor]:

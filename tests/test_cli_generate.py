@@ -174,17 +174,26 @@ def test_the_model_is_hunyuan_video_unless_another_is_named(monkeypatch):
     assert jobs[0].load.model == "hunyuanvideo-community/HunyuanVideo"
 
 
-def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch, tmp_path):
+@pytest.fixture
+def stop_at_the_second(monkeypatch):
+    """What makes the generation of the prompt "second" raise."""
     from xattn_video.pipelines import generation
 
     real = generation.generate
 
-    def fail_at_the_second(pipe, request, progress):
-        if request.prompt == "second":
-            raise RuntimeError("CUDA out of memory")
-        return real(pipe, request, progress)
+    def stop(error):
+        def generate_or_stop(pipe, request, progress):
+            if request.prompt == "second":
+                raise error
+            return real(pipe, request, progress)
 
-    monkeypatch.setattr(generation, "generate", fail_at_the_second)
+        monkeypatch.setattr(generation, "generate", generate_or_stop)
+
+    return stop
+
+
+def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, stop_at_the_second, tmp_path):
+    stop_at_the_second(RuntimeError("CUDA out of memory"))
     (tmp_path / "p.txt").write_text("first\nsecond\n")
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert code == 1
@@ -193,17 +202,8 @@ def test_a_run_cut_short_leaves_the_report_of_what_it_did(generate, monkeypatch,
     assert (tmp_path / video["file"]).is_file()
 
 
-def test_an_interruption_says_how_many_videos_are_written(generate, monkeypatch, tmp_path):
-    from xattn_video.pipelines import generation
-
-    real = generation.generate
-
-    def interrupt_at_the_second(pipe, request, progress):
-        if request.prompt == "second":
-            raise KeyboardInterrupt
-        return real(pipe, request, progress)
-
-    monkeypatch.setattr(generation, "generate", interrupt_at_the_second)
+def test_an_interruption_says_how_many_videos_are_written(generate, stop_at_the_second, tmp_path):
+    stop_at_the_second(KeyboardInterrupt())
     (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert code == 130

@@ -115,7 +115,7 @@ def _offload(memory: "MemoryEstimate") -> str:
         for name, gib in memory.peaks.items()
         if name != memory.offload
     ]
-    return "; ".join([memory.offload, *([", ".join(others)] if others else [])])
+    return f"{memory.offload}; {', '.join(others)}" if others else memory.offload
 
 
 def _backend(run_plan: "RunPlan") -> str:

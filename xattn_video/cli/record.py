@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,15 +47,22 @@ def machine_record(device: "torch.device") -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    # What the backends run on, where it is installed.
-    for package in ("triton", "flash-attn-4", "block-sparse-attn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    # What the backends run on.
+    versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn"))
     cuda = device.type == "cuda"
     return {
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
     }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def generation_record(

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported
+from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported, unreadable
 
 # HunyuanVideo's Llama and CLIP text encoders, and its VAE.
 _TEXT_PARAMETERS = 7_505_186_816 + 123_060_480
@@ -111,10 +111,7 @@ def count_parameters(folder: Path) -> int:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length))
         except OSError as error:
-            raise ValueError(
-                f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another "
-                "model."
-            ) from None
+            raise unreadable(file, error) from None
         header.pop("__metadata__", None)
         count += sum(math.prod(tensor["shape"]) for tensor in header.values())
     return count

@@ -38,10 +38,7 @@ class ModelSource:
                 "give a folder written by save_pretrained."
             ) from None
         except OSError as error:
-            raise ValueError(
-                f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another "
-                "model."
-            ) from None
+            raise unreadable(file, error) from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not valid JSON ({error}); download it again.") from None
         if not isinstance(content, dict):
@@ -74,6 +71,13 @@ class ModelSource:
         except HfHubHTTPError as error:
             reason = f"the hub answered: {error.args[0].splitlines()[0]}"
         raise PipelineLoadError(f"cannot load {self.name!r} from the hub: {reason}.")
+
+
+def unreadable(file: Path, error: OSError) -> ValueError:
+    """What to raise where a file of a model cannot be read."""
+    return ValueError(
+        f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another model."
+    )
 
 
 def find_model(name: str) -> ModelSource:
