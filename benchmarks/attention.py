@@ -22,6 +22,7 @@ from benchmarks.arguments import comma_separated
 from benchmarks.inputs_file import input_names, load_inputs
 from benchmarks.measure import ResultFile, environment
 from benchmarks.problems import GROUPS, PROBLEMS, find_problems
+from xattn_video.backends.table import available_backends
 from xattn_video.benchmark.parts import (
     Case,
     SparseSettings,
@@ -31,7 +32,6 @@ from xattn_video.benchmark.parts import (
 )
 from xattn_video.benchmark.problems import AttentionTensors, clustered_tensors
 from xattn_video.benchmark.timing import Budget
-from xattn_video.registry import available_backends
 
 
 def main(words: list[str] | None = None) -> None:

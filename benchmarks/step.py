@@ -21,10 +21,10 @@ from benchmarks.results_files import AUTHORS
 from benchmarks.upstream import find_checkouts, has_kernel
 from benchmarks.upstream_step import AuthorsProcessor
 from xattn_video import XAttnProcessor, enable_xattention
+from xattn_video.backends.dense import fastest_dense_kernel
 from xattn_video.benchmark.checks import WrongResultError
-from xattn_video.dense import fastest_dense_kernel
-from xattn_video.inputs import Problem
-from xattn_video.scoring import PRECISIONS, chosen_precision
+from xattn_video.ops.problem import Problem
+from xattn_video.ops.scoring import PRECISIONS, chosen_precision
 
 TEXT_TOKENS = 256
 

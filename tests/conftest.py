@@ -35,10 +35,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def unresolved_backends() -> None:
     """What one test lets a backend run says nothing to the next."""
-    from xattn_video import registry
+    from xattn_video.backends import table
 
-    registry._resolve_named.cache_clear()
-    registry._resolve_auto.cache_clear()
+    table._resolve_named.cache_clear()
+    table._resolve_auto.cache_clear()
 
 
 @pytest.fixture(autouse=True)

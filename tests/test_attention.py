@@ -15,9 +15,10 @@ from xattn_video import (
     xattention,
 )
 from xattn_video.backends import torch_gather
-from xattn_video.inputs import AttentionInputs, BlockLists
-from xattn_video.registry import BACKENDS
-from xattn_video.scoring import torch_block_scores
+from xattn_video.backends.table import BACKENDS
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.problem import AttentionInputs
+from xattn_video.ops.scoring import torch_block_scores
 
 
 def make_inputs(B, H, Sq, Sk, D, dtype=torch.float32):
@@ -246,7 +247,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
 
 def test_auto_says_what_it_chose_once(caplog):
     inputs = make_inputs(1, 1, 128, 128, 24)
-    with caplog.at_level("INFO", logger="xattn_video.registry"):
+    with caplog.at_level("INFO", logger="xattn_video.backends.table"):
         xattention(*inputs)
         xattention(*inputs)
     assert len(caplog.records) == 1

@@ -8,9 +8,9 @@ from oracle import assert_within_budget, masked_attention
 
 from xattn_video import block_sparse_attention
 from xattn_video.backends import flex
-from xattn_video.inputs import Problem
+from xattn_video.backends.table import load_backend
 from xattn_video.kernels import support
-from xattn_video.registry import load_backend
+from xattn_video.ops.problem import Problem
 
 BACKENDS = ["flash4", "triton", "flex", "torch_gather"]
 CPU = torch.device("cpu")

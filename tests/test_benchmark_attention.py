@@ -8,7 +8,6 @@ import torch
 
 import benchmarks.problems
 from benchmarks import attention, upstream
-from xattn_video.attention import block_sparse_attention
 from xattn_video.backends import torch_gather
 from xattn_video.benchmark import checks, parts
 from xattn_video.benchmark.parts import Case, SparseSettings, measure_cases, sparse_cases
@@ -20,8 +19,9 @@ from xattn_video.benchmark.problems import (
     threshold_for_density,
 )
 from xattn_video.benchmark.timing import Budget, time_limit
-from xattn_video.scoring import block_scores
-from xattn_video.selection import select_block_lists, select_blocks
+from xattn_video.ops.attention import block_sparse_attention
+from xattn_video.ops.scoring import block_scores
+from xattn_video.ops.selection import select_block_lists, select_blocks
 
 CPU = torch.device("cpu")
 TINY = AttentionProblem("tiny", length=900, heads=2, head_dim=16)

@@ -11,8 +11,8 @@ from benchmarks import attention, demo_inputs
 from benchmarks.inputs_file import input_names, load_inputs, save_inputs
 from xattn_video.benchmark.problems import AttentionTensors
 from xattn_video.benchmark.quality import selection_quality
-from xattn_video.scoring import block_scores
-from xattn_video.selection import select_blocks
+from xattn_video.ops.scoring import block_scores
+from xattn_video.ops.selection import select_blocks
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ from oracle import assert_smallest_set
 pytest.importorskip("triton")
 
 from xattn_video import select_blocks
-from xattn_video.forced import ForcedBlocks
-from xattn_video.inputs import BlockLists
 from xattn_video.kernels.block_selection import block_selection
-from xattn_video.selection import _fewest_blocks
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.selection import _fewest_blocks
 
 BLOCK_SIZE = 64
 

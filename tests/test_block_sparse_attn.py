@@ -14,8 +14,8 @@ from oracle import assert_within_budget, masked_attention
 
 from xattn_video import BackendUnavailableError, block_sparse_attention, xattention
 from xattn_video.backends import block_sparse_attn
-from xattn_video.inputs import Problem
-from xattn_video.registry import AUTO_ORDER, resolve_backend
+from xattn_video.backends.table import AUTO_ORDER, resolve_backend
+from xattn_video.ops.problem import Problem
 
 GPU = Problem(torch.device("cuda", 0), torch.bfloat16, head_dim=128, block_size=128)
 

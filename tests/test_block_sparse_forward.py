@@ -2,7 +2,7 @@ import pytest
 import torch
 from oracle import assert_within_budget, make_lengths, masked_attention
 
-from xattn_video.inputs import BlockLists
+from xattn_video.ops.blocks import BlockLists
 
 pytest.importorskip("triton")
 

@@ -265,7 +265,7 @@ def test_an_attention_backend_without_its_package_says_why_before_the_model_is_l
 def test_a_scoring_precision_that_cannot_be_had_says_why_before_the_model_is_loaded(
     generate, monkeypatch
 ):
-    from xattn_video import scoring
+    from xattn_video.ops import scoring
 
     monkeypatch.setattr(
         scoring, "triton_unsupported_reasons", lambda *_, **__: ["too old a GPU; score exactly."]

@@ -3,7 +3,7 @@ import torch
 
 from xattn_video import block_scores, block_sparse_attention, select_blocks, xattention
 from xattn_video.compat import Xattention_prefill
-from xattn_video.scoring import torch_block_scores
+from xattn_video.ops.scoring import torch_block_scores
 
 
 def make_inputs(length=512, heads=2, head_dim=32):

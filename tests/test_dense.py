@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName
 from oracle import assert_within_budget, masked_attention
 
-from xattn_video import dense
-from xattn_video.dense import attend_with, fastest_dense_kernel
+from xattn_video.backends import dense
+from xattn_video.backends.dense import attend_with, fastest_dense_kernel
 from xattn_video.kernels import flash_attention_4
 from xattn_video.processors import joint_attention
 

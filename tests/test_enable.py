@@ -127,7 +127,7 @@ def generate_alone(transformer):
 
 
 def test_the_scoring_precision_reaches_the_scores(monkeypatch):
-    from xattn_video import scoring
+    from xattn_video.ops import scoring
 
     seen = []
 
@@ -145,7 +145,7 @@ def test_the_scoring_precision_reaches_the_scores(monkeypatch):
 
 
 def test_a_scoring_precision_that_cannot_be_had_stops_the_first_step(monkeypatch):
-    from xattn_video import scoring
+    from xattn_video.ops import scoring
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
     pipe = tiny_pipeline()

@@ -11,9 +11,10 @@ from oracle import assert_within_budget, masked_attention
 
 from xattn_video import BackendUnavailableError, block_sparse_attention
 from xattn_video.backends import flash4
-from xattn_video.inputs import AttentionInputs, BlockLists, Problem
+from xattn_video.backends.table import AUTO_ORDER, resolve_backend
 from xattn_video.kernels import flash_attention_4
-from xattn_video.registry import AUTO_ORDER, resolve_backend
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 CPU = torch.device("cpu")
 HOPPER = Problem(

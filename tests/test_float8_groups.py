@@ -5,7 +5,7 @@ pytest.importorskip("triton")
 
 from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores
 from xattn_video.kernels.float8_groups import quantize_groups, sampled_mean
-from xattn_video.scoring import torch_block_scores
+from xattn_video.ops.scoring import torch_block_scores
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -18,7 +18,7 @@ from xattn_video import (
     xattention,
 )
 from xattn_video.compat import Xattention_prefill
-from xattn_video.inputs import BlockLists
+from xattn_video.ops.blocks import BlockLists
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

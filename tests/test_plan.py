@@ -237,7 +237,7 @@ def test_other_pipelines_are_refused(tmp_path):
 
 
 def test_a_scoring_precision_that_cannot_be_had_is_a_warning(monkeypatch):
-    from xattn_video import scoring
+    from xattn_video.ops import scoring
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
     (warning,) = [w for w in plan(scoring_precision="float8").warnings if "float8" in w]

@@ -156,13 +156,12 @@ def test_a_freed_transformer_frees_its_processor_for_another():
 
 
 def test_a_backend_that_cannot_run_is_refused_before_any_layer(monkeypatch):
-    from xattn_video import registry
-    from xattn_video.backends import torch_gather
+    from xattn_video.backends import table, torch_gather
 
     transformer, processor = with_processor(backend="torch_gather")
     run(transformer)
     monkeypatch.setattr(torch_gather, "unsupported_reasons", lambda problem: ["not today."])
-    registry._resolve_named.cache_clear()
+    table._resolve_named.cache_clear()
     with pytest.raises(BackendUnavailableError, match="not today"):
         run(transformer, timestep=400.0)
     assert processor.report().num_refused == 1

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from xattn_video import SparsityReport
-from xattn_video.report import ForwardRun, LayerRun
+from xattn_video.policy.report import ForwardRun, LayerRun
 
 DENSE = LayerRun("dense", "warm-up")
 SKIPPED = LayerRun("skipped")

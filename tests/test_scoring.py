@@ -3,8 +3,8 @@ import torch
 from oracle import antidiagonal_block_scores, assert_within_budget, order_error
 
 from xattn_video import block_scores
-from xattn_video.inputs import Problem
-from xattn_video.scoring import torch_block_scores
+from xattn_video.ops.problem import Problem
+from xattn_video.ops.scoring import torch_block_scores
 
 
 def make_pair(B, H, Sq, Sk, D, dtype=torch.float32):
@@ -58,7 +58,7 @@ def test_each_item_of_a_batch_has_its_own_key_length(causal):
 
 def test_eight_bits_are_refused_where_no_kernel_runs(monkeypatch):
     """Never answered with exact scores."""
-    from xattn_video import scoring
+    from xattn_video.ops import scoring
 
     reasons = ["the device must be CUDA."]
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **options: reasons)
@@ -80,7 +80,7 @@ def test_eight_bits_are_taken_where_they_were_measured_to_pay(
     tokens, dtype, capability, reasons, float8, monkeypatch
 ):
     support = pytest.importorskip("xattn_video.kernels.support")
-    from xattn_video import scoring
+    from xattn_video.ops import scoring
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **options: reasons)
     monkeypatch.setattr(support, "nvidia_capability", lambda device: capability)

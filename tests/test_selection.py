@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from oracle import assert_smallest_set
 
 from xattn_video import block_scores, select_blocks
-from xattn_video.selection import _fewest_blocks
+from xattn_video.ops.selection import _fewest_blocks
 
 
 def random_scores(*shape, sharpness=3.0):

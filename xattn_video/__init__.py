@@ -4,36 +4,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xattn_video.attention import block_sparse_attention, xattention
+    from xattn_video.backends.table import available_backends
     from xattn_video.errors import (
         BackendUnavailableError,
         UnboundProcessorError,
         UnsupportedModelError,
         XAttentionError,
     )
+    from xattn_video.ops.attention import block_sparse_attention, xattention
+    from xattn_video.ops.scoring import block_scores
+    from xattn_video.ops.selection import select_blocks
+    from xattn_video.policy.report import SparsityReport
+    from xattn_video.policy.schedule import ThresholdSchedule
     from xattn_video.processors import XAttnProcessor, enable_xattention
-    from xattn_video.registry import available_backends
-    from xattn_video.report import SparsityReport
-    from xattn_video.schedule import ThresholdSchedule
-    from xattn_video.scoring import block_scores
-    from xattn_video.selection import select_blocks
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "BackendUnavailableError": "errors",
-    "SparsityReport": "report",
-    "ThresholdSchedule": "schedule",
+    "SparsityReport": "policy.report",
+    "ThresholdSchedule": "policy.schedule",
     "UnboundProcessorError": "errors",
     "UnsupportedModelError": "errors",
     "XAttentionError": "errors",
     "XAttnProcessor": "processors",
-    "available_backends": "registry",
-    "block_scores": "scoring",
-    "block_sparse_attention": "attention",
+    "available_backends": "backends.table",
+    "block_scores": "ops.scoring",
+    "block_sparse_attention": "ops.attention",
     "enable_xattention": "processors",
-    "select_blocks": "selection",
-    "xattention": "attention",
+    "select_blocks": "ops.selection",
+    "xattention": "ops.attention",
 }
 
 __all__ = [

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_video.attention import block_sparse_attention
-from xattn_video.checks import check_block_size, check_pair
-from xattn_video.forced import diagonal_blocks, sink_blocks
-from xattn_video.inputs import Problem
-from xattn_video.scoring import (
+from xattn_video.ops.arguments import check_block_size, check_pair
+from xattn_video.ops.attention import block_sparse_attention
+from xattn_video.ops.forced import diagonal_blocks, sink_blocks
+from xattn_video.ops.problem import Problem
+from xattn_video.ops.scoring import (
     torch_block_scores,
     triton_block_scores,
     triton_unsupported_reasons,
 )
-from xattn_video.selection import select_blocks
+from xattn_video.ops.selection import select_blocks
 
 
 def Xattention_prefill(  # noqa: N802  (the published name)

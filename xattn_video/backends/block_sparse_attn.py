@@ -11,9 +11,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from xattn_video.first_use import check_on_small_problem
-from xattn_video.inputs import AttentionInputs, Problem
+from xattn_video.backends.probe import check_on_small_problem
 from xattn_video.kernels.support import cuda_unsupported_reasons
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 NAME = "block_sparse_attn"
 

@@ -5,9 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
-from xattn_video.first_use import check_on_small_problem
-from xattn_video.inputs import AttentionInputs, BlockLists, Problem
+from xattn_video.backends.probe import check_on_small_problem
 from xattn_video.kernels import flash_attention_4
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 NAME = "flash4"
 

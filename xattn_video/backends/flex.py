@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from xattn_video.inputs import AttentionInputs, Problem
 from xattn_video.kernels.support import (
     c_compiler_reasons,
     cuda_unsupported_reasons,
     is_installed,
     nvidia_capability,
 )
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 NAME = "flex"
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.inputs import AttentionInputs, Problem, empty_output
+from xattn_video.ops.problem import AttentionInputs, Problem, empty_output
 
 NAME = "torch_gather"
 

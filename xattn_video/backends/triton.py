@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from xattn_video.inputs import AttentionInputs, Problem
 from xattn_video.kernels.support import kernel_unsupported_reasons
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 NAME = "triton"
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionTensors
 from xattn_video.errors import XAttentionError
-from xattn_video.scoring import torch_block_scores
+from xattn_video.ops.scoring import torch_block_scores
 
 # Of the norm. bfloat16 stays four times below it; attention over other blocks exceeds it far.
 _LARGEST_ERROR = 0.02

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xattn_video.attention import xattention
+from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.benchmark.checks import check_attention, check_scores, check_selection
 from xattn_video.benchmark.dense import dense_kernels
 from xattn_video.benchmark.problems import (
@@ -21,11 +21,12 @@ from xattn_video.benchmark.problems import (
 )
 from xattn_video.benchmark.quality import selection_quality
 from xattn_video.benchmark.timing import Budget, measure, time_limit
-from xattn_video.forced import ForcedBlocks
-from xattn_video.inputs import AttentionInputs, BlockLists
-from xattn_video.registry import load_backend, resolve_backend
-from xattn_video.scoring import Precision, block_scores
-from xattn_video.selection import select_block_lists
+from xattn_video.ops.attention import xattention
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.problem import AttentionInputs
+from xattn_video.ops.scoring import Precision, block_scores
+from xattn_video.ops.selection import select_block_lists
 
 Part = Literal["dense", "scoring", "selection", "attention", "xattention"]
 Row = dict[str, Any]

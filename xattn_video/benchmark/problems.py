@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn_video.forced import ForcedBlocks
-from xattn_video.inputs import BlockLists
-from xattn_video.selection import select_block_lists
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.selection import select_block_lists
 
 BLOCK_SIZE = 128
 _BISECTIONS = 14

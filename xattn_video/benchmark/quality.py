@@ -5,7 +5,7 @@ from torch import Tensor
 
 from xattn_video.benchmark.checks import formula_scores, row_weights
 from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionTensors
-from xattn_video.selection import select_blocks
+from xattn_video.ops.selection import select_blocks
 
 _NUM_ROWS = 8
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xattn_video.backends.table import resolve_backend
 from xattn_video.benchmark.dense import STOCK, best_dense
 from xattn_video.benchmark.parts import (
     Row,
@@ -15,8 +16,7 @@ from xattn_video.benchmark.parts import (
 )
 from xattn_video.benchmark.problems import BLOCK_SIZE, AttentionProblem, clustered_tensors
 from xattn_video.benchmark.timing import Budget
-from xattn_video.inputs import Problem
-from xattn_video.registry import resolve_backend
+from xattn_video.ops.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)

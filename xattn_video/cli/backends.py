@@ -29,8 +29,8 @@ def backends(
     with ErrorsToExitCodes(verbose):
         import torch
 
-        from xattn_video.checks import check_block_size
-        from xattn_video.registry import AUTO_ORDER, available_backends
+        from xattn_video.backends.table import AUTO_ORDER, available_backends
+        from xattn_video.ops.arguments import check_block_size
 
         check_block_size(block_size)
         if head_dim < 1:

@@ -23,13 +23,13 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> No
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
     """
-    from xattn_video.inputs import Problem
+    from xattn_video.backends.table import resolve_backend
+    from xattn_video.ops.problem import Problem
+    from xattn_video.ops.scoring import check_precision
     from xattn_video.pipelines.hunyuan_video import check_loading
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.plan import plan_run
     from xattn_video.pipelines.source import find_model
-    from xattn_video.registry import resolve_backend
-    from xattn_video.scoring import check_precision
 
     shape = read_model_shape(find_model(load.model))
     check_loading(load)

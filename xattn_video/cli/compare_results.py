@@ -10,10 +10,10 @@ from xattn_video.cli.record import write_json
 from xattn_video.pipelines.video import atomic_path, check_output_folder, write_video
 
 if TYPE_CHECKING:
+    from xattn_video.policy.report import SparsityReport
     from xattn_video.quality.comparison import Outcome
     from xattn_video.quality.plots import Densities
     from xattn_video.quality.rows import Row
-    from xattn_video.report import SparsityReport
 
 
 class ResultsFolder:

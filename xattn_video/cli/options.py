@@ -13,11 +13,11 @@ from xattn_video.pipelines.request import (
     default_settings,
 )
 from xattn_video.pipelines.source import DEMO
-from xattn_video.schedule import ThresholdSchedule
+from xattn_video.policy.schedule import ThresholdSchedule
 
 if TYPE_CHECKING:
+    from xattn_video.ops.scoring import Precision
     from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
-    from xattn_video.scoring import Precision
 
 _FULL = VideoSettings()
 

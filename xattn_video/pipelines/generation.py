@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn_video.pipelines.request import GenerationRequest, SparseSettings
+from xattn_video.policy.report import SparsityReport
 from xattn_video.processors import XAttnProcessor, enable_xattention
-from xattn_video.report import SparsityReport
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline

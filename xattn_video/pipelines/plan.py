@@ -6,14 +6,14 @@ from typing import Any
 import psutil
 import torch
 
+from xattn_video.backends.table import available_backends, resolve_backend
 from xattn_video.errors import BackendUnavailableError
-from xattn_video.inputs import Problem
+from xattn_video.ops.problem import Problem
+from xattn_video.ops.scoring import check_precision
 from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import SparseSettings, VideoSettings
-from xattn_video.registry import available_backends, resolve_backend
-from xattn_video.schedule import ThresholdSchedule
-from xattn_video.scoring import check_precision
+from xattn_video.policy.schedule import ThresholdSchedule
 
 PAPER_DENSITIES = (0.34, 0.455)
 """Densities that the XAttention paper reports for HunyuanVideo; not a measurement of this run."""

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.min_tokens import resolve_min_tokens
 from xattn_video.pipelines.source import DEMO
-from xattn_video.schedule import ThresholdSchedule
+from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.policy.settings import resolve_min_tokens
 
 if TYPE_CHECKING:
-    from xattn_video.scoring import Precision
+    from xattn_video.ops.scoring import Precision
 
 SIZE_STEP = 16
 """Pixels that one latent patch covers on each side."""
@@ -88,9 +88,9 @@ class SparseSettings:
                 "the share of attention mass to keep, such as 0.9."
             )
         # It brings torch, which a command line that only shows its help need not wait for.
-        from xattn_video.checks import check_block_size
-        from xattn_video.registry import load_backend
-        from xattn_video.scoring import check_precision
+        from xattn_video.backends.table import load_backend
+        from xattn_video.ops.arguments import check_block_size
+        from xattn_video.ops.scoring import check_precision
 
         check_block_size(self.block_size, self.stride)
         if self.backend != "auto":

@@ -7,9 +7,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from xattn_video.errors import UnsupportedModelError
+from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.processors.binding import supported_transformer
 from xattn_video.processors.hunyuan_video import XAttnProcessor
-from xattn_video.schedule import ThresholdLike
 
 
 class XAttentionHandle:

@@ -9,6 +9,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from xattn_video.errors import UnboundProcessorError
+from xattn_video.ops.scoring import Precision
+from xattn_video.policy.report import SparsityReport
+from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
 from xattn_video.processors.binding import TransformerBound, install, supported_transformer
 from xattn_video.processors.joint_attention import dense_attention, sparse_attention
 from xattn_video.processors.joint_qkv import can_fuse, join, prepare_eagerly, prepare_fused
@@ -21,9 +24,6 @@ from xattn_video.processors.layer_slots import (
 )
 from xattn_video.processors.session import NumSteps, Session, Settings
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook
-from xattn_video.report import SparsityReport
-from xattn_video.schedule import ThresholdLike, ThresholdSchedule
-from xattn_video.scoring import Precision
 
 _HOW_TO_BIND = (
     "set it with transformer.set_attn_processor(processor), or call processor.bind(transformer) "

@@ -15,9 +15,9 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor
 
-from xattn_video.attention import attend_selected
-from xattn_video.dense import attend_with, fastest_dense_kernel
-from xattn_video.scoring import Precision
+from xattn_video.backends.dense import attend_with, fastest_dense_kernel
+from xattn_video.ops.attention import attend_selected
+from xattn_video.ops.scoring import Precision
 
 
 def dense_attention(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_video.attention import score_and_select
+from xattn_video.ops.attention import score_and_select
 from xattn_video.processors.hunyuan_video import XAttnProcessor
 from xattn_video.processors.layer_slots import ForwardPlan, LayerSlot
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
 from xattn_video.processors.step_tracker import ForwardInputs, StepTracker
-from xattn_video.report import ForwardRun, LayerRun, SparsityReport, State
 
 SLOT_NAME = "_xattn_slot"
 

@@ -9,16 +9,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from xattn_video.checks import check_block_size
+from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.errors import BackendUnavailableError
-from xattn_video.inputs import Problem
-from xattn_video.min_tokens import resolve_min_tokens
+from xattn_video.ops.arguments import check_block_size
+from xattn_video.ops.problem import Problem
+from xattn_video.ops.scoring import Precision, check_precision
+from xattn_video.policy.schedule import CallableSchedule, ThresholdSchedule
+from xattn_video.policy.settings import resolve_min_tokens
 from xattn_video.processors import joint_qkv
 from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
-from xattn_video.registry import load_backend, resolve_backend
-from xattn_video.schedule import CallableSchedule, ThresholdSchedule
-from xattn_video.scoring import Precision, check_precision
 
 NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
 

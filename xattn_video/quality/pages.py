@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.quality.rows import Row, table_cells
-from xattn_video.schedule import ThresholdSchedule
 
 _PICTURES = {
     "psnr-density": "PSNR against density",

@@ -6,7 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from xattn_video.checks import (
+from xattn_video.backends.table import load_backend, resolve_backend
+from xattn_video.ops.arguments import (
     check_block_size,
     check_key_lengths,
     check_movable,
@@ -14,11 +15,11 @@ from xattn_video.checks import (
     check_same_device,
     check_threshold,
 )
-from xattn_video.forced import ForcedBlocks
-from xattn_video.inputs import AttentionInputs, BlockLists, empty_output
-from xattn_video.registry import load_backend, resolve_backend
-from xattn_video.scoring import Precision, block_scores
-from xattn_video.selection import select_block_lists
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.problem import AttentionInputs, empty_output
+from xattn_video.ops.scoring import Precision, block_scores
+from xattn_video.ops.selection import select_block_lists
 
 
 def block_sparse_attention(

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.checks import check_movable, check_same_device, check_threshold
-from xattn_video.forced import ForcedBlocks
-from xattn_video.inputs import BlockLists
 from xattn_video.kernels.support import device_unsupported_reasons
+from xattn_video.ops.arguments import check_movable, check_same_device, check_threshold
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.forced import ForcedBlocks
 
 # Longer rows do not stay in the registers of a program; they are sorted.
 _LARGEST_KERNEL_ROW = 8192

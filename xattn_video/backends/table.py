@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xattn_video.errors import BackendUnavailableError
-from xattn_video.inputs import AttentionInputs, Problem
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 logger = logging.getLogger(__name__)
 

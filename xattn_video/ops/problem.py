@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xattn_video.ops.blocks import BlockLists
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -17,31 +19,6 @@ class Problem:
     causal: bool = False
     ragged: bool = False
     """True where the items of a batch have key lengths of their own."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockLists:
-    """The key blocks of each row of blocks, as the kernels walk them.
-
-    counts is int32 `[B, H, Nq]`; indices is int32 `[B, H, Nq, Nk]`, of which the first ``counts``
-    of a row are its blocks, ascending; the others follow, each once.
-    """
-
-    counts: Tensor
-    indices: Tensor
-
-    @classmethod
-    def from_mask(cls, block_mask: Tensor) -> "BlockLists":
-        """The lists of a bool mask `[B, H, Nq, Nk]`, without a host synchronisation."""
-        counts = block_mask.sum(dim=-1, dtype=torch.int32)
-        indices = torch.argsort(~block_mask, dim=-1, stable=True).to(torch.int32)
-        return cls(counts, indices)
-
-    def to_mask(self) -> Tensor:
-        """The block mask, bool `[B, H, Nq, Nk]`; True = compute."""
-        places = torch.arange(self.indices.shape[-1], device=self.indices.device)
-        listed = places < self.counts[..., None]
-        return torch.empty_like(listed).scatter_(-1, self.indices.long(), listed)
 
 
 @dataclass(frozen=True, slots=True)

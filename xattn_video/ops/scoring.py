@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.checks import check_block_size, check_key_lengths, check_pair
-from xattn_video.inputs import Problem
+from xattn_video.ops.arguments import check_block_size, check_key_lengths, check_pair
+from xattn_video.ops.problem import Problem
 
 Precision: TypeAlias = Literal["auto", "exact", "float8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

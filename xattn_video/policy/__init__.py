@@ -1,0 +1,1 @@
+"""When attention is sparse, and how much."""
