@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.results_files import RESULTS, describe_video
 from xattn_video.pipelines.hunyuan_video import LoadOptions
-from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.settings import SparseSettings
 
 VIDEOS = RESULTS / "generate"
 # The folder that `benchmarks.random_pipeline` wrote, wherever it was.

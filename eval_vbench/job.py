@@ -11,8 +11,9 @@ from xattn_video.cli.checks import check_runs
 from xattn_video.cli.console import message_console, output_console, quiet_libraries
 from xattn_video.cli.options import check_fps
 from xattn_video.cli.progress import GenerationProgress
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.video import check_output_folder
+from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.generation import StepRecord

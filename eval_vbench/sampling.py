@@ -14,8 +14,9 @@ from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder
 from xattn_video.cli.record import machine_record
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.video import write_video
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.quality.clips import Clip
 from xattn_video.quality.comparison import judge_demo_clip
 

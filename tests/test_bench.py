@@ -12,7 +12,8 @@ from xattn_video.cli.console import output_console
 from xattn_video.pipelines.hunyuan_video import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.plan import plan_run
-from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.settings import SparseSettings
 
 SMALL = "--height=128 --width=128 --num-frames=17 --device=cpu --dtype=float32 --seconds=0.1"
 

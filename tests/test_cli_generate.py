@@ -21,7 +21,8 @@ from xattn_video.cli.record import machine_record
 from xattn_video.pipelines.demo import parse_prompt
 from xattn_video.pipelines.demo.checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.generation import StepRecord
-from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.settings import SparseSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -289,7 +290,15 @@ def test_every_option_of_the_video_and_the_model_arrives(generate, monkeypatch):
     (request,) = job.requests
     assert request.video == VideoSettings(64, 64, 9, 4, 5.0, 3.0)
     assert (request.negative_prompt, request.seed, job.fps) == ("blur", 7, 12)
-    assert request.sparse == SparseSettings(0.8, 16, 64, 1, 2, 3, "torch_gather")
+    assert request.sparse == SparseSettings(
+        0.8,
+        stride=16,
+        block_size=64,
+        warmup_steps=1,
+        cooldown_steps=2,
+        min_tokens=3,
+        backend="torch_gather",
+    )
     assert (job.load.offload, job.load.vae_tiling) == ("none", True)
     assert job.load.attention_backend == "native"
     assert (job.load.device, job.load.dtype) == ("cpu", torch.float32)

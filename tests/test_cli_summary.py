@@ -9,7 +9,8 @@ from rich.console import Console
 
 from xattn_video.cli.summary import print_summary
 from xattn_video.pipelines.generation import GenerationResult, StepRecord
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.policy.settings import SparseSettings
 
 
 def summary_of(dense, sparse, seconds=100.0) -> str:

@@ -18,7 +18,9 @@ from xattn_video.pipelines.generation import (
     generate_together,
 )
 from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.policy.decision import Run, count_dense_steps
+from xattn_video.policy.settings import SparseSettings
 
 SMALL = VideoSettings(height=64, width=64, num_frames=9, num_inference_steps=4)
 SPARSE = SparseSettings(threshold=0.8, block_size=16, warmup_steps=2, min_tokens=0)
@@ -43,7 +45,7 @@ def request(**options):
 
 
 def test_sparse_settings_are_the_processors():
-    ours = {field.name: field.default for field in fields(SparseSettings)}
+    ours = {knob.name: knob.default for knob in fields(SparseSettings)}
     parameters = inspect.signature(XAttnProcessor).parameters
     assert ours == {name: parameter.default for name, parameter in parameters.items()}
 
@@ -160,7 +162,7 @@ def test_a_schedule_is_followed(pipe):
     settings = SparseSettings(schedule, block_size=16, warmup_steps=0, min_tokens=0)
     result = generate(pipe, request(sparse=settings))
     assert [step.sparse for step in result.steps] == [True, False, True, True]
-    assert settings.dense_steps(4, video_tokens=48, device_type="cpu") == 1
+    assert count_dense_steps(settings, Run(4, 2, 48, "cpu", 4)) == 1
 
 
 def test_saved_seconds_come_from_the_medians():

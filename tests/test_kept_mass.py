@@ -7,7 +7,8 @@ import torch
 
 from xattn_video.pipelines.generation import generate
 from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.kept_mass import kept_mass
 from xattn_video.quality.comparison import generate_for_kept_mass
 

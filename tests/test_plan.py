@@ -14,8 +14,9 @@ from xattn_video.pipelines import plan as plan_module
 from xattn_video.pipelines.hunyuan_video import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
 from xattn_video.pipelines.plan import plan_run
-from xattn_video.pipelines.request import SparseSettings, VideoSettings
+from xattn_video.pipelines.request import VideoSettings
 from xattn_video.pipelines.source import HUNYUAN_VIDEO, find_model
+from xattn_video.policy.settings import SparseSettings
 
 CPU = LoadOptions(device="cpu", dtype=torch.bfloat16)
 

@@ -14,7 +14,8 @@ from hunyuan import (
     with_processor,
 )
 
-from xattn_video import ThresholdSchedule, min_tokens
+from xattn_video import ThresholdSchedule
+from xattn_video.policy import settings
 from xattn_video.processors import hunyuan_video, joint_attention
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
@@ -100,7 +101,7 @@ def test_how_few_depends_on_the_device_where_nothing_is_said(monkeypatch):
     transformer, processor = with_processor(min_tokens=None)
     run(transformer)
     assert processor.report().dense_reasons == {"too few tokens": NUM_LAYERS}
-    monkeypatch.setattr(min_tokens, "_ELSEWHERE", VIDEO_TOKENS)
+    monkeypatch.setattr(settings, "_MIN_TOKENS_ELSEWHERE", VIDEO_TOKENS)
     transformer, processor = with_processor(min_tokens=None)
     run(transformer)
     assert states(processor.report()) == ["sparse"]

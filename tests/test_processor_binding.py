@@ -222,7 +222,7 @@ def test_a_schedule_for_another_model_is_refused_when_it_is_set():
         ({"threshold": 0}, r"threshold must lie in \(0, 1\], got 0"),
         ({"threshold": [0.9, 1.2]}, r"points\[1\]\[1\] must lie in \(0, 1\], got 1.2"),
         ({"stride": 12}, "stride must divide block_size, got stride=12, block_size=128"),
-        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"cooldown_steps": 1.5}, "cooldown_steps must be a whole number"),
         ({"backend": "cudnn"}, "unknown attention backend 'cudnn'; expected one of auto"),
         ({"scoring_precision": "half"}, 'must be "auto", "exact" or "float8", got \'half\''),

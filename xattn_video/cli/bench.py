@@ -17,8 +17,8 @@ from xattn_video.cli.console import (
     print_labelled,
     print_warning,
 )
-from xattn_video.pipelines.request import SparseSettings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
     from xattn_video.benchmark.speedup import Speedup

@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from xattn_video.pipelines.request import (
-    DEMO_SETTINGS,
-    SparseSettings,
-    VideoSettings,
-    default_settings,
-)
+from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings, default_settings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
 
 if TYPE_CHECKING:
     from xattn_video.ops.scoring import Precision
@@ -201,7 +197,7 @@ def sparse_settings(
     tau = _choose_threshold(threshold, schedule, dense)
     # It checks what is given, which --dense leaves unused but does not make right.
     sparse = SparseSettings(
-        SparseSettings().threshold if tau is None else tau,
+        DEFAULT_THRESHOLD if tau is None else tau,
         scoring_precision=cast("Precision", scoring_precision),
         **settings,
     )
@@ -229,7 +225,7 @@ def _choose_threshold(
     if dense:
         return None
     if schedule is None:
-        return SparseSettings().threshold if threshold is None else threshold
+        return DEFAULT_THRESHOLD if threshold is None else threshold
     try:
         return ThresholdSchedule.load(schedule)
     except OSError as error:

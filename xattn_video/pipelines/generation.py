@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xattn_video.pipelines.request import GenerationRequest, SparseSettings
+from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.report import SparsityReport
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import XAttnProcessor, enable_xattention
 
 if TYPE_CHECKING:
@@ -207,9 +208,7 @@ def _attention(
     """Sparse attention while it is entered, or nothing at all."""
     if settings is None:
         return nullcontext()
-    return enable_xattention(
-        pipe, **{field.name: getattr(settings, field.name) for field in fields(settings)}
-    )
+    return enable_xattention(pipe, settings)
 
 
 def _check_shared_settings(requests: Sequence[GenerationRequest]) -> None:

@@ -12,8 +12,9 @@ from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
 from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
 from xattn_video.pipelines.model_shape import ModelShape
-from xattn_video.pipelines.request import SparseSettings, VideoSettings
-from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.decision import Run, count_dense_steps
+from xattn_video.policy.settings import SparseSettings
 
 PAPER_DENSITIES = (0.34, 0.455)
 """Densities that the XAttention paper reports for HunyuanVideo; not a measurement of this run."""
@@ -107,8 +108,6 @@ def plan_run(
         ValueError: The schedule names a layer or a head that the model lacks.
     """
     settings = sparse or SparseSettings()
-    if isinstance(settings.threshold, ThresholdSchedule):
-        settings.threshold.check_model(shape.layers, shape.heads)
     grid = shape.grid(video.height, video.width, video.num_frames)
     video_tokens = grid[0] * grid[1] * grid[2]
     tokens = video_tokens + shape.text_tokens
@@ -117,7 +116,8 @@ def plan_run(
     dense_steps = steps
     device, dtype = options.resolved_device, options.resolved_dtype
     if sparse:
-        dense_steps = sparse.dense_steps(steps, video_tokens, device.type)
+        run = Run(shape.layers, shape.heads, video_tokens, device.type, steps)
+        dense_steps = count_dense_steps(sparse, run)
     forwards = 2 if video.true_cfg_scale > 1 else 1
     attention = 4 * tokens**2 * shape.hidden * shape.layers
     linear = 2 * tokens * shape.linear_parameters * shape.layers

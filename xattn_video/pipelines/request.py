@@ -1,14 +1,9 @@
 """What to generate, checked before any model is loaded."""
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
 
 from xattn_video.pipelines.source import DEMO
-from xattn_video.policy.schedule import ThresholdSchedule
-from xattn_video.policy.settings import resolve_min_tokens
-
-if TYPE_CHECKING:
-    from xattn_video.ops.scoring import Precision
+from xattn_video.policy.settings import SparseSettings
 
 SIZE_STEP = 16
 """Pixels that one latent patch covers on each side."""
@@ -66,63 +61,6 @@ DEMO_SETTINGS = VideoSettings(height=256, width=256, num_frames=65, num_inferenc
 def default_settings(model: str) -> VideoSettings:
     """The settings that a model is meant to run at."""
     return DEMO_SETTINGS if model == DEMO else VideoSettings()
-
-
-@dataclass(frozen=True, slots=True)
-class SparseSettings:
-    """When and how attention is sparse; the arguments of `enable_xattention`."""
-
-    threshold: float | ThresholdSchedule = 0.95
-    stride: int = 8
-    block_size: int = 128
-    warmup_steps: int = 5
-    cooldown_steps: int = 0
-    min_tokens: int | None = None
-    backend: str = "auto"
-    scoring_precision: "Precision" = "auto"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
-            raise ValueError(
-                f"threshold must lie in (0, 1], got {self.threshold}; "
-                "the share of attention mass to keep, such as 0.9."
-            )
-        # It brings torch, which a command line that only shows its help need not wait for.
-        from xattn_video.backends.table import load_backend
-        from xattn_video.ops.arguments import check_block_size
-        from xattn_video.ops.scoring import check_precision
-
-        check_block_size(self.block_size, self.stride)
-        if self.backend != "auto":
-            load_backend(self.backend)
-        check_precision(self.scoring_precision)
-        for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
-            count = getattr(self, name)
-            if count is not None and count < 0:
-                raise ValueError(f"{name} must be at least 0, got {count}; use 0 for none.")
-
-    def min_tokens_on(self, device_type: str) -> int:
-        """``min_tokens``, or the default of a device."""
-        return resolve_min_tokens(self.min_tokens, device_type)
-
-    def dense_steps(self, num_inference_steps: int, video_tokens: int, device_type: str) -> int:
-        """Steps that stay dense: warm-up, cool-down, a threshold of 1; all, with few tokens."""
-        if video_tokens < self.min_tokens_on(device_type):
-            return num_inference_steps
-        schedule = ThresholdSchedule.coerce(self.threshold)
-        last = num_inference_steps - self.cooldown_steps
-        return sum(
-            not self.warmup_steps <= step < last
-            or (schedule.is_uniform and schedule.threshold(step) == 1)
-            for step in range(num_inference_steps)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if isinstance(self.threshold, ThresholdSchedule):
-            values["threshold"] = self.threshold.to_dict()
-        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,120 @@
-"""From how many video tokens on sparse attention has been measured to pay."""
+"""Every knob of sparse attention: name, default, help and check, each in this one place."""
 
-_ON_CUDA = 16384
-_ELSEWHERE = 2048
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from xattn_video.policy.schedule import CallableSchedule, ThresholdLike, ThresholdSchedule
+
+if TYPE_CHECKING:
+    from xattn_video.ops.scoring import Precision
+
+DEFAULT_THRESHOLD = 0.95
+_MIN_TOKENS_CUDA = 16384
+_MIN_TOKENS_ELSEWHERE = 2048
 
 
-def resolve_min_tokens(min_tokens: int | None, device_type: str) -> int:
-    """What is asked for, or the default of a device where nothing is.
+@dataclass(frozen=True, slots=True)
+class SparseSettings:
+    """When and how attention is sparse: the arguments of `XAttnProcessor`.
 
-    With half of the blocks kept XAttention beats the best dense kernel from there on: on CUDA by
-    flash4 and triton, as measured on an H100; elsewhere as on a CPU, whose shortest measured
-    length this is. docs/benchmarks.md has the curves.
+    The processor, the command line, `compare`, `plan` and reports hold this object; options and
+    their help are made from its fields.
+
+    Attributes:
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1]. Lower is faster and
+            further from dense attention; 1 is dense. A float, a list (step i uses entry i, the
+            last one holds), a mapping {step: tau}, a callable step -> tau, or a
+            `ThresholdSchedule`.
+        stride: Tokens in a group of the estimate; divides ``block_size``. Smaller estimates
+            better and costs more.
+        block_size: Tokens in a block.
+        warmup_steps: First steps that run dense; they settle the layout of the video.
+        cooldown_steps: Last steps that run dense.
+        min_tokens: With fewer video tokens every step runs dense. None for what was measured to
+            pay: 16384 on CUDA, 2048 elsewhere.
+        backend: A name from `available_backends`, or ``"auto"``.
+        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
+            ``"auto"`` for the faster of them; see `block_scores`.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of a wrong type.
     """
-    if min_tokens is not None:
-        return min_tokens
-    return _ON_CUDA if device_type == "cuda" else _ELSEWHERE
+
+    threshold: ThresholdLike = field(
+        default=DEFAULT_THRESHOLD,
+        metadata={"help": "Share of the estimated attention mass to keep, in (0, 1]."},
+    )
+    _: KW_ONLY
+    stride: int = field(default=8, metadata={"help": "Tokens between scored antidiagonals."})
+    block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
+    warmup_steps: int = field(default=5, metadata={"help": "First steps that stay dense."})
+    cooldown_steps: int = field(default=0, metadata={"help": "Last steps that stay dense."})
+    min_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With fewer video tokens all steps stay dense.",
+            "shown_default": f"{_MIN_TOKENS_CUDA} on CUDA, else {_MIN_TOKENS_ELSEWHERE}; demo 0",
+        },
+    )
+    backend: str = field(
+        default="auto", metadata={"help": "One of those that `xattn-video backends` lists."}
+    )
+    scoring_precision: "Precision" = field(
+        default="auto",
+        metadata={"help": "Of the estimate: exact, float8, or auto, the faster of them."},
+    )
+
+    def __post_init__(self) -> None:
+        ThresholdSchedule.coerce(self.threshold)
+        # It brings torch, which a command line that only shows its help need not wait for.
+        from xattn_video.backends.table import load_backend
+        from xattn_video.ops.arguments import check_block_size
+        from xattn_video.ops.scoring import check_precision
+
+        check_block_size(self.block_size, self.stride)
+        for name in ("warmup_steps", "cooldown_steps", "min_tokens"):
+            count = getattr(self, name)
+            if count is None and name == "min_tokens":
+                continue
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise ValueError(f"{name} must be a whole number of at least 0, got {count!r}.")
+            if count < 0:
+                raise ValueError(f"{name} must be at least 0, got {count}; use 0 for none.")
+        if self.backend != "auto":
+            load_backend(self.backend)
+        check_precision(self.scoring_precision)
+
+    @classmethod
+    def of(cls, threshold: "ThresholdLike | SparseSettings", **options: Any) -> "SparseSettings":
+        """Settings from the arguments of a constructor, or the settings given instead of them."""
+        if not isinstance(threshold, SparseSettings):
+            return cls(threshold, **options)
+        if options:
+            raise TypeError(
+                f"{', '.join(options)} cannot be given beside a SparseSettings; "
+                "use dataclasses.replace(settings, ...)."
+            )
+        return threshold
+
+    @property
+    def schedule(self) -> ThresholdSchedule | CallableSchedule:
+        """The threshold of every step, layer and head."""
+        return ThresholdSchedule.coerce(self.threshold)
+
+    def min_tokens_on(self, device_type: str) -> int:
+        """``min_tokens``, or the default of a device.
+
+        With half of the blocks kept XAttention beats the best dense kernel from there on: on CUDA
+        by flash4 and triton, as measured on an H100; elsewhere as on a CPU, whose shortest
+        measured length this is. docs/benchmarks.md has the curves.
+        """
+        if self.min_tokens is not None:
+            return self.min_tokens
+        return _MIN_TOKENS_CUDA if device_type == "cuda" else _MIN_TOKENS_ELSEWHERE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = {knob.name: getattr(self, knob.name) for knob in fields(self)}
+        if not isinstance(self.threshold, int | float):
+            values["threshold"] = self.schedule.to_dict()
+        return values

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.policy.schedule import ThresholdLike
+from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
 from xattn_video.processors.binding import supported_transformer
 from xattn_video.processors.hunyuan_video import XAttnProcessor
 
@@ -62,14 +63,16 @@ class _PipelineSteps:
 
 
 def enable_xattention(
-    pipe_or_transformer: Any, threshold: ThresholdLike = 0.95, **options: Any
+    pipe_or_transformer: Any,
+    threshold: "ThresholdLike | SparseSettings" = DEFAULT_THRESHOLD,
+    **options: Any,
 ) -> XAttentionHandle:
     """Set an `XAttnProcessor` on a pipeline's transformer.
 
     Args:
         pipe_or_transformer: A HunyuanVideo pipeline, or its transformer. Only a pipeline knows the
             number of steps, which ``cooldown_steps`` needs.
-        threshold: See `XAttnProcessor`.
+        threshold: See `XAttnProcessor`; or all of its arguments as a `SparseSettings`.
         options: Its other arguments.
 
     Returns:

@@ -1,6 +1,6 @@
 """XAttention as an attention processor of Diffusers' HunyuanVideo transformer."""
 
-from dataclasses import fields
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +9,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from xattn_video.errors import UnboundProcessorError
-from xattn_video.ops.scoring import Precision
 from xattn_video.policy.report import SparsityReport
-from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
+from xattn_video.policy.schedule import ThresholdLike
+from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
 from xattn_video.processors.binding import TransformerBound, install, supported_transformer
 from xattn_video.processors.joint_attention import dense_attention, sparse_attention
 from xattn_video.processors.joint_qkv import can_fuse, join, prepare_eagerly, prepare_fused
@@ -22,7 +22,7 @@ from xattn_video.processors.layer_slots import (
     Recorder,
     joint_attentions,
 )
-from xattn_video.processors.session import NumSteps, Session, Settings
+from xattn_video.processors.session import NumSteps, Session
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook
 
 _HOW_TO_BIND = (
@@ -40,21 +40,13 @@ class XAttnProcessor(TransformerBound):
     tells it the transformer: `xattn_video.processors.binding`.
 
     Args:
-        threshold: Share tau of each row's estimated mass to keep, in (0, 1]. Lower is faster and
-            further from dense attention; 1 is dense. A float, a list (step i uses entry i, the
-            last one holds), a mapping {step: tau}, a callable step -> tau, or a
-            `ThresholdSchedule`.
-        stride: Tokens in a group of the estimate; divides ``block_size``. Smaller estimates
-            better and costs more.
-        block_size: Tokens in a block.
-        warmup_steps: First steps that run dense; they settle the layout of the video.
-        cooldown_steps: Last steps that run dense. Needs the number of steps: from the pipeline,
-            with `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
-        min_tokens: With fewer video tokens every step runs dense. None for what was measured to
-            pay: 16384 on CUDA, 2048 elsewhere.
-        backend: A name from `available_backends`, or ``"auto"``.
-        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
-            ``"auto"`` for the faster of them; see `block_scores`.
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1]; or a schedule of
+            them; or all arguments as one `SparseSettings`.
+        options: The other fields of `SparseSettings`, by name: ``stride``, ``block_size``,
+            ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
+            ``scoring_precision``. What each means stands there. ``cooldown_steps`` needs the
+            number of steps: from the pipeline, with `enable_xattention(pipe, ...)`, or from
+            ``bind(transformer, num_steps=...)``.
 
     The first forward pass raises where a backend that was asked for by name cannot run, 8 bits
     cannot be had, or ``cooldown_steps`` has no number of steps.
@@ -69,37 +61,19 @@ class XAttnProcessor(TransformerBound):
 
     _refiner_processor: ClassVar[AttnProcessor2_0] = AttnProcessor2_0()
 
+    __signature__ = inspect.signature(SparseSettings)
+
     def __init__(
-        self,
-        threshold: ThresholdLike = 0.95,
-        *,
-        stride: int = 8,
-        block_size: int = 128,
-        warmup_steps: int = 5,
-        cooldown_steps: int = 0,
-        min_tokens: int | None = None,
-        backend: str = "auto",
-        scoring_precision: Precision = "auto",
+        self, threshold: "ThresholdLike | SparseSettings" = DEFAULT_THRESHOLD, **options: Any
     ) -> None:
-        self._threshold = threshold
-        self.settings = Settings(
-            ThresholdSchedule.coerce(threshold),
-            stride,
-            block_size,
-            warmup_steps,
-            cooldown_steps,
-            min_tokens,
-            backend,
-            scoring_precision,
-        )
+        self.settings = SparseSettings.of(threshold, **options)
         self._session: Session | None = None
         self._recorder: Recorder | None = None
         self._plan: ForwardPlan | None = None
 
     def __repr__(self) -> str:
-        names = [field.name for field in fields(self.settings) if field.name != "schedule"]
-        options = ", ".join(f"{name}={getattr(self.settings, name)!r}" for name in names)
-        return f"{type(self).__name__}(threshold={self._threshold!r}, {options})"
+        given = repr(self.settings).removeprefix(type(self.settings).__name__)
+        return f"{type(self).__name__}{given}"
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy serves no transformer yet; that of a copied transformer is bound by its hook.

@@ -3,50 +3,22 @@
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from xattn_video.backends.table import load_backend, resolve_backend
+from xattn_video.backends.table import resolve_backend
 from xattn_video.errors import BackendUnavailableError
-from xattn_video.ops.arguments import check_block_size
 from xattn_video.ops.problem import Problem
-from xattn_video.ops.scoring import Precision, check_precision
-from xattn_video.policy.schedule import CallableSchedule, ThresholdSchedule
-from xattn_video.policy.settings import resolve_min_tokens
+from xattn_video.ops.scoring import check_precision
+from xattn_video.policy.decision import Run, decide
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import joint_qkv
 from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
 from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
 
 NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The arguments of `XAttnProcessor`, checked."""
-
-    schedule: ThresholdSchedule | CallableSchedule
-    stride: int
-    block_size: int
-    warmup_steps: int
-    cooldown_steps: int
-    min_tokens: int | None
-    backend: str
-    scoring_precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        check_block_size(self.block_size, self.stride)
-        counts = {"warmup_steps": self.warmup_steps, "cooldown_steps": self.cooldown_steps}
-        if self.min_tokens is not None:
-            counts["min_tokens"] = self.min_tokens
-        for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} must be a whole number of at least 0, got {count!r}.")
-        if self.backend != "auto":
-            load_backend(self.backend)
-        check_precision(self.scoring_precision)
 
 
 class Session:
@@ -78,7 +50,7 @@ class Session:
         self._positions = [number for number, name in enumerate(attentions) if name in own]
 
     def begin_forward(
-        self, transformer: Any, inputs: ForwardInputs, settings: Settings
+        self, transformer: Any, inputs: ForwardInputs, settings: SparseSettings
     ) -> ForwardPlan:
         """Count the forward pass, fill the slots with its thresholds and open its record."""
         self.recorder.end_forward()
@@ -98,7 +70,9 @@ class Session:
             if getattr(attention, SLOT_NAME, None) is slot:
                 delattr(attention, SLOT_NAME)
 
-    def _plan(self, transformer: Any, inputs: ForwardInputs, settings: Settings) -> ForwardPlan:
+    def _plan(
+        self, transformer: Any, inputs: ForwardInputs, settings: SparseSettings
+    ) -> ForwardPlan:
         config = transformer.config
         step = self.tracker.step
         assert step is not None
@@ -112,13 +86,19 @@ class Session:
             -(-length // settings.block_size)
             for length in [num_video_tokens + inputs.text_tokens, *key_lengths]
         ]
-        taus = settings.schedule.per_head(step, self._num_layers, config.num_attention_heads)
         device = _layer_device(transformer, inputs.device)
-        min_tokens = resolve_min_tokens(settings.min_tokens, device.type)
-        few_tokens = num_video_tokens < min_tokens
-        reason = self._dense_reason(settings, step, taus, few_tokens)
-        if reason is None and inputs.needs_grad:
-            reason = "gradients"
+        run = Run(
+            self._num_layers,
+            config.num_attention_heads,
+            num_video_tokens,
+            device.type,
+            self._num_steps() if callable(self._num_steps) else self._num_steps,
+            inputs.needs_grad,
+        )
+        decision = decide(settings, step, run)
+        reason = decision.reason
+        taus = decision.thresholds
+        few_tokens = num_video_tokens < settings.min_tokens_on(device.type)
         backend = None
         if not (few_tokens or inputs.needs_grad or settings.schedule.is_dense):
             # In a dense step too: what cannot run is refused before the warm-up, not after it.
@@ -138,37 +118,8 @@ class Session:
             valid_blocks=blocks[0] * sum(blocks[1:]) * config.num_attention_heads,
         )
 
-    def _dense_reason(
-        self, settings: Settings, step: int, taus: list[list[float]], few_tokens: bool
-    ) -> str | None:
-        """Why the step runs dense; None where it runs sparse."""
-        first_cool = math.inf
-        if settings.cooldown_steps:
-            first_cool = self._count_steps() - settings.cooldown_steps
-        if step < settings.warmup_steps:
-            reason = "warm-up"
-        elif step >= first_cool:
-            reason = "cool-down"
-        elif all(tau == 1 for layer in taus for tau in layer):
-            reason = "threshold 1"
-        elif few_tokens:
-            reason = "too few tokens"
-        else:
-            reason = None
-        return reason
-
-    def _count_steps(self) -> int:
-        num_steps = self._num_steps() if callable(self._num_steps) else self._num_steps
-        if num_steps is None:
-            raise ValueError(
-                "cooldown_steps needs the number of denoising steps, which a transformer does not "
-                "know; use enable_xattention(pipe, cooldown_steps=...) on the pipeline that runs "
-                "it, or tell it with processor.bind(transformer, num_steps=...)."
-            )
-        return num_steps
-
     def _resolve(
-        self, settings: Settings, inputs: ForwardInputs, device: torch.device, head_dim: int
+        self, settings: SparseSettings, inputs: ForwardInputs, device: torch.device, head_dim: int
     ) -> str:
         """The backend's name, outside of compiled code, before any layer has run."""
         dtype = inputs.dtype
@@ -189,7 +140,7 @@ class Session:
             raise
 
     def _fill_thresholds(
-        self, settings: Settings, taus: list[list[float]], device: torch.device
+        self, settings: SparseSettings, taus: tuple[tuple[float, ...], ...], device: torch.device
     ) -> None:
         """Give every layer its tau: a scalar, or `[H, 1]` where heads differ."""
         if settings.schedule.is_uniform:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xattn_video.pipelines.request import SparseSettings
+from xattn_video.policy.settings import SparseSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def sparse_methods(
         Method(
             f"tau{tau:g}-warmup{warmup}-stride{stride}",
             f"tau {tau:g}, warm-up {warmup}, stride {stride}",
-            SparseSettings(tau, stride, warmup_steps=warmup, **shared),
+            SparseSettings(tau, stride=stride, warmup_steps=warmup, **shared),
         )
         for stride, warmup, tau in grid
     ]

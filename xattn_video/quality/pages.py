@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.quality.rows import Row, table_cells
 
 _PICTURES = {
@@ -83,7 +82,7 @@ def psnr_grid(record: Mapping[str, Any]) -> str:
     cells = {
         (sparse.threshold, sparse.warmup_steps): _grid_cell(row)
         for sparse, row in settings
-        if sparse.stride == stride and not isinstance(sparse.threshold, ThresholdSchedule)
+        if sparse.stride == stride and isinstance(sparse.threshold, float)
     }
     warmups = sorted({warmup for _, warmup in cells})
     headings = ["threshold", *(f"warm-up of {warmup}" for warmup in warmups)]

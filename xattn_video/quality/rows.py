@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from xattn_video.pipelines.request import SparseSettings
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.quality.comparison import Measurement
 from xattn_video.quality.methods import DENSE, Method
 

@@ -1,0 +1,114 @@
+"""What a denoising step does: the one place where dense or sparse is decided."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from xattn_video.policy.settings import SparseSettings
+
+DenseReason: TypeAlias = Literal[
+    "warm-up", "cool-down", "threshold 1", "too few tokens", "gradients"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is asked of `decide`: sizes of a model, a video and a generation.
+
+    Attributes:
+        num_layers, num_heads: Of the model.
+        num_video_tokens: Of one item.
+        device_type: Where the layers compute.
+        num_steps: Denoising steps of the generation; needed for a cool-down alone.
+        needs_grad: Whether gradients are needed anywhere in the model.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_video_tokens: int
+    device_type: str
+    num_steps: int | None = None
+    needs_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one denoising step does.
+
+    Attributes:
+        reason: Why every layer runs dense; None where at least one runs sparse.
+        thresholds: Tau of every head, `[num_layers][num_heads]`.
+        threshold: Tau where it is one number for all layers and heads.
+    """
+
+    reason: DenseReason | None
+    thresholds: tuple[tuple[float, ...], ...]
+    threshold: float | None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether at least one layer runs sparse."""
+        return self.reason is None
+
+    def layer_reason(self, layer: int) -> DenseReason | None:
+        """Why a layer runs dense; None where it runs sparse."""
+        if self.reason is None and all(tau == 1 for tau in self.thresholds[layer]):
+            return "threshold 1"
+        return self.reason
+
+
+def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
+    """What a denoising step does; plan, progress, report and layers all ask here.
+
+    Args:
+        settings: Of sparse attention.
+        step: From 0.
+        run: Sizes of the model, the video and the generation.
+
+    Raises:
+        ValueError: A cool-down without the number of steps, or a schedule that names a layer or a
+            head that the model lacks.
+    """
+    taus = settings.schedule.per_head(step, run.num_layers, run.num_heads)
+    return Decision(
+        _dense_reason(settings, step, run, all(tau == 1 for layer in taus for tau in layer)),
+        tuple(map(tuple, taus)),
+        taus[0][0] if settings.schedule.is_uniform else None,
+    )
+
+
+def count_dense_steps(settings: SparseSettings, run: Run) -> int:
+    """Steps of a generation in which every layer runs dense; ``run.num_steps`` must be known."""
+    assert run.num_steps is not None
+    return sum(not decide(settings, step, run).sparse for step in range(run.num_steps))
+
+
+def _dense_reason(
+    settings: SparseSettings, step: int, run: Run, all_ones: bool
+) -> DenseReason | None:
+    """Why every layer of the step runs dense; None where one runs sparse."""
+    first_cool = math.inf
+    if settings.cooldown_steps:
+        first_cool = _num_steps(run) - settings.cooldown_steps
+    reason: DenseReason | None = None
+    if step < settings.warmup_steps:
+        reason = "warm-up"
+    elif step >= first_cool:
+        reason = "cool-down"
+    elif all_ones:
+        reason = "threshold 1"
+    elif run.num_video_tokens < settings.min_tokens_on(run.device_type):
+        reason = "too few tokens"
+    elif run.needs_grad:
+        reason = "gradients"
+    return reason
+
+
+def _num_steps(run: Run) -> int:
+    if run.num_steps is None:
+        raise ValueError(
+            "cooldown_steps needs the number of denoising steps, which a transformer does not "
+            "know; use enable_xattention(pipe, cooldown_steps=...) on the pipeline that runs "
+            "it, or tell it with processor.bind(transformer, num_steps=...)."
+        )
+    return run.num_steps
