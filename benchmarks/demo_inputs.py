@@ -17,7 +17,7 @@ from benchmarks.arguments import comma_separated
 from benchmarks.inputs_file import save_inputs
 from xattn_video import XAttnProcessor
 from xattn_video.pipelines.demo import load_demo_pipeline
-from xattn_video.processors.layer_slots import ForwardPlan, LayerSlot
+from xattn_video.processors.recorder import AttendedLayer
 
 PROMPT = (
     "a red circle moving left to right and a blue square moving top to bottom "
@@ -42,20 +42,20 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
 
     pipe = load_demo_pipeline(device=arguments.device)
-    processor = capture(pipe, arguments)
+    captured = capture(pipe, arguments)
     size = f"{arguments.height}x{arguments.width}x{arguments.num_frames}"
     captures = {
         f"demo-{size}-step{step}-{layer}": tensors
-        for (step, layer), tensors in processor.captures.items()
+        for (step, layer), tensors in captured.tensors.items()
     }
-    save_inputs(arguments.output, captures, processor.num_text_tokens)
+    save_inputs(arguments.output, captures, captured.num_text_tokens)
     for name, (query, _, _) in captures.items():
-        print(f"{name}: {list(query.shape)}, {processor.num_text_tokens} of them text")
+        print(f"{name}: {list(query.shape)}, {captured.num_text_tokens} of them text")
 
 
-def capture(pipe: Any, arguments: argparse.Namespace) -> "CaptureProcessor":
+def capture(pipe: Any, arguments: argparse.Namespace) -> "Capture":
     """Generate, dense, until the last step of interest is over."""
-    processor = CaptureProcessor(arguments.layers, arguments.steps)
+    processor = XAttnProcessor(threshold=1.0)
     pipe.transformer.set_attn_processor(processor)
     unknown = set(arguments.layers) - set(processor.layer_names)
     if unknown:
@@ -63,6 +63,9 @@ def capture(pipe: Any, arguments: argparse.Namespace) -> "CaptureProcessor":
             f"the transformer has no layer {sorted(unknown)[0]!r}; "
             f"expected some of {', '.join(processor.layer_names)}."
         )
+
+    captured = Capture(processor, arguments.layers, arguments.steps)
+    processor.observers.append(captured)
 
     def stop_after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step >= max(arguments.steps)
@@ -79,43 +82,30 @@ def capture(pipe: Any, arguments: argparse.Namespace) -> "CaptureProcessor":
             output_type="latent",
             callback_on_step_end=stop_after,
         )
-    return processor
+    return captured
 
 
-class CaptureProcessor(XAttnProcessor):
-    """Dense attention that keeps the valid queries, keys and values of some layers and steps."""
+class Capture:
+    """Keeps the valid queries, keys and values of some layers and steps."""
 
-    def __init__(self, layers: list[str], steps: list[int]) -> None:
-        super().__init__(threshold=1.0)
-        self.captures: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+    def __init__(self, processor: XAttnProcessor, layers: list[str], steps: list[int]) -> None:
+        self.tensors: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
         self.num_text_tokens = 0
+        self._processor = processor
         self._layers = set(layers)
         self._steps = set(steps)
 
-    @property
-    def layer_names(self) -> tuple[str, ...]:
-        """Of all layers that the processor serves."""
-        assert self._recorder is not None
-        return self._recorder.layer_names
-
-    def _attend(
-        self,
-        slot: LayerSlot,
-        plan: ForwardPlan,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        num_text_tokens: int,
-    ) -> Tensor:
-        assert self._recorder is not None
-        layer = self.layer_names[self._recorder.slots.index(slot)]
-        if self.step_index in self._steps and layer in self._layers:
-            length = int(plan.key_lengths[0])
-            self.num_text_tokens = length - (query.shape[1] - num_text_tokens)
-            query_part, key_part = (tensor[:, :length].to(value.dtype) for tensor in (query, key))
-            self.captures[self.step_index, layer] = (query_part, key_part, value[:, :length])
-        return super()._attend(slot, plan, query, key, value, attention_mask, num_text_tokens)
+    def __call__(self, seen: AttendedLayer) -> None:
+        step = self._processor.step_index
+        if step is None or step not in self._steps or seen.layer not in self._layers:
+            return
+        layout = seen.forward.layout
+        length = layout.key_lengths[0]
+        self.num_text_tokens = length - layout.num_video_tokens
+        query, key, value = (
+            tokens[:, :length].clone() for tokens in (seen.query, seen.key, seen.value)
+        )
+        self.tensors[step, seen.layer] = (query, key, value)
 
 
 if __name__ == "__main__":

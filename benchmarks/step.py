@@ -19,7 +19,7 @@ from benchmarks.measure import ResultFile, environment
 from benchmarks.random_pipeline import new_weights
 from benchmarks.results_files import AUTHORS
 from benchmarks.upstream import find_checkouts, has_kernel
-from benchmarks.upstream_step import AuthorsProcessor
+from benchmarks.upstream_step import authors_processor
 from xattn_video import XAttnProcessor, enable_xattention
 from xattn_video.backends.dense import fastest_dense_kernel
 from xattn_video.benchmark.checks import WrongResultError
@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> None:
                     row |= {"precision": arguments.precision}
                 measure(transformer, handle.processor, row, arguments, results)
         for tau in arguments.threshold if arguments.time_upstream else []:
-            transformer.set_attn_processor(AuthorsProcessor(tau, arguments.stride))
+            transformer.set_attn_processor(authors_processor(tau, arguments.stride))
             row = {"phase": "sparse", "threshold": tau, "stride": arguments.stride}
             measure(transformer, None, row | {"backend": AUTHORS}, arguments, results)
 

@@ -9,6 +9,7 @@ from hunyuan import VIDEO_TOKENS, forward_inputs, tiny_pipeline
 
 from benchmarks import attention, demo_inputs
 from benchmarks.inputs_file import input_names, load_inputs, save_inputs
+from xattn_video import XAttnProcessor
 from xattn_video.benchmark.problems import AttentionTensors
 from xattn_video.benchmark.quality import selection_quality
 from xattn_video.ops.scoring import block_scores
@@ -27,15 +28,17 @@ def peaky():
 
 def test_layers_are_captured_as_the_model_has_them():
     pipe = tiny_pipeline()
-    processor = demo_inputs.CaptureProcessor(["transformer_blocks.1"], [0])
+    processor = XAttnProcessor(threshold=1.0)
     pipe.transformer.set_attn_processor(processor)
+    captured = demo_inputs.Capture(processor, ["transformer_blocks.1"], [0])
+    processor.observers.append(captured)
     with torch.no_grad():
         pipe.transformer(**forward_inputs(lengths=(10,)))
-    ((step, layer), (query, key, value)) = next(iter(processor.captures.items()))
+    ((step, layer), (query, key, value)) = next(iter(captured.tensors.items()))
     assert (step, layer) == (0, "transformer_blocks.1")
     assert query.shape == key.shape == value.shape == (1, VIDEO_TOKENS + 10, 2, 16)
-    assert processor.num_text_tokens == 10
-    assert len(processor.captures) == 1
+    assert captured.num_text_tokens == 10
+    assert len(captured.tensors) == 1
 
 
 def test_layers_that_are_not_there_are_refused():

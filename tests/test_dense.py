@@ -11,7 +11,8 @@ from oracle import assert_within_budget, masked_attention
 from xattn_video.backends import dense
 from xattn_video.backends.dense import attend_with, fastest_dense_kernel
 from xattn_video.kernels import flash_attention_4
-from xattn_video.processors import joint_attention
+from xattn_video.processors import engine
+from xattn_video.processors.layout import TokenLayout
 
 GPU = torch.device("cuda", 0)
 
@@ -58,7 +59,9 @@ def test_the_cpu_is_left_alone(machine):
 
 def attend(lengths, backend=None):
     query, key, value = torch.randn(3, 2, 40, 2, 16)
-    found = joint_attention.dense_attention(query, key, value, torch.tensor(lengths), backend)
+    # No video here, so that a length is the text's.
+    layout = TokenLayout(0, 40, tuple(lengths), query.device)
+    found = engine.dense_attention(query, key, value, layout, backend)
     for item, length in enumerate(lengths):
         expected = F.scaled_dot_product_attention(
             query[item].transpose(0, 1),
@@ -79,24 +82,24 @@ def test_the_keys_are_cut_for_the_kernel(monkeypatch, lengths, kernel):
 
     used = []
     monkeypatch.setattr(flash_attention_4, "dense_forward", dense_forward)
-    monkeypatch.setattr(joint_attention, "fastest_dense_kernel", lambda *_: kernel)
+    monkeypatch.setattr(engine, "fastest_dense_kernel", lambda *_: kernel)
     monkeypatch.setattr(
-        joint_attention, "attend_with", lambda name, *t: used.append(name) or attend_with(name, *t)
+        engine, "attend_with", lambda name, *t: used.append(name) or attend_with(name, *t)
     )
     attend(lengths)
     assert used == [kernel] * len(set(lengths))
 
 
 def test_a_backend_that_was_chosen_is_kept(monkeypatch):
-    monkeypatch.setattr(joint_attention, "fastest_dense_kernel", lambda *_: "flash4")
+    monkeypatch.setattr(engine, "fastest_dense_kernel", lambda *_: "flash4")
     attend([40, 40], "_native_math")
-    registry = joint_attention._AttentionBackendRegistry
+    registry = engine._AttentionBackendRegistry
     monkeypatch.setattr(registry, "_active_backend", AttentionBackendName._NATIVE_MATH)
     attend([40, 40])
 
 
 def test_a_restriction_of_pytorch_is_kept(monkeypatch):
-    monkeypatch.setattr(joint_attention, "fastest_dense_kernel", lambda *_: "flash4")
+    monkeypatch.setattr(engine, "fastest_dense_kernel", lambda *_: "flash4")
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         attend([40, 40])
 

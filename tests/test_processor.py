@@ -16,7 +16,7 @@ from hunyuan import (
 
 from xattn_video import ThresholdSchedule
 from xattn_video.policy import settings
-from xattn_video.processors import hunyuan_video, joint_attention
+from xattn_video.processors import engine
 
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
 
@@ -33,29 +33,30 @@ def test_a_dense_step_gives_what_the_stock_processor_gives(lengths):
 
 
 def test_a_dense_step_without_padding_is_the_stock_one_bit_for_bit():
-    """Nothing is cut then: the same kernel runs on the same tensors."""
+    """Nothing is cut then: the same kernel runs on the same tensors, without a mask."""
     transformer = tiny_transformer()
     stock = transformer.attn_processors["transformer_blocks.0.attn.processor"]
     attn = transformer.transformer_blocks[0].attn
-    video, text = torch.randn(2, VIDEO_TOKENS, 32), torch.randn(2, TEXT_TOKENS, 32)
-    expected = stock(attn, video, text, None, None)
+    seen = []
+    attn.register_forward_hook(lambda *call: seen.append(call[2:]), with_kwargs=True)
     transformer, _ = with_processor(1.0, transformer)
     run(transformer, lengths=(TEXT_TOKENS, TEXT_TOKENS))
+    ((arguments, found),) = seen
     with torch.no_grad():
-        found = attn(video, encoder_hidden_states=text, attention_mask=None, image_rotary_emb=None)
+        expected = stock(attn, **(arguments | {"attention_mask": None}))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
 
 def test_a_dense_step_runs_without_a_mask_on_the_valid_keys(monkeypatch):
     calls = []
-    dispatch = joint_attention.dispatch_attention_fn
+    dispatch = engine.dispatch_attention_fn
 
     def spy(query, key, value, **options):
         calls.append((query.shape[:2], key.shape[:2], options))
         return dispatch(query, key, value, **options)
 
-    monkeypatch.setattr(joint_attention, "dispatch_attention_fn", spy)
+    monkeypatch.setattr(engine, "dispatch_attention_fn", spy)
     transformer, _ = with_processor(1.0)
     run(transformer, lengths=(10, 10))
     whole = VIDEO_TOKENS + TEXT_TOKENS
@@ -68,9 +69,9 @@ def test_a_dense_step_runs_without_a_mask_on_the_valid_keys(monkeypatch):
 
 def test_a_dense_step_uses_the_attention_backend_that_was_set(monkeypatch):
     used = []
-    dispatch = joint_attention.dispatch_attention_fn
+    dispatch = engine.dispatch_attention_fn
     monkeypatch.setattr(
-        joint_attention,
+        engine,
         "dispatch_attention_fn",
         lambda *args, backend: used.append(backend) or dispatch(*args, backend=backend),
     )
@@ -109,9 +110,9 @@ def test_how_few_depends_on_the_device_where_nothing_is_said(monkeypatch):
 
 def test_gradients_use_the_attention_backend_that_was_set(monkeypatch):
     used = []
-    dispatch = hunyuan_video.dispatch_attention_fn
+    dispatch = engine.dispatch_attention_fn
     monkeypatch.setattr(
-        hunyuan_video,
+        engine,
         "dispatch_attention_fn",
         lambda *args, **options: used.append(options["backend"]) or dispatch(*args, **options),
     )
@@ -173,8 +174,9 @@ def test_gradients_that_a_hook_brings_in_run_dense():
 @pytest.mark.parametrize("lengths", [(TEXT_TOKENS,), (10,), (1,), (10, 10), (10, 3), (5, 1, 16)])
 def test_a_sparse_step_that_keeps_every_block_equals_the_dense_one(lengths):
     expected = run(tiny_transformer(), lengths=lengths)
-    # One head below 1 makes the step sparse; its threshold still keeps all.
-    schedule = ThresholdSchedule(((0, 1.0),), heads={(0, 0): ((0, 1 - 1e-7),)})
+    # One head below 1 makes a layer sparse; its threshold still keeps all.
+    heads = {(layer, 0): ((0, 1 - 1e-7),) for layer in range(NUM_LAYERS)}
+    schedule = ThresholdSchedule(((0, 1.0),), heads=heads)
     transformer, processor = with_processor(schedule)
     torch.testing.assert_close(run(transformer, lengths=lengths), expected, rtol=1e-4, atol=1e-4)
     assert states(processor.report()) == ["sparse"]

@@ -296,10 +296,10 @@ def compile_blocks(pipe, backend):
 
 @pytest.mark.parametrize(
     ("compile_with", "num_graphs"),
-    # The stock model's blocks alone make 5 graphs: its single-stream blocks get two layouts.
-    [(compile_whole, 2), (compile_in_place, 2), (compile_blocks, 2 + 2 * 3)],
+    # As many as the stock model's: its blocks get two layouts.
+    [(compile_whole, 1), (compile_in_place, 1), (compile_blocks, 5)],
 )
-def test_a_compiled_transformer_has_two_variants_and_no_graph_break(compile_with, num_graphs):
+def test_a_compiled_transformer_has_one_variant_and_no_graph_break(compile_with, num_graphs):
     """Whatever the thresholds of the steps and the lengths of the prompts."""
     torch.compiler.reset()
     counters.clear()

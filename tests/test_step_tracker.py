@@ -4,7 +4,9 @@ import pytest
 import torch
 from hunyuan import TEXT_TOKENS, forward_inputs, tiny_processor, tiny_transformer
 
-from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker, read_inputs
+from xattn_video.policy.steps import ForwardInputs, SchedulerStep, StepTracker
+from xattn_video.processors.binding import ForwardHook
+from xattn_video.processors.families.hunyuan_video import read_forward
 
 
 def seen(timestep, latents=0.0, dtype=torch.float32, shape=(4, 3, 8, 8), text=0.0):
@@ -141,13 +143,59 @@ def test_reset_starts_a_generation():
     assert tracker.step == 0
 
 
+def test_equal_timesteps_with_other_latents_are_the_next_step():
+    """Heun's second order runs every timestep but the first twice."""
+    run = [seen(1000.0, 0.0), seen(700.0, 1.0), seen(700.0, 2.0), seen(300.0, 3.0)]
+    found, generations = steps_of(run)
+    assert found == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert generations == 1
+
+
+def counted(steps):
+    """(step, pass) and whether a generation starts, from the scheduler's count and the inputs."""
+    tracker, found = StepTracker(), []
+    for index, inputs in steps:
+        starts = tracker.observe(inputs, SchedulerStep(index))
+        found.append((tracker.step, tracker.forward_pass, starts))
+    return found
+
+
+def test_the_schedulers_count_is_the_step():
+    run = [(None, seen(600.0)), (1, seen(600.0, 1.0)), (2, seen(200.0, 2.0))]
+    # The next generation starts below the end of the first.
+    run += [(None, seen(100.0, 3.0)), (1, seen(50.0, 4.0))]
+    found = counted(run)
+    assert found == [(0, 0, True), (1, 0, False), (2, 0, False), (0, 0, True), (1, 0, False)]
+
+
+def test_the_schedulers_count_and_guidance_are_two_passes_a_step():
+    run = [(index, seen(900.0, 0.0, text=text)) for index in (None,) for text in (0.0, 1.0)]
+    run += [(1, seen(700.0, 1.0, text=text)) for text in (0.0, 1.0)]
+    found = counted(run)
+    assert found == [(0, 0, True), (0, 1, False), (1, 0, False), (1, 1, False)]
+
+
+def test_a_generation_that_starts_after_one_step_is_new():
+    """The first stopped before its scheduler took a step."""
+    found = counted([(None, seen(900.0, 0.0)), (None, seen(900.0, 1.0))])
+    assert found == [(0, 0, True), (0, 0, True)]
+
+
+def test_a_scheduler_that_nobody_steps_is_not_believed():
+    """After an exception a pipeline looks as if it ran on; here the transformer runs alone."""
+    run = [(None, seen(900.0)), (1, seen(700.0, 1.0))]
+    run += [(1, seen(500.0, 2.0)), (1, seen(300.0, 3.0)), (1, seen(900.0, 4.0))]
+    found = counted(run)
+    assert [step for step, _, _ in found] == [0, 1, 2, 3, 0]
+
+
 def test_the_inputs_are_read_in_one_transfer(monkeypatch):
     transfers = []
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(
         torch.Tensor, "tolist", lambda self: transfers.append(self) or to_list(self)
     )
-    inputs = read_inputs(tiny_transformer(), (), forward_inputs(500.0, lengths=(10, 3)))
+    inputs = read_forward(tiny_transformer(), forward_inputs(500.0, lengths=(10, 3)))
     assert len(transfers) == 1
     assert inputs.timestep == 500.0
     assert inputs.text_lengths == (10, 3)
@@ -157,16 +205,27 @@ def test_the_inputs_are_read_in_one_transfer(monkeypatch):
 
 def test_positional_arguments_are_read_too():
     transformer = tiny_transformer()
-    arguments = forward_inputs(500.0)
-    assert read_inputs(transformer, tuple(arguments.values()), {}) == read_inputs(
-        transformer, (), arguments
-    )
+    transformer.set_attn_processor(tiny_processor())
+    transformer(*forward_inputs(500.0).values())
+    processor = transformer.transformer_blocks[0].attn.processor
+    assert processor.report().forwards[0].timestep == 500.0
 
 
-def test_a_missing_argument_is_left_to_the_forward():
+def test_a_patched_forward_is_read_by_the_names_of_the_class():
+    transformer = tiny_transformer()
+    original = transformer.forward
+    transformer.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    transformer.set_attn_processor(tiny_processor())
+    arguments = list(forward_inputs(500.0).items())
+    transformer(*[value for _, value in arguments[:3]], **dict(arguments[3:]))
+    processor = transformer.transformer_blocks[0].attn.processor
+    assert processor.report().forwards[0].timestep == 500.0
+
+
+def test_a_missing_argument_is_named():
     transformer = tiny_transformer()
     transformer.set_attn_processor(tiny_processor())
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'timestep'"):
+    with pytest.raises(TypeError, match=r"called with timestep=None; pass a tensor, by name"):
         transformer(**{k: v for k, v in forward_inputs().items() if k != "timestep"})
 
 
@@ -178,7 +237,7 @@ def test_the_hook_goes_when_no_layer_uses_the_processor():
     for name, module in transformer.named_modules():
         if f"{name}.processor" in stock:
             module.processor = stock[f"{name}.processor"]
-    assert [type(hook) for hook in transformer._forward_pre_hooks.values()] == [StepHook]
+    assert [type(hook) for hook in transformer._forward_pre_hooks.values()] == [ForwardHook]
     transformer(**forward_inputs())
     assert not transformer._forward_pre_hooks
     assert not transformer._forward_pre_hooks_with_kwargs

@@ -17,6 +17,7 @@ from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import XAttnProcessor, enable_xattention
+from xattn_video.processors.recorder import Observer
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -103,6 +104,7 @@ def generate_together(
     pipe: "HunyuanVideoPipeline",
     requests: Sequence[GenerationRequest],
     on_step: Callable[[StepRecord], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[GenerationResult, ...]:
     """Generate several videos in one call of the pipeline.
 
@@ -110,6 +112,7 @@ def generate_together(
         pipe: Loaded and placed; afterwards its attention processors are those that were there.
         requests: What to generate; they differ in nothing but prompt and seed.
         on_step: Called after every denoising step of all videos.
+        observers: Told of every layer that attends, where the requests have sparse settings.
 
     Returns:
         One result for each video. Every one gets an equal share of the seconds; memory and report
@@ -126,6 +129,8 @@ def generate_together(
     start = time.perf_counter()
     with _attention(pipe, first.sparse) as handle:
         processor = handle.processor if handle else None
+        if processor is not None:
+            processor.observers.extend(observers)
         recorder = _StepRecorder(device, first.video.num_inference_steps, processor, on_step)
         # Denoising begins when the transformer is first called, after the text is encoded.
         hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)

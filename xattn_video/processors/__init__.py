@@ -1,6 +1,6 @@
 """The Diffusers side: the attention processor and how to switch it on."""
 
 from xattn_video.processors.enable import XAttentionHandle, enable_xattention
-from xattn_video.processors.hunyuan_video import XAttnProcessor
+from xattn_video.processors.processor import XAttnProcessor
 
 __all__ = ["XAttentionHandle", "XAttnProcessor", "enable_xattention"]

@@ -1,6 +1,5 @@
 """Switch XAttention on and off in one line."""
 
-import weakref
 from types import TracebackType
 from typing import Any
 
@@ -9,8 +8,8 @@ from diffusers import DiffusionPipeline
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
-from xattn_video.processors.binding import supported_transformer
-from xattn_video.processors.hunyuan_video import XAttnProcessor
+from xattn_video.processors.binding import family_of, unwrapped
+from xattn_video.processors.processor import XAttnProcessor
 
 
 class XAttentionHandle:
@@ -43,25 +42,6 @@ class XAttentionHandle:
         self.disable()
 
 
-class _PipelineSteps:
-    """The number of steps that a pipeline is running; None where it runs none.
-
-    Another pipeline may share its transformer. One that an exception stopped looks as if it ran
-    on until it runs again.
-    """
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self._pipeline = weakref.ref(pipeline)
-
-    def __call__(self) -> int | None:
-        pipeline = self._pipeline()
-        # Diffusers' pipelines set it to None before and after their denoising loop.
-        if getattr(pipeline, "_current_timestep", None) is None:
-            return None
-        num_steps: int | None = getattr(pipeline, "_num_timesteps", None)
-        return num_steps
-
-
 def enable_xattention(
     pipe_or_transformer: Any,
     threshold: "ThresholdLike | SparseSettings" = DEFAULT_THRESHOLD,
@@ -88,16 +68,19 @@ def enable_xattention(
             f"{type(pipe_or_transformer).__name__} has no transformer; supported are pipelines "
             "with a HunyuanVideoTransformer3DModel."
         )
-    model = pipe_or_transformer.transformer if is_pipeline else pipe_or_transformer
-    transformer: Any = supported_transformer(model)
+    pipeline = pipe_or_transformer if is_pipeline else None
+    transformer: Any = unwrapped(pipeline.transformer if pipeline else pipe_or_transformer)
+    family_of(transformer)
     if any(isinstance(p, XAttnProcessor) for p in transformer.attn_processors.values()):
         raise RuntimeError(
             "XAttention is enabled on this transformer already; call disable() on its handle "
-            "first, or set another XAttnProcessor with transformer.set_attn_processor."
+            "first, or set another XAttnProcessor with transformer.set_attn_processor. To tell "
+            "the processor that is there of another pipeline, call "
+            "processor.bind(pipe.transformer, pipeline=pipe)."
         )
     processor = XAttnProcessor(threshold, **options)
     handle = XAttentionHandle(transformer, processor)
     transformer.set_attn_processor(processor)
-    if is_pipeline:
-        processor.bind(transformer, num_steps=_PipelineSteps(pipe_or_transformer))
+    if pipeline is not None:
+        processor.bind(transformer, pipeline=pipeline)
     return handle

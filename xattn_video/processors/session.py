@@ -1,6 +1,5 @@
 """A processor's work on one transformer: what the layers do in each forward pass."""
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,117 +11,125 @@ from xattn_video.backends.table import resolve_backend
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
-from xattn_video.policy.decision import Run, decide
+from xattn_video.policy.decision import Decision, Run, decide
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.processors import joint_qkv
-from xattn_video.processors.layer_slots import SLOT_NAME, ForwardPlan, Recorder
-from xattn_video.processors.step_tracker import ForwardInputs, StepHook, StepTracker
+from xattn_video.policy.steps import ForwardInputs, SchedulerStep, StepTracker
+from xattn_video.processors.families import Family
+from xattn_video.processors.families.hunyuan_video_qkv import kernel_runs_on
+from xattn_video.processors.layout import TokenLayout
+from xattn_video.processors.recorder import (
+    SLOT_NAME,
+    ForwardPass,
+    Observer,
+    Recorder,
+    SparseOperator,
+)
 
 NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
 
 
 class Session:
-    """Follows the steps of one transformer, plans each forward pass and records what ran.
+    """Follows the steps of one transformer, settles each forward pass and records what ran.
 
     Args:
-        transformer: A HunyuanVideoTransformer3DModel.
-        hook: What tells of its forward passes; registered on it.
-        attentions: {layer name: attention module} of all joint-attention layers.
-        own: The names of those that the processor serves.
+        transformer: Of a supported family.
+        family: Its family.
+        serves: Whether the processor is the one of an attention module.
         num_steps: Denoising steps of a generation, or what tells them.
+        scheduler_step: What tells the step of a running pipeline, or None.
     """
 
     def __init__(
         self,
         transformer: nn.Module,
-        hook: StepHook,
-        attentions: dict[str, nn.Module],
-        own: list[str],
+        family: Family,
+        serves: Callable[[Any], bool],
         num_steps: NumSteps,
+        scheduler_step: "Callable[[], SchedulerStep | None] | None",
     ) -> None:
+        attentions = family.attentions(transformer)
+        own = {name: attn for name, attn in attentions.items() if serves(attn)}
         self.transformer = weakref.ref(transformer)
-        self.hook = hook
+        self.family = family
         self.tracker = StepTracker()
-        self._attentions = [attentions[name] for name in own]
-        self.recorder = Recorder(own, self._attentions)
+        self.recorder = Recorder(tuple(own), tuple(own.values()), family.attention)
+        self._attentions = tuple(own.values())
         self._num_steps = num_steps
+        self._scheduler_step = scheduler_step
         self._num_layers = len(attentions)
         self._positions = [number for number, name in enumerate(attentions) if name in own]
 
     def begin_forward(
-        self, transformer: Any, inputs: ForwardInputs, settings: SparseSettings
-    ) -> ForwardPlan:
-        """Count the forward pass, fill the slots with its thresholds and open its record."""
-        self.recorder.end_forward()
-        if self.tracker.observe(inputs):
+        self,
+        inputs: ForwardInputs,
+        settings: SparseSettings,
+        *,
+        dense_backend: Any,
+        parallel_config: Any,
+        operator: SparseOperator,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        """Count the forward pass, settle what every layer does and open its record."""
+        transformer: Any = self.transformer()
+        scheduler_step = None if self._scheduler_step is None else self._scheduler_step()
+        if self.tracker.observe(inputs, scheduler_step):
             self.recorder.start_generation()
-        plan = self._plan(transformer, inputs, settings)
-        self.recorder.begin_forward(self.tracker, inputs, plan)
-        return plan
-
-    def close(self) -> None:
-        """Take the hook and the slots off the transformer."""
-        self.recorder.end_forward()
-        transformer = self.transformer()
-        if transformer is not None:
-            self.hook.remove_from(transformer)
-        for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
-            if getattr(attention, SLOT_NAME, None) is slot:
-                delattr(attention, SLOT_NAME)
-
-    def _plan(
-        self, transformer: Any, inputs: ForwardInputs, settings: SparseSettings
-    ) -> ForwardPlan:
-        config = transformer.config
         step = self.tracker.step
         assert step is not None
-        channels_last = (config.patch_size_t, config.patch_size, config.patch_size)
-        num_video_tokens = math.prod(
-            size // patch
-            for size, patch in zip(inputs.latent_shape[1:], channels_last, strict=True)
-        )
-        key_lengths = [num_video_tokens + length for length in inputs.text_lengths]
-        blocks = [
-            -(-length // settings.block_size)
-            for length in [num_video_tokens + inputs.text_tokens, *key_lengths]
-        ]
+        config = transformer.config
         device = _layer_device(transformer, inputs.device)
+        layout = self.family.layout(config, inputs, device)
         run = Run(
             self._num_layers,
             config.num_attention_heads,
-            num_video_tokens,
+            layout.num_video_tokens,
             device.type,
             self._num_steps() if callable(self._num_steps) else self._num_steps,
             inputs.needs_grad,
         )
         decision = decide(settings, step, run)
-        reason = decision.reason
-        taus = decision.thresholds
-        few_tokens = num_video_tokens < settings.min_tokens_on(device.type)
+        if decision.sparse and parallel_config is not None:
+            raise NotImplementedError(
+                "sparse steps do not run under context parallelism yet; use a threshold of 1, or "
+                "run without transformer.enable_parallelism."
+            )
         backend = None
+        few_tokens = layout.num_video_tokens < settings.min_tokens_on(device.type)
         if not (few_tokens or inputs.needs_grad or settings.schedule.is_dense):
             # In a dense step too: what cannot run is refused before the warm-up, not after it.
-            backend = self._resolve(settings, inputs, device, config.attention_head_dim)
-        if reason is None:
-            self._fill_thresholds(settings, taus, device)
-        lengths = torch.tensor(key_lengths)
-        return ForwardPlan(
-            sparse=reason is None,
-            reason=reason,
-            needs_grad=inputs.needs_grad,
-            backend=backend if reason is None else None,
-            threshold=taus[0][0] if settings.schedule.is_uniform else None,
-            fused_on=device.type if joint_qkv.kernel_runs_on(device) else None,
-            key_lengths=lengths,
-            device_key_lengths=lengths.to(device, torch.int32, non_blocking=True),
-            valid_blocks=blocks[0] * sum(blocks[1:]) * config.num_attention_heads,
+            backend = self._resolve(settings, inputs, layout, config.attention_head_dim)
+        lengths = None
+        if len(set(layout.key_lengths)) > 1:
+            lengths = torch.tensor(layout.key_lengths, dtype=torch.int32)
+            lengths = lengths.to(device, non_blocking=True)
+        forward = ForwardPass(
+            settings,
+            decision,
+            layout,
+            lengths,
+            backend if decision.sparse else None,
+            dense_backend,
+            parallel_config,
+            operator,
+            observers,
+        )
+        self._fill_slots(decision, device)
+        self.recorder.begin_forward(
+            forward, step, self.tracker.forward_pass, inputs.timestep, config.num_attention_heads
         )
 
+    def close(self) -> None:
+        """Take the slots off the transformer."""
+        self.recorder.end_forward()
+        for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
+            if getattr(attention, SLOT_NAME, None) is slot:
+                delattr(attention, SLOT_NAME)
+
     def _resolve(
-        self, settings: SparseSettings, inputs: ForwardInputs, device: torch.device, head_dim: int
+        self, settings: SparseSettings, inputs: ForwardInputs, layout: TokenLayout, head_dim: int
     ) -> str:
         """The backend's name, outside of compiled code, before any layer has run."""
-        dtype = inputs.dtype
+        device, dtype = layout.device, inputs.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         problem = Problem(
@@ -130,7 +137,8 @@ class Session:
             dtype=dtype,
             head_dim=head_dim,
             block_size=settings.block_size,
-            ragged=len(set(inputs.text_lengths)) > 1,
+            causal=layout.causal,
+            ragged=len(set(layout.key_lengths)) > 1,
         )
         try:
             check_precision(settings.scoring_precision, problem, settings.stride)
@@ -139,19 +147,21 @@ class Session:
             self.recorder.num_refused += 1
             raise
 
-    def _fill_thresholds(
-        self, settings: SparseSettings, taus: tuple[tuple[float, ...], ...], device: torch.device
-    ) -> None:
-        """Give every layer its tau: a scalar, or `[H, 1]` where heads differ."""
-        if settings.schedule.is_uniform:
-            # A tensor, because torch.compile would compile anew for every other float.
-            tau = torch.full((), taus[0][0], device=device)
-            thresholds = [tau] * len(self.recorder.slots)
-        else:
-            own = [taus[position] for position in self._positions]
-            thresholds = list(torch.tensor(own).unsqueeze(-1).to(device, non_blocking=True))
-        for slot, threshold in zip(self.recorder.slots, thresholds, strict=True):
+    def _fill_slots(self, decision: Decision, device: torch.device) -> None:
+        """Tell every layer whether it runs dense, and its tau: a scalar, or `[H, 1]`."""
+        taus = [decision.thresholds[position] for position in self._positions]
+        thresholds: list[torch.Tensor] | list[None] = [None] * len(taus)
+        if decision.sparse and decision.threshold is not None:
+            thresholds = [torch.full((), decision.threshold, device=device)] * len(taus)
+        elif decision.sparse:
+            thresholds = list(torch.tensor(taus).unsqueeze(-1).to(device, non_blocking=True))
+        fuses = kernel_runs_on(device)
+        for slot, position, threshold in zip(
+            self.recorder.slots, self._positions, thresholds, strict=True
+        ):
+            slot.reason = decision.layer_reason(position)
             slot.threshold = threshold
+            slot.fuses = fuses
 
 
 def _layer_device(transformer: nn.Module, input_device: torch.device) -> torch.device:

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate_together
 from xattn_video.pipelines.request import GenerationRequest
-from xattn_video.processors.kept_mass import KeptMassProcessor
+from xattn_video.processors.observers import KeptMass
 from xattn_video.quality.clips import Clip
 from xattn_video.quality.frames import relative_error
 from xattn_video.quality.methods import DENSE, Method
@@ -192,24 +192,9 @@ def generate_for_kept_mass(
         requests: With sparse settings.
         on_step: Called after every denoising step.
     """
-    sparse = requests[0].sparse
-    assert sparse is not None
-    options: dict[str, Any] = {field.name: getattr(sparse, field.name) for field in fields(sparse)}
-    processor = KeptMassProcessor(**options)
-    previous = dict(pipe.transformer.attn_processors)
-    pipe.transformer.set_attn_processor(processor)
-
-    def show(step: StepRecord) -> None:
-        # Generated without sparse settings, every step passes for dense.
-        if on_step is not None:
-            on_step(replace(step, sparse=step.index in processor.report().sparse_steps))
-
-    try:
-        processor.bind(pipe.transformer, num_steps=requests[0].video.num_inference_steps)
-        generate_together(pipe, [replace(request, sparse=None) for request in requests], show)
-    finally:
-        pipe.transformer.set_attn_processor(previous)
-    return processor.kept_mass
+    kept_mass = KeptMass()
+    generate_together(pipe, requests, on_step, (kept_mass,))
+    return kept_mass.means
 
 
 def judge_demo_clip(prompt: str, clip: Clip) -> Attributes | None:

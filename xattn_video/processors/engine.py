@@ -1,0 +1,193 @@
+"""From a layer's queries, keys and values to its attention: the only place that attends.
+
+Here alone a layer runs dense or sparse, and here alone observers listen. torch.compile sees one
+opaque operation, whatever it chooses: step, prompt and size make no graphs of their own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor
+
+from xattn_video.backends.dense import attend_with, fastest_dense_kernel
+from xattn_video.errors import UnboundProcessorError
+from xattn_video.ops.attention import attend_selected
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.processors.layout import TokenLayout
+from xattn_video.processors.recorder import AttendedLayer, ForwardPass, LayerSlot
+
+HOW_TO_BIND = (
+    "set it with transformer.set_attn_processor(processor), or call processor.bind(transformer) "
+    "after setting it layer by layer; then call the transformer itself, not its forward() or "
+    "one of its blocks."
+)
+
+
+def attend(
+    slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """Attention of one layer as its forward pass decided.
+
+    Args:
+        slot: The layer's.
+        query, key, value: `[B, S, H, D]`, in the model's order of tokens.
+        attention_mask: What Diffusers gives its own processor.
+
+    Returns:
+        `[B, S, H, D]`, contiguous.
+
+    Raises:
+        UnboundProcessorError: No forward pass of the transformer is running.
+    """
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        return _attend_with_gradients(slot, query, key, value, attention_mask)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.xattn_video.attend_layer(
+            query, key, value, attention_mask, slot.handle
+        )
+        return out
+    return _attend_now(slot, query, key, value, attention_mask)
+
+
+def _attend_with_gradients(
+    slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    """As the stock processor does it. Checkpointing calls it after the forward pass is over."""
+    forward = slot.forward
+    slot.state = "dense"
+    out: Tensor = dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        backend=None if forward is None else forward.dense_backend,
+        parallel_config=None if forward is None else forward.parallel_config,
+    )
+    return out
+
+
+def _attend_now(
+    slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+) -> Tensor:
+    forward = slot.forward
+    if forward is None:
+        raise UnboundProcessorError(
+            f"this XAttnProcessor knows no transformer and no step: {HOW_TO_BIND}"
+        )
+    if forward.decision.reason == "gradients" or forward.parallel_config is not None:
+        return _attend_with_gradients(slot, query, key, value, attention_mask)
+    # Under autocast the normalised queries and keys are float32, the values are not.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    layout = forward.layout
+    if layout.permutation is not None:
+        query, key, value = map(layout.to_canonical, (query, key, value))
+    blocks: BlockLists | None = None
+    if slot.reason is not None:
+        out = dense_attention(query, key, value, layout, forward.dense_backend)
+        slot.state = "dense"
+    else:
+        assert slot.threshold is not None
+        out, blocks = forward.operator(query, key, value, slot.threshold, forward)
+        slot.state = "sparse"
+        slot.kept = None if blocks is None else blocks.counts.sum()
+    for observer in forward.observers:
+        observer(AttendedLayer(slot.name, forward, query, key, value, blocks))
+    return layout.from_canonical(out).contiguous()
+
+
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, forward: ForwardPass
+) -> tuple[Tensor, BlockLists]:
+    """XAttention of one layer in canonical order, `[B, S, H, D]`, and the blocks it computed."""
+    settings, layout = forward.settings, forward.layout
+    longest = max(layout.key_lengths)
+    assert forward.backend is not None
+    out, blocks = attend_selected(
+        query.transpose(1, 2),
+        key[:, :longest].transpose(1, 2),
+        value[:, :longest].transpose(1, 2),
+        threshold=threshold,
+        stride=settings.stride,
+        block_size=settings.block_size,
+        causal=layout.causal,
+        num_text_tokens=longest - layout.num_video_tokens,
+        key_lengths=forward.device_key_lengths,
+        backend=forward.backend,
+        scoring_precision=settings.scoring_precision,
+    )
+    return out.transpose(1, 2), blocks
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, backend: Any
+) -> Tensor:
+    """Dense attention without a mask, so that flash-class kernels can run.
+
+    Args:
+        query, key, value: `[B, S, H, D]` in canonical order.
+        layout: Of the tokens.
+        backend: One of Diffusers' attention backends. If None its active one; where that is
+            the default, the fastest kernel present on a Hopper GPU.
+
+    Returns:
+        `[B, S, H, D]`.
+    """
+    kernel = _dense_kernel(query, backend, layout.causal)
+    lengths = layout.key_lengths
+    if len(set(lengths)) == 1:
+        return kernel(query, key[:, : lengths[0]], value[:, : lengths[0]])
+    items = [slice(number, number + 1) for number in range(len(lengths))]
+    return torch.cat(
+        [
+            kernel(query[item], key[item, :length], value[item, :length])
+            for item, length in zip(items, lengths, strict=True)
+        ]
+    )
+
+
+def _dense_kernel(query: Tensor, backend: Any, causal: bool) -> Callable[..., Tensor]:
+    """Diffusers' dispatch, unless nobody chose a backend and a faster kernel is present."""
+    if causal:
+        return partial(dispatch_attention_fn, backend=backend, is_causal=True)
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    # A kernel that PyTorch was told not to use is a choice too.
+    unrestricted = torch.backends.cuda.flash_sdp_enabled() and (
+        torch.backends.cuda.cudnn_sdp_enabled()
+    )
+    if backend is None and active == AttentionBackendName.NATIVE and unrestricted:
+        kernel = fastest_dense_kernel(query.device, query.dtype, query.shape[-1])
+        if kernel is not None:
+            return partial(attend_with, kernel)
+    return partial(dispatch_attention_fn, backend=backend)
+
+
+def _attend_layer(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, handle: Tensor
+) -> Tensor:
+    return _attend_now(LayerSlot.of_handle(handle), query, key, value, attention_mask)
+
+
+# The schema is written out because its inference from annotations differs between versions of
+# torch.
+_op = torch.library.custom_op(
+    "xattn_video::attend_layer",
+    _attend_layer,
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor handle) -> Tensor"
+    ),
+)
+
+
+@_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return value.new_empty(query.shape)

@@ -1,0 +1,8 @@
+"""The families of models that XAttention knows, one file each."""
+
+from xattn_video.processors.families.family import Family
+from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
+
+FAMILIES = (HUNYUAN_VIDEO,)
+
+__all__ = ["FAMILIES", "Family"]

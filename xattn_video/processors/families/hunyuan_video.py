@@ -1,0 +1,161 @@
+"""HunyuanVideo: joint attention, the video first and its text behind it."""
+
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from xattn_video.policy.steps import ForwardInputs
+from xattn_video.processors import engine
+from xattn_video.processors.families.family import Family
+from xattn_video.processors.families.hunyuan_video_qkv import (
+    can_fuse,
+    join,
+    prepare_eagerly,
+    prepare_fused,
+)
+from xattn_video.processors.layout import TokenLayout
+from xattn_video.processors.recorder import LayerSlot
+
+_READ = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+
+
+def attention(
+    attn: Attention,
+    slot: LayerSlot,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Diffusers' HunyuanVideoAttnProcessor2_0; it differs in step 5, and in 2 to 4 on a GPU."""
+    num_text_tokens = encoder_hidden_states.shape[1]
+    if attn.add_q_proj is None:
+        hidden_states = join(hidden_states, encoder_hidden_states)
+
+    # 1. QKV projections
+    query = attn.to_q(hidden_states)
+    key = attn.to_k(hidden_states)
+    value = attn.to_v(hidden_states)
+
+    query = query.unflatten(2, (attn.heads, -1))
+    key = key.unflatten(2, (attn.heads, -1))
+    value = value.unflatten(2, (attn.heads, -1))
+
+    # 2. to 4. QK normalization, rotary embedding of the video, QKV projections of the text
+    heads = (query, key, value)
+    if (
+        slot.fuses
+        and image_rotary_emb is not None
+        and can_fuse(attn, heads, encoder_hidden_states, image_rotary_emb)
+    ):
+        heads = prepare_fused(attn, heads, encoder_hidden_states, image_rotary_emb)
+    else:
+        heads = prepare_eagerly(attn, heads, encoder_hidden_states, image_rotary_emb)
+    query, key, value = heads
+
+    # 5. Attention
+    hidden_states = engine.attend(slot, query, key, value, attention_mask)
+    hidden_states = hidden_states.flatten(2, 3)
+    hidden_states = hidden_states.to(query.dtype)
+
+    # 6. Output projection
+    hidden_states, encoder_hidden_states = (
+        hidden_states[:, :-num_text_tokens],
+        hidden_states[:, -num_text_tokens:],
+    )
+
+    if getattr(attn, "to_out", None) is not None:
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)
+
+    if getattr(attn, "to_add_out", None) is not None:
+        encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+
+    return hidden_states, encoder_hidden_states
+
+
+def attentions(transformer: Any) -> dict[str, Any]:
+    """{block name: attention module} of all joint-attention layers, double-stream blocks first."""
+    return {
+        f"{stack}.{number}": block.attn
+        for stack in ("transformer_blocks", "single_transformer_blocks")
+        for number, block in enumerate(getattr(transformer, stack))
+    }
+
+
+def read_forward(transformer: nn.Module, given: Mapping[str, Any]) -> ForwardInputs:
+    """What a forward pass was called with, in one transfer from the device.
+
+    Raises:
+        TypeError: An argument is missing.
+    """
+    for name in _READ:
+        if not isinstance(given.get(name), Tensor):
+            raise TypeError(
+                f"XAttnProcessor reads {', '.join(_READ)} of every forward pass; this one was "
+                f"called with {name}={given.get(name)!r}; pass a tensor, by name."
+            )
+    latents, timestep, text, mask = (given[name] for name in _READ)
+    parts = (
+        timestep.flatten()[:1],
+        mask.sum(dim=1, dtype=torch.int),
+        # Channel 0 of the last frame holds noisy latents in every variant of the model.
+        latents[0, 0, -1].flatten()[:64],
+        # One feature of every token: prompts may begin alike.
+        text[0, :, 0],
+    )
+    read = torch.cat([part.detach().to(latents.device, torch.float32) for part in parts])
+    values = iter(read.tolist())
+    first, lengths, latent_sample, text_sample = (
+        tuple(itertools.islice(values, len(part))) for part in parts
+    )
+    return ForwardInputs(
+        timestep=first[0],
+        timestep_dtype=timestep.dtype,
+        latent_shape=tuple(latents.shape[1:]),
+        latent_sample=latent_sample,
+        text_sample=text_sample,
+        text_lengths=tuple(int(length) for length in lengths),
+        text_tokens=mask.shape[1],
+        device=latents.device,
+        dtype=latents.dtype,
+        needs_grad=torch.is_grad_enabled() and _any_needs_grad(transformer, given.values()),
+    )
+
+
+def layout(config: Any, inputs: ForwardInputs, device: torch.device) -> TokenLayout:
+    """Video tokens in raster order, then the text."""
+    frames, rows, columns = inputs.latent_shape[1:]
+    grid = (
+        frames // config.patch_size_t,
+        rows // config.patch_size,
+        columns // config.patch_size,
+    )
+    num_video_tokens = grid[0] * grid[1] * grid[2]
+    return TokenLayout(num_video_tokens, inputs.text_tokens, inputs.text_lengths, device, grid)
+
+
+def _any_needs_grad(transformer: nn.Module, given: Iterable[object]) -> bool:
+    tensors = (one for one in given if isinstance(one, Tensor))
+    return any(one.requires_grad for one in itertools.chain(tensors, transformer.parameters()))
+
+
+HUNYUAN_VIDEO = Family(
+    name="HunyuanVideo",
+    transformers=(HunyuanVideoTransformer3DModel,),
+    covers="HunyuanVideo text-to-video, image-to-video, SkyReels-V1",
+    attentions=attentions,
+    read_forward=read_forward,
+    # Of Diffusers' own class: a derived or patched forward may take *args and **kwargs.
+    forward_arguments=tuple(inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters)[
+        1:
+    ],
+    layout=layout,
+    attention=attention,
+)

@@ -1,0 +1,73 @@
+"""Where video and text lie among a model's tokens, and how the operator sees them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """The tokens of a forward pass; the operator sees canonical order: video, then valid text.
+
+    Args:
+        num_video_tokens: Of an item.
+        num_text_tokens: Of an item, padding included; 0 where the text lies elsewhere.
+        text_lengths: Valid text tokens of each item; they come before the padding.
+        device: Where the layers compute.
+        grid: Frames, rows and columns of the video tokens, where they have them.
+        causal: Whether a token sees those before it alone. Nothing is cut off then.
+        permutation: int64 `[S]`: canonical place p holds the model's token ``permutation[p]``.
+            None where the model's order is canonical.
+    """
+
+    num_video_tokens: int
+    num_text_tokens: int
+    text_lengths: tuple[int, ...]
+    device: torch.device
+    grid: tuple[int, int, int] | None = None
+    causal: bool = False
+    permutation: Tensor | None = None
+
+    @classmethod
+    def text_first(
+        cls, num_video_tokens: int, num_text_tokens: int, batch: int, device: torch.device
+    ) -> "TokenLayout":
+        """Text, all of it valid, followed by the video."""
+        places = torch.arange(num_video_tokens + num_text_tokens, device=device)
+        return cls(
+            num_video_tokens,
+            num_text_tokens,
+            (num_text_tokens,) * batch,
+            device,
+            permutation=places.roll(-num_text_tokens),
+        )
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Keys of each item that take part, which come first in canonical order."""
+        if self.causal:
+            return (self.num_tokens,) * len(self.text_lengths)
+        return tuple(self.num_video_tokens + length for length in self.text_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an item, padding included."""
+        return self.num_video_tokens + self.num_text_tokens
+
+    def to_canonical(self, tokens: Tensor) -> Tensor:
+        """`[B, S, ...]` from the model's order; the same tensor where that is canonical."""
+        return tokens if self.permutation is None else tokens[:, self.permutation]
+
+    def from_canonical(self, tokens: Tensor) -> Tensor:
+        """`[B, S, ...]` back in the model's order."""
+        if self.permutation is None:
+            return tokens
+        return torch.empty_like(tokens).index_copy_(1, self.permutation, tokens)
+
+    def count_valid_blocks(self, block_size: int) -> int:
+        """Blocks that dense attention computes for one head, over the batch."""
+        rows = -(-self.num_tokens // block_size)
+        if self.causal:
+            return len(self.text_lengths) * rows * (rows + 1) // 2
+        return rows * sum(-(-length // block_size) for length in self.key_lengths)

@@ -1,0 +1,226 @@
+"""XAttention as an attention processor of Diffusers."""
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from xattn_video.errors import UnboundProcessorError
+from xattn_video.policy.report import SparsityReport
+from xattn_video.policy.schedule import ThresholdLike
+from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
+from xattn_video.policy.steps import ForwardInputs
+from xattn_video.processors.binding import (
+    ForwardHook,
+    TransformerBound,
+    family_of,
+    install,
+    unwrapped,
+)
+from xattn_video.processors.engine import HOW_TO_BIND, sparse_attention
+from xattn_video.processors.pipeline_steps import PipelineSteps
+from xattn_video.processors.recorder import SLOT_NAME, LayerSlot, Observer, SparseOperator
+from xattn_video.processors.session import NumSteps, Session
+
+
+class XAttnProcessor(TransformerBound):
+    """Joint text-video attention: dense while warming up, then block-sparse.
+
+    Set one instance on a transformer, ``pipe.transformer.set_attn_processor(XAttnProcessor())``;
+    it learns the denoising step from the transformer's own ``timestep``. One processor serves one
+    transformer; a deep copy is independent. The token refiner is computed as ever. How setting it
+    tells it the transformer: `xattn_video.processors.binding`.
+
+    Args:
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1]; or a schedule of
+            them; or all arguments as one `SparseSettings`.
+        options: The other fields of `SparseSettings`, by name: ``stride``, ``block_size``,
+            ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
+            ``scoring_precision``. What each means stands there. ``cooldown_steps`` needs the
+            number of steps: from the pipeline, with `enable_xattention(pipe, ...)`, or from
+            ``bind(transformer, num_steps=...)``.
+
+    Attributes:
+        settings: Its `SparseSettings`.
+        observers: Functions that are told of every layer that has attended; see `AttendedLayer`.
+        operator: What computes a sparse layer; XAttention unless another is put here.
+
+    The first forward pass raises where a backend that was asked for by name cannot run, 8 bits
+    cannot be had, or ``cooldown_steps`` has no number of steps.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of a wrong type.
+    """
+
+    # Diffusers' set_attention_backend and enable_parallelism set these.
+    _attention_backend = None
+    _parallel_config = None
+
+    _refiner_processor: ClassVar[AttnProcessor2_0] = AttnProcessor2_0()
+
+    __signature__ = inspect.signature(SparseSettings)
+
+    def __init__(
+        self, threshold: "ThresholdLike | SparseSettings" = DEFAULT_THRESHOLD, **options: Any
+    ) -> None:
+        self.settings = SparseSettings.of(threshold, **options)
+        self.observers: list[Observer] = []
+        self.operator: SparseOperator = sparse_attention
+        self._session: Session | None = None
+
+    def __repr__(self) -> str:
+        given = repr(self.settings).removeprefix(type(self.settings).__name__)
+        return f"{type(self).__name__}{given}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy serves no transformer yet; that of a copied transformer is bound by its hook.
+        return {**self.__dict__, "observers": [], "_session": None, "_parallel_config": None}
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if encoder_hidden_states is None:
+            # The token refiner, whose processor set_attn_processor replaces as well.
+            refined: Tensor = self._refiner_processor(attn, hidden_states, None, attention_mask)
+            return refined
+        slot: LayerSlot | None = getattr(attn, SLOT_NAME, None)
+        if slot is None or slot.attention is None:
+            raise UnboundProcessorError(
+                f"this XAttnProcessor knows no transformer and no step: {HOW_TO_BIND}"
+            )
+        return slot.attention(
+            attn, slot, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+
+    @property
+    def step_index(self) -> int | None:
+        """The denoising step of the latest forward pass; None before the first."""
+        return None if self._session is None else self._session.tracker.step
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers that the processor serves; none before it is bound."""
+        return () if self._session is None else self._session.recorder.layer_names
+
+    def report(self) -> SparsityReport:
+        """What ran in the latest generation, up to now; waits for the device.
+
+        Raises:
+            UnboundProcessorError: The processor has not served a transformer.
+        """
+        if self._session is None:
+            raise UnboundProcessorError(
+                f"this XAttnProcessor has nothing to report: {HOW_TO_BIND}"
+            )
+        return self._session.recorder.report()
+
+    def reset(self) -> None:
+        """Start a new generation with the next forward pass.
+
+        Needed only where nothing else can tell: after an interrupted generation, when the next
+        one starts at a lower timestep than the last one that ran and the processor does not know
+        the pipeline. After one that stopped at its first step it keeps that step out of the next
+        report, where only the prompt is another.
+        """
+        if self._session is not None:
+            self._session.tracker.reset()
+
+    def bind(
+        self, transformer: Any, num_steps: NumSteps = None, *, pipeline: Any = None
+    ) -> "XAttnProcessor":
+        """Serve a transformer whose layers have this processor; `set_attn_processor` does it.
+
+        Args:
+            transformer: Of a supported family.
+            num_steps: Denoising steps of a generation, or what tells them; for cooldown_steps.
+            pipeline: The Diffusers pipeline that runs the transformer; it tells steps and their
+                number, unless ``num_steps`` is given.
+
+        Raises:
+            UnsupportedModelError: The model is another one.
+            ValueError: The model does not use this processor, or another one does.
+        """
+        transformer = unwrapped(transformer)
+        self.check_binding(transformer)
+        if not self.serves(transformer):
+            raise ValueError(
+                "no layer of this transformer uses this XAttnProcessor; "
+                "call transformer.set_attn_processor(processor) instead of bind."
+            )
+        steps = None if pipeline is None else PipelineSteps(pipeline)
+        if num_steps is None and steps is not None:
+            num_steps = steps.count
+        ForwardHook.install(self, transformer)
+        self._session = Session(
+            transformer,
+            family_of(transformer),
+            lambda attn: attn.processor is self,
+            num_steps,
+            None if steps is None else steps.current,
+        )
+        parallel_config = getattr(transformer, "_parallel_config", None)
+        if getattr(parallel_config, "context_parallel_config", None) is not None:
+            self._parallel_config = parallel_config
+        return self
+
+    def check_binding(self, transformer: Any) -> None:
+        """Raise where the processor cannot serve the transformer."""
+        transformer = unwrapped(transformer)
+        num_layers = len(family_of(transformer).attentions(transformer))
+        self.settings.schedule.per_head(0, num_layers, transformer.config.num_attention_heads)
+        bound = None if self._session is None else self._session.transformer()
+        if bound is not None and bound is not transformer and self.serves(bound):
+            raise ValueError(
+                "this XAttnProcessor serves another transformer; give each its own, "
+                "such as copy.deepcopy(processor)."
+            )
+
+    def unbind(self, transformer: Any) -> None:
+        """Leave the transformer; the report of its latest generation stays."""
+        ForwardHook.remove(self, transformer)
+        if self._session is not None and self._session.transformer() is transformer:
+            self._session.close()
+
+    def serves(self, transformer: nn.Module) -> bool:
+        """Whether a layer of the transformer uses this processor."""
+        return any(getattr(module, "processor", None) is self for module in transformer.modules())
+
+    def begin_forward(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Settle what the layers do in a forward pass; a hook calls this before it starts."""
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "torch.export is not supported: which steps are sparse is settled while the "
+                "pipeline runs. Use torch.compile, or export with Diffusers' own processor."
+            )
+        if self._session is None or self._session.transformer() is not transformer:
+            # The transformer is a copy, and so is this processor.
+            self.bind(transformer)
+        session = self._session
+        assert session is not None
+        given = dict(zip(session.family.forward_arguments, args, strict=False)) | kwargs
+        inputs: ForwardInputs = session.family.read_forward(transformer, given)
+        session.begin_forward(
+            inputs,
+            self.settings,
+            dense_backend=getattr(self._attention_backend, "value", self._attention_backend),
+            parallel_config=self._parallel_config,
+            operator=self.operator,
+            observers=tuple(self.observers),
+        )
+
+    def end_forward(self, transformer: nn.Module) -> None:
+        """Take up what the layers did; a hook calls this after a forward pass, failed or not."""
+        if self._session is not None:
+            self._session.recorder.end_forward()
+
+
+install()

@@ -1,0 +1,213 @@
+"""What the layers are to do in a forward pass, and what they did."""
+
+import collections
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.policy.decision import Decision, DenseReason
+from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.processors.layout import TokenLayout
+
+SLOT_NAME = "_xattn_slot"
+
+# Forward passes of one generation that are kept for the report; the oldest go first.
+_MAX_FORWARDS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class AttendedLayer:
+    """What an observer sees of a layer: tensors in canonical order, `[B, S, H, D]`.
+
+    Args:
+        layer: The layer's name.
+        forward: The forward pass.
+        query, key, value: Padded text included.
+        blocks: What was computed; None where the layer ran dense.
+    """
+
+    layer: str
+    forward: "ForwardPass"
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    blocks: BlockLists | None
+
+
+Observer: TypeAlias = Callable[[AttendedLayer], None]
+SparseOperator: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor, Tensor, "ForwardPass"], tuple[Tensor, BlockLists | None]
+]
+"""Query, key, value `[B, S, H, D]` in canonical order, tau, pass -> output and its blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """What all layers share in one forward pass.
+
+    Args:
+        settings: Of sparse attention.
+        decision: Which layers run dense, and why.
+        layout: Of the tokens.
+        device_key_lengths: int32 `[B]` on the layers' device where items differ, else None.
+        backend: What computes sparse attention; None where all layers run dense.
+        dense_backend: Diffusers' attention backend for dense layers; None if nobody chose one.
+        parallel_config: Diffusers' context parallelism, or None.
+        operator: What computes a sparse layer.
+        observers: Told of every layer that has attended.
+    """
+
+    settings: SparseSettings
+    decision: Decision
+    layout: TokenLayout
+    device_key_lengths: Tensor | None
+    backend: str | None
+    dense_backend: Any
+    parallel_config: Any
+    operator: SparseOperator
+    observers: tuple[Observer, ...]
+
+
+class LayerSlot:
+    """One layer's part in the forward pass that runs, and what the layer did.
+
+    It hangs on the layer's attention module, so that compiled code finds it without knowing the
+    layer's number, for which torch.compile would compile every layer anew.
+
+    Attributes:
+        name: The layer's.
+        attention: Its family's processor; None in a copy, until that is bound.
+        forward: The forward pass; None between two of them.
+        handle: int64, on the CPU: stands for the slot in a compiled graph.
+        fuses: Whether one kernel prepares queries and keys on the layers' device.
+        reason: Why the layer runs dense; None where it is to run sparse.
+        threshold: Tau, a scalar or `[H, 1]`, where it is to run sparse.
+        state, kept: What it did, and the number of blocks, a scalar that stays on the device.
+    """
+
+    _numbers: ClassVar[Any] = itertools.count()
+    _by_number: ClassVar[Any] = weakref.WeakValueDictionary()
+
+    def __init__(self, name: str = "", attention: Callable[..., Any] | None = None) -> None:
+        self.name = name
+        self.attention = attention
+        self.forward: ForwardPass | None = None
+        self.fuses = False
+        self.reason: DenseReason | None = None
+        self.threshold: Tensor | None = None
+        self.state: State = "skipped"
+        self.kept: Tensor | None = None
+        number = next(self._numbers)
+        self.handle = torch.tensor(number, device="cpu")
+        self._by_number[number] = self
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        # A copy's layer has run nothing yet.
+        return type(self), (self.name,)
+
+    @classmethod
+    def of_handle(cls, handle: Tensor) -> "LayerSlot":
+        """The slot that a compiled graph was given the handle of."""
+        slot: LayerSlot = cls._by_number[int(handle)]
+        return slot
+
+
+@dataclass(slots=True)
+class _Record:
+    """A forward pass as recorded, the numbers of kept blocks still on the device."""
+
+    step: int
+    forward_pass: int
+    timestep: float
+    threshold: float | None
+    backend: str | None
+    valid_blocks: int
+    states: tuple[State, ...] = ()
+    reasons: tuple[DenseReason | None, ...] = ()
+    kept: Tensor | None = None
+
+
+class Recorder:
+    """Collects what the layers did in the latest generation, without waiting for the device."""
+
+    def __init__(
+        self,
+        layer_names: Sequence[str],
+        attentions: Sequence[nn.Module],
+        attention: Callable[..., Any],
+    ) -> None:
+        self.layer_names = tuple(layer_names)
+        self.slots = [LayerSlot(name, attention) for name in layer_names]
+        for attention, slot in zip(attentions, self.slots, strict=True):
+            setattr(attention, SLOT_NAME, slot)
+        self.num_refused = 0
+        self._records: collections.deque[_Record] = collections.deque(maxlen=_MAX_FORWARDS)
+
+    def start_generation(self) -> None:
+        """Forget the generation before."""
+        self._records.clear()
+        self.num_refused = 0
+
+    def begin_forward(
+        self, forward: ForwardPass, step: int, forward_pass: int, timestep: float, num_heads: int
+    ) -> None:
+        """Open the record of a forward pass and hand it to the slots."""
+        valid = forward.layout.count_valid_blocks(forward.settings.block_size) * num_heads
+        threshold = forward.decision.threshold
+        self._records.append(
+            _Record(step, forward_pass, timestep, threshold, forward.backend, valid)
+        )
+        for slot in self.slots:
+            slot.forward = forward
+            slot.state = "skipped"
+            slot.kept = None
+
+    def end_forward(self) -> None:
+        """Take over what the slots hold; harmless when done twice."""
+        for slot in self.slots:
+            slot.forward = None
+        if not self._records:
+            return
+        latest = self._records[-1]
+        latest.states = tuple(slot.state for slot in self.slots)
+        latest.reasons = tuple(slot.reason for slot in self.slots)
+        kept = [slot.kept for slot in self.slots if slot.kept is not None]
+        # A model spread over devices has its numbers on all of them.
+        latest.kept = torch.stack([count.to(kept[0].device) for count in kept]) if kept else None
+
+    def report(self) -> SparsityReport:
+        """The latest generation up to now; waits for the device."""
+        for record in self._records:
+            if record.kept is not None:
+                # Kept there: a report after every step copies each number once.
+                record.kept = record.kept.cpu()
+        runs = tuple(_as_run(record) for record in self._records if record.states)
+        return SparsityReport(self.layer_names, runs, self.num_refused)
+
+
+def _as_run(record: _Record) -> ForwardRun:
+    kept = iter([] if record.kept is None else record.kept.tolist())
+    layers = []
+    for state, reason in zip(record.states, record.reasons, strict=True):
+        if state == "sparse":
+            layers.append(LayerRun(state, None, int(next(kept)), record.valid_blocks))
+        elif state == "dense":
+            # It was to run sparse, and the layer itself found that it needs gradients.
+            layers.append(LayerRun(state, reason or "gradients"))
+        else:
+            layers.append(LayerRun(state))
+    return ForwardRun(
+        record.step,
+        record.forward_pass,
+        record.timestep,
+        record.threshold,
+        record.backend if "sparse" in record.states else None,
+        tuple(layers),
+    )
