@@ -82,6 +82,12 @@ def test_the_passes_of_a_step_share_a_cell_of_the_plot():
     assert example()._grid() == [["dense", 0.5, 0.5], ["dense", 0.2, "skipped"]]
 
 
+def test_a_dense_pass_hides_no_sparse_one_of_its_step():
+    runs = (forward(0, sparse(40)), forward(0, DENSE, forward_pass=1))
+    for order in (runs, runs[::-1]):
+        assert SparsityReport(("a",), order)._grid() == [[0.4]]
+
+
 def test_the_plot_is_a_picture(tmp_path):
     example().plot(tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

@@ -203,6 +203,28 @@ def test_the_inputs_are_read_in_one_transfer(monkeypatch):
     assert inputs.latent_shape == (4, 3, 8, 8)
 
 
+def test_what_tells_steps_apart_is_sampled_where_every_variant_has_it():
+    """Image-to-video holds its image in frame 0, and in channels behind the noisy latents."""
+    transformer = tiny_transformer()
+
+    def sample(change):
+        arguments = forward_inputs(lengths=(16,))
+        change(arguments)
+        inputs = read_forward(transformer, arguments)
+        return inputs.latent_sample, inputs.text_sample
+
+    latents, text = sample(lambda given: None)
+    image = sample(lambda given: given["hidden_states"][:, :, 0].zero_())
+    assert image == (latents, text)
+    condition = sample(lambda given: given["hidden_states"][:, 1:].zero_())
+    assert condition == (latents, text)
+    noise = sample(lambda given: given["hidden_states"][:, 0, -1].add_(1))
+    assert noise[0] != latents
+    for token in (0, 7, 15):
+        other = sample(lambda given, token=token: given["encoder_hidden_states"][0, token].add_(1))
+        assert other[1] != text
+
+
 def test_positional_arguments_are_read_too():
     transformer = tiny_transformer()
     transformer.set_attn_processor(tiny_processor())

@@ -264,6 +264,22 @@ def test_a_broken_gpu_stops_the_run(tiny_pipeline, tmp_path, monkeypatch):
     assert len(list((tmp_path / "failures").iterdir())) == 3
 
 
+def test_failures_that_are_not_in_a_row_stop_no_run(tiny_pipeline, tmp_path, monkeypatch):
+    original, calls = sampling.generate, []
+
+    def fail_often(pipe, request, on_step):
+        calls.append(request)
+        if len(calls) != 3:
+            raise RuntimeError("not this one")
+        return original(pipe, request, on_step)
+
+    monkeypatch.setattr(sampling, "generate", fail_often)
+    code, _, messages = make_run(tmp_path, tiny_pipeline, "--dense", prompts=5)
+    assert code == 1
+    assert len(calls) == 5
+    assert "4 of 5 videos failed" in messages
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
