@@ -154,3 +154,39 @@ def test_a_scoring_precision_that_cannot_be_had_stops_the_first_step(monkeypatch
         generate(pipe, 3)
     assert handle.processor.report().num_refused == 1
     assert states(handle.processor.report()) == []
+
+
+def test_a_class_in_place_of_a_processor_is_told_so():
+    transformer = tiny_transformer()
+    with pytest.raises(TypeError, match=r"got the class XAttnProcessor; write XAttnProcessor\(\)"):
+        transformer.set_attn_processor(XAttnProcessor)
+
+
+def test_wrappers_are_taken_off_or_named():
+    class Adapted(torch.nn.Module):
+        """As PEFT wraps a model for LoRA."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = model
+
+        def get_base_model(self):
+            return self.base_model
+
+    transformer = tiny_transformer()
+    handle = enable_xattention(torch.compile(Adapted(transformer), backend="eager"))
+    assert transformer.transformer_blocks[0].attn.processor is handle.processor
+    handle.disable()
+    with pytest.raises(UnsupportedModelError, match=r"DataParallel copies .* model\.module"):
+        enable_xattention(torch.nn.DataParallel(transformer))
+
+
+def test_a_second_pipeline_is_told_how_to_share_the_processor():
+    pipe = tiny_pipeline()
+    other = tiny_pipeline(pipe.transformer)
+    handle = enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
+    with pytest.raises(RuntimeError, match=r"processor\.bind\(pipe\.transformer, pipeline=pipe\)"):
+        enable_xattention(other)
+    handle.processor.bind(other.transformer, pipeline=other)
+    generate(other, 4)
+    assert states(handle.processor.report()) == ["dense", "sparse", "sparse", "dense"]

@@ -1,0 +1,69 @@
+"""Plan, progress, report and layers agree, whatever the schedule."""
+
+import pytest
+import torch
+from hunyuan import HEADS, NUM_LAYERS, VIDEO_TOKENS, generate, tiny_pipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xattn_video import ThresholdSchedule, enable_xattention
+from xattn_video.pipelines.generation import _StepRecorder
+from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.model_shape import ModelShape
+from xattn_video.pipelines.plan import plan_run
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.decision import Run, decide
+from xattn_video.policy.settings import SparseSettings
+
+STEPS = 5
+TAUS = st.sampled_from([0.5, 1.0])
+POINTS = st.dictionaries(st.integers(0, STEPS), TAUS, min_size=1, max_size=3).map(
+    lambda points: tuple(sorted(points.items()))
+)
+SCHEDULES = st.builds(
+    ThresholdSchedule,
+    POINTS,
+    st.sampled_from(["hold", "linear"]),
+    st.dictionaries(st.integers(0, NUM_LAYERS - 1), POINTS, max_size=2),
+    st.dictionaries(
+        st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, HEADS - 1)), POINTS, max_size=3
+    ),
+)
+SETTINGS = st.builds(
+    SparseSettings,
+    SCHEDULES,
+    stride=st.just(4),
+    block_size=st.just(8),
+    warmup_steps=st.integers(0, STEPS + 1),
+    cooldown_steps=st.integers(0, STEPS + 1),
+    min_tokens=st.sampled_from([0, VIDEO_TOKENS, VIDEO_TOKENS + 1]),
+)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(sparse=SETTINGS)
+def test_planned_is_what_runs(pipe, sparse):
+    with enable_xattention(pipe, sparse) as handle:
+        shown = []
+        recorder = _StepRecorder(torch.device("cpu"), STEPS, handle.processor, shown.append)
+        generate(pipe, STEPS, callback_on_step_end=recorder.step_ends)
+    report = handle.processor.report()
+    run = Run(NUM_LAYERS, HEADS, VIDEO_TOKENS, "cpu", STEPS)
+    decisions = [decide(sparse, step, run) for step in range(STEPS)]
+    # The layers, as the report tells.
+    assert [[layer.reason for layer in forward.layers] for forward in report.forwards] == [
+        [decision.layer_reason(layer) for layer in range(NUM_LAYERS)] for decision in decisions
+    ]
+    # Progress.
+    assert [step.sparse for step in shown] == [decision.sparse for decision in decisions]
+    # The plan.
+    shape = ModelShape(heads=HEADS, double_layers=2, single_layers=2)
+    video = VideoSettings(height=64, width=64, num_frames=9, num_inference_steps=STEPS)
+    plan = plan_run(shape, video, sparse, LoadOptions(device="cpu"))
+    assert plan.video_tokens == VIDEO_TOKENS
+    assert plan.sparse_steps == len(report.sparse_steps)
