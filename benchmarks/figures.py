@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.page import estimate_of, figure_names
-from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
+from benchmarks.benchmark_page import estimate_of, figure_names
+from benchmarks.results_files import AUTHORS, ProblemRows, ResultFile, ResultRow
 
 _COLOURS = {
     "dense": "0.7",
@@ -29,7 +29,7 @@ def draw_figures(files: list[ResultFile], folder: Path) -> None:
             draw_speedups(file.sweep, file.device).savefig(folder / names["sweep"], dpi=120)
 
 
-def draw_parts(problem: Problem, device: str) -> Figure:
+def draw_parts(problem: ProblemRows, device: str) -> Figure:
     """One bar for each dense kernel and each sparse run, the latter split into its parts."""
     dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
     sparse = problem.select("xattention")
@@ -56,7 +56,7 @@ def draw_parts(problem: Problem, device: str) -> Figure:
     return figure
 
 
-def _split(problem: Problem, total: Row) -> dict[str, float]:
+def _split(problem: ProblemRows, total: ResultRow) -> dict[str, float]:
     """A sparse run's parts; attention is what scoring and selection leave of the whole."""
     found = {"scoring": problem.scoring_of(total)}
     if found["scoring"] is None:
@@ -69,7 +69,7 @@ def _split(problem: Problem, total: Row) -> dict[str, float]:
     return parts
 
 
-def draw_speedups(sweep: list[Problem], device: str) -> Figure:
+def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
     """Best dense over XAttention, a line for each backend, stride and density."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for problem in sweep:

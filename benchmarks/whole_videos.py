@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import RESULTS, describe_video
-from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
 

@@ -5,8 +5,8 @@ python -m benchmarks.write_page
 
 from pathlib import Path
 
+from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
-from benchmarks.page import IMAGES, render_page, render_readme_table
 from benchmarks.results_files import read_results
 from benchmarks.whole_videos import read_whole_videos
 

@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xattn_video.pipelines.video import atomic_path
-from xattn_video.quality.pages import (
+from xattn_video.measure.comparison_page import (
     comparison_rows,
     comparison_text,
     comparison_title,
     psnr_grid,
 )
-from xattn_video.quality.plots import write_plots
+from xattn_video.measure.comparison_plots import write_plots
+from xattn_video.pipelines.video import atomic_path
 
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"

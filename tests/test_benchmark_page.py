@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measure, write_page
+from benchmarks import results_writer, write_page
+from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
-from benchmarks.page import figure_names, render_page, render_readme_table
-from benchmarks.results_files import RESULTS, Problem, ResultFile, read_results
+from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
 from benchmarks.whole_videos import read_whole_videos
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +208,7 @@ def test_a_picture_splits_no_time_whose_scoring_is_not_known(gpu_file):
     whole = gpu_file.single_problems[0]
     legend = {text.get_text() for text in draw_parts(whole, "a GPU").legends[0].get_texts()}
     assert legend == {"dense", "scoring", "selection", "attention"}
-    rest = Problem(whole.name, tuple(row for row in whole.rows if row["name"] != "scoring"))
+    rest = ProblemRows(whole.name, tuple(row for row in whole.rows if row["name"] != "scoring"))
     legend = {text.get_text() for text in draw_parts(rest, "a GPU").legends[0].get_texts()}
     assert legend == {"dense", "scoring not timed"}
 
@@ -230,7 +230,7 @@ def test_the_command_is_kept(monkeypatch):
     words = ["/x/benchmarks/attention.py", "--problem", "cpu-2k", "--output", "a.json", "--then"]
     monkeypatch.setattr("sys.argv", words)
     command = "python -m benchmarks.attention --problem cpu-2k --then"
-    assert measure._command() == command
+    assert results_writer._command() == command
 
 
 def test_the_committed_page_is_what_the_files_say():

@@ -10,14 +10,14 @@ import torch
 from diffusers import HunyuanVideoPipeline
 
 from xattn_video import ThresholdSchedule, XAttnProcessor
-from xattn_video.pipelines import hunyuan_video
+from xattn_video.pipelines import loading
 from xattn_video.pipelines.generation import (
     GenerationResult,
     StepRecord,
     generate,
     generate_together,
 )
-from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
+from xattn_video.pipelines.loading import LoadOptions, load_pipeline
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.policy.decision import Run, count_dense_steps
 from xattn_video.policy.settings import SparseSettings
@@ -277,7 +277,7 @@ def test_defaults_follow_the_documented_advice():
 
 @pytest.mark.usefixtures("pretend_cuda")
 def test_on_cuda_the_parts_have_the_documented_dtypes(tiny_pipeline, monkeypatch):
-    monkeypatch.setattr(hunyuan_video, "_place", lambda pipe, options: None)
+    monkeypatch.setattr(loading, "_place", lambda pipe, options: None)
     pipe = load_pipeline(LoadOptions(str(tiny_pipeline), device="cuda"))
     assert pipe.transformer.dtype == torch.bfloat16
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -297,7 +297,7 @@ def test_on_cuda_the_parts_have_the_documented_dtypes(tiny_pipeline, monkeypatch
 )
 def test_offloading_is_the_pipelines_own(offload, call):
     pipe = Mock()
-    hunyuan_video._place(pipe, LoadOptions(device="cuda", offload=offload))
+    loading._place(pipe, LoadOptions(device="cuda", offload=offload))
     ((name, arguments, keywords),) = pipe.method_calls
     assert name == call
     assert torch.device("cuda") in [*arguments, *keywords.values()]

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xattn_video.cli import options
-from xattn_video.cli.console import (
+from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     log_choices,
     message_console,
@@ -17,12 +19,10 @@ from xattn_video.cli.console import (
     print_labelled,
     print_warning,
 )
-from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
-from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
-    from xattn_video.benchmark.speedup import Speedup
-    from xattn_video.pipelines.plan import RunPlan
+    from xattn_video.measure.speedup import Speedup
+    from xattn_video.pipelines.run_plan import RunPlan
 
 # A CPU does about this much in a second, and every part runs some ten times.
 _CPU_TFLOP_PER_SECOND = 0.1
@@ -56,11 +56,11 @@ def bench(
     """Time dense attention and XAttention here, at a video's size, on random tensors."""
     log_choices(verbose)
     with ErrorsToExitCodes(verbose) as errors:
-        from xattn_video.benchmark.problems import AttentionProblem
-        from xattn_video.benchmark.speedup import measure_speedup
-        from xattn_video.benchmark.timing import Budget
+        from xattn_video.measure.attention_problems import AttentionProblem
+        from xattn_video.measure.speedup import measure_speedup
+        from xattn_video.measure.timing import Budget
         from xattn_video.pipelines.model_shape import read_model_shape
-        from xattn_video.pipelines.plan import plan_run
+        from xattn_video.pipelines.run_plan import plan_run
         from xattn_video.pipelines.source import find_model
 
         if model is None:

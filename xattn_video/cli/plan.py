@@ -8,17 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from xattn_video.cli import options
-from xattn_video.cli.console import (
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     log_choices,
     output_console,
     print_labelled,
     print_warning,
 )
-from xattn_video.pipelines.source import HUNYUAN_VIDEO
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.plan import MemoryEstimate, RunPlan
+    from xattn_video.pipelines.run_plan import MemoryEstimate, RunPlan
 
 
 def plan(
@@ -48,7 +48,7 @@ def plan(
     log_choices(verbose)
     with ErrorsToExitCodes(verbose):
         from xattn_video.pipelines.model_shape import read_model_shape
-        from xattn_video.pipelines.plan import plan_run
+        from xattn_video.pipelines.run_plan import plan_run
         from xattn_video.pipelines.source import find_model
 
         video = options.video_settings(
