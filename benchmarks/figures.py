@@ -62,8 +62,7 @@ def _split(problem: ProblemRows, total: ResultRow) -> dict[str, float]:
     if found["scoring"] is None:
         return {"scoring not timed": total["latency_ms"]}
     if total["backend"] != AUTHORS:
-        same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
-        found["selection"] = problem.find("selection", **same)
+        found["selection"] = problem.part("selection", total)
     parts = {name: row["latency_ms"] for name, row in found.items() if row is not None}
     parts["attention"] = max(0.0, total["latency_ms"] - sum(parts.values()))
     return parts
@@ -73,12 +72,10 @@ def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
     """Best dense over XAttention, a line for each backend, stride and density."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for problem in sweep:
-        for row in problem.select("xattention"):
+        for row, speedup in problem.speedups():
             density = row.get("wanted_density", row["density"])
             label = f"{row['backend']}, density {density:.3g}, S={estimate_of(row)}"
-            speedup = problem.speedup(row, problem.best_dense)
-            if speedup is not None:
-                lines.setdefault(label, []).append((row["n"], speedup))
+            lines.setdefault(label, []).append((row["n"], speedup))
     figure, axes = _figure(4.2)
     for label, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=label)

@@ -54,11 +54,16 @@ class ProblemRows:
         """The first of them."""
         return next(iter(self.select(name, **columns)), None)
 
+    def part(self, name: str, total: ResultRow, **columns: object) -> ResultRow | None:
+        """The row of a part that a whole consists of."""
+        same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
+        return self.find(name, **same, **columns)
+
     def scoring_of(self, total: ResultRow) -> ResultRow | None:
         """The scoring row of a whole; the authors' is one with its selection."""
-        same = {key: total.get(key) for key in ("stride", "precision")}
         if total["backend"] == AUTHORS:
-            return self.find("scoring", backend=AUTHORS, threshold=total["threshold"], **same)
+            return self.part("scoring", total, backend=AUTHORS)
+        same = {key: total.get(key) for key in ("stride", "precision")}
         return self.find("scoring", backend=None, **same)
 
     @property
@@ -66,9 +71,16 @@ class ProblemRows:
         """The fastest dense kernel in the same run that sees every key."""
         return best_dense(self.rows)
 
-    def speedup(self, total: ResultRow, dense: ResultRow | None) -> float | None:
-        """How many times faster than a dense row; None without one."""
-        return None if dense is None else dense["latency_ms"] / total["latency_ms"]
+    def speedups(self) -> list[tuple[ResultRow, float]]:
+        """XAttention's rows, and how many times faster than the best dense kernel each is."""
+        best = self.best_dense
+        rows = [] if best is None else self.select("xattention")
+        return [(row, best["latency_ms"] / row["latency_ms"]) for row in rows if best]
+
+    @property
+    def heads(self) -> str:
+        """Number, size and dtype of the heads."""
+        return f"{self.first['heads']} heads of {self.first['head_dim']}, {self.first['dtype']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,12 @@ class ResultFile:
             return str(self.content["gpu"])
         threads = self.content["threads"]
         return f"CPU ({self.content['cpu']}, {threads} thread{'s' * (threads > 1)})"
+
+    @property
+    def packages(self) -> str:
+        """The versions that it was run with."""
+        versions = self.content["versions"].items()
+        return ", ".join(f"{k} {v}" for k, v in versions if v and k != "xattn-video")
 
     @property
     def on_gpu(self) -> bool:

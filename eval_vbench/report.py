@@ -76,9 +76,8 @@ def _write(
                 lambda text: messages.print(text, soft_wrap=True),
             )
         results.append(compare(dense, run, pairs))
-    page = report_page(dense, results, notes)
-    if plot_report(output / "report.png", dense, results):
-        page += "\n![Scores of the runs](report.png)\n"
+    plotted = plot_report(output / "report.png", dense, results)
+    page = report_page(dense, results, notes, "report.png" if plotted else "")
     write_json(output / "report.json", report_values(dense, results) | {"notes": notes})
     with atomic_path(output / "report.md") as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from eval_vbench.dimensions import DATA, Totals, dimensions
+from eval_vbench.dimensions import DATA, dimensions
 from eval_vbench.prompts import DEMO_SUITE
 from eval_vbench.run_comparison import (
     CompleteRun,
+    DimensionRow,
     Measures,
     SparseResult,
     caveats,
@@ -17,9 +19,10 @@ from eval_vbench.run_comparison import (
     shares_right,
 )
 from eval_vbench.statistics import Difference
-from xattn_video.measure.comparison_page import markdown_table
-from xattn_video.measure.comparison_rows import format_cell
+from xattn_video.reporting.pages import render
+from xattn_video.reporting.tables import Table, figure
 
+_TEMPLATE = Path(__file__).with_name("report.md.jinja")
 _NOT_MEASURED = "-"
 
 
@@ -39,7 +42,8 @@ def report_values(dense: CompleteRun, results: Sequence[SparseResult]) -> dict[s
                 "label": result.run.label,
                 "settings": result.run.settings["sparse"],
                 "dimensions": [asdict(row) for row in result.dimensions],
-                "totals": None if result.totals is None else _totals_values(result.totals),
+                "totals": result.totals
+                and dict(zip(("dense", "sparse"), map(asdict, result.totals), strict=True)),
                 "measures": asdict(result.measures),
                 "checks": result.checks,
             }
@@ -48,32 +52,35 @@ def report_values(dense: CompleteRun, results: Sequence[SparseResult]) -> dict[s
     }
 
 
-def report_page(dense: CompleteRun, results: Sequence[SparseResult], notes: Sequence[str]) -> str:
+def report_page(
+    dense: CompleteRun, results: Sequence[SparseResult], notes: Sequence[str], plot: str = ""
+) -> str:
     """The report as Markdown.
 
     Args:
         dense: The reference.
         results: What is beside it.
         notes: What could not be measured.
+        plot: Name of the picture below it, if there is one.
     """
-    video = dense.settings["video"]
-    parts = [
-        "# Dense against sparse",
-        f"{dense.settings['model']}, {video['width']}x{video['height']}, {video['num_frames']} "
-        f"frames at {dense.settings['fps']} fps, {video['num_inference_steps']} steps, suite "
-        f"{dense.settings['suite']}, {len(dense.items)} videos a run. {_origin(dense, results)}",
-        "\n".join(f"- **{text}**" for text in caveats(dense, results)),
-        "\n".join(f"- {text}" for text in notes),
-        "## Fidelity and cost",
-        _measures_table(dense, results),
-    ]
-    if any(result.checks for result in results):
-        parts += ["## Prompts still followed", _checks_table(dense, results)]
-    for result in results:
-        parts += [f"## VBench: {result.run.label}", _dimension_table(result)]
-    if dense.settings["suite"] != DEMO_SUITE:
-        parts += ["## The paper's figures", _paper_table(results)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    measures = [(dense.label, measures_of(dense))]
+    measures += [(result.run.label, result.measures) for result in results]
+    checks = [(dense.label, shares_right(dense))]
+    checks += [(result.run.label, result.checks) for result in results]
+    return render(
+        _TEMPLATE,
+        settings=dense.settings,
+        num_videos=len(dense.items),
+        origin=_origin(dense, results),
+        caveats=caveats(dense, results),
+        notes=notes,
+        measures=Table.of(measures, _MEASURES),
+        checks=_checks_table(checks) if any(shares for _, shares in checks[1:]) else None,
+        results=[(result.run.label, _dimensions(result)) for result in results],
+        paper=None if dense.settings["suite"] == DEMO_SUITE else _paper_table(results),
+        not_measured=_NOT_MEASURED,
+        plot=plot,
+    )
 
 
 def _origin(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
@@ -89,88 +96,45 @@ def _origin(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
     return f"Device: {', '.join(names)}; {', '.join(sorted(versions))}."
 
 
-def _measures_table(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
-    rows = [(dense.label, measures_of(dense))]
-    rows += [(result.run.label, result.measures) for result in results]
-    columns: dict[str, Callable[[Measures], str]] = {
-        "videos": lambda m: str(m.videos),
-        "PSNR dB": lambda m: format_cell(m.psnr, ".2f"),
-        "SSIM": lambda m: format_cell(m.ssim, ".4f"),
-        "LPIPS": lambda m: format_cell(m.lpips, ".4f"),
-        "VMAF": lambda m: format_cell(m.relative_vmaf, ".1f", "%"),
-        "density": lambda m: format_cell(m.density, ".1%"),
-        "s/video": lambda m: format_cell(m.seconds, ".1f"),
-        "speed-up": lambda m: format_cell(m.speedup, ".2f", "x"),
-        "step speed-up": lambda m: format_cell(m.step_speedup, ".2f", "x"),
-        "GiB": lambda m: format_cell(m.peak_memory_gib, ".2f"),
-    }
-    cells = [[label, *(cell(row) for cell in columns.values())] for label, row in rows]
-    return markdown_table(["run", *columns], cells)
-
-
-def _checks_table(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
+def _checks_table(checks: Sequence[tuple[str, dict[str, float]]]) -> Table:
     """Shares of the demo model's own checks, measured from the pixels."""
-    rows = [(dense.label, shares_right(dense))]
-    rows += [(result.run.label, result.checks) for result in results]
-    names = list(rows[0][1])
-    cells = [
-        [label, *(format_cell(shares.get(name), ".1%") for name in names)]
-        for label, shares in rows
-    ]
-    return markdown_table(["run", *names], cells)
+    names = list(checks[0][1])
+    rows = [(run, *(figure(shares.get(name), ".1%") for name in names)) for run, shares in checks]
+    return Table(("run", *names), tuple(rows))
 
 
-def _dimension_table(result: SparseResult) -> str:
+def _dimensions(result: SparseResult) -> str:
     """A row for each dimension that both runs were scored on; the others are named."""
-    cells = [
-        [
-            row.dimension,
-            str(row.difference.pairs if row.difference else 0),
-            f"{row.dense:.4f}",
-            f"{row.sparse:.4f}",
-            _NOT_MEASURED if row.difference is None else f"{row.difference.mean:+.4f}",
-            _interval(row.difference),
-        ]
-        for row in result.dimensions
-    ]
+    table = Table.of(result.dimensions, _DIMENSIONS)
     if result.totals is not None:
         pairs = zip(*(asdict(totals).items() for totals in result.totals), strict=True)
-        for (name, dense), (_, sparse) in pairs:
-            label = f"**{name.capitalize()}**"
-            cells.append(
-                [label, "", f"{dense:.4f}", f"{sparse:.4f}", f"{sparse - dense:+.4f}", ""]
-            )
-    table = markdown_table(["dimension", "n", "dense", "sparse", "delta", "95% interval"], cells)
+        rows = tuple(
+            (f"**{name.capitalize()}**", "", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", "")
+            for (name, a), (_, b) in pairs
+        )
+        table = replace(table, rows=table.rows + rows)
     missing = sorted(set(dimensions()) - {row.dimension for row in result.dimensions})
-    if not missing:
-        return table
     remark = (
         f"{len(missing)} of {len(dimensions())} dimensions were not scored for both runs, so "
         f"there is no Quality, Semantic or Total: {', '.join(missing)}."
     )
-    return f"{table}\n\n{remark}" if cells else remark
+    return "\n\n".join([table.markdown()] * bool(table.rows) + [remark] * bool(missing))
 
 
-def _paper_table(results: Sequence[SparseResult]) -> str:
-    """The paper's figures beside those of runs at its settings."""
+def _paper_table(results: Sequence[SparseResult]) -> tuple[Table, str]:
+    """The paper's figures beside those of runs at its settings, and where they are from."""
     paper = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
-    formats = {"psnr": ".1f", "ssim": ".3f", "lpips": ".3f", "density": ".1%"}
-    cells = []
+    formats = {"PSNR": ".1f", "SSIM": ".3f", "LPIPS": ".3f", "density": ".1%"}
+    rows = []
     for row in paper["rows"]:
         run = next((r for r in results if _is_papers(r.run, paper, row["threshold"])), None)
-        measured = {} if run is None else asdict(run.measures)
-        line = [f"{row['threshold']:.2f}"]
+        cells = [f"{row['threshold']:.2f}"]
         for name, form in formats.items():
-            line += [f"{row[name]:{form}}", format_cell(measured.get(name), form) or _NOT_MEASURED]
-        cells.append(line)
-    headings = ["tau"]
-    for name in ("PSNR", "SSIM", "LPIPS", "density"):
-        headings += [f"{name}, paper", "here"]
-    table = markdown_table(headings, cells)
-    return (
-        f"{table}\n\nPaper: {paper['source']}. `{_NOT_MEASURED}`: not measured at the paper's "
-        "settings (data/paper.json)."
-    )
+            measured = None if run is None else getattr(run.measures, name.lower())
+            cells += [f"{row[name.lower()]:{form}}", figure(measured, form) or _NOT_MEASURED]
+        rows.append(tuple(cells))
+    headings = [heading for name in formats for heading in (f"{name}, paper", "here")]
+    return Table(("tau", *headings), tuple(rows)), paper["source"]
 
 
 def _is_papers(run: CompleteRun, paper: dict[str, Any], threshold: float) -> bool:
@@ -182,11 +146,30 @@ def _is_papers(run: CompleteRun, paper: dict[str, Any], threshold: float) -> boo
     return all(found.get(name) == value for name, value in wanted.items())
 
 
-def _totals_values(both: tuple[Totals, Totals]) -> dict[str, Any]:
-    return {"dense": asdict(both[0]), "sparse": asdict(both[1])}
-
-
 def _interval(difference: Difference | None) -> str:
     if difference is None or difference.low is None or difference.high is None:
         return _NOT_MEASURED
     return f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+_MEASURES: dict[str, Callable[[tuple[str, Measures]], str]] = {
+    "run": lambda row: row[0],
+    "videos": lambda row: str(row[1].videos),
+    "PSNR dB": lambda row: figure(row[1].psnr, ".2f"),
+    "SSIM": lambda row: figure(row[1].ssim, ".4f"),
+    "LPIPS": lambda row: figure(row[1].lpips, ".4f"),
+    "VMAF": lambda row: figure(row[1].relative_vmaf, ".1f", "%"),
+    "density": lambda row: figure(row[1].density, ".1%"),
+    "s/video": lambda row: figure(row[1].seconds, ".1f"),
+    "speed-up": lambda row: figure(row[1].speedup, ".2f", "x"),
+    "step speed-up": lambda row: figure(row[1].step_speedup, ".2f", "x"),
+    "GiB": lambda row: figure(row[1].peak_memory_gib, ".2f"),
+}
+_DIMENSIONS: dict[str, Callable[[DimensionRow], str]] = {
+    "dimension": lambda row: row.dimension,
+    "n": lambda row: str(row.difference.pairs if row.difference else 0),
+    "dense": lambda row: f"{row.dense:.4f}",
+    "sparse": lambda row: f"{row.sparse:.4f}",
+    "delta": lambda row: f"{row.difference.mean:+.4f}" if row.difference else _NOT_MEASURED,
+    "95% interval": lambda row: _interval(row.difference),
+}

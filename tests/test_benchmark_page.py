@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_writer, write_page
+from benchmarks import results_writer
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
 from benchmarks.whole_videos import read_whole_videos
+from benchmarks.write_page import BEGIN, END
+from xattn_video.reporting.pages import replace_between
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"heads": 24, "head_dim": 128, "dtype": "bfloat16", "extra_memory_gib": 0.5}
@@ -213,13 +215,6 @@ def test_a_picture_splits_no_time_whose_scoring_is_not_known(gpu_file):
     assert legend == {"dense", "scoring not timed"}
 
 
-def test_the_readmes_marks_stay():
-    text = f"a\n{write_page.BEGIN}old{write_page.END}\nb"
-    assert write_page.replace_table(text, "new") == text.replace("old", "new")
-    with pytest.raises(ValueError, match="put them back"):
-        write_page.replace_table("no marks", "new")
-
-
 def test_gpus_come_first(tmp_path):
     for name, gpu in (("a", None), ("z", "A GPU")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": gpu, "rows": []}))
@@ -239,7 +234,7 @@ def test_the_committed_page_is_what_the_files_say():
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert page == render_page(files, videos), rerun
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert write_page.replace_table(readme, render_readme_table(files, videos)) == readme, rerun
+    assert replace_between(readme, BEGIN, END, render_readme_table(files, videos)) == readme, rerun
     pictures = {name for file in files for name in figure_names(file).values()}
     assert {path.name for path in (ROOT / "docs/images/benchmarks").iterdir()} == pictures, rerun
 

@@ -23,7 +23,6 @@ from xattn_video.reporting.console import (
     quiet_libraries,
 )
 from xattn_video.reporting.progress import GenerationProgress
-from xattn_video.reporting.tables import print_table
 
 if TYPE_CHECKING:
     from xattn_video.measure.methods import Method
@@ -87,7 +86,7 @@ class CompareJob:
     def run(self) -> None:
         """Load the model, generate and measure every video, write the files, print the table."""
         from xattn_video.measure.comparison import Comparison, judge_demo_clip
-        from xattn_video.measure.comparison_rows import table_cells
+        from xattn_video.measure.comparison_rows import comparison_table
         from xattn_video.measure.similarity import Scorer
         from xattn_video.pipelines.loading import load_pipeline
 
@@ -116,7 +115,8 @@ class CompareJob:
                 results.add(first, outcomes)
         results.finish()
         console = output_console()
-        print_table(*table_cells(results.rows))
+        table = comparison_table(results.rows)
+        console.print(table.terminal(console.width), crop=False)
         print_labelled(console, {"results": str(self.folder)})
 
     def _batches(self) -> Iterator[tuple[int, tuple[GenerationRequest, ...]]]:

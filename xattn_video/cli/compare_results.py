@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from xattn_video.measure.comparison import Outcome
     from xattn_video.measure.comparison_plots import Densities
     from xattn_video.measure.comparison_rows import MethodRow
-    from xattn_video.policy.report import SparsityReport
 
 
 class ResultsFolder:
@@ -57,7 +56,7 @@ class ResultsFolder:
         if report is not None and report.sparse_steps:
             # It is much the same from prompt to prompt: the first ones stand for all.
             name = outcomes[0].measurement.method.name
-            self._densities.setdefault(name, layer_densities(report))
+            self._densities.setdefault(name, report.layer_densities())
         self._write_json()
 
     def finish(self) -> None:
@@ -101,21 +100,6 @@ class ResultsFolder:
             )
             write_video(files[1], frames, fps)
         return files
-
-
-def layer_densities(report: "SparsityReport") -> "Densities":
-    """Density by layer and step; the passes of a step are taken together."""
-    column = {step: number for number, step in enumerate(report.steps)}
-    kept = [[0] * len(column) for _ in report.layer_names]
-    valid = [[0] * len(column) for _ in report.layer_names]
-    for forward in report.forwards:
-        for layer, run in enumerate(forward.layers):
-            kept[layer][column[forward.step]] += run.kept or 0
-            valid[layer][column[forward.step]] += run.valid or 0
-    return [
-        [k / v if v else None for k, v in zip(*lines, strict=True)]
-        for lines in zip(kept, valid, strict=True)
-    ]
 
 
 def check_new_results(folder: Path) -> None:

@@ -1,9 +1,15 @@
 """A comparison's results as Markdown, from what results.json holds of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from xattn_video.measure.comparison_rows import MethodRow, table_cells
+from xattn_video.measure.comparison_rows import MethodRow, comparison_table
+from xattn_video.reporting.pages import render
+from xattn_video.reporting.tables import Table
+
+_TEMPLATE = Path(__file__).with_name("comparison.md.jinja")
 
 _PICTURES = {
     "psnr-density": "PSNR against density",
@@ -50,25 +56,9 @@ def comparison_text(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
         record: The content of results.json.
         pictures: Paths of the plots, relative to the page.
     """
-    rows = comparison_rows(record)
-    video, versions = record["video"], record["versions"]
-    facts = [
-        f"- Prompts: {record['num_prompts']}; seeds: {', '.join(map(str, record['seeds']))}; "
-        f"steps: {video['num_inference_steps']}; video tokens: {record['video_tokens']:,}; "
-        f"videos in a call: {record['batch_size']}",
-        f"- Device: {record['device']}, {record['dtype']}; "
-        f"sparse backend: {', '.join(record['backends']) or 'none needed'}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()),
-    ]
-    missing = [f"- {name} is not measured: {why}" for name, why in record["missing"].items()]
-    links = [f"![{_caption(path)}]({path})" for path in pictures]
-    parts = [
-        "\n".join(facts + missing),
-        f"```bash\n{record['command']}\n```",
-        markdown_table(*table_cells(rows)),
-        *links,
-    ]
-    return "\n\n".join(parts) + "\n"
+    table = comparison_table(comparison_rows(record))
+    captions = [(_caption(path), path) for path in pictures]
+    return render(_TEMPLATE, record=record, table=table, pictures=captions)
 
 
 def psnr_grid(record: Mapping[str, Any]) -> str:
@@ -84,18 +74,19 @@ def psnr_grid(record: Mapping[str, Any]) -> str:
         for sparse, row in settings
         if sparse.stride == stride and isinstance(sparse.threshold, float)
     }
-    warmups = sorted({warmup for _, warmup in cells})
-    headings = ["threshold", *(f"warm-up of {warmup}" for warmup in warmups)]
-    lines = [
-        [f"{tau:g}", *(cells.get((tau, warmup), "") for warmup in warmups)]
-        for tau in sorted({tau for tau, _ in cells})
-    ]
+    taus, warmups = (sorted(set(values)) for values in zip(*cells, strict=True))
+
+    def cell(warmup: int, tau: float) -> str:
+        return cells.get((tau, warmup), "")
+
+    columns: dict[str, Callable[[float], str]] = {"threshold": lambda tau: f"{tau:g}"}
+    columns |= {f"warm-up of {warmup}": partial(cell, warmup) for warmup in warmups}
     facts = (
         f"{_video_and_device(record)}, {record['video']['num_inference_steps']} steps, "
         f"{record['num_prompts']} prompts, stride {stride}, backend "
         f"{', '.join(record['backends'])}:"
     )
-    return f"{facts}\n\n{markdown_table(headings, lines)}\n"
+    return f"{facts}\n\n{Table.of(taus, columns).markdown()}\n"
 
 
 def _grid_cell(row: MethodRow) -> str:
@@ -105,14 +96,6 @@ def _grid_cell(row: MethodRow) -> str:
         return ""
     density = "" if row.density is None else f", density {row.density:.2f}"
     return f"{row.psnr:.1f} dB{density}"
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first column to the left, figures to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
 
 
 def _caption(path: str) -> str:

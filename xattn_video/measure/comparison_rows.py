@@ -8,6 +8,7 @@ from typing import Any
 from xattn_video.measure.comparison import Measurement
 from xattn_video.measure.methods import DENSE, Method
 from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.tables import Table, figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,30 +115,23 @@ def over_measured(
 _COLUMNS: dict[str, Callable[[MethodRow], str]] = {
     "setting": lambda row: row.method.label,
     "videos": lambda row: str(row.num_videos),
-    "PSNR dB": lambda row: "identical" if row.identical else format_cell(row.psnr, ".2f"),
-    "SSIM": lambda row: format_cell(row.ssim, ".4f"),
-    "VMAF": lambda row: format_cell(row.relative_vmaf, ".1f", "%"),
-    "LPIPS": lambda row: format_cell(row.lpips, ".4f"),
-    "latent error": lambda row: format_cell(row.latent_error, ".4f"),
-    "density": lambda row: format_cell(row.density, ".3f"),
-    "kept mass": lambda row: format_cell(row.kept_mass, ".4f"),
-    "s/video": lambda row: format_cell(row.seconds, ".2f" if row.seconds < 10 else ".1f"),
-    "speed-up": lambda row: format_cell(row.speedup, ".2f", "x"),
-    "step speed-up": lambda row: format_cell(row.step_speedup, ".2f", "x"),
-    "GiB": lambda row: format_cell(row.peak_memory_gib, ".2f"),
-    "checks right": lambda row: format_cell(row.checks_right, ".1%"),
-    "followed": lambda row: format_cell(row.followed, ".1%"),
-    "still followed": lambda row: format_cell(row.still_followed, ".1%"),
+    "PSNR dB": lambda row: "identical" if row.identical else figure(row.psnr, ".2f"),
+    "SSIM": lambda row: figure(row.ssim, ".4f"),
+    "VMAF": lambda row: figure(row.relative_vmaf, ".1f", "%"),
+    "LPIPS": lambda row: figure(row.lpips, ".4f"),
+    "latent error": lambda row: figure(row.latent_error, ".4f"),
+    "density": lambda row: figure(row.density, ".3f"),
+    "kept mass": lambda row: figure(row.kept_mass, ".4f"),
+    "s/video": lambda row: figure(row.seconds, ".2f" if row.seconds < 10 else ".1f"),
+    "speed-up": lambda row: figure(row.speedup, ".2f", "x"),
+    "step speed-up": lambda row: figure(row.step_speedup, ".2f", "x"),
+    "GiB": lambda row: figure(row.peak_memory_gib, ".2f"),
+    "checks right": lambda row: figure(row.checks_right, ".1%"),
+    "followed": lambda row: figure(row.followed, ".1%"),
+    "still followed": lambda row: figure(row.still_followed, ".1%"),
 }
 
 
-def table_cells(rows: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the cells of every row; a column that nothing was measured for is left out."""
-    columns = {heading: [cell(row) for row in rows] for heading, cell in _COLUMNS.items()}
-    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
-    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
-
-
-def format_cell(value: float | None, form: str, unit: str = "") -> str:
-    """A figure as a table shows it; empty where there is none."""
-    return "" if value is None else f"{value:{form}}{unit}"
+def comparison_table(rows: Sequence[MethodRow]) -> Table:
+    """All rows; a column that nothing was measured for is left out."""
+    return Table.of(rows, _COLUMNS, keep_empty=False)
