@@ -311,6 +311,20 @@ def test_the_share_of_prompts_still_followed():
     assert MethodRow.from_dict(json.loads(json.dumps(asdict(row)))) == row
 
 
+def test_a_step_is_as_many_times_faster_as_its_median_is_smaller():
+    (sparse,) = sparse_methods([0.9], [0], [8])
+    dense_steps = [
+        measurement(DENSE, p, [], dense_step_seconds=s) for p, s in [("a", 6), ("b", 8)]
+    ]
+    sparse_steps = [
+        measurement(sparse, p, [], dense_step_seconds=99.0, sparse_step_seconds=s)
+        for p, s in [("a", 1), ("b", 3)]
+    ]
+    dense, row = summarise(dense_steps + sparse_steps)
+    assert row.step_speedup == 7 / 2
+    assert dense.step_speedup is None
+
+
 def test_the_demo_models_clips_are_judged_from_their_pixels():
     from xattn_video.measure.clips import Clip
     from xattn_video.pipelines.demo import parse_prompt

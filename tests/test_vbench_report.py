@@ -237,6 +237,16 @@ def test_a_part_of_the_prompts_is_said(like_the_paper):
     assert "32 of 944 prompts" in caveats(dense, [])[0]
 
 
+def test_speed_ups_are_dense_over_sparse_medians(like_the_paper):
+    dense, sparse = like_the_paper
+    for record in dense.records.values():
+        record.update(seconds=30.0, seconds_per_dense_step=6.0)
+    for record in sparse.records.values():
+        record.update(seconds=20.0, seconds_per_dense_step=99.0, seconds_per_sparse_step=1.5)
+    measures = compare(dense, sparse, {}).measures
+    assert (measures.speedup, measures.step_speedup) == (1.5, 4.0)
+
+
 def test_times_of_different_devices_are_not_compared(like_the_paper):
     dense, sparse = like_the_paper
     for record in sparse.records.values():
