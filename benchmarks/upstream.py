@@ -49,7 +49,7 @@ def cases(tensors: AttentionTensors, settings: SparseGrid) -> Iterator[Case]:
                 chunk_size=default_chunk_size(tensors.length),
             )
             row = {"name": "scoring", **columns, "includes": "selection"}
-            yield Case(row, lambda run=estimate: _check_estimate(run(), tensors), estimate)
+            yield Case(row, estimate, partial(_check_estimate, tensors=tensors))
             if has_kernel():
                 yield _whole(module, tensors, columns, estimate)
 
@@ -70,7 +70,7 @@ def _whole(
         causal=False,
     )
     row = {"name": "xattention", **columns, "density": mask.sum().item() / mask.numel()}
-    return Case(row, lambda: check_attention(run(), tensors, mask), run)
+    return Case(row, run, partial(check_attention, tensors=tensors, block_mask=mask))
 
 
 def _check_estimate(found: tuple[Tensor, Tensor], tensors: AttentionTensors) -> float:

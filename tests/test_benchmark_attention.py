@@ -183,7 +183,7 @@ def test_a_case_that_is_slow_or_breaks_leaves_the_others(monkeypatch):
             pass
 
     monkeypatch.setattr("xattn_video.measure.attention_cases._SECONDS_TO_COMPILE", 0.1)
-    cases = [Case({"number": n}, run, run) for n, run in enumerate([broken, slow, lambda: 0.0])]
+    cases = [Case({"number": n}, run, float) for n, run in enumerate([broken, slow, lambda: 0.0])]
     found = list(measure_cases(iter(cases), CPU, Budget(repeats=1, max_seconds=0.1)))
     assert [done for _, done in found] == [False, False, True]
     assert found[0][0] == {"number": 0, "failure": "KeyError: 'inside'"}
@@ -192,7 +192,7 @@ def test_a_case_that_is_slow_or_breaks_leaves_the_others(monkeypatch):
 
 def test_what_breaks_between_cases_is_a_failure():
     def cases():
-        yield Case({}, lambda: 0.0, lambda: 0.0)
+        yield Case({}, lambda: 0.0, float)
         raise MemoryError("no inputs")
 
     found = list(measure_cases(cases(), CPU, QUICK))

@@ -41,15 +41,15 @@ class Case:
 
     Attributes:
         row: Its columns, those that are known before it runs.
-        check: Runs it once and compares it with the formula; its error, or an exception.
         run: What is timed.
+        check: Compares what it returns with the formula; its error, or an exception.
         flops: Of matrix products, where the row is about them.
         more: Further columns, computed after the row was timed.
     """
 
     row: Columns
-    check: Callable[[], float]
-    run: Callable[[], object]
+    run: Callable[[], Any]
+    check: Callable[[Any], float]
     flops: float | None = None
     more: Callable[[], Columns] | None = None
 
@@ -74,118 +74,95 @@ def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
     for name, run, num_keys in dense_kernels(tensors):
         yield Case(
             _row(tensors, "dense", backend=name, density=1.0),
-            partial(_dense_error, run, tensors, num_keys),
             run,
+            partial(check_attention, tensors=tensors, num_keys=num_keys),
             tensors.dense_flops,
         )
 
 
-def sparse_cases(tensors: AttentionTensors, settings: SparseGrid) -> Iterator[Case]:
+def sparse_cases(tensors: AttentionTensors, grid: SparseGrid) -> Iterator[Case]:
     """Scoring, selection and attention apart, then `xattention`, which is all of them."""
-    forced = tensors.forced_blocks()
-    estimates = [*itertools.product(settings.strides, settings.precisions)]
+    estimates = [*itertools.product(grid.strides, grid.precisions)]
     for estimate in estimates:
         stride, precision = estimate
         how = {"stride": stride, "precision": precision}
         score = partial(
             block_scores, tensors.query, tensors.key, stride=stride, precision=precision
         )
-        yield Case(
-            _row(tensors, "scoring", **how), partial(_scoring_error, score, tensors, stride), score
-        )
+        check = partial(check_scores, tensors=tensors, stride=stride)
+        yield Case(_row(tensors, "scoring", **how), score, check)
         try:
             scores = score()
         except (ValueError, RuntimeError):
             # Its own row says why; what rests on it is left out.
             continue
-        for tau, wanted in _thresholds(settings, scores, forced):
-            select = partial(select_block_lists, scores, tau, forced)
-            blocks = select()
+        for tau, wanted in _thresholds(grid, scores, tensors.forced_blocks()):
+            blocks = select_block_lists(scores, tau, tensors.forced_blocks())
             chosen = {**how, "threshold": tau, "density": density_of(blocks), **wanted}
-            yield Case(
-                _row(tensors, "selection", **chosen),
-                partial(_selection_error, select, scores, tau, forced),
-                select,
-                more=_quality_of(tensors, blocks, chosen),
-            )
-            for backend in settings.backends:
+            yield _selection_case(tensors, blocks, scores, chosen)
+            for backend in grid.backends:
+                columns = {"backend": backend, **chosen}
                 if estimate == estimates[0]:
-                    yield _attention_case(tensors, blocks, backend, chosen)
-                yield _xattention_case(tensors, backend, chosen)
+                    yield _attention_case(tensors, blocks, columns)
+                yield _xattention_case(tensors, blocks, columns)
 
 
 def _thresholds(
-    settings: SparseGrid, scores: Tensor, forced: ForcedBlocks
+    grid: SparseGrid, scores: Tensor, forced: ForcedBlocks
 ) -> Iterator[tuple[float, Columns]]:
     """Each threshold, and the density that it stands for, if it does."""
-    for tau in settings.thresholds:
+    for tau in grid.thresholds:
         yield tau, {}
-    for density in settings.densities:
+    for density in grid.densities:
         yield threshold_for_density(scores, density, forced), {"wanted_density": density}
 
 
-def _dense_error(run: Callable[[], Tensor], tensors: AttentionTensors, num_keys: int) -> float:
-    return check_attention(run(), tensors, None, num_keys)
-
-
-def _scoring_error(run: Callable[[], Tensor], tensors: AttentionTensors, stride: int) -> float:
-    return check_scores(run(), tensors, stride)
-
-
-def _selection_error(
-    run: Callable[[], BlockLists], scores: Tensor, threshold: float, forced: ForcedBlocks
-) -> float:
-    return check_selection(run().to_mask(), scores, threshold, forced.to_mask(scores.device))
-
-
-def _quality_of(
-    tensors: AttentionTensors, blocks: BlockLists, chosen: Columns
-) -> Callable[[], Columns] | None:
-    """What the selection keeps of the true attention; of random tensors it says nothing."""
-    if not tensors.from_model:
-        return None
-    mask = blocks.to_mask()
-    return partial(selection_quality, tensors, mask, chosen["stride"], chosen["threshold"])
-
-
-def _attention_case(
-    tensors: AttentionTensors, blocks: BlockLists, backend: str, chosen: Columns
+def _selection_case(
+    tensors: AttentionTensors, blocks: BlockLists, scores: Tensor, chosen: Columns
 ) -> Case:
+    """The choice of blocks; of a model's tensors also what it keeps of the true attention."""
+    tau, forced = chosen["threshold"], tensors.forced_blocks()
+    quality = partial(selection_quality, tensors, blocks.to_mask(), chosen["stride"], tau)
+    return Case(
+        _row(tensors, "selection", **chosen),
+        partial(select_block_lists, scores, tau, forced),
+        lambda found: check_selection(found.to_mask(), scores, tau, forced.to_mask(scores.device)),
+        more=quality if tensors.from_model else None,
+    )
+
+
+def _attention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Columns) -> Case:
     """Attention over the selected blocks, from their lists."""
 
     def run() -> Tensor:
         query, key, value = tensors.query, tensors.key, tensors.value
         scale = query.shape[-1] ** -0.5
         inputs = AttentionInputs(query, key, value, blocks, BLOCK_SIZE, False, None, scale)
-        return load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
+        return load_backend(resolve_backend(columns["backend"], inputs.problem)).forward(inputs)
 
     return Case(
-        _row(tensors, "attention", backend=backend, **chosen),
-        lambda: check_attention(run(), tensors, blocks.to_mask()),
+        _row(tensors, "attention", **columns),
         run,
-        tensors.dense_flops * chosen["density"],
+        partial(check_attention, tensors=tensors, block_mask=blocks.to_mask()),
+        tensors.dense_flops * columns["density"],
     )
 
 
-def _xattention_case(tensors: AttentionTensors, backend: str, chosen: Columns) -> Case:
-    """The whole of XAttention."""
+def _xattention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Columns) -> Case:
+    """The whole of XAttention, which must choose the blocks that its parts choose."""
     run = partial(
         xattention,
         tensors.query,
         tensors.key,
         tensors.value,
-        threshold=chosen["threshold"],
-        stride=chosen["stride"],
-        scoring_precision=chosen["precision"],
+        threshold=columns["threshold"],
+        stride=columns["stride"],
+        scoring_precision=columns["precision"],
         num_text_tokens=tensors.num_text_tokens,
-        backend=backend,
+        backend=columns["backend"],
     )
-
-    def check() -> float:
-        out, mask = run(return_block_mask=True)
-        return check_attention(out, tensors, mask)
-
-    return Case(_row(tensors, "xattention", backend=backend, **chosen), check, run)
+    check = partial(check_attention, tensors=tensors, block_mask=blocks.to_mask())
+    return Case(_row(tensors, "xattention", **columns), run, check)
 
 
 def _row(tensors: AttentionTensors, name: Part, **columns: object) -> Columns:
@@ -212,23 +189,16 @@ def measure_cases(
         except Exception as failure:
             row = {} if case is None else case.row
             row, done = row | {"failure": f"{type(failure).__name__}: {failure}"}, False
-        _release_memory(device)
+        # Give back what the case, or its exception, has left.
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         yield row, done
 
 
 def _measure_case(case: Case, device: torch.device, budget: Budget) -> Columns:
     with time_limit(budget.max_seconds + _SECONDS_TO_COMPILE):
-        error = case.check()
-        row = case.row | {"error": error} | measure(case.run, device, budget)
+        row = case.row | {"error": case.check(case.run())} | measure(case.run, device, budget)
         if case.more is not None:
             row |= case.more()
-    if case.flops is not None:
-        row["tflops"] = case.flops / row["latency_ms"] / 1e9
-    return row
-
-
-def _release_memory(device: torch.device) -> None:
-    """Give back what a case, or its exception, has left."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    return row if case.flops is None else row | {"tflops": case.flops / row["latency_ms"] / 1e9}

@@ -69,7 +69,11 @@ def _clocked(run: Callable[[], object]) -> float:
 
 
 def _cuda_latency_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median between CUDA events, every call with a cold L2 cache."""
+    """Median between CUDA events, every call with a cold L2 cache.
+
+    As `triton.testing.do_bench` measures, which calls seven times before it times anything: more
+    than a row of seconds a call has time for; and it takes no number of repeats.
+    """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start_event, end_event in events:
