@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.benchmark_page import estimate_of, figure_names
@@ -33,7 +31,9 @@ def draw_parts(problem: ProblemRows, device: str) -> Figure:
     """One bar for each dense kernel and each sparse run, the latter split into its parts."""
     dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
     sparse = problem.select("xattention")
-    figure, axes = _figure(0.34 * (len(dense) + len(sparse)) + 1.4)
+    height = 0.34 * (len(dense) + len(sparse)) + 1.4
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    axes = figure.add_subplot()
     drawn = set()
     for position, row in enumerate(dense):
         axes.barh(position, row["latency_ms"], color=_COLOURS["dense"])
@@ -76,7 +76,8 @@ def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
             density = row.get("wanted_density", row["density"])
             label = f"{row['backend']}, density {density:.3g}, S={estimate_of(row)}"
             lines.setdefault(label, []).append((row["n"], speedup))
-    figure, axes = _figure(4.2)
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(1, color="0.6", linewidth=1)
@@ -86,9 +87,3 @@ def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
     axes.set(xlabel="tokens", ylabel="best dense / XAttention", ylim=(0, None), title=device)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.5, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()

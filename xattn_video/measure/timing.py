@@ -11,13 +11,13 @@ from types import FrameType
 
 import torch
 
-# More than the L2 cache of any GPU, so that no call finds its inputs there.
-_FLUSH_BYTES = 1 << 28
-
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How often a call is timed: ``repeats`` times, fewer where ``max_seconds`` would pass."""
+    """How often a call is timed: ``repeats`` times, fewer where ``max_seconds`` would pass.
+
+    On a GPU about so often.
+    """
 
     repeats: int = 10
     max_seconds: float = 20.0
@@ -46,17 +46,24 @@ def measure(
             "peak_memory_gib": None,
             "extra_memory_gib": None,
         }
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize(device)
-    repeats = budget.repeats_of(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device)
+    from triton.testing import do_bench
+
+    def finish() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    with torch.cuda.device(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.synchronize(device)
+        seconds = _clocked(finish)
+        peak = torch.cuda.max_memory_allocated(device)
+        budgeted = min(budget.repeats * seconds, budget.max_seconds)
+        # Between CUDA events, every call with a cold L2 cache.
+        times = do_bench(run, warmup=0, rep=1e3 * budgeted, return_mode="all")
     return {
-        "latency_ms": _cuda_latency_ms(run, device, repeats),
-        "repeats": repeats,
+        "latency_ms": statistics.median(times),
+        "repeats": len(times),
         "peak_memory_gib": peak / 2**30,
         "extra_memory_gib": (peak - before) / 2**30,
     }
@@ -66,23 +73,6 @@ def _clocked(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _cuda_latency_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median between CUDA events, every call with a cold L2 cache.
-
-    As `triton.testing.do_bench` measures, which calls seven times before it times anything: more
-    than a row of seconds a call has time for; and it takes no number of repeats.
-    """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start_event, end_event in events:
-        flush.zero_()
-        start_event.record()
-        run()
-        end_event.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 @contextmanager

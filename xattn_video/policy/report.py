@@ -170,7 +170,6 @@ class SparsityReport:
         """
         if not self.forwards:
             raise ValueError("the report is empty; run the pipeline before plotting it.")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -181,7 +180,6 @@ class SparsityReport:
             figsize=(max(7.0, 0.16 * len(steps) + 3), max(3.5, 0.09 * num_layers + 1.8)),
             layout="constrained",
         )
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         edges = (-0.5, len(steps) - 0.5, num_layers - 0.5, -0.5)
         dense = [[0.0 if cell == "dense" else float("nan") for cell in row] for row in densities]

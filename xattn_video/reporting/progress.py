@@ -17,27 +17,18 @@ from rich.table import Column
 
 
 class FinishedStep(Protocol):
-    """What is shown of a denoising step that is over."""
+    """What is shown of a denoising step that is over: its number, from 0, and what it was."""
 
     @property
-    def index(self) -> int:
-        """From 0."""
-
+    def index(self) -> int: ...
     @property
-    def total(self) -> int:
-        """Steps of the generation."""
-
+    def total(self) -> int: ...
     @property
-    def sparse(self) -> bool:
-        """Whether a layer was sparse."""
-
+    def sparse(self) -> bool: ...
     @property
-    def seconds(self) -> float:
-        """What it took."""
-
+    def seconds(self) -> float: ...
     @property
-    def density(self) -> float | None:
-        """Of its sparse layers."""
+    def density(self) -> float | None: ...
 
 
 class GenerationProgress:
