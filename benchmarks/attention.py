@@ -18,26 +18,26 @@ from typing import Any
 import torch
 
 from benchmarks import upstream
-from benchmarks.arguments import comma_separated
+from benchmarks.argument_types import comma_separated
 from benchmarks.inputs_file import input_names, load_inputs
-from benchmarks.measure import ResultFile, environment
 from benchmarks.problems import GROUPS, PROBLEMS, find_problems
+from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.backends.table import available_backends
-from xattn_video.benchmark.parts import (
+from xattn_video.measure.attention_cases import (
     Case,
-    SparseSettings,
+    SparseGrid,
     dense_cases,
     measure_cases,
     sparse_cases,
 )
-from xattn_video.benchmark.problems import AttentionTensors, clustered_tensors
-from xattn_video.benchmark.timing import Budget
+from xattn_video.measure.attention_problems import AttentionTensors, clustered_tensors
+from xattn_video.measure.timing import Budget
 
 
 def main(words: list[str] | None = None) -> None:
     runs = parse_runs(sys.argv[1:] if words is None else words)
     device = torch.device(runs[0].device)
-    results = ResultFile(runs[0].output, environment(device, runs[0].commit))
+    results = ResultsWriter(runs[0].output, environment(device, runs[0].commit))
     for arguments in runs:
         budget = Budget(arguments.repeats, arguments.max_seconds)
         for name, make_tensors in problems(arguments, device):
@@ -126,7 +126,7 @@ def cases(
 ) -> Iterator[Case]:
     """All rows of one problem."""
     tensors = make_tensors()
-    settings = SparseSettings(
+    settings = SparseGrid(
         densities=tuple(arguments.density),
         thresholds=tuple(arguments.threshold),
         strides=tuple(arguments.stride),
@@ -170,7 +170,7 @@ def describe_row(row: dict[str, Any]) -> str:
     return f"{row.get('n', ''):>7} {name:<10} {backend:<18} {stride:<11} {density:<6} {result}"
 
 
-def print_table(results: ResultFile) -> None:
+def print_table(results: ResultsWriter) -> None:
     """All rows, a heading for each problem, then all failures."""
     print(f"{'N':>7} {'part':<10} {'by':<18} {'':<11} density")
     problem = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import comma_separated
+from benchmarks.argument_types import comma_separated
 from benchmarks.inputs_file import save_inputs
 from xattn_video import XAttnProcessor
 from xattn_video.pipelines.demo import load_demo_pipeline

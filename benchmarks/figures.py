@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.page import estimate_of, figure_names
-from benchmarks.results_files import AUTHORS, Problem, ResultFile, Row
+from benchmarks.benchmark_page import estimate_of, figure_names
+from benchmarks.results_files import AUTHORS, ProblemRows, ResultFile, ResultRow
 
 _COLOURS = {
     "dense": "0.7",
@@ -29,11 +27,13 @@ def draw_figures(files: list[ResultFile], folder: Path) -> None:
             draw_speedups(file.sweep, file.device).savefig(folder / names["sweep"], dpi=120)
 
 
-def draw_parts(problem: Problem, device: str) -> Figure:
+def draw_parts(problem: ProblemRows, device: str) -> Figure:
     """One bar for each dense kernel and each sparse run, the latter split into its parts."""
     dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
     sparse = problem.select("xattention")
-    figure, axes = _figure(0.34 * (len(dense) + len(sparse)) + 1.4)
+    height = 0.34 * (len(dense) + len(sparse)) + 1.4
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    axes = figure.add_subplot()
     drawn = set()
     for position, row in enumerate(dense):
         axes.barh(position, row["latency_ms"], color=_COLOURS["dense"])
@@ -56,30 +56,28 @@ def draw_parts(problem: Problem, device: str) -> Figure:
     return figure
 
 
-def _split(problem: Problem, total: Row) -> dict[str, float]:
+def _split(problem: ProblemRows, total: ResultRow) -> dict[str, float]:
     """A sparse run's parts; attention is what scoring and selection leave of the whole."""
     found = {"scoring": problem.scoring_of(total)}
     if found["scoring"] is None:
         return {"scoring not timed": total["latency_ms"]}
     if total["backend"] != AUTHORS:
-        same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
-        found["selection"] = problem.find("selection", **same)
+        found["selection"] = problem.part("selection", total)
     parts = {name: row["latency_ms"] for name, row in found.items() if row is not None}
     parts["attention"] = max(0.0, total["latency_ms"] - sum(parts.values()))
     return parts
 
 
-def draw_speedups(sweep: list[Problem], device: str) -> Figure:
+def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
     """Best dense over XAttention, a line for each backend, stride and density."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for problem in sweep:
-        for row in problem.select("xattention"):
+        for row, speedup in problem.speedups():
             density = row.get("wanted_density", row["density"])
             label = f"{row['backend']}, density {density:.3g}, S={estimate_of(row)}"
-            speedup = problem.speedup(row, problem.best_dense)
-            if speedup is not None:
-                lines.setdefault(label, []).append((row["n"], speedup))
-    figure, axes = _figure(4.2)
+            lines.setdefault(label, []).append((row["n"], speedup))
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(1, color="0.6", linewidth=1)
@@ -89,9 +87,3 @@ def draw_speedups(sweep: list[Problem], device: str) -> Figure:
     axes.set(xlabel="tokens", ylabel="best dense / XAttention", ylim=(0, None), title=device)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.5, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xattn_video.benchmark.problems import AttentionTensors
+from xattn_video.measure.attention_problems import AttentionTensors
 
 _PARTS = ("query", "key", "value")
 _NUM_TEXT_TOKENS = "num_text_tokens"

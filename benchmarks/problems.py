@@ -1,6 +1,6 @@
 """Named attention problems, and groups of them."""
 
-from xattn_video.benchmark.problems import AttentionProblem
+from xattn_video.measure.attention_problems import AttentionProblem
 
 _TEXT_TOKENS = 256
 _SWEEP = (2, 4, 8, 16, 32, 64, 128, 256)

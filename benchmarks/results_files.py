@@ -6,29 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video.benchmark.dense import best_dense
+from xattn_video.measure.dense_baselines import best_dense
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 AUTHORS = "x-attention"
 _SWEEP = re.compile(r"(cpu-)?\d+k")
 
 
-def describe_video(row: Row) -> str:
+def describe_video(row: ResultRow) -> str:
     """Height, width and number of frames."""
     return f"{row['height']}x{row['width']}, {row['num_frames']} frames"
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ProblemRows:
     """The rows of one attention problem in one file."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
 
     @property
-    def first(self) -> Row:
+    def first(self) -> ResultRow:
         """A row that has the problem's sizes."""
         return self.rows[0]
 
@@ -42,7 +42,7 @@ class Problem:
         """Whether a model computed the inputs."""
         return bool(self.first["inputs"] == "model")
 
-    def select(self, name: str, **columns: object) -> list[Row]:
+    def select(self, name: str, **columns: object) -> list[ResultRow]:
         """The rows of a part that have these values."""
         return [
             row
@@ -50,25 +50,37 @@ class Problem:
             if row["name"] == name and all(row.get(key) == columns[key] for key in columns)
         ]
 
-    def find(self, name: str, **columns: object) -> Row | None:
+    def find(self, name: str, **columns: object) -> ResultRow | None:
         """The first of them."""
         return next(iter(self.select(name, **columns)), None)
 
-    def scoring_of(self, total: Row) -> Row | None:
+    def part(self, name: str, total: ResultRow, **columns: object) -> ResultRow | None:
+        """The row of a part that a whole consists of."""
+        same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
+        return self.find(name, **same, **columns)
+
+    def scoring_of(self, total: ResultRow) -> ResultRow | None:
         """The scoring row of a whole; the authors' is one with its selection."""
-        same = {key: total.get(key) for key in ("stride", "precision")}
         if total["backend"] == AUTHORS:
-            return self.find("scoring", backend=AUTHORS, threshold=total["threshold"], **same)
+            return self.part("scoring", total, backend=AUTHORS)
+        same = {key: total.get(key) for key in ("stride", "precision")}
         return self.find("scoring", backend=None, **same)
 
     @property
-    def best_dense(self) -> Row | None:
+    def best_dense(self) -> ResultRow | None:
         """The fastest dense kernel in the same run that sees every key."""
         return best_dense(self.rows)
 
-    def speedup(self, total: Row, dense: Row | None) -> float | None:
-        """How many times faster than a dense row; None without one."""
-        return None if dense is None else dense["latency_ms"] / total["latency_ms"]
+    def speedups(self) -> list[tuple[ResultRow, float]]:
+        """XAttention's rows, and how many times faster than the best dense kernel each is."""
+        best = self.best_dense
+        rows = [] if best is None else self.select("xattention")
+        return [(row, best["latency_ms"] / row["latency_ms"]) for row in rows if best]
+
+    @property
+    def heads(self) -> str:
+        """Number, size and dtype of the heads."""
+        return f"{self.first['heads']} heads of {self.first['head_dim']}, {self.first['dtype']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,37 +99,43 @@ class ResultFile:
         return f"CPU ({self.content['cpu']}, {threads} thread{'s' * (threads > 1)})"
 
     @property
+    def packages(self) -> str:
+        """The versions that it was run with."""
+        versions = self.content["versions"].items()
+        return ", ".join(f"{k} {v}" for k, v in versions if v and k != "xattn-video")
+
+    @property
     def on_gpu(self) -> bool:
         return self.content["gpu"] is not None
 
     @property
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[ProblemRows]:
         """In the order in which they were run."""
-        rows: dict[str, list[Row]] = {}
+        rows: dict[str, list[ResultRow]] = {}
         for row in self.content["rows"]:
             if row["name"] != "step":
                 rows.setdefault(row["problem"], []).append(row)
-        return [Problem(name, tuple(found)) for name, found in rows.items()]
+        return [ProblemRows(name, tuple(found)) for name, found in rows.items()]
 
     @property
-    def steps(self) -> list[Row]:
+    def steps(self) -> list[ResultRow]:
         """Whole denoising steps."""
         return [row for row in self.content["rows"] if row["name"] == "step"]
 
     @property
-    def single_problems(self) -> list[Problem]:
+    def single_problems(self) -> list[ProblemRows]:
         """Problems on random inputs that stand for themselves."""
         sweep = {problem.name for problem in self.sweep}
         return [p for p in self.problems if p.name not in sweep and not p.from_model]
 
     @property
-    def sweep(self) -> list[Problem]:
+    def sweep(self) -> list[ProblemRows]:
         """A row of sizes, by size; none where there is only one."""
         found = [problem for problem in self.problems if problem.is_sweep]
         return sorted(found, key=lambda p: int(p.first["n"])) if len(found) > 1 else []
 
     @property
-    def model_problems(self) -> list[Problem]:
+    def model_problems(self) -> list[ProblemRows]:
         """Problems on a model's own queries and keys."""
         return [problem for problem in self.problems if problem.from_model]
 

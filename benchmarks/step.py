@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from benchmarks.arguments import comma_separated
-from benchmarks.measure import ResultFile, environment
+from benchmarks.argument_types import comma_separated
 from benchmarks.random_pipeline import new_weights
 from benchmarks.results_files import AUTHORS
+from benchmarks.results_writer import ResultsWriter, environment
 from benchmarks.upstream import find_checkouts, has_kernel
 from benchmarks.upstream_step import authors_processor
 from xattn_video import XAttnProcessor, enable_xattention
 from xattn_video.backends.dense import fastest_dense_kernel
-from xattn_video.benchmark.checks import WrongResultError
+from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import PRECISIONS, chosen_precision
 
@@ -35,7 +35,7 @@ def main(words: list[str] | None = None) -> None:
     transformer = random_transformer(device, arguments.layers)
     if arguments.compile:
         transformer.compile_repeated_blocks(fullgraph=True)
-    results = ResultFile(arguments.output, environment(device, arguments.commit))
+    results = ResultsWriter(arguments.output, environment(device, arguments.commit))
     with torch.no_grad():
         if not arguments.skip_stock:
             measure(transformer, None, {"phase": "stock", "backend": "stock"}, arguments, results)
@@ -94,7 +94,7 @@ def measure(
     processor: XAttnProcessor | None,
     row: dict[str, Any],
     arguments: argparse.Namespace,
-    results: ResultFile,
+    results: ResultsWriter,
 ) -> None:
     """Add one row: a step of the full size, after one that compiles what it needs.
 

@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.results_files import AUTHORS
-from xattn_video.benchmark.checks import check_attention
-from xattn_video.benchmark.parts import Case, SparseSettings
-from xattn_video.benchmark.problems import AttentionTensors
+from xattn_video.measure.attention_cases import Case, SparseGrid
+from xattn_video.measure.attention_problems import AttentionTensors
+from xattn_video.measure.operator_checks import check_attention
 
 _ATTENTION_PACKAGE = "block_sparse_attn"
 
 
-def cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]:
+def cases(tensors: AttentionTensors, settings: SparseGrid) -> Iterator[Case]:
     """Its estimate (scores and selection in one), and the whole where its kernel is installed.
 
     Its thresholds are those asked for; a density stands for itself as a threshold, which is near
@@ -49,7 +49,7 @@ def cases(tensors: AttentionTensors, settings: SparseSettings) -> Iterator[Case]
                 chunk_size=default_chunk_size(tensors.length),
             )
             row = {"name": "scoring", **columns, "includes": "selection"}
-            yield Case(row, lambda run=estimate: _check_estimate(run(), tensors), estimate)
+            yield Case(row, estimate, partial(_check_estimate, tensors=tensors))
             if has_kernel():
                 yield _whole(module, tensors, columns, estimate)
 
@@ -70,7 +70,7 @@ def _whole(
         causal=False,
     )
     row = {"name": "xattention", **columns, "density": mask.sum().item() / mask.numel()}
-    return Case(row, lambda: check_attention(run(), tensors, mask), run)
+    return Case(row, run, partial(check_attention, tensors=tensors, block_mask=mask))
 
 
 def _check_estimate(found: tuple[Tensor, Tensor], tensors: AttentionTensors) -> float:

@@ -2,32 +2,20 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import RESULTS, describe_video
-from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.tables import Table, figure
 
 VIDEOS = RESULTS / "generate"
 # The folder that `benchmarks.random_pipeline` wrote, wherever it was.
 MODEL = "hunyuan-random"
-
-PAGE_HEADINGS = [
-    "steps",
-    "density",
-    "by",
-    "offload",
-    "s a dense step",
-    "s a sparse step",
-    "s for text and decoding",
-    "s in all",
-    "peak GiB",
-]
-README_HEADINGS = ["on", "video", "sparse steps", "density", "dense", "sparse", "faster"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +37,11 @@ class WholeVideo:
     @property
     def frames(self) -> str:
         return describe_video(self.run)
+
+    @property
+    def packages(self) -> str:
+        """The versions that it was run with."""
+        return ", ".join(f"{name} {version}" for name, version in self.content["versions"].items())
 
     @property
     def offload(self) -> str:
@@ -110,40 +103,42 @@ def read_whole_videos(folder: Path = VIDEOS) -> list[WholeVideo]:
     return sorted(found, key=lambda video: -video.seconds)
 
 
-def page_rows(videos: list[WholeVideo]) -> Iterator[list[object]]:
+def videos_table(videos: list[WholeVideo]) -> str:
     """Steps, seconds and memory of every video."""
-    for video in videos:
-        density, dense = video.density, video.step_seconds(sparse=False)
-        sparse = video.step_seconds(sparse=True)
-        yield [
-            f"{video.count(sparse=False)} dense, {video.count(sparse=True)} sparse",
-            "" if density is None else f"{density:.3f}",
-            ", ".join(video.run["report"]["backends"]),
-            video.offload,
-            "" if dense is None else f"{dense:.1f}",
-            "" if sparse is None else f"{sparse:.1f}",
-            f"{video.other_seconds:.0f}",
-            f"{video.seconds:.0f}",
-            f"{video.peak_memory_gib:.1f}",
-        ]
+    columns: dict[str, Callable[[WholeVideo], str]] = {
+        "steps": lambda v: f"{v.count(sparse=False)} dense, {v.count(sparse=True)} sparse",
+        "density": lambda v: figure(v.density, ".3f"),
+        "by": lambda v: ", ".join(v.run["report"]["backends"]),
+        "offload": lambda v: v.offload,
+        "s a dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
+        "s a sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
+        "s for text and decoding": lambda v: f"{v.other_seconds:.0f}",
+        "s in all": lambda v: f"{v.seconds:.0f}",
+        "peak GiB": lambda v: f"{v.peak_memory_gib:.1f}",
+    }
+    return Table.of(videos, columns, num_left=len(columns)).markdown()
 
 
-def readme_rows(videos: list[WholeVideo]) -> Iterator[list[object]]:
+def readme_videos(videos: list[WholeVideo]) -> Table:
     """Sparse videos against the dense one of the same size, steps and offloading."""
-    for video in videos:
-        if video.density is None:
-            continue
-        dense = [other for other in videos if other.density is None and _alike(video, other)]
-        for other in dense:
-            yield [
-                video.device,
-                video.frames,
-                f"{video.count(sparse=True)} of {video.run['num_inference_steps']}",
-                f"{video.density:.3f}",
-                f"{other.seconds:.0f} s",
-                f"{video.seconds:.0f} s",
-                f"{other.seconds / video.seconds:.2f}x",
-            ]
+    columns: dict[str, Callable[[tuple[WholeVideo, WholeVideo]], str]] = {
+        "on": lambda pair: pair[0].device,
+        "video": lambda pair: pair[0].frames,
+        "sparse steps": lambda pair: (
+            f"{pair[0].count(sparse=True)} of {pair[0].run['num_inference_steps']}"
+        ),
+        "density": lambda pair: f"{pair[0].density:.3f}",
+        "dense": lambda pair: f"{pair[1].seconds:.0f} s",
+        "sparse": lambda pair: f"{pair[0].seconds:.0f} s",
+        "faster": lambda pair: f"{pair[1].seconds / pair[0].seconds:.2f}x",
+    }
+    pairs = [
+        (video, other)
+        for video in videos
+        for other in videos
+        if video.density is not None and other.density is None and _alike(video, other)
+    ]
+    return Table.of(pairs, columns, num_left=len(columns))
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder, settings_hash
-from xattn_video.cli.record import write_json
+from xattn_video.pipelines.video import write_json
 
 if TYPE_CHECKING:
-    from xattn_video.quality.similarity import Scorer
+    from xattn_video.measure.similarity import Scorer
 
 
 def fidelity_scorer(device: str) -> "Scorer":
@@ -20,7 +20,7 @@ def fidelity_scorer(device: str) -> "Scorer":
     Raises:
         MissingPackageError: torchmetrics cannot be used.
     """
-    from xattn_video.quality.similarity import Scorer
+    from xattn_video.measure.similarity import Scorer
 
     return Scorer(device)
 
@@ -43,7 +43,7 @@ def measure_fidelity(
     Raises:
         ValueError: A copy is broken.
     """
-    from xattn_video.quality.clips import read_clip
+    from xattn_video.measure.clips import read_clip
 
     folder = sparse.path / "fidelity" / settings_hash(dense.settings())[:16]
     found: dict[str, dict[str, Any]] = {}

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from eval_vbench.job import Job
 from eval_vbench.launch import Share, launched_share
 from eval_vbench.prompts import DEFAULT_SUITE, DEMO_SUITE, SUITES, VIDEOS_PER_PROMPT
 from eval_vbench.run_folder import RunFolder
+from eval_vbench.sampling_job import SamplingJob
 from xattn_video.cli import options
-from xattn_video.cli.console import ErrorsToExitCodes, OneLineCommand, log_choices
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, log_choices
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,7 +87,7 @@ def main(
         if device is None:
             device = _device_of(share)
         load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
-        job = Job(
+        job = SamplingJob(
             RunFolder(run),
             share,
             load,

@@ -8,19 +8,18 @@ from typing import Annotated
 
 import typer
 
-from eval_vbench.comparison import Run, check_comparable, compare, load_run
 from eval_vbench.fidelity import fidelity_scorer, measure_fidelity
-from eval_vbench.page import report_page, report_values
-from eval_vbench.plots import plot_report
+from eval_vbench.report_page import report_page, report_values
+from eval_vbench.report_plot import plot_report
+from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, load_run
 from eval_vbench.run_folder import RunFolder
-from xattn_video.cli.console import (
+from xattn_video.pipelines.video import atomic_path, check_output_folder, write_json
+from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
     message_console,
     output_console,
 )
-from xattn_video.cli.record import write_json
-from xattn_video.pipelines.video import atomic_path, check_output_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,7 +50,9 @@ def main(
         _write(reference, runs, output, fidelity, device)
 
 
-def _write(dense: Run, runs: list[Run], output: Path, fidelity: bool, device: str) -> None:
+def _write(
+    dense: CompleteRun, runs: list[CompleteRun], output: Path, fidelity: bool, device: str
+) -> None:
     """Measure, and write the three files."""
     messages = message_console()
     notes = []
@@ -75,9 +76,8 @@ def _write(dense: Run, runs: list[Run], output: Path, fidelity: bool, device: st
                 lambda text: messages.print(text, soft_wrap=True),
             )
         results.append(compare(dense, run, pairs))
-    page = report_page(dense, results, notes)
-    if plot_report(output / "report.png", dense, results):
-        page += "\n![Scores of the runs](report.png)\n"
+    plotted = plot_report(output / "report.png", dense, results)
+    page = report_page(dense, results, notes, "report.png" if plotted else "")
     write_json(output / "report.json", report_values(dense, results) | {"notes": notes})
     with atomic_path(output / "report.md") as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_vbench.prompts import VideoItem, choose_prompts, video_items
-from xattn_video.cli.record import write_json
+from xattn_video.pipelines.video import write_json
 
 
 class RunFolder:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from eval_vbench.launch import Share
 from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder
-from xattn_video.cli.record import machine_record
+from xattn_video.measure.clips import Clip
+from xattn_video.measure.comparison import judge_demo_clip
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.video import write_video
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.quality.clips import Clip
-from xattn_video.quality.comparison import judge_demo_clip
+from xattn_video.reporting.machine import machine_record
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline

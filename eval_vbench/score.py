@@ -17,9 +17,9 @@ from eval_vbench.preflight import (
     probe_environment,
 )
 from eval_vbench.run_folder import RunFolder
-from eval_vbench.scores import read_scores, write_score
-from eval_vbench.scoring import ScoringError, check_videos, run_dimensions, score_dimension
-from xattn_video.cli.console import (
+from eval_vbench.score_files import read_scores, write_score
+from eval_vbench.vbench_process import ScoringError, check_videos, run_dimensions, score_dimension
+from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
     message_console,

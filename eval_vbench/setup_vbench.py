@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from eval_vbench.preflight import NEEDS, missing_modules, probe_environment
-from xattn_video.cli.console import ErrorsToExitCodes, OneLineCommand, output_console
+from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, output_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from xattn_video.measure.demo_checks import ATTRIBUTES, measure_clip, score_measurement
 from xattn_video.pipelines.demo import Scene, held_out_scenes, load_demo_pipeline
-from xattn_video.pipelines.demo.checks import ATTRIBUTES, measure_clip, score_measurement
 
 GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
 

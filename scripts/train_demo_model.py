@@ -43,10 +43,10 @@ def main() -> int:
     # Imported late, so that --help is quick and the clock counts the imports.
     import torch
     from demo_training import package_stage, text_stage, transformer_stage, vae_stage
-    from demo_training.plan import SMOKE, Job, Plan
+    from demo_training.training_plan import SMOKE, Plan, TrainingJob
     from demo_training.weights import inherit_reports
 
-    job = Job(
+    job = TrainingJob(
         stage=arguments.stage,
         work_dir=arguments.work_dir,
         started=STARTED,

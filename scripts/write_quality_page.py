@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xattn_video.pipelines.video import atomic_path
-from xattn_video.quality.pages import (
+from xattn_video.measure.comparison_page import (
     comparison_rows,
     comparison_text,
     comparison_title,
     psnr_grid,
 )
-from xattn_video.quality.plots import write_plots
+from xattn_video.measure.comparison_plots import write_plots
+from xattn_video.pipelines.video import atomic_path
+from xattn_video.reporting.pages import replace_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"
@@ -65,31 +66,17 @@ def write_page(page: Path, results: list[Path]) -> None:
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need names of their own, got {', '.join(names)}; rename one.")
-    marked_text(page, BEGIN, END)
+    # Before any plot is drawn.
+    replace_between(page.read_text(encoding="utf-8"), BEGIN, END, "")
     sections = [section(page.parent, path) for path in results]
     write_between(page, BEGIN, END, "\n" * bool(sections) + "".join(sections))
 
 
 def write_between(page: Path, begin: str, end: str, content: str) -> None:
-    """Replace what a page holds between two marks.
-
-    Raises:
-        ValueError: The page has no marks.
-    """
-    before, after = marked_text(page, begin, end)
+    """Replace what a page holds between two marks."""
+    text = replace_between(page.read_text(encoding="utf-8"), begin, end, content)
     with atomic_path(page) as temporary:
-        temporary.write_text(f"{before}{begin}{content}{end}{after}", encoding="utf-8")
-
-
-def marked_text(page: Path, begin: str, end: str) -> tuple[str, str]:
-    """What stands before the first mark and after the second."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(
-            f"{str(page)!r} must hold these two lines once: {begin.strip()} and {end}"
-        )
-    before, rest = text.split(begin)
-    return before, rest.split(end)[1]
+        temporary.write_text(text, encoding="utf-8")
 
 
 def run_name(path: Path) -> str:

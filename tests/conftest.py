@@ -109,12 +109,13 @@ def generate(
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test if a model is loaded."""
-    from xattn_video.pipelines import hunyuan_video
+
+    from xattn_video.pipelines import loading
 
     def refuse(options: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(hunyuan_video, "load_pipeline", refuse)
+    monkeypatch.setattr(loading, "load_pipeline", refuse)
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ import json
 import pytest
 from command_line import run_cli
 
-from xattn_video.benchmark.dense import STOCK
-from xattn_video.benchmark.speedup import Speedup
 from xattn_video.cli.bench import _warn_of_waiting, print_speedup
-from xattn_video.cli.console import output_console
-from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.measure.dense_baselines import STOCK
+from xattn_video.measure.speedup import Speedup
+from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
-from xattn_video.pipelines.plan import plan_run
 from xattn_video.pipelines.request import VideoSettings
+from xattn_video.pipelines.run_plan import plan_run
 from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.console import output_console
 
 SMALL = "--height=128 --width=128 --num-frames=17 --device=cpu --dtype=float32 --seconds=0.1"
 
@@ -49,7 +49,7 @@ def test_all_parts_are_shown():
 
 
 def test_what_fails_while_measuring_is_no_bad_argument(monkeypatch):
-    from xattn_video.benchmark import speedup
+    from xattn_video.measure import speedup
 
     def fail(problem, device, dtype, *, on_row, **options):
         on_row(row("dense", "sdpa", 1.0))

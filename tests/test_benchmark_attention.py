@@ -9,16 +9,16 @@ import torch
 import benchmarks.problems
 from benchmarks import attention, upstream
 from xattn_video.backends import torch_gather
-from xattn_video.benchmark import checks, parts
-from xattn_video.benchmark.parts import Case, SparseSettings, measure_cases, sparse_cases
-from xattn_video.benchmark.problems import (
+from xattn_video.measure import attention_cases, operator_checks
+from xattn_video.measure.attention_cases import Case, SparseGrid, measure_cases, sparse_cases
+from xattn_video.measure.attention_problems import (
     AttentionProblem,
     AttentionTensors,
     clustered_tensors,
     density_of,
     threshold_for_density,
 )
-from xattn_video.benchmark.timing import Budget, time_limit
+from xattn_video.measure.timing import Budget, time_limit
 from xattn_video.ops.attention import block_sparse_attention
 from xattn_video.ops.scoring import block_scores
 from xattn_video.ops.selection import select_block_lists, select_blocks
@@ -93,7 +93,7 @@ def test_scores_of_8_bits_are_asked_for(run_benchmark, monkeypatch):
             raise ValueError("no 8 bits here")
         return block_scores(*tensors, **options)
 
-    monkeypatch.setattr(parts, "block_scores", scores)
+    monkeypatch.setattr(attention_cases, "block_scores", scores)
     precisions = ["--precision", "exact,float8", "--stride", "8,16"]
     found = run_benchmark(*precisions, "--density", "0.4", "--dense", "none")
     assert set(asked) == {"exact", "float8"}
@@ -136,18 +136,18 @@ def test_a_backend_that_ignores_the_mask_is_not_timed(run_benchmark, monkeypatch
 
 def test_wrong_scores_are_found(tensors):
     scores = block_scores(tensors.query, tensors.key, stride=16)
-    assert checks.check_scores(scores, tensors, 16) < 1e-5
-    with pytest.raises(checks.WrongResultError, match="scores differ from the formula"):
-        checks.check_scores(scores, tensors, 8)
+    assert operator_checks.check_scores(scores, tensors, 16) < 1e-5
+    with pytest.raises(operator_checks.WrongResultError, match="scores differ from the formula"):
+        operator_checks.check_scores(scores, tensors, 8)
 
 
 def test_wrong_selections_are_found(tensors):
     scores = block_scores(tensors.query, tensors.key)
     mask = select_blocks(scores, 0.8)
-    assert checks.check_selection(mask, scores, 0.8, None) < 1e-5
+    assert operator_checks.check_selection(mask, scores, 0.8, None) < 1e-5
     for wrong in (torch.ones_like(mask), select_blocks(scores, 0.4)):
-        with pytest.raises(checks.WrongResultError, match="selection differ"):
-            checks.check_selection(wrong, scores, 0.8, None)
+        with pytest.raises(operator_checks.WrongResultError, match="selection differ"):
+            operator_checks.check_selection(wrong, scores, 0.8, None)
 
 
 def test_text_is_forced_into_the_selection():
@@ -155,23 +155,23 @@ def test_text_is_forced_into_the_selection():
     forced = tensors.forced_blocks().to_mask(tensors.query.device)
     scores = block_scores(tensors.query, tensors.key)
     mask = select_blocks(scores, 0.2, forced=forced)
-    assert checks.check_selection(mask, scores, 0.2, forced) < 1e-5
+    assert operator_checks.check_selection(mask, scores, 0.2, forced) < 1e-5
     found = [row for row, _ in measure_cases(_sparse(tensors), CPU, QUICK)]
     assert {row["density"] for row in found if "density" in row} == {mask.double().mean().item()}
     assert not any("failure" in row for row in found)
 
 
 def _sparse(tensors):
-    return sparse_cases(tensors, SparseSettings(thresholds=(0.2,), backends=("torch_gather",)))
+    return sparse_cases(tensors, SparseGrid(thresholds=(0.2,), backends=("torch_gather",)))
 
 
 def test_wrong_attention_is_found(tensors):
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     out = block_sparse_attention(tensors.query, tensors.key, tensors.value, mask)
-    assert checks.check_attention(out, tensors) < 1e-5
+    assert operator_checks.check_attention(out, tensors) < 1e-5
     out[:, -1, -1] = torch.nan
-    with pytest.raises(checks.WrongResultError, match="nan"):
-        checks.check_attention(out, tensors)
+    with pytest.raises(operator_checks.WrongResultError, match="nan"):
+        operator_checks.check_attention(out, tensors)
 
 
 def test_a_case_that_is_slow_or_breaks_leaves_the_others(monkeypatch):
@@ -182,8 +182,8 @@ def test_a_case_that_is_slow_or_breaks_leaves_the_others(monkeypatch):
         while True:
             pass
 
-    monkeypatch.setattr("xattn_video.benchmark.parts._SECONDS_TO_COMPILE", 0.1)
-    cases = [Case({"number": n}, run, run) for n, run in enumerate([broken, slow, lambda: 0.0])]
+    monkeypatch.setattr("xattn_video.measure.attention_cases._SECONDS_TO_COMPILE", 0.1)
+    cases = [Case({"number": n}, run, float) for n, run in enumerate([broken, slow, lambda: 0.0])]
     found = list(measure_cases(iter(cases), CPU, Budget(repeats=1, max_seconds=0.1)))
     assert [done for _, done in found] == [False, False, True]
     assert found[0][0] == {"number": 0, "failure": "KeyError: 'inside'"}
@@ -192,7 +192,7 @@ def test_a_case_that_is_slow_or_breaks_leaves_the_others(monkeypatch):
 
 def test_what_breaks_between_cases_is_a_failure():
     def cases():
-        yield Case({}, lambda: 0.0, lambda: 0.0)
+        yield Case({}, lambda: 0.0, float)
         raise MemoryError("no inputs")
 
     found = list(measure_cases(cases(), CPU, QUICK))

@@ -10,8 +10,8 @@ from hunyuan import VIDEO_TOKENS, forward_inputs, tiny_pipeline
 from benchmarks import attention, demo_inputs
 from benchmarks.inputs_file import input_names, load_inputs, save_inputs
 from xattn_video import XAttnProcessor
-from xattn_video.benchmark.problems import AttentionTensors
-from xattn_video.benchmark.quality import selection_quality
+from xattn_video.measure.attention_problems import AttentionTensors
+from xattn_video.measure.selection_quality import selection_quality
 from xattn_video.ops.scoring import block_scores
 from xattn_video.ops.selection import select_blocks
 

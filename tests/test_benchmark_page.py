@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measure, write_page
+from benchmarks import results_writer
+from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
-from benchmarks.page import figure_names, render_page, render_readme_table
-from benchmarks.results_files import RESULTS, Problem, ResultFile, read_results
+from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
 from benchmarks.whole_videos import read_whole_videos
+from benchmarks.write_page import BEGIN, END
+from xattn_video.reporting.pages import replace_between
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"heads": 24, "head_dim": 128, "dtype": "bfloat16", "extra_memory_gib": 0.5}
@@ -208,16 +210,9 @@ def test_a_picture_splits_no_time_whose_scoring_is_not_known(gpu_file):
     whole = gpu_file.single_problems[0]
     legend = {text.get_text() for text in draw_parts(whole, "a GPU").legends[0].get_texts()}
     assert legend == {"dense", "scoring", "selection", "attention"}
-    rest = Problem(whole.name, tuple(row for row in whole.rows if row["name"] != "scoring"))
+    rest = ProblemRows(whole.name, tuple(row for row in whole.rows if row["name"] != "scoring"))
     legend = {text.get_text() for text in draw_parts(rest, "a GPU").legends[0].get_texts()}
     assert legend == {"dense", "scoring not timed"}
-
-
-def test_the_readmes_marks_stay():
-    text = f"a\n{write_page.BEGIN}old{write_page.END}\nb"
-    assert write_page.replace_table(text, "new") == text.replace("old", "new")
-    with pytest.raises(ValueError, match="put them back"):
-        write_page.replace_table("no marks", "new")
 
 
 def test_gpus_come_first(tmp_path):
@@ -230,7 +225,7 @@ def test_the_command_is_kept(monkeypatch):
     words = ["/x/benchmarks/attention.py", "--problem", "cpu-2k", "--output", "a.json", "--then"]
     monkeypatch.setattr("sys.argv", words)
     command = "python -m benchmarks.attention --problem cpu-2k --then"
-    assert measure._command() == command
+    assert results_writer._command() == command
 
 
 def test_the_committed_page_is_what_the_files_say():
@@ -239,7 +234,7 @@ def test_the_committed_page_is_what_the_files_say():
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert page == render_page(files, videos), rerun
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert write_page.replace_table(readme, render_readme_table(files, videos)) == readme, rerun
+    assert replace_between(readme, BEGIN, END, render_readme_table(files, videos)) == readme, rerun
     pictures = {name for file in files for name in figure_names(file).values()}
     assert {path.name for path in (ROOT / "docs/images/benchmarks").iterdir()} == pictures, rerun
 

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from benchmarks.page import render_page, render_readme_table
+from benchmarks.benchmark_page import render_page, render_readme_table
 from benchmarks.whole_videos import MODEL, WholeVideo, memory_by_offload, read_whole_videos
 
 

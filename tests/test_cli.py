@@ -91,7 +91,7 @@ def test_the_hubs_retries_are_not_shown():
     """A fresh process: the hub's library sets the level of its logger when it is imported."""
     code = """
 import logging
-from xattn_video.cli.console import log_choices
+from xattn_video.reporting.console import log_choices
 log_choices(verbose=False)
 import huggingface_hub
 logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")

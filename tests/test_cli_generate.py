@@ -16,13 +16,13 @@ import torch
 from command_line import SMALL, SPARSE, run_cli
 from rich.console import Console
 
-from xattn_video.cli.progress import GenerationProgress
-from xattn_video.cli.record import machine_record
+from xattn_video.measure.demo_checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.demo import parse_prompt
-from xattn_video.pipelines.demo.checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.generation import StepRecord
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.machine import machine_record
+from xattn_video.reporting.progress import GenerationProgress
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,14 +108,13 @@ def test_verbose_tells_the_backend(generate, caplog):
     assert "attention backend 'torch_gather' chosen" in caplog.text
 
 
-def test_prompts_beyond_the_demo_models_words_are_warned_of(capsys):
-    from xattn_video.cli.checks import warn_of_unknown_words
+def test_prompts_beyond_the_demo_models_words_are_warned_of():
+    from xattn_video.pipelines.run_checks import unknown_words
 
     known = "a red circle moving left to right over a blue background"
-    warn_of_unknown_words([known, "a cat", "a dog"])
-    err = capsys.readouterr().err
-    assert err.startswith("warning: the prompt is not in the demo model's grammar, got 'a cat'")
-    assert err.count("warning") == 1
+    (warning,) = unknown_words([known, "a cat", "a dog"])
+    assert warning.startswith("the prompt is not in the demo model's grammar, got 'a cat'")
+    assert unknown_words([known]) == []
 
 
 def test_default_names_are_numbered(generate, tmp_path):
@@ -151,11 +150,11 @@ def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
 
 
 def test_many_prompts_load_the_model_once(generate, monkeypatch, tmp_path):
-    from xattn_video.pipelines import hunyuan_video
+    from xattn_video.pipelines import loading
 
-    loads, load = [], hunyuan_video.load_pipeline
+    loads, load = [], loading.load_pipeline
     monkeypatch.setattr(
-        hunyuan_video, "load_pipeline", lambda options: loads.append(options) or load(options)
+        loading, "load_pipeline", lambda options: loads.append(options) or load(options)
     )
     (tmp_path / "p.txt").write_text("a red circle\na blue ring\n")
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--output=o")

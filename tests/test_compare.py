@@ -11,12 +11,12 @@ import pytest
 from command_line import run_cli
 
 from xattn_video.cli.compare_options import compared_prompts, parse_numbers
+from xattn_video.measure.clips import read_clip
+from xattn_video.measure.comparison import Measurement, judge_demo_clip
+from xattn_video.measure.comparison_rows import MethodRow, summarise
+from xattn_video.measure.methods import DENSE, sparse_methods
+from xattn_video.measure.similarity import Similarity
 from xattn_video.pipelines.video import write_video
-from xattn_video.quality.clips import read_clip
-from xattn_video.quality.comparison import Measurement, judge_demo_clip
-from xattn_video.quality.methods import DENSE, sparse_methods
-from xattn_video.quality.rows import Row, summarise
-from xattn_video.quality.similarity import Similarity
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--height=64", "--width=64", "--num-frames=9", "--num-inference-steps=3"]
@@ -86,14 +86,12 @@ def test_a_comparison_writes_tables_plots_and_videos(compare, tmp_path):
 
 
 def test_the_model_is_loaded_once_and_every_reference_made_once(compare, monkeypatch, tmp_path):
-    from xattn_video.pipelines import hunyuan_video
-    from xattn_video.quality import comparison
+    from xattn_video.measure import comparison
+    from xattn_video.pipelines import loading
 
     loads, calls = [], []
-    load, generate = hunyuan_video.load_pipeline, comparison.generate_together
-    monkeypatch.setattr(
-        hunyuan_video, "load_pipeline", lambda options: loads.append(1) or load(options)
-    )
+    load, generate = loading.load_pipeline, comparison.generate_together
+    monkeypatch.setattr(loading, "load_pipeline", lambda options: loads.append(1) or load(options))
 
     def count(pipe, requests, on_step=None):
         calls.append((len(requests), requests[0].sparse))
@@ -143,7 +141,7 @@ app({["compare", "--model", str(tiny_pipeline), *SMALL, *HERE, *SPARSE, PROMPT]!
 
 
 def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
-    from xattn_video.quality import comparison
+    from xattn_video.measure import comparison
 
     generate = comparison.generate_together
 
@@ -310,13 +308,27 @@ def test_the_share_of_prompts_still_followed():
     assert row.still_followed == 0.5
     assert row.checks_right == 0.75
     assert row.speedup == 2
-    assert Row.from_dict(json.loads(json.dumps(asdict(row)))) == row
+    assert MethodRow.from_dict(json.loads(json.dumps(asdict(row)))) == row
+
+
+def test_a_step_is_as_many_times_faster_as_its_median_is_smaller():
+    (sparse,) = sparse_methods([0.9], [0], [8])
+    dense_steps = [
+        measurement(DENSE, p, [], dense_step_seconds=s) for p, s in [("a", 6), ("b", 8)]
+    ]
+    sparse_steps = [
+        measurement(sparse, p, [], dense_step_seconds=99.0, sparse_step_seconds=s)
+        for p, s in [("a", 1), ("b", 3)]
+    ]
+    dense, row = summarise(dense_steps + sparse_steps)
+    assert row.step_speedup == 7 / 2
+    assert dense.step_speedup is None
 
 
 def test_the_demo_models_clips_are_judged_from_their_pixels():
+    from xattn_video.measure.clips import Clip
     from xattn_video.pipelines.demo import parse_prompt
     from xattn_video.pipelines.demo.rendering import place_objects, render_scene
-    from xattn_video.quality.clips import Clip
 
     prompt = "a red circle moving left to right over a blue background"
     scene = parse_prompt(prompt)

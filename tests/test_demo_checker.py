@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.pipelines.demo.checks import ATTRIBUTES, measure_clip, score_clip
+from xattn_video.measure.demo_checks import ATTRIBUTES, measure_clip, score_clip
 from xattn_video.pipelines.demo.grammar import Scene, parse_prompt, sample_scene
 from xattn_video.pipelines.demo.rendering import place_objects, render_scene
 

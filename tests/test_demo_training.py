@@ -88,10 +88,10 @@ def test_the_decoder_stage_leaves_the_encoder_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from demo_training import vae_stage
-    from demo_training.plan import SMOKE, Clock, Job
+    from demo_training.training_plan import SMOKE, Clock, TrainingJob
 
     monkeypatch.setattr(vae_stage, "measure_reconstruction", lambda job, vae: {})
-    job = Job(
+    job = TrainingJob(
         stage="decoder",
         work_dir=tmp_path,
         started=time.time(),
@@ -114,8 +114,8 @@ def test_the_decoder_stage_leaves_the_encoder_what_it_is(
 
 
 def test_windows_are_encoded_as_the_stock_tiles_are() -> None:
-    from demo_training.clips import encode_windows
     from demo_training.models import build_vae
+    from demo_training.rendered_clips import encode_windows
 
     torch.manual_seed(0)
     vae = build_vae().eval()

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -10,14 +11,14 @@ import torch
 from diffusers import HunyuanVideoPipeline
 
 from xattn_video import ThresholdSchedule, XAttnProcessor
-from xattn_video.pipelines import hunyuan_video
+from xattn_video.pipelines import generation, loading
 from xattn_video.pipelines.generation import (
     GenerationResult,
     StepRecord,
     generate,
     generate_together,
 )
-from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
+from xattn_video.pipelines.loading import LoadOptions, load_pipeline
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.policy.decision import Run, count_dense_steps
 from xattn_video.policy.settings import SparseSettings
@@ -134,6 +135,36 @@ def test_videos_made_together_are_those_made_alone(pipe):
         torch.testing.assert_close(result.latents, alone.latents, rtol=1e-3, atol=1e-4)
         assert np.abs(result.frames.astype(int) - alone.frames).max() <= 1
     assert together[0].seconds == together[1].seconds
+
+
+@pytest.fixture
+def one_second_a_step(pipe, monkeypatch):
+    """A clock, as a list of one number, that every forward of the transformer moves by one."""
+    clock = [1000.0]
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def tick(module, args, output):
+        clock[0] += 1
+
+    hook = pipe.transformer.register_forward_hook(tick)
+    yield clock
+    hook.remove()
+
+
+@pytest.mark.usefixtures("one_second_a_step")
+def test_videos_made_together_share_the_seconds(pipe):
+    requests = [GenerationRequest("a red circle", seed=seed, video=SMALL) for seed in (0, 1)]
+    for result in generate_together(pipe, requests):
+        assert result.seconds == SMALL.num_inference_steps / 2
+        assert [step.seconds for step in result.steps] == [0.5] * SMALL.num_inference_steps
+
+
+def test_showing_a_step_takes_no_time_of_the_next(pipe, one_second_a_step):
+    def show(step):
+        one_second_a_step[0] += 100
+
+    result = generate(pipe, GenerationRequest("a red circle", video=SMALL), show)
+    assert [step.seconds for step in result.steps] == [1.0] * SMALL.num_inference_steps
 
 
 def test_videos_made_together_share_their_settings(pipe):
@@ -277,7 +308,7 @@ def test_defaults_follow_the_documented_advice():
 
 @pytest.mark.usefixtures("pretend_cuda")
 def test_on_cuda_the_parts_have_the_documented_dtypes(tiny_pipeline, monkeypatch):
-    monkeypatch.setattr(hunyuan_video, "_place", lambda pipe, options: None)
+    monkeypatch.setattr(loading, "_place", lambda pipe, options: None)
     pipe = load_pipeline(LoadOptions(str(tiny_pipeline), device="cuda"))
     assert pipe.transformer.dtype == torch.bfloat16
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -297,7 +328,7 @@ def test_on_cuda_the_parts_have_the_documented_dtypes(tiny_pipeline, monkeypatch
 )
 def test_offloading_is_the_pipelines_own(offload, call):
     pipe = Mock()
-    hunyuan_video._place(pipe, LoadOptions(device="cuda", offload=offload))
+    loading._place(pipe, LoadOptions(device="cuda", offload=offload))
     ((name, arguments, keywords),) = pipe.method_calls
     assert name == call
     assert torch.device("cuda") in [*arguments, *keywords.values()]

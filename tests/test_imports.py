@@ -12,8 +12,10 @@ PACKAGE = ROOT / "xattn_video"
 # What a backend is given and takes: data types that the folder below the operator may name.
 VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
+HOSTS = OPERATOR | {"policy", "processors"}
+MEASURED = HOSTS | {"pipelines", "measure", "reporting"}
 
-# part -> what it may import from xattn_video (its own part included where it is a folder)
+# part -> what it may import of the project (its own part included where it is a folder)
 ALLOWED = {
     "errors": set(),
     "kernels": {"kernels"},
@@ -23,18 +25,34 @@ ALLOWED = {
     "ops": OPERATOR,
     "compat": OPERATOR,
     "policy": OPERATOR | {"policy"},
-    "processors": OPERATOR | {"policy", "processors"},
-    "pipelines": OPERATOR | {"policy", "processors", "pipelines"},
-    "benchmark": OPERATOR | {"benchmark"},
-    "quality": {"errors", "policy", "processors", "pipelines", "quality"},
-    "cli": OPERATOR | {"policy", "processors", "pipelines", "benchmark", "quality", "cli"},
+    "processors": HOSTS,
+    "pipelines": HOSTS | {"pipelines"},
+    "reporting": {"errors", "reporting"},
+    "measure": MEASURED,
+    "cli": MEASURED | {"cli"},
+    "eval_vbench": MEASURED | {"eval_vbench"},
+    "benchmarks": MEASURED | {"benchmarks"},
+    "scripts": MEASURED | {"scripts"},
 }
+# Also a command line; it takes the options of `xattn-video generate` from where they are defined.
+TAKES_OPTIONS = {ROOT / "eval_vbench/generate.py": {"cli"}}
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+ABOVE = sorted(
+    path
+    for name in ("eval_vbench", "benchmarks", "scripts")
+    for path in (ROOT / name).rglob("*.py")
+)
+# Typed as `python -m folder.name`: a command's file is called as what it does.
+COMMANDS = {"benchmarks/attention.py", "eval_vbench/generate.py", "eval_vbench/report.py"}
 
 
 def part_of(module: str) -> str:
     """The part that a module such as `xattn_video.ops.blocks` belongs to."""
     names = module.split(".")
+    if names[0] == "demo_training":
+        return "scripts"
+    if names[0] != "xattn_video":
+        return names[0]
     return ".".join(names[1:3]) if ".".join(names[1:3]) in ALLOWED else names[1]
 
 
@@ -51,14 +69,35 @@ def imported_parts(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module or "")
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    modules = {name for name in names if name.startswith("xattn_video.")}
     # A name imported from a module stands beside the module itself.
-    return {part_of(name) for name in modules if part_of(name) in ALLOWED}
+    return {part_of(name) for name in names if name != "xattn_video"} & set(ALLOWED)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES + ABOVE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_part_imports_only_what_it_may(path):
-    assert imported_parts(path) <= ALLOWED[part_of(module_of(path))]
+    assert (
+        imported_parts(path) - TAKES_OPTIONS.get(path, set()) <= ALLOWED[part_of(module_of(path))]
+    )
+
+
+def test_no_two_files_share_a_name():
+    """A reader who is told "plan" or "report" finds one file."""
+    found: dict[str, list[str]] = {}
+    for path in SOURCES + ABOVE:
+        name = path.relative_to(ROOT).as_posix()
+        if path.stem.startswith("__") or name in COMMANDS:
+            continue
+        found.setdefault(path.stem, []).append(name)
+    assert {stem: names for stem, names in found.items() if len(names) > 1} == {}
+
+
+def test_no_two_classes_share_a_name():
+    found: dict[str, list[str]] = {}
+    for path in SOURCES + ABOVE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
 
 
 def test_backends_never_import_each_other():

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from xattn_video.measure.comparison import generate_for_kept_mass
 from xattn_video.pipelines.generation import generate
-from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
+from xattn_video.pipelines.loading import LoadOptions, load_pipeline
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.observers import kept_mass
-from xattn_video.quality.comparison import generate_for_kept_mass
 
 SMALL = VideoSettings(height=64, width=64, num_frames=9, num_inference_steps=3)
 

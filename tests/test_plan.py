@@ -10,11 +10,11 @@ import torch
 from benchmarks.whole_videos import read_whole_videos
 from xattn_video import ThresholdSchedule
 from xattn_video.errors import UnsupportedModelError
-from xattn_video.pipelines import plan as plan_module
-from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines import run_plan as plan_module
+from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
-from xattn_video.pipelines.plan import plan_run
 from xattn_video.pipelines.request import VideoSettings
+from xattn_video.pipelines.run_plan import plan_run
 from xattn_video.pipelines.source import HUNYUAN_VIDEO, find_model
 from xattn_video.policy.settings import SparseSettings
 

@@ -9,12 +9,12 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from xattn_video.errors import MissingPackageError
+from xattn_video.measure import lpips, vmaf
+from xattn_video.measure.clips import Clip, check_pair, read_clip, require_ffmpeg
+from xattn_video.measure.frames import MAX_PSNR, relative_error, score_frames
+from xattn_video.measure.side_by_side import side_by_side
+from xattn_video.measure.similarity import Scorer
 from xattn_video.pipelines.video import write_video
-from xattn_video.quality import lpips, vmaf
-from xattn_video.quality.clips import Clip, check_pair, read_clip, require_ffmpeg
-from xattn_video.quality.frames import MAX_PSNR, relative_error, score_frames
-from xattn_video.quality.side_by_side import side_by_side
-from xattn_video.quality.similarity import Scorer
 
 
 def moving_square(num_frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -26,7 +26,7 @@ def moving_square(num_frames: int = 9, height: int = 48, width: int = 64) -> np.
 
 @pytest.fixture
 def no_vmaf(monkeypatch):
-    monkeypatch.setattr("xattn_video.quality.similarity.vmaf_missing", lambda: "not here.")
+    monkeypatch.setattr("xattn_video.measure.similarity.vmaf_missing", lambda: "not here.")
 
 
 def test_psnr_of_a_constant_offset_is_known():

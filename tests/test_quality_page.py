@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from xattn_video.quality.methods import DENSE, sparse_methods
-from xattn_video.quality.rows import Row
+from xattn_video.measure.comparison_rows import MethodRow
+from xattn_video.measure.methods import DENSE, sparse_methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,13 +30,13 @@ def page(tmp_path, script):
 
 
 def record() -> dict:
-    empty = dict.fromkeys(Row.__dataclass_fields__)
+    empty = dict.fromkeys(MethodRow.__dataclass_fields__)
     (method,) = sparse_methods([0.9], [1], [8])
     shared = {"num_videos": 2, "identical": False, "seconds": 1.5}
     sparse = {"psnr": 31.25, "density": 0.4, "still_followed": 0.75}
     rows = [
-        Row(**empty | shared | {"method": DENSE}),
-        Row(**empty | shared | {"method": method} | sparse),
+        MethodRow(**empty | shared | {"method": DENSE}),
+        MethodRow(**empty | shared | {"method": method} | sparse),
     ]
     return {
         "command": "xattn-video compare --model demo",

@@ -39,7 +39,7 @@ def test_a_finished_run_loads_no_model(finished, tiny_pipeline, monkeypatch):
     def refuse(options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("xattn_video.pipelines.hunyuan_video.load_pipeline", refuse)
+    monkeypatch.setattr("xattn_video.pipelines.loading.load_pipeline", refuse)
     code, _, messages = make_run(finished, tiny_pipeline, *SPARSE)
     assert code == 0
     assert "2 of 2 videos are there" in messages

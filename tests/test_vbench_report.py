@@ -10,11 +10,11 @@ import torch
 from vbench_runs import SPARSE, invoke, make_run
 
 from eval_vbench import report
-from eval_vbench.comparison import caveats, compare, load_run
 from eval_vbench.dimensions import dimensions, totals
-from eval_vbench.page import report_page
+from eval_vbench.report_page import report_page
+from eval_vbench.run_comparison import caveats, compare, load_run
 from eval_vbench.run_folder import RunFolder, settings_hash
-from eval_vbench.scores import Score, scored_items, videos_digest, write_score
+from eval_vbench.score_files import Score, scored_items, videos_digest, write_score
 from eval_vbench.statistics import paired_difference
 
 
@@ -89,7 +89,7 @@ def test_what_was_measured_is_not_measured_again(runs, monkeypatch):
     def refuse(path):
         raise AssertionError("a video was read")
 
-    monkeypatch.setattr("xattn_video.quality.clips.read_clip", refuse)
+    monkeypatch.setattr("xattn_video.measure.clips.read_clip", refuse)
     assert make_report(runs)[0] == 0
     assert json.loads((runs / "report/report.json").read_text()) == before
 
@@ -235,6 +235,16 @@ def test_a_part_of_the_prompts_is_said(like_the_paper):
     dense, _ = like_the_paper
     dense.settings["num_prompts"] = 32
     assert "32 of 944 prompts" in caveats(dense, [])[0]
+
+
+def test_speed_ups_are_dense_over_sparse_medians(like_the_paper):
+    dense, sparse = like_the_paper
+    for record in dense.records.values():
+        record.update(seconds=30.0, seconds_per_dense_step=6.0)
+    for record in sparse.records.values():
+        record.update(seconds=20.0, seconds_per_dense_step=99.0, seconds_per_sparse_step=1.5)
+    measures = compare(dense, sparse, {}).measures
+    assert (measures.speedup, measures.step_speedup) == (1.5, 4.0)
 
 
 def test_times_of_different_devices_are_not_compared(like_the_paper):

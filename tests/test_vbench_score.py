@@ -12,7 +12,7 @@ from vbench_runs import invoke, make_run
 from eval_vbench import score, setup_vbench
 from eval_vbench.preflight import NEEDS
 from eval_vbench.run_folder import RunFolder
-from eval_vbench.scores import read_scores
+from eval_vbench.score_files import read_scores
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
-from demo_training.clips import encode_windows, render_clip
 from demo_training.models import TextStack
-from demo_training.plan import Job, Size
+from demo_training.rendered_clips import encode_windows, render_clip
+from demo_training.training_plan import Size, TrainingJob
 from xattn_video.pipelines.demo.grammar import sample_scene
 
 # Of ten clips three hold two objects: they are harder, and drawn more often than once in ten.
@@ -43,7 +43,7 @@ class LatentPool:
 
 @torch.no_grad()
 def fill_pools(
-    job: Job,
+    job: TrainingJob,
     vae: AutoencoderKLHunyuanVideo,
     text: TextStack,
     rng: random.Random,
@@ -78,7 +78,7 @@ def fill_pools(
     return pools
 
 
-def _encode_all(text: TextStack, prompts: list[str], job: Job) -> tuple[Tensor, Tensor]:
+def _encode_all(text: TextStack, prompts: list[str], job: TrainingJob) -> tuple[Tensor, Tensor]:
     """Prompt states and pooled states of prompts that all have one token count."""
     parts = [
         text.encode(*text.tokenize(prompts[first : first + 256], job.device))

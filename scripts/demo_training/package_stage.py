@@ -14,8 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 
 from demo_training.models import build_transformer
 from demo_training.pictures import save_sheet
-from demo_training.plan import Job, Size
 from demo_training.text_stage import load_text_stack
+from demo_training.training_plan import Size, TrainingJob
 from demo_training.vae_stage import load_vae
 from demo_training.weights import TrainedWeights, load_checkpoint
 from xattn_video.pipelines.demo.grammar import sample_scene
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 15_000_000
 MAX_TOTAL_BYTES = 25_000_000
 
 
-def run(job: Job) -> None:
+def run(job: TrainingJob) -> None:
     """Write `model/`, a folder for `HunyuanVideoPipeline.from_pretrained`, and `sheets/`."""
     model_dir = job.work_dir / "model"
     state = load_checkpoint(job.work_dir, "transformer")
@@ -40,7 +40,7 @@ def run(job: Job) -> None:
     _draw_sheets(job, loaded.to(job.device))
 
 
-def _assemble(job: Job, state: dict[str, Any]) -> HunyuanVideoPipeline:
+def _assemble(job: TrainingJob, state: dict[str, Any]) -> HunyuanVideoPipeline:
     """The pipeline with the moving average of the trained weights."""
     text = load_text_stack(job)
     transformer = build_transformer(job.plan.transformer)
@@ -65,7 +65,7 @@ def _assemble(job: Job, state: dict[str, Any]) -> HunyuanVideoPipeline:
     )
 
 
-def _provenance(job: Job, state: dict[str, Any]) -> dict[str, Any]:
+def _provenance(job: TrainingJob, state: dict[str, Any]) -> dict[str, Any]:
     """How the weights came to be."""
     path = job.work_dir / "training.json"
     return {
@@ -83,7 +83,7 @@ def _provenance(job: Job, state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_files(job: Job, model_dir: Path) -> None:
+def _check_files(job: TrainingJob, model_dir: Path) -> None:
     """Readable by everyone, and within the limits on size."""
     files = sorted(path for path in model_dir.rglob("*") if path.is_file())
     total = 0
@@ -97,7 +97,7 @@ def _check_files(job: Job, model_dir: Path) -> None:
     assert total <= MAX_TOTAL_BYTES
 
 
-def _draw_sheets(job: Job, pipeline: HunyuanVideoPipeline) -> None:
+def _draw_sheets(job: TrainingJob, pipeline: HunyuanVideoPipeline) -> None:
     """Contact sheets of held-out prompts at every frame size."""
     plan, rng = job.plan, random.Random(f"{job.seed}/sheets")
     sheets = job.work_dir / "sheets"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from demo_training.models import TextStack, build_text_stack
-from demo_training.plan import Clock, Job
+from demo_training.training_plan import Clock, TrainingJob
 from demo_training.weights import add_report, load_weights
 from xattn_video.pipelines.demo.grammar import (
     BACKGROUNDS,
@@ -53,7 +53,7 @@ class Heads(nn.Module):
         self.of_pooled = nn.Linear(pooled_width, sum(_SCENE_CHOICES))
 
 
-def run(job: Job) -> None:
+def run(job: TrainingJob) -> None:
     """Train both text encoders for one call; write `text.pt`."""
     torch.manual_seed(job.seed)
     text = build_text_stack()
@@ -94,7 +94,7 @@ def run(job: Job) -> None:
     )
 
 
-def load_text_stack(job: Job) -> TextStack:
+def load_text_stack(job: TrainingJob) -> TextStack:
     """Both tokenizers and the trained encoders, frozen, as they will be shipped.
 
     The encoders are those of `text.pt`; where a finished model is refined and there is none, the
@@ -118,13 +118,13 @@ def load_text_stack(job: Job) -> TextStack:
     return text
 
 
-def _save(text: TextStack, job: Job) -> None:
+def _save(text: TextStack, job: TrainingJob) -> None:
     encoders = (text.text_encoder, text.text_encoder_2)
     torch.save([encoder.state_dict() for encoder in encoders], job.work_dir / TEXT_FILE)
 
 
 @torch.no_grad()
-def measure_readings(text: TextStack, heads: Heads, job: Job) -> dict[str, float]:
+def measure_readings(text: TextStack, heads: Heads, job: TrainingJob) -> dict[str, float]:
     """Share of held-out prompts whose every part is read right, by kind of reading."""
     rng = random.Random(f"{job.seed}/text/held-out")
     count = BATCH if job.is_smoke else EVAL_PROMPTS

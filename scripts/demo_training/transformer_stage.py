@@ -13,12 +13,12 @@ from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor, nn
 
-from demo_training.attention import TrainingProcessor, rotation_of, use_training_attention
 from demo_training.graphs import StepGraphs
 from demo_training.latents import LatentPool, fill_pools
 from demo_training.models import TextStack, build_transformer
-from demo_training.plan import Clock, Job, Size
 from demo_training.text_stage import load_text_stack
+from demo_training.training_attention import TrainingProcessor, rotation_of, use_training_attention
+from demo_training.training_plan import Clock, Size, TrainingJob
 from demo_training.vae_layers import use_training_layers
 from demo_training.vae_stage import load_vae
 from demo_training.weights import (
@@ -60,7 +60,7 @@ SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.97, 1.001)
 class Trainee:
     """Everything that a training step touches."""
 
-    job: Job
+    job: TrainingJob
     transformer: HunyuanVideoTransformer3DModel
     processor: TrainingProcessor
     pools: dict[Size, dict[int, LatentPool]]
@@ -69,7 +69,7 @@ class Trainee:
     rotations: dict[tuple[int, ...], Tensor]
 
 
-def run(job: Job) -> None:
+def run(job: TrainingJob) -> None:
     """Train for one call; write `transformer.ckpt.*`."""
     torch.manual_seed(job.seed)
     text = load_text_stack(job)
@@ -141,7 +141,7 @@ def _block_matrices(transformer: HunyuanVideoTransformer3DModel) -> list[nn.Para
 
 
 def _fill_all_pools(
-    job: Job, text: TextStack, rng: random.Random, *, with_others: bool
+    job: TrainingJob, text: TextStack, rng: random.Random, *, with_others: bool
 ) -> dict[Size, dict[int, LatentPool]]:
     """Latents of every frame size that this call needs."""
     plan, refining = job.plan, job.start_from is not None
@@ -301,7 +301,11 @@ def _summary(recent: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 
 def _save(
-    job: Job, trained: TrainedWeights, clock: Clock, calls: int, history: list[dict[str, Any]]
+    job: TrainingJob,
+    trained: TrainedWeights,
+    clock: Clock,
+    calls: int,
+    history: list[dict[str, Any]],
 ) -> None:
     state = {
         "weights": trained.state(),

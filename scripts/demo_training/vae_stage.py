@@ -20,11 +20,11 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 )
 from torch import Tensor, nn
 
-from demo_training.clips import WINDOW_FRAMES, encode_windows, random_scene, render_clip
 from demo_training.graphs import StepGraphs
 from demo_training.models import LATENT_CHANNELS, build_vae
 from demo_training.pictures import save_sheet
-from demo_training.plan import Clock, Job, Size
+from demo_training.rendered_clips import WINDOW_FRAMES, encode_windows, random_scene, render_clip
+from demo_training.training_plan import Clock, Size, TrainingJob
 from demo_training.vae_layers import use_training_layers
 from demo_training.weights import (
     TrainedWeights,
@@ -58,7 +58,7 @@ VAE_FILE = "vae.pt"
 class ClipPool:
     """Rendered clips on the device, replaced one by one while training goes on."""
 
-    def __init__(self, job: Job, rng: random.Random, size: Size) -> None:
+    def __init__(self, job: TrainingJob, rng: random.Random, size: Size) -> None:
         self._job = job
         self._rng = rng
         self._size = size
@@ -88,7 +88,7 @@ class ClipPool:
         return render_clip(scene, self._rng, self._size, job.device, job.dtype)
 
 
-def run(job: Job) -> None:
+def run(job: TrainingJob) -> None:
     """Train for one call; write the normalised `vae.pt` and `vae.ckpt.*` or `decoder.ckpt.*`."""
     if job.stage == "decoder":
         vae = load_vae(job).float()
@@ -156,7 +156,7 @@ def _let_blocks_begin_as_identity(vae: AutoencoderKLHunyuanVideo) -> None:
             nn.init.zeros_(module.conv2.conv.bias)
 
 
-def load_vae(job: Job) -> AutoencoderKLHunyuanVideo:
+def load_vae(job: TrainingJob) -> AutoencoderKLHunyuanVideo:
     """The trained, normalised VAE, frozen, as it will be shipped.
 
     It is that of `vae.pt`; where a finished model is refined and there is none, the model's own,
@@ -179,7 +179,7 @@ def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
     torch.save(state, path)
 
 
-def _frame_size(job: Job, fraction: float) -> Size:
+def _frame_size(job: TrainingJob, fraction: float) -> Size:
     """Of the clips that batches are cut from, so far into the schedule."""
     if job.stage == "decoder" or fraction >= MEDIUM_UNTIL:
         return job.plan.square
@@ -187,7 +187,7 @@ def _frame_size(job: Job, fraction: float) -> Size:
 
 
 def _draw_batch(
-    job: Job, pools: dict[Size, ClipPool], rng: random.Random, step: int, fraction: float
+    job: TrainingJob, pools: dict[Size, ClipPool], rng: random.Random, step: int, fraction: float
 ) -> tuple[Tensor, int, str]:
     """Frames, the latent at which decoding begins, and the name of the batch's kind."""
     plan, size = job.plan, _frame_size(job, fraction)
@@ -231,7 +231,7 @@ def _loss(
 
 
 def _train(
-    job: Job,
+    job: TrainingJob,
     vae: AutoencoderKLHunyuanVideo,
     trained: TrainedWeights,
     pools: dict[Size, ClipPool],
@@ -282,7 +282,11 @@ def _psnr(squared_error: float) -> float:
 
 
 def _save(
-    job: Job, trained: TrainedWeights, clock: Clock, calls: int, history: list[dict[str, Any]]
+    job: TrainingJob,
+    trained: TrainedWeights,
+    clock: Clock,
+    calls: int,
+    history: list[dict[str, Any]],
 ) -> None:
     state = {
         "weights": trained.state(),
@@ -304,7 +308,7 @@ def _averaged_vae(trained: TrainedWeights) -> AutoencoderKLHunyuanVideo:
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKLHunyuanVideo, job: Job) -> dict[str, list[float]]:
+def normalise_latents(vae: AutoencoderKLHunyuanVideo, job: TrainingJob) -> dict[str, list[float]]:
     """Fold each latent channel's mean and scale into the 1x1x1 convolutions beside it; exact."""
     rng = random.Random(f"{job.seed}/statistics")
     means, variances = [], []
@@ -331,7 +335,7 @@ def normalise_latents(vae: AutoencoderKLHunyuanVideo, job: Job) -> dict[str, lis
 
 @torch.no_grad()
 def measure_reconstruction(
-    job: Job, vae: AutoencoderKLHunyuanVideo
+    job: TrainingJob, vae: AutoencoderKLHunyuanVideo
 ) -> dict[str, dict[str, float]]:
     """PSNR of held-out 65-frame clips through the stock encoding and decoding, by frame size."""
     rng = random.Random(f"{job.seed}/held-out")

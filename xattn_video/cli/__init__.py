@@ -8,9 +8,9 @@ from xattn_video import __version__
 from xattn_video.cli.backends import backends
 from xattn_video.cli.bench import bench
 from xattn_video.cli.compare import compare
-from xattn_video.cli.console import OneLineErrors
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
+from xattn_video.reporting.console import OneLineErrors
 
 app = typer.Typer(
     name="xattn-video",

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from xattn_video.cli import options
-from xattn_video.cli.console import ErrorsToExitCodes, log_choices, output_console
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.reporting.console import ErrorsToExitCodes, log_choices, output_console
 
 
 def backends(

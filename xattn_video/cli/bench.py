@@ -1,15 +1,17 @@
 """`xattn-video bench`: what speed-up to expect on this machine at this size."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from xattn_video.cli import options
-from xattn_video.cli.console import (
+from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     log_choices,
     message_console,
@@ -17,17 +19,23 @@ from xattn_video.cli.console import (
     print_labelled,
     print_warning,
 )
-from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
-from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.tables import Table, figure
 
 if TYPE_CHECKING:
-    from xattn_video.benchmark.speedup import Speedup
-    from xattn_video.pipelines.plan import RunPlan
+    from xattn_video.measure.speedup import Speedup
+    from xattn_video.pipelines.run_plan import RunPlan
 
 # A CPU does about this much in a second, and every part runs some ten times.
 _CPU_TFLOP_PER_SECOND = 0.1
 _CALLS = 10
 _PATIENCE_SECONDS = 120
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "part": lambda row: "total" if row["name"] == "xattention" else row["name"],
+    "by": lambda row: row["backend"],
+    "density": lambda row: figure(row.get("density"), ".3f"),
+    "ms": lambda row: f"{row['latency_ms']:.3g}",
+    "TFLOP/s": lambda row: figure(row.get("tflops"), ".3g"),
+}
 
 
 def bench(
@@ -56,11 +64,11 @@ def bench(
     """Time dense attention and XAttention here, at a video's size, on random tensors."""
     log_choices(verbose)
     with ErrorsToExitCodes(verbose) as errors:
-        from xattn_video.benchmark.problems import AttentionProblem
-        from xattn_video.benchmark.speedup import measure_speedup
-        from xattn_video.benchmark.timing import Budget
+        from xattn_video.measure.attention_problems import AttentionProblem
+        from xattn_video.measure.speedup import measure_speedup
+        from xattn_video.measure.timing import Budget
         from xattn_video.pipelines.model_shape import read_model_shape
-        from xattn_video.pipelines.plan import plan_run
+        from xattn_video.pipelines.run_plan import plan_run
         from xattn_video.pipelines.source import find_model
 
         if model is None:
@@ -107,15 +115,8 @@ def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> No
     """Show the rows and what follows from them; failures go to stderr."""
     tokens = run_plan.video_tokens + run_plan.text_tokens
     console.print(f"{tokens:,} tokens on {run_plan.device}, {run_plan.dtype}\n")
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("part", "by", "density", "ms", "TFLOP/s"):
-        table.add_column(heading, justify="left" if heading in ("part", "by") else "right")
-    for row in found.rows:
-        density = f"{row['density']:.3f}" if "density" in row else ""
-        tflops = f"{row['tflops']:.3g}" if "tflops" in row else ""
-        what = "total" if row["name"] == "xattention" else row["name"]
-        table.add_row(what, row["backend"] or "", density, f"{row['latency_ms']:.3g}", tflops)
-    console.print(table)
+    table = Table.of(found.rows, _COLUMNS, num_left=2)
+    console.print(table.terminal(console.width), crop=False)
     for row in found.failures:
         where = " ".join(str(row[key]) for key in ("name", "backend") if row.get(key))
         print_warning(f"{where or 'inputs'}: {' '.join(row['failure'].split())}")

@@ -5,8 +5,8 @@ from pathlib import Path
 from xattn_video.cli import compare_options, options
 from xattn_video.cli.compare_files import FilesJob
 from xattn_video.cli.compare_job import CompareJob
-from xattn_video.cli.console import ErrorsToExitCodes, log_choices
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.reporting.console import ErrorsToExitCodes, log_choices
 
 
 def compare(

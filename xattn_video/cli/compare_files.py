@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from xattn_video import __version__
 from xattn_video.cli.compare_results import check_new_results
-from xattn_video.cli.console import output_console, print_labelled, print_warning
-from xattn_video.cli.record import write_json
-from xattn_video.pipelines.video import write_video
+from xattn_video.pipelines.video import write_json, write_video
+from xattn_video.reporting.console import output_console, print_labelled, print_warning
 
 if TYPE_CHECKING:
-    from xattn_video.quality.clips import Clip
-    from xattn_video.quality.similarity import Similarity
+    from xattn_video.measure.clips import Clip
+    from xattn_video.measure.similarity import Similarity
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,8 @@ class FilesJob:
                 cannot be used.
             MissingPackageError: torchmetrics or ffmpeg cannot be used.
         """
-        from xattn_video.quality.clips import check_pair
-        from xattn_video.quality.frames import require_torchmetrics
+        from xattn_video.measure.clips import check_pair
+        from xattn_video.measure.frames import require_torchmetrics
 
         require_torchmetrics()
         check_pair(*self._read())
@@ -71,7 +70,7 @@ class FilesJob:
 
     def run(self) -> None:
         """Measure, print, and write the files."""
-        from xattn_video.quality.similarity import Scorer
+        from xattn_video.measure.similarity import Scorer
 
         clips = self._read()
         scorer = Scorer()
@@ -90,7 +89,7 @@ class FilesJob:
         print_labelled(output_console(), lines)
 
     def _read(self) -> "tuple[Clip, Clip]":
-        from xattn_video.quality.clips import read_clip
+        from xattn_video.measure.clips import read_clip
 
         return read_clip(self.reference), read_clip(self.candidate)
 
@@ -101,7 +100,7 @@ class FilesJob:
         similarity: "Similarity",
         missing: dict[str, str],
     ) -> None:
-        from xattn_video.quality.side_by_side import side_by_side
+        from xattn_video.measure.side_by_side import side_by_side
 
         frames = side_by_side(*clips, self.reference.name, self.candidate.name)
         write_video(folder / "side-by-side.mp4", frames, max(1, round(clips[0].fps)))

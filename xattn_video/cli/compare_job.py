@@ -10,24 +10,23 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.cli.checks import check_runs, warn_of_unknown_words
 from xattn_video.cli.compare_results import ResultsFolder, check_new_results
-from xattn_video.cli.console import (
+from xattn_video.cli.record import run_record
+from xattn_video.pipelines.request import GenerationRequest, check_fps
+from xattn_video.pipelines.run_checks import check_runs, unknown_words
+from xattn_video.pipelines.source import DEMO
+from xattn_video.reporting.console import (
     message_console,
     output_console,
     print_labelled,
+    print_warnings,
     quiet_libraries,
 )
-from xattn_video.cli.options import check_fps
-from xattn_video.cli.progress import GenerationProgress
-from xattn_video.cli.record import run_record
-from xattn_video.cli.tables import print_table
-from xattn_video.pipelines.request import GenerationRequest
-from xattn_video.pipelines.source import DEMO
+from xattn_video.reporting.progress import GenerationProgress
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.hunyuan_video import LoadOptions
-    from xattn_video.quality.methods import Method
+    from xattn_video.measure.methods import Method
+    from xattn_video.pipelines.loading import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +69,26 @@ class CompareJob:
             BackendUnavailableError: The backend cannot run the model's heads here.
             MissingPackageError: torchmetrics or ffmpeg is needed and cannot be used.
         """
-        from xattn_video.quality.clips import require_ffmpeg
-        from xattn_video.quality.frames import require_torchmetrics
+        from xattn_video.measure.clips import require_ffmpeg
+        from xattn_video.measure.frames import require_torchmetrics
 
         require_torchmetrics()
         if self.videos:
             require_ffmpeg()
         check_new_results(self.folder)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
-        check_runs(self.load, [replace(self.requests[0], sparse=settings) for settings in sparse])
+        requests = [replace(self.requests[0], sparse=settings) for settings in sparse]
+        warnings = check_runs(self.load, requests)
         if self.load.model == DEMO:
-            warn_of_unknown_words([request.prompt for request in self.requests])
+            warnings += unknown_words([request.prompt for request in self.requests])
+        print_warnings(warnings)
 
     def run(self) -> None:
         """Load the model, generate and measure every video, write the files, print the table."""
-        from xattn_video.pipelines.hunyuan_video import load_pipeline
-        from xattn_video.quality.comparison import Comparison, judge_demo_clip
-        from xattn_video.quality.rows import table_cells
-        from xattn_video.quality.similarity import Scorer
+        from xattn_video.measure.comparison import Comparison, judge_demo_clip
+        from xattn_video.measure.comparison_rows import comparison_table
+        from xattn_video.measure.similarity import Scorer
+        from xattn_video.pipelines.loading import load_pipeline
 
         if not self.verbose:
             quiet_libraries()
@@ -114,7 +115,8 @@ class CompareJob:
                 results.add(first, outcomes)
         results.finish()
         console = output_console()
-        print_table(*table_cells(results.rows))
+        table = comparison_table(results.rows)
+        console.print(table.terminal(console.width), crop=False)
         print_labelled(console, {"results": str(self.folder)})
 
     def _batches(self) -> Iterator[tuple[int, tuple[GenerationRequest, ...]]]:

@@ -12,7 +12,7 @@ from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
 
 if TYPE_CHECKING:
-    from xattn_video.quality.methods import Method
+    from xattn_video.measure.methods import Method
 
 _Number = TypeVar("_Number", int, float)
 
@@ -107,7 +107,7 @@ def compared_methods(
     Raises:
         ValueError: A list holds something else, or a value is out of range.
     """
-    from xattn_video.quality.methods import DENSE_AGAIN, sparse_methods
+    from xattn_video.measure.methods import DENSE_AGAIN, sparse_methods
 
     grid = sparse_methods(
         parse_numbers(thresholds, float, "--thresholds"),

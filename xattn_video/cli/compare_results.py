@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.cli.outputs import default_name
-from xattn_video.cli.record import write_json
-from xattn_video.pipelines.video import atomic_path, check_output_folder, write_video
+from xattn_video.pipelines.video import atomic_path, check_output_folder, write_json, write_video
 
 if TYPE_CHECKING:
-    from xattn_video.policy.report import SparsityReport
-    from xattn_video.quality.comparison import Outcome
-    from xattn_video.quality.plots import Densities
-    from xattn_video.quality.rows import Row
+    from xattn_video.measure.comparison import Outcome
+    from xattn_video.measure.comparison_plots import Densities
+    from xattn_video.measure.comparison_rows import MethodRow
 
 
 class ResultsFolder:
@@ -34,9 +32,9 @@ class ResultsFolder:
         self._densities: dict[str, Densities] = {}
 
     @property
-    def rows(self) -> "list[Row]":
+    def rows(self) -> "list[MethodRow]":
         """One for each method."""
-        from xattn_video.quality.rows import summarise
+        from xattn_video.measure.comparison_rows import summarise
 
         return summarise(self._measurements)
 
@@ -58,13 +56,13 @@ class ResultsFolder:
         if report is not None and report.sparse_steps:
             # It is much the same from prompt to prompt: the first ones stand for all.
             name = outcomes[0].measurement.method.name
-            self._densities.setdefault(name, layer_densities(report))
+            self._densities.setdefault(name, report.layer_densities())
         self._write_json()
 
     def finish(self) -> None:
         """Draw the plots and write results.md."""
-        from xattn_video.quality.pages import comparison_text, comparison_title
-        from xattn_video.quality.plots import write_plots
+        from xattn_video.measure.comparison_page import comparison_text, comparison_title
+        from xattn_video.measure.comparison_plots import write_plots
 
         record = self._write_json()
         plots = write_plots(self.folder / "plot", self.rows, self._densities)
@@ -86,7 +84,7 @@ class ResultsFolder:
 
     def _write_videos(self, number: int, outcome: "Outcome") -> list[Path]:
         """A lossless copy, and for a sparse video one beside the dense one."""
-        from xattn_video.quality.side_by_side import side_by_side
+        from xattn_video.measure.side_by_side import side_by_side
 
         measurement = outcome.measurement
         name = f"{number:03}-{default_name(measurement.prompt, measurement.seed)}"
@@ -102,21 +100,6 @@ class ResultsFolder:
             )
             write_video(files[1], frames, fps)
         return files
-
-
-def layer_densities(report: "SparsityReport") -> "Densities":
-    """Density by layer and step; the passes of a step are taken together."""
-    column = {step: number for number, step in enumerate(report.steps)}
-    kept = [[0] * len(column) for _ in report.layer_names]
-    valid = [[0] * len(column) for _ in report.layer_names]
-    for forward in report.forwards:
-        for layer, run in enumerate(forward.layers):
-            kept[layer][column[forward.step]] += run.kept or 0
-            valid[layer][column[forward.step]] += run.valid or 0
-    return [
-        [k / v if v else None for k, v in zip(*lines, strict=True)]
-        for lines in zip(kept, valid, strict=True)
-    ]
 
 
 def check_new_results(folder: Path) -> None:

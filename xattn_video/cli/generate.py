@@ -1,11 +1,11 @@
 """`xattn-video generate`: one video or many, with one load of the model."""
 
 from xattn_video.cli import options
-from xattn_video.cli.console import ErrorsToExitCodes, log_choices
-from xattn_video.cli.job import Job, check_job, run_job
+from xattn_video.cli.generate_job import GenerateJob, check_job, run_job
 from xattn_video.cli.outputs import choose_outputs, choose_prompts
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.reporting.console import ErrorsToExitCodes, log_choices
 
 
 def generate(
@@ -65,7 +65,7 @@ def generate(
             GenerationRequest(p, negative_prompt, seed, video, sparse) for p in prompts
         )
         outputs = choose_outputs(requests, prompts_file is not None, output, report, plot)
-        job = Job(load, requests, outputs, fps, verbose)
+        job = GenerateJob(load, requests, outputs, fps, verbose)
         check_job(job)
         errors.running = True
         run_job(job)

@@ -13,7 +13,7 @@ from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
 
 if TYPE_CHECKING:
     from xattn_video.ops.scoring import Precision
-    from xattn_video.pipelines.hunyuan_video import LoadOptions, Offload
+    from xattn_video.pipelines.loading import LoadOptions, Offload
 
 _FULL = VideoSettings()
 
@@ -204,12 +204,6 @@ def sparse_settings(
     return None if tau is None else sparse
 
 
-def check_fps(fps: int) -> None:
-    """Raise ValueError unless a video can have so many frames per second."""
-    if fps < 1:
-        raise ValueError(f"fps must be at least 1, got {fps}; use 24.")
-
-
 def _choose_threshold(
     threshold: float | None, schedule: Path | None, dense: bool
 ) -> float | ThresholdSchedule | None:
@@ -249,7 +243,7 @@ def load_options(
     Raises:
         ValueError: A value that is not known.
     """
-    from xattn_video.pipelines.hunyuan_video import DTYPES, LoadOptions
+    from xattn_video.pipelines.loading import DTYPES, LoadOptions
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")

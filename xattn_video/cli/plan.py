@@ -1,24 +1,25 @@
 """`xattn-video plan`: what a run will take, before any weight is loaded."""
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from xattn_video.cli import options
-from xattn_video.cli.console import (
+from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     log_choices,
     output_console,
     print_labelled,
     print_warning,
 )
-from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.reporting.tables import Table
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.plan import MemoryEstimate, RunPlan
+    from xattn_video.pipelines.run_plan import MemoryEstimate, RunPlan, SpeedupBound
 
 
 def plan(
@@ -48,7 +49,7 @@ def plan(
     log_choices(verbose)
     with ErrorsToExitCodes(verbose):
         from xattn_video.pipelines.model_shape import read_model_shape
-        from xattn_video.pipelines.plan import plan_run
+        from xattn_video.pipelines.run_plan import plan_run
         from xattn_video.pipelines.source import find_model
 
         video = options.video_settings(
@@ -102,7 +103,7 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
     print_labelled(console, lines)
     if run_plan.speedup_bounds:
         console.print("\nSpeed-up at most, by density (the share of blocks kept), compute alone:")
-        console.print(_bounds_table(run_plan))
+        console.print(_bounds_table(run_plan).terminal(console.width), crop=False)
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:
         print_warning(warning)
@@ -127,10 +128,9 @@ def _backend(run_plan: "RunPlan") -> str:
 
 
 def _bounds_table(run_plan: "RunPlan") -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("density", "a sparse step", f"all {run_plan.steps} steps"):
-        table.add_column(heading, justify="right")
-    for bound in run_plan.speedup_bounds:
-        mark = "*" if bound.from_paper else " "
-        table.add_row(f"{bound.density:.3g}{mark}", f"{bound.step:.2f}x", f"{bound.run:.2f}x")
-    return table
+    columns: dict[str, Callable[[SpeedupBound], str]] = {
+        "density": lambda bound: f"{bound.density:.3g}{'*' if bound.from_paper else ' '}",
+        "a sparse step": lambda bound: f"{bound.step:.2f}x",
+        f"all {run_plan.steps} steps": lambda bound: f"{bound.run:.2f}x",
+    }
+    return Table.of(run_plan.speedup_bounds, columns, num_left=0)

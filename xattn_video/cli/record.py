@@ -1,21 +1,14 @@
 """What `--report` keeps of a command: settings, versions, times, and what attention really did."""
 
-import contextlib
-import importlib.metadata
-import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xattn_video import __version__
-from xattn_video.pipelines.video import atomic_path
+from xattn_video.reporting.machine import machine_record
 
 if TYPE_CHECKING:
-    import torch
-
     from xattn_video.pipelines.generation import GenerationResult
-    from xattn_video.pipelines.hunyuan_video import LoadOptions
+    from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.request import GenerationRequest
 
 
@@ -35,34 +28,6 @@ def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
         "attention_backend": load.attention_backend,
         "fps": fps,
     }
-
-
-def machine_record(device: "torch.device") -> dict[str, Any]:
-    """Versions, and the name of what computes."""
-    import diffusers
-    import torch
-
-    versions = {
-        "xattn_video": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-    # What the backends run on.
-    versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn"))
-    cuda = device.type == "cuda"
-    return {
-        "versions": versions,
-        "device": torch.cuda.get_device_name(device) if cuda else str(device),
-    }
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def generation_record(
@@ -85,9 +50,3 @@ def generation_record(
         "steps": [asdict(step) for step in result.steps],
         "report": result.report.to_dict() if result.report is not None else None,
     }
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write ``record`` to ``path``, which holds all of it or stays as it was."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from xattn_video.cli.console import print_labelled
+from xattn_video.reporting.console import print_labelled
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.generation import GenerationResult

@@ -198,13 +198,8 @@ class _StepRecorder:
 
     def _attention_of(self, step: int) -> tuple[bool, float | None]:
         """Whether any layer of a step ran sparse, and the density of those that did."""
-        if self._processor is None:
-            return False, None
-        forwards = [run for run in self._processor.report().forwards if run.step == step]
-        layers = [run for forward in forwards for run in forward.layers if run.state == "sparse"]
-        if not layers:
-            return False, None
-        return True, sum(run.kept or 0 for run in layers) / sum(run.valid or 0 for run in layers)
+        density = None if self._processor is None else self._processor.report().step_density(step)
+        return density is not None, density
 
 
 def _attention(

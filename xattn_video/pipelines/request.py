@@ -91,3 +91,9 @@ class GenerationRequest:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}; use 0.")
+
+
+def check_fps(fps: int) -> None:
+    """Raise ValueError unless a video can have so many frames per second."""
+    if fps < 1:
+        raise ValueError(f"fps must be at least 1, got {fps}; use 24.")

@@ -1,5 +1,6 @@
 """Write videos, and find out beforehand whether a file can be written."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -116,6 +117,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write ``record`` to ``path``, which holds all of it or stays as it was."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _temporary_path(path: Path) -> Path:

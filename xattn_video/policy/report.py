@@ -1,7 +1,7 @@
 """What really ran: dense or sparse, by step and layer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -29,7 +29,7 @@ class LayerRun:
     @property
     def density(self) -> float | None:
         """Kept over valid blocks; None unless sparse."""
-        return _ratio(self.kept or 0, self.valid or 0)
+        return _density((self,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,7 @@ class SparsityReport:
     @property
     def density(self) -> float | None:
         """Kept over valid blocks of all that ran sparse; None if nothing did."""
-        runs = [run for _, _, run in self._sparse_runs()]
-        return _ratio(sum(run.kept or 0 for run in runs), sum(run.valid or 0 for run in runs))
+        return _density(run for _, _, run in self._sparse_runs())
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -102,6 +101,20 @@ class SparsityReport:
                 if run.reason is not None:
                     counts[run.reason] = counts.get(run.reason, 0) + 1
         return counts
+
+    def layer_densities(self) -> list[list[float | None]]:
+        """`[layers][steps]`: kept over valid blocks of a step's passes; None unless sparse."""
+        runs: dict[tuple[int, int], list[LayerRun]] = {}
+        for forward, layer, run in self._sparse_runs():
+            runs.setdefault((layer, forward.step), []).append(run)
+        return [
+            [_density(runs.get((layer, step), ())) for step in self.steps]
+            for layer in range(len(self.layer_names))
+        ]
+
+    def step_density(self, step: int) -> float | None:
+        """Kept over valid blocks of a step's passes and layers; None if none was sparse."""
+        return _density(run for forward, _, run in self._sparse_runs() if forward.step == step)
 
     def summary(self) -> str:
         """One line, such as "45/50 steps x 60/60 layers sparse, density 0.41, 0 refused"."""
@@ -157,7 +170,6 @@ class SparsityReport:
         """
         if not self.forwards:
             raise ValueError("the report is empty; run the pipeline before plotting it.")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -168,7 +180,6 @@ class SparsityReport:
             figsize=(max(7.0, 0.16 * len(steps) + 3), max(3.5, 0.09 * num_layers + 1.8)),
             layout="constrained",
         )
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         edges = (-0.5, len(steps) - 0.5, num_layers - 0.5, -0.5)
         dense = [[0.0 if cell == "dense" else float("nan") for cell in row] for row in densities]
@@ -195,23 +206,23 @@ class SparsityReport:
 
     def _grid(self) -> list[list[float | Literal["dense", "skipped"]]]:
         """`[layers][steps]`: a density, or what the layer did instead."""
-        column = {step: number for number, step in enumerate(self.steps)}
-        grid: list[list[float | Literal["dense", "skipped"]]] = [
-            ["skipped"] * len(column) for _ in self.layer_names
+        dense = {
+            (layer, forward.step)
+            for forward in self.forwards
+            for layer, run in enumerate(forward.layers)
+            if run.state == "dense"
+        }
+        return [
+            [
+                ("dense" if (layer, step) in dense else "skipped") if density is None else density
+                for step, density in zip(self.steps, densities, strict=True)
+            ]
+            for layer, densities in enumerate(self.layer_densities())
         ]
-        kept = [[0] * len(column) for _ in self.layer_names]
-        valid = [[0] * len(column) for _ in self.layer_names]
-        for forward in self.forwards:
-            at = column[forward.step]
-            for layer, run in enumerate(forward.layers):
-                if run.state == "dense" and valid[layer][at] == 0:
-                    grid[layer][at] = "dense"
-                elif run.state == "sparse":
-                    kept[layer][at] += run.kept or 0
-                    valid[layer][at] += run.valid or 0
-                    grid[layer][at] = kept[layer][at] / valid[layer][at]
-        return grid
 
 
-def _ratio(kept: int, valid: int) -> float | None:
-    return kept / valid if valid else None
+def _density(runs: Iterable[LayerRun]) -> float | None:
+    """Kept over valid blocks of all the runs that were sparse."""
+    counts = [(run.kept or 0, run.valid or 0) for run in runs]
+    valid = sum(of for _, of in counts)
+    return sum(kept for kept, _ in counts) / valid if valid else None

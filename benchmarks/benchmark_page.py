@@ -1,0 +1,266 @@
+"""Turns result files into Markdown: the page of benchmarks, and the tables of the README."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.results_files import AUTHORS, ProblemRows, ResultFile, ResultRow, describe_video
+from benchmarks.whole_videos import WholeVideo, memory_by_offload, readme_videos, videos_table
+from xattn_video.measure.dense_baselines import STOCK
+from xattn_video.reporting.pages import render
+from xattn_video.reporting.tables import Table, figure
+
+T = TypeVar("T")
+IMAGES = "images/benchmarks"
+_TEMPLATE = Path(__file__).with_name("page.md.jinja")
+
+
+def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
+    """The whole page; what no file holds is left out."""
+    by_device = itertools.groupby(files, lambda file: file.device)
+    return render(
+        _TEMPLATE,
+        devices=[(device, list(found)) for device, found in by_device],
+        videos=videos,
+        images=IMAGES,
+        figure_names=figure_names,
+        dense_table=dense_table,
+        sparse_table=sparse_table,
+        sweep_table=sweep_table,
+        crossings=crossings,
+        selection_table=selection_table,
+        describe_step=describe_step,
+        step_table=step_table,
+        videos_table=videos_table,
+        memory_by_offload=memory_by_offload,
+    )
+
+
+def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> str:
+    """The best dense kernel against the best backend; then whole steps and videos, if any."""
+    parts = [readme_table(files)]
+    steps = readme_steps(files)
+    if steps.rows:
+        parts += [
+            "A whole denoising step of the transformer, with random weights:",
+            steps.markdown(),
+        ]
+    whole = readme_videos(videos)
+    if whole.rows:
+        title = "A whole video by `xattn-video generate`, decoding included, with random weights:"
+        parts += [title, whole.markdown(), memory_by_offload(videos)]
+    return "\n\n".join(parts)
+
+
+def figure_names(file: ResultFile) -> dict[str, str]:
+    """{kind or problem: name} of the pictures that a file gives."""
+    names = {problem.name: f"{file.stem}-{problem.name}.png" for problem in file.single_problems}
+    if file.sweep:
+        names["sweep"] = f"{file.stem}-by-length.png"
+    return names
+
+
+def dense_table(problem: ProblemRows) -> str:
+    """The dense kernels, the fastest first."""
+    columns: dict[str, Callable[[ResultRow], str]] = {
+        "dense": lambda row: row["backend"],
+        "ms": _ms,
+        "TFLOP/s": lambda row: f"{row['tflops']:.3g}",
+        "extra GiB": _gib,
+    }
+    return _markdown(sorted(problem.select("dense"), key=lambda row: row["latency_ms"]), columns)
+
+
+def sparse_table(problem: ProblemRows) -> str:
+    """XAttention with its parts; a part that was not timed for it stays empty."""
+    estimates = {row["stride"]: row for row in problem.select("scoring", backend=AUTHORS)}
+    rows = problem.select("xattention") + [
+        row
+        for stride, row in estimates.items()
+        if not problem.find("xattention", backend=AUTHORS, stride=stride)
+    ]
+
+    def selection(row: ResultRow) -> str:
+        return "included" if row["backend"] == AUTHORS else _ms(problem.part("selection", row))
+
+    columns: dict[str, Callable[[ResultRow], str]] = {
+        "density": lambda row: figure(row.get("density"), ".3f"),
+        "stride": estimate_of,
+        "by": lambda row: row["backend"],
+        "scoring": lambda row: _ms(row if row["name"] == "scoring" else problem.scoring_of(row)),
+        "selection": selection,
+        "attention": lambda row: _ms(problem.part("attention", row, backend=row["backend"])),
+        "total": lambda row: _ms(row if row["name"] == "xattention" else None),
+        "over best dense": lambda row: _over(row, problem.best_dense),
+        "over stock": lambda row: _over(row, problem.find("dense", backend=STOCK)),
+        "extra GiB": _gib,
+    }
+    return _markdown(rows, columns)
+
+
+def sweep_table(sweep: list[ProblemRows]) -> str:
+    """XAttention beside the best dense kernel, by size."""
+    columns: dict[str, Callable[[tuple[ResultRow, ResultRow | None]], str]] = {
+        "tokens": lambda pair: f"{pair[0]['n']:,}",
+        "best dense": lambda pair: _ms_by(pair[1], unit=""),
+        "density": lambda pair: f"{pair[0]['density']:.3f}",
+        "stride": lambda pair: estimate_of(pair[0]),
+        "by": lambda pair: pair[0]["backend"],
+        "total": lambda pair: _ms(pair[0]),
+        "over best dense": lambda pair: _over(*pair),
+    }
+    pairs = [(row, p.best_dense) for p in sweep for row in p.select("xattention")]
+    return _markdown(pairs, columns)
+
+
+def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
+    """From which measured size on each line of the sweep beats the best dense kernel."""
+    lines: dict[tuple[str, str, float], list[tuple[int, float]]] = {}
+    for problem in sweep:
+        for row, speedup in problem.speedups():
+            wanted = row.get("wanted_density", row["density"])
+            line = lines.setdefault((row["backend"], estimate_of(row), wanted), [])
+            line.append((row["n"], speedup))
+    for (backend, stride, density), points in lines.items():
+        losing = [length for length, speedup in points if speedup <= 1]
+        winning = [length for length, _ in points if length > max(losing, default=0)]
+        found = f"from {winning[0]:,} tokens on" if winning else "at no size measured"
+        yield f"`{backend}`, stride {stride}, density {density:.3g}: faster {found}"
+
+
+def selection_table(problems: list[ProblemRows]) -> str:
+    """What selections keep of a model's own attention."""
+    shares = {
+        "density": "density",
+        "density of the sample": "sampled_density",
+        "kept mass": "kept_mass",
+        "least": "least_kept_mass",
+        "formula's density": "formula_density",
+        "its kept mass": "formula_kept_mass",
+        "oracle's density": "oracle_density",
+    }
+    columns: dict[str, Callable[[ResultRow], object]] = {
+        "inputs": lambda row: row["problem"],
+        "tokens": lambda row: row["n"],
+        "stride": estimate_of,
+        "tau": lambda row: f"{row['threshold']:g}",
+        **{name: lambda row, key=key: f"{row[key]:.3f}" for name, key in shares.items()},
+    }
+    return _markdown([row for p in problems for row in p.select("selection")], columns)
+
+
+def describe_step(step: ResultRow) -> str:
+    """The video, and what the transformer is."""
+    return (
+        f"{describe_video(step)} ({step['n']:,} tokens), {sum(step['layers'])} layers with random "
+        f"weights{_compiled(step)}"
+    )
+
+
+def step_table(steps: list[ResultRow]) -> str:
+    """Whole steps beside the stock processor's and the best dense one."""
+    phases = {row["phase"]: row for row in steps if row["phase"] in ("stock", "dense")}
+    stock, dense = phases.get("stock"), phases.get("dense")
+    columns: dict[str, Callable[[ResultRow], str]] = {
+        "step": lambda row: row["phase"],
+        "by": lambda row: row["backend"] or "sdpa",
+        "stride": lambda row: estimate_of(row) if row["phase"] == "sparse" else "",
+        "density": lambda row: figure(row.get("density"), ".3f"),
+        "s": lambda row: f"{row['latency_ms'] / 1e3:.2f}",
+        "over stock": lambda row: _over(row, stock),
+        "over dense": lambda row: "" if row is stock else _over(row, dense),
+        "peak GiB": lambda row: figure(row["peak_memory_gib"], ".1f"),
+    }
+    return _markdown(steps, columns)
+
+
+def readme_table(files: list[ResultFile]) -> str:
+    """The best dense kernel against the best backend, at every size that stands for itself."""
+    columns: dict[str, Callable[[tuple[ResultFile, ProblemRows, ResultRow]], str]] = {
+        "on": lambda at: at[0].device,
+        "tokens": lambda at: f"{at[2]['n']:,}",
+        "density": lambda at: f"{at[2]['density']:.3f}",
+        "best dense": lambda at: _ms_by(at[1].best_dense),
+        "XAttention": lambda at: _ms_by(at[2]),
+        "faster": lambda at: _over(at[2], at[1].best_dense),
+        "than stock": lambda at: _over(at[2], at[1].find("dense", backend=STOCK)),
+    }
+    chosen = [
+        (file, problem, total)
+        for file in files
+        for problem in [*file.single_problems, *file.sweep[-1:]]
+        if problem.best_dense is not None
+        for total in _best_totals(problem)
+    ]
+    return _markdown(chosen, columns)
+
+
+def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
+    """The fastest backend at each density, at the smallest stride: the one that estimates best."""
+    wanted: dict[float, list[ResultRow]] = {}
+    for row in problem.select("xattention"):
+        if row["backend"] != AUTHORS:
+            wanted.setdefault(row.get("wanted_density", row["threshold"]), []).append(row)
+    for same in wanted.values():
+        yield min(same, key=lambda row: (row["stride"], row["latency_ms"]))
+
+
+def readme_steps(files: list[ResultFile]) -> Table:
+    """Whole sparse steps beside the dense ones of their file."""
+    columns: dict[str, Callable[[tuple[str, ResultRow, ResultRow, ResultRow]], str]] = {
+        "on": lambda at: at[0],
+        "video": lambda at: f"{describe_video(at[3])}{_compiled(at[3])}",
+        "density": lambda at: f"{at[3]['density']:.3f}",
+        "stock": lambda at: f"{at[1]['latency_ms'] / 1e3:.1f} s",
+        "dense": lambda at: f"{at[2]['latency_ms'] / 1e3:.1f} s",
+        "sparse": lambda at: f"{at[3]['latency_ms'] / 1e3:.1f} s",
+        "than stock": lambda at: _over(at[3], at[1]),
+        "than dense": lambda at: _over(at[3], at[2]),
+    }
+    chosen = []
+    for file in files:
+        phases = {row["phase"]: row for row in file.steps if row["phase"] != "sparse"}
+        if {"stock", "dense"} <= set(phases):
+            chosen += [
+                (file.device, phases["stock"], phases["dense"], row)
+                for row in file.steps
+                if row["phase"] == "sparse" and row["backend"] != AUTHORS
+            ]
+    return Table.of(chosen, columns, num_left=len(columns))
+
+
+def estimate_of(row: ResultRow) -> str:
+    """The stride, and the precision of scoring where it is not exact."""
+    precision = row.get("precision", "exact")
+    return str(row["stride"]) if precision == "exact" else f"{row['stride']} ({precision})"
+
+
+def _markdown(items: Iterable[T], columns: Mapping[str, Callable[[T], object]]) -> str:
+    return Table.of(items, columns, num_left=len(columns)).markdown()
+
+
+def _compiled(step: ResultRow) -> str:
+    return ", torch.compile" if step.get("compiled") else ""
+
+
+def _ms(row: ResultRow | None) -> str:
+    if row is None:
+        return ""
+    found = row["latency_ms"]
+    return f"{found:.0f}" if found >= 1000 else f"{found:.3g}"
+
+
+def _ms_by(row: ResultRow | None, unit: str = " ms") -> str:
+    return "" if row is None else f"{_ms(row)}{unit} ({row['backend']})"
+
+
+def _gib(row: ResultRow) -> str:
+    return figure(row["extra_memory_gib"], ".2f")
+
+
+def _over(row: ResultRow, other: ResultRow | None) -> str:
+    """How many times faster than another; a part, or the other itself, is compared with none."""
+    if other is None or other is row or row["name"] == "scoring":
+        return ""
+    return f"{other['latency_ms'] / row['latency_ms']:.2f}x"

@@ -1,0 +1,89 @@
+"""The file that a benchmark writes: where its figures come from, its rows, and what failed."""
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn_video.reporting.machine import installed_versions
+
+PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "block-sparse-attn", "xattn-video")
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """The machine, the versions and the commit that a figure belongs to.
+
+    Args:
+        device: What computes.
+        commit: Of this repository; asked of git if None.
+    """
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": dict.fromkeys(PACKAGES) | installed_versions(PACKAGES),
+        "commit": commit or _commit(),
+        "command": _command(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _command() -> str:
+    """What was typed, without the place of the output."""
+    module = Path(sys.argv[0]).stem
+    words = sys.argv[1:]
+    if "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
+
+
+def _commit() -> str | None:
+    """What git calls the checked-out commit; None outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    described = subprocess.run(
+        [git, "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return described.stdout.strip() or None
+
+
+class ResultsWriter:
+    """Rows and failures, written anew after each of them, so that a killed run keeps its rows."""
+
+    def __init__(self, path: Path | None, found: dict[str, Any]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self._path = path
+        self._environment = found
+
+    def add(self, row: dict[str, Any], done: bool) -> None:
+        """Keep a row, or what failed in its place."""
+        (self.rows if done else self.failures).append(row)
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = {**self._environment, "rows": self.rows, "failures": self.failures}
+        self._path.write_text(json.dumps(content, indent=1) + "\n")

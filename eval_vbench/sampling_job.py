@@ -1,0 +1,159 @@
+"""Generate what `eval_vbench.generate` was asked for, once its arguments are sound."""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from eval_vbench.launch import Share
+from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
+from eval_vbench.run_folder import RunFolder
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
+from xattn_video.pipelines.run_checks import check_runs
+from xattn_video.pipelines.video import check_output_folder
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.console import (
+    message_console,
+    output_console,
+    print_warnings,
+    quiet_libraries,
+)
+from xattn_video.reporting.progress import GenerationProgress
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.generation import StepRecord
+    from xattn_video.pipelines.loading import LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingJob:
+    """One rank's part of a run.
+
+    Attributes:
+        run: Where the videos go.
+        share: Which of them are this rank's.
+        load: How the model is loaded.
+        suite, num_prompts, videos_per_prompt: What is generated; all prompts if None.
+        seed: Every video's own is derived from it.
+        fps: Frames per second of the files.
+        lossless: Whether lossless copies are kept.
+        video, sparse: As in a request.
+        verbose: Whether the libraries may speak.
+    """
+
+    run: RunFolder
+    share: Share
+    load: "LoadOptions"
+    suite: str
+    num_prompts: int | None
+    videos_per_prompt: int
+    seed: int
+    fps: int
+    lossless: bool
+    video: VideoSettings
+    sparse: SparseSettings | None
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        check_fps(self.fps)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts of the run."""
+        return choose_prompts(self.suite, self.num_prompts)
+
+    @property
+    def items(self) -> list[VideoItem]:
+        """All videos of the run, of whatever rank."""
+        return video_items(self.prompts, self.videos_per_prompt, self.seed)
+
+    def check(self) -> None:
+        """Find out what would fail, and make the folder this run's.
+
+        Raises:
+            ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
+                folder cannot be used.
+            BackendUnavailableError: The backend cannot run the model's heads here.
+        """
+        first = self.items[0]
+        request = GenerationRequest(
+            first.prompt.text, seed=first.seed, video=self.video, sparse=self.sparse
+        )
+        # One rank is enough to warn.
+        if self.share.rank == 0:
+            print_warnings(check_runs(self.load, [request]))
+        check_output_folder(self.run.path, what="run")
+        self.run.adopt(self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """All that the videos depend on."""
+        return {
+            "suite": self.suite,
+            "num_prompts": len(self.prompts),
+            "videos_per_prompt": self.videos_per_prompt,
+            "seed": self.seed,
+            "fps": self.fps,
+            "lossless": self.lossless,
+            "model": self.load.model,
+            "dtype": str(self.load.resolved_dtype).removeprefix("torch."),
+            "attention_backend": self.load.attention_backend,
+            "video": asdict(self.video),
+            "sparse": None if self.sparse is None else self.sparse.to_dict(),
+        }
+
+    def generate(self) -> None:
+        """Generate this rank's missing videos and say what became of them.
+
+        Raises:
+            RuntimeError: Some failed, or the run could not go on.
+        """
+        from eval_vbench.sampling import Sampling, wait_for_others
+        from xattn_video.pipelines.loading import load_pipeline
+
+        share, items = self.share, self.items
+        sampling = Sampling(
+            self.run,
+            share,
+            self.video,
+            self.sparse,
+            self.fps,
+            self.lossless,
+            self._say,
+            self._progress,
+        )
+        missing = sampling.missing(items)
+        ours = len(share.of(items))
+        self._say(f"{ours - len(missing)} of {ours} videos are there")
+        failed = 0
+        if missing:
+            if not self.verbose:
+                quiet_libraries()
+            self.run.forget_failures(missing)
+            self._say(f"loading {self.load.model}")
+            pipe = load_pipeline(self.load)
+            pipe.set_progress_bar_config(disable=True)
+            failed = sampling.sample(pipe, missing)
+        if failed:
+            wait_for_others(self.run, items)
+            raise RuntimeError(
+                f"{failed} of {len(missing)} videos failed, as listed above and in "
+                f"{self.run.path / 'failures'}; the same command tries them again and keeps the "
+                "others."
+            )
+        output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
+
+    @property
+    def _prefix(self) -> str:
+        return f"[{self.share.rank}] " if self.share.num_ranks > 1 else ""
+
+    def _say(self, text: str) -> None:
+        message_console().print(self._prefix + text, soft_wrap=True)
+
+    def _progress(self, title: str) -> Any:
+        """Shows a video's steps; those of several ranks would run into one another."""
+        if self.share.num_ranks > 1:
+            return nullcontext(_ignore)
+        return GenerationProgress(message_console(), title, self.video.num_inference_steps)
+
+
+def _ignore(step: "StepRecord") -> None:
+    """Show nothing of a step."""

@@ -1,0 +1,79 @@
+"""The scores that VBench gave a run, as files in its folder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from eval_vbench.dimensions import dimensions
+from eval_vbench.prompts import VideoItem
+from eval_vbench.run_folder import RunFolder
+from xattn_video.pipelines.video import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One dimension of one run.
+
+    Attributes:
+        dimension: Its name.
+        score: VBench's own aggregate.
+        videos: File name -> the video's value, 0 to 1.
+        digest: Of the videos that were scored.
+        vbench: Version of the package.
+    """
+
+    dimension: str
+    score: float
+    videos: dict[str, float]
+    digest: str
+    vbench: str
+
+
+def write_score(run: RunFolder, score: Score) -> None:
+    """Keep a score."""
+    run.scores.mkdir(exist_ok=True)
+    write_json(run.scores / f"{score.dimension}.json", asdict(score))
+
+
+def read_score(run: RunFolder, dimension: str) -> Score | None:
+    """A dimension's score; None if there is none of the videos as they are now.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    file = run.scores / f"{dimension}.json"
+    try:
+        score = Score(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not what eval_vbench.score writes ({error}); remove it and score again."
+        ) from None
+    return score if score.digest == videos_digest(run, scored_items(run, dimension)) else None
+
+
+def read_scores(run: RunFolder) -> dict[str, Score]:
+    """All scores, in VBench's order."""
+    scores = (read_score(run, dimension) for dimension in dimensions())
+    return {score.dimension: score for score in scores if score is not None}
+
+
+def scored_items(run: RunFolder, dimension: str) -> list[VideoItem]:
+    """The run's videos that a dimension is scored on."""
+    return [
+        item
+        for item in run.expected_items()
+        if any(dimension in entry["dimension"] for entry in item.prompt.entries)
+    ]
+
+
+def videos_digest(run: RunFolder, items: Sequence[VideoItem]) -> str:
+    """Changes with any of the videos; a video that is not there counts as such."""
+    digest = hashlib.sha256()
+    for item in items:
+        record = run.record(item)
+        content = record["files"][f"videos/{item.file_name}"]["sha256"] if record else "missing"
+        digest.update(f"{item.key} {content}\n".encode())
+    return digest.hexdigest()

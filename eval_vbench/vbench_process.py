@@ -1,0 +1,192 @@
+"""Score a run with the real VBench: one process for each dimension, checked before and after."""
+
+import json
+import math
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from eval_vbench.preflight import (
+    HUGGING_FACE_HOME,
+    TORCH_HOME,
+    VBENCH_VERSION,
+    WORKER,
+    Environment,
+)
+from eval_vbench.prompts import VideoItem
+from eval_vbench.run_folder import RunFolder, file_digest
+from eval_vbench.score_files import Score, scored_items, videos_digest
+
+# VBench leaves a video out of this one when it finds no object in it.
+_MAY_DROP_VIDEOS = {"color"}
+# Its videos' values are given in 0 to 100, its aggregate in 0 to 1.
+_PERCENT = {"imaging_quality"}
+_NAMED = 3
+
+
+class ScoringError(RuntimeError):
+    """VBench failed, or gave something that is no score."""
+
+
+def check_videos(run: RunFolder) -> None:
+    """Make sure that the folder holds the run's videos, whole, and nothing else.
+
+    VBench takes the suffix of all videos from any file it finds, and answers NaN without an error.
+
+    Raises:
+        ValueError: A video is missing or not as it was made, or there is a stray file.
+    """
+    items = run.expected_items()
+    found = {path.name for path in run.videos.glob("*")} if run.videos.is_dir() else set()
+    stray = sorted(found - {item.file_name for item in items})
+    if stray:
+        raise ValueError(
+            f"{str(run.videos)!r} holds {len(stray)} files that are no videos of this run: "
+            f"{_some(stray)}; move them away."
+        )
+    records = {item: run.record(item) for item in items}
+    missing = [item.file_name for item, record in records.items() if record is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(items)} videos are missing or cut short: {_some(missing)}; "
+            "run eval_vbench.generate again with the run's settings: it makes them."
+        )
+    broken = [
+        item.file_name
+        for item, record in records.items()
+        if record is not None
+        and file_digest(run.video(item)) != record["files"][f"videos/{item.file_name}"]["sha256"]
+    ]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(items)} videos are not what was generated: {_some(broken)}; "
+            "remove them, then run eval_vbench.generate again: it makes them."
+        )
+
+
+def run_dimensions(run: RunFolder) -> list[str]:
+    """The dimensions that the run's prompts belong to, in VBench's order."""
+    from eval_vbench.dimensions import dimensions
+
+    return [name for name in dimensions() if scored_items(run, name)]
+
+
+def score_dimension(
+    run: RunFolder,
+    dimension: str,
+    environment: Environment,
+    weights_folder: Path,
+    device: str | None,
+) -> Score:
+    """Let VBench score one dimension; its output goes to scores/{dimension}.log.
+
+    Args:
+        run: With all its videos.
+        dimension: One that can be scored.
+        environment: VBench's.
+        weights_folder: Holds the weights.
+        device: CUDA where VBench's torch finds one, else the CPU, if None.
+
+    Raises:
+        ScoringError: It failed, or its answer is no score of these videos.
+    """
+    items = scored_items(run, dimension)
+    entries = [
+        entry
+        for prompt in dict.fromkeys(item.prompt.name for item in items)
+        for entry in _entries(items, prompt)
+        if dimension in entry["dimension"]
+    ]
+    run.scores.mkdir(exist_ok=True)
+    log = run.scores / f"{dimension}.log"
+    with tempfile.TemporaryDirectory(prefix="vbench-") as folder:
+        request = {
+            "full_info": str(Path(folder, "full_info.json")),
+            "output": folder,
+            "name": dimension,
+            "videos": str(run.videos.resolve()),
+            "dimension": dimension,
+            "device": device,
+        }
+        Path(request["full_info"] or "").write_text(json.dumps(entries), encoding="utf-8")
+        request_file = Path(folder, "request.json")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
+        with log.open("w", encoding="utf-8") as output:
+            done = subprocess.run(
+                [str(environment.python), str(WORKER), "score", str(request_file)],
+                cwd=folder,
+                env=_variables(weights_folder),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            raise ScoringError(f"{_ending(done.returncode)}: {_last_line(log)}; see {log}.")
+        result = Path(folder, f"{dimension}_eval_results.json")
+        if not result.is_file():
+            raise ScoringError(f"VBench wrote no result; see {log}.")
+        answer = json.loads(result.read_text(encoding="utf-8"))
+    score, videos = read_answer(dimension, answer, items)
+    return Score(dimension, score, videos, videos_digest(run, items), VBENCH_VERSION)
+
+
+def read_answer(
+    dimension: str, answer: dict[str, Any], items: list[VideoItem]
+) -> tuple[float, dict[str, float]]:
+    """The aggregate and each video's value in VBench's answer.
+
+    Raises:
+        ScoringError: A value is not finite, or the videos are not those that were given.
+    """
+    aggregate, listed = answer[dimension]
+    scale = 100 if dimension in _PERCENT else 1
+    videos = {
+        Path(entry["video_path"]).name: float(entry["video_results"]) / scale for entry in listed
+    }
+    missing = sorted({item.file_name for item in items} - set(videos))
+    if not videos or (missing and dimension not in _MAY_DROP_VIDEOS):
+        raise ScoringError(
+            f"VBench scored {len(videos)} of {len(items)} videos; missing are {_some(missing)}."
+        )
+    values = {"the aggregate": float(aggregate), **videos}
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise ScoringError(f"VBench's value of {_some(broken)} is not finite.")
+    return float(aggregate), videos
+
+
+def _entries(items: list[VideoItem], prompt: str) -> tuple[dict[str, Any], ...]:
+    return next(item.prompt.entries for item in items if item.prompt.name == prompt)
+
+
+def _variables(weights_folder: Path) -> dict[str, str]:
+    """The environment of VBench's process: all weights in one folder, no downloads."""
+    return {
+        **os.environ,
+        "VBENCH_CACHE_DIR": str(weights_folder),
+        "TORCH_HOME": str(weights_folder / TORCH_HOME),
+        "HF_HOME": str(weights_folder / HUGGING_FACE_HOME),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        # The checkpoints are older than torch's default; they are those the user put there.
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _ending(code: int) -> str:
+    return f"VBench was ended by signal {-code}" if code < 0 else "VBench failed"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "no message"
+
+
+def _some(names: list[str]) -> str:
+    """The first few."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more

@@ -1,0 +1,209 @@
+"""Generate prompts by every method, and measure each video against the dense one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from xattn_video.measure.clips import Clip
+from xattn_video.measure.frames import relative_error
+from xattn_video.measure.methods import DENSE, Method
+from xattn_video.measure.similarity import Scorer, Similarity
+from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate_together
+from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.processors.observers import KeptMass
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
+OnStep: TypeAlias = Callable[[StepRecord], None]
+Progress: TypeAlias = Callable[[str], AbstractContextManager[OnStep]]
+Attributes: TypeAlias = dict[str, list[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One video and what was measured of it.
+
+    Attributes:
+        method, prompt, seed: What made it.
+        seconds: From the prompt to the frames; of videos made together, an equal share.
+        dense_step_seconds, sparse_step_seconds: Medians, likewise; None without such steps.
+        peak_memory_gib: Of a CUDA device, of all videos made together; None elsewhere.
+        density: Kept over valid blocks of all that ran sparse, in all videos made together; None
+            if nothing did.
+        kept_mass: True softmax mass of the kept blocks; None where it was not asked for.
+        backends: What computed the sparse layers.
+        similarity: To the dense video; None for that one itself.
+        latent_error: Of the denoised latents, relative to the dense ones.
+        attributes: Whether the clip shows what its prompt says; of the demo model alone.
+    """
+
+    method: Method
+    prompt: str
+    seed: int
+    seconds: float
+    dense_step_seconds: float | None
+    sparse_step_seconds: float | None
+    peak_memory_gib: float | None
+    density: float | None
+    kept_mass: float | None
+    backends: tuple[str, ...]
+    similarity: Similarity | None
+    latent_error: float | None
+    attributes: Attributes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A measurement, with the video, the dense video and the generation that it comes from."""
+
+    measurement: Measurement
+    clip: Clip
+    reference: Clip
+    result: GenerationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What all videos of a comparison share.
+
+    Attributes:
+        pipe: Loaded and placed.
+        methods: Without `DENSE`, which always comes first.
+        scorer: Measures the videos.
+        fps: Frames per second of the videos.
+        judge: Tells from a prompt and its frames whether they agree; None where nobody can.
+    """
+
+    pipe: "HunyuanVideoPipeline"
+    methods: Sequence[Method]
+    scorer: Scorer
+    fps: int
+    judge: Callable[[str, Clip], Attributes | None] | None = None
+
+    def run(
+        self,
+        requests: Sequence[GenerationRequest],
+        progress: Progress,
+        *,
+        measure_kept_mass: bool = False,
+    ) -> Iterator[tuple[Outcome, ...]]:
+        """The outcomes of each method, one for each request, the dense videos first.
+
+        Args:
+            requests: Generated together; their sparse settings do not matter.
+            progress: Opens a display for the steps of what its argument names.
+            measure_kept_mass: Also measure kept mass, in a further generation for each method.
+        """
+        references: tuple[Outcome, ...] = ()
+        for method in (DENSE, *self.methods):
+            requests = [replace(request, sparse=method.sparse) for request in requests]
+            with progress(method.label) as on_step:
+                results = generate_together(self.pipe, requests, on_step)
+            masses = None
+            if measure_kept_mass and method.sparse is not None:
+                with progress(f"{method.label}, kept mass") as on_step:
+                    masses = generate_for_kept_mass(self.pipe, requests, on_step)
+            outcomes = self._measure(method, requests, results, references, masses)
+            references = references or outcomes
+            yield outcomes
+
+    def warm_up(self, requests: Sequence[GenerationRequest], progress: Progress) -> None:
+        """Let everything that happens once happen before the first video that is timed.
+
+        One step of dense attention, and one of sparse attention for each stride.
+        """
+        one_step = replace(requests[0].video, num_inference_steps=1)
+        sparse = [method.sparse for method in self.methods if method.sparse is not None]
+        strides = {settings.stride: settings for settings in sparse}
+        for settings in (None, *strides.values()):
+            if settings is not None:
+                settings = replace(settings, warmup_steps=0, cooldown_steps=0)
+            with progress("first use, not timed") as on_step:
+                generate_together(
+                    self.pipe,
+                    [replace(request, sparse=settings, video=one_step) for request in requests],
+                    on_step,
+                )
+
+    def _measure(
+        self,
+        method: Method,
+        requests: Sequence[GenerationRequest],
+        results: Sequence[GenerationResult],
+        references: Sequence[Outcome],
+        masses: list[float] | None,
+    ) -> tuple[Outcome, ...]:
+        clips = [Clip(result.frames, self.fps) for result in results]
+        attributes = self._judge([request.prompt for request in requests], clips)
+        on_cuda = self.pipe._execution_device.type == "cuda"
+        outcomes = []
+        for number, (request, result, clip) in enumerate(
+            zip(requests, results, clips, strict=True)
+        ):
+            reference = references[number] if references else None
+            similarity = latent_error = None
+            if reference is not None:
+                similarity = self.scorer.score(reference.clip, clip)
+                latent_error = relative_error(reference.result.latents, result.latents)
+            measurement = Measurement(
+                method=method,
+                prompt=request.prompt,
+                seed=request.seed,
+                seconds=result.seconds,
+                dense_step_seconds=result.seconds_per_dense_step,
+                sparse_step_seconds=result.seconds_per_sparse_step,
+                # The largest size so far, which is all that a process knows of itself on the
+                # host, says nothing of one video among many.
+                peak_memory_gib=result.peak_memory_gib if on_cuda else None,
+                density=None if result.report is None else result.report.density,
+                kept_mass=None if masses is None else masses[number],
+                backends=() if result.report is None else result.report.backends,
+                similarity=similarity,
+                latent_error=latent_error,
+                attributes=attributes[number],
+            )
+            outcomes.append(
+                Outcome(measurement, clip, reference.clip if reference else clip, result)
+            )
+        return tuple(outcomes)
+
+    def _judge(self, prompts: list[str], clips: list[Clip]) -> list[Attributes | None]:
+        if self.judge is None:
+            return [None] * len(clips)
+        # Many small operations that leave most of a host idle.
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.judge, prompts, clips))
+
+
+def generate_for_kept_mass(
+    pipe: "HunyuanVideoPipeline",
+    requests: Sequence[GenerationRequest],
+    on_step: OnStep | None = None,
+) -> list[float] | None:
+    """Generate once more and return the mean kept mass of each video; None if no layer was sparse.
+
+    Args:
+        pipe: Loaded and placed; afterwards its attention processors are those that were there.
+        requests: With sparse settings.
+        on_step: Called after every denoising step.
+    """
+    kept_mass = KeptMass()
+    generate_together(pipe, requests, on_step, (kept_mass,))
+    return kept_mass.means
+
+
+def judge_demo_clip(prompt: str, clip: Clip) -> Attributes | None:
+    """The demo model's own checks; None for a prompt outside its grammar."""
+    from xattn_video.measure.demo_checks import score_clip
+    from xattn_video.pipelines.demo import parse_prompt
+
+    try:
+        scene = parse_prompt(prompt)
+    except ValueError:
+        return None
+    return score_clip(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), scene)

@@ -1,0 +1,162 @@
+"""Plots of a comparison."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from xattn_video.measure.comparison_rows import MethodRow
+from xattn_video.measure.frames import MAX_PSNR
+from xattn_video.measure.methods import DENSE_AGAIN
+from xattn_video.pipelines.video import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Densities: TypeAlias = Sequence[Sequence[float | None]]
+"""`[layers][steps]`, None where a layer was not sparse."""
+
+
+def write_plots(
+    stem: Path, rows: Sequence[MethodRow], densities: Mapping[str, Densities]
+) -> list[Path]:
+    """Write every plot that something was measured for.
+
+    Args:
+        stem: Beginning of the files' paths, such as ``plots/demo``.
+        rows: The table.
+        densities: Density by layer and step of each method, by its name.
+
+    Returns:
+        The files.
+    """
+    sparse = [row for row in rows if row.density is not None and row.psnr is not None]
+    if not sparse:
+        return []
+    noise = [row for row in rows if row.method == DENSE_AGAIN]
+    figures = {"psnr-density": _psnr_over_density(sparse, noise), "psnr-grid": _psnr_grid(sparse)}
+    shown = _rows_to_show([row for row in sparse if row.method.name in densities])
+    if shown:
+        figures["density-layers"] = _density_by_layer(
+            {row.method.label: densities[row.method.name] for row in shown}
+        )
+    paths = [stem.with_name(f"{stem.name}-{name}.png") for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    return paths
+
+
+def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) -> "Figure":
+    """A line for each warm-up and stride, a point for each threshold."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    lines: dict[tuple[int, int], list[MethodRow]] = {}
+    for row in rows:
+        stride, warmup, _ = _grid_place(row)
+        lines.setdefault((stride, warmup), []).append(row)
+    strides = sorted({stride for stride, _ in lines})
+    warmups = sorted({warmup for _, warmup in lines})
+    for (stride, warmup), points in sorted(lines.items()):
+        points = sorted(points, key=lambda row: row.density or 0)
+        axes.plot(
+            [row.density or 0 for row in points],
+            [row.psnr or 0 for row in points],
+            color=f"C{warmups.index(warmup)}",
+            linestyle=("-", "--", ":", "-.")[strides.index(stride) % 4],
+            marker="osD^"[strides.index(stride) % 4],
+            label=f"warm-up {warmup}, stride {stride}",
+        )
+        # The other lines run near it, with the same thresholds.
+        for row in points if (stride, warmup) == (strides[0], warmups[-1]) else ():
+            axes.annotate(
+                f"{_grid_place(row)[2]:g}",
+                (row.density or 0, row.psnr or 0),
+                textcoords="offset points",
+                xytext=(-4, 6),
+                ha="right",
+                fontsize=8,
+            )
+    for row in noise:
+        # At the largest value nothing differs, and the line would only stretch the axis.
+        if row.psnr is not None and row.psnr < MAX_PSNR:
+            axes.axhline(row.psnr, color="0.5", linestyle="--", label=row.method.label)
+    axes.margins(0.12)
+    axes.set(
+        xlabel="density of the sparse steps (kept / valid blocks)",
+        ylabel="PSNR against dense, dB",
+        title="Nearness to dense attention; numbers at the points are thresholds",
+    )
+    axes.grid(color="0.9")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _psnr_grid(rows: Sequence[MethodRow]) -> "Figure":
+    """A heat map over threshold and warm-up steps, one for each stride."""
+    from matplotlib.figure import Figure
+
+    cells = {_grid_place(row): row.psnr or 0 for row in rows}
+    strides = sorted({stride for stride, _, _ in cells})
+    warmups = sorted({warmup for _, warmup, _ in cells})
+    taus = sorted({tau for _, _, tau in cells})
+    figure = Figure(
+        figsize=(2 + max(2.2, 0.7 + 0.75 * len(taus)) * len(strides), 1.7 + 0.6 * len(warmups)),
+        layout="constrained",
+    )
+    panels = figure.subplots(1, len(strides), squeeze=False, sharey=True)[0]
+    low, high = min(cells.values()), max(cells.values())
+    image: Any = None
+    for axes, stride in zip(panels, strides, strict=True):
+        values = [
+            [cells.get((stride, warmup, tau), math.nan) for tau in taus] for warmup in warmups
+        ]
+        image = axes.imshow(values, "viridis", aspect="auto", vmin=low, vmax=high)
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                if not math.isnan(value):
+                    colour = "black" if value > (low + high) / 2 else "white"
+                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour)
+        axes.set_xticks(range(len(taus)), [f"{tau:g}" for tau in taus])
+        axes.set_yticks(range(len(warmups)), [str(warmup) for warmup in warmups])
+        axes.set(xlabel="threshold", title=f"stride {stride}")
+    panels[0].set_ylabel("warm-up steps")
+    figure.colorbar(image, ax=list(panels), label="PSNR, dB", pad=0.01)
+    return figure
+
+
+def _rows_to_show(rows: Sequence[MethodRow]) -> list[MethodRow]:
+    """Every threshold once, at the smallest stride and warm-up: others differ little or shift."""
+    places = {_grid_place(row): row for row in rows}
+    if not places:
+        return []
+    stride, warmup, _ = min(places)
+    return [row for place, row in sorted(places.items()) if place[:2] == (stride, warmup)]
+
+
+def _density_by_layer(grids: Mapping[str, Densities]) -> "Figure":
+    """Density by step and layer, a panel for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + max(3.4, 2.9 * len(grids)), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(grids), squeeze=False, sharey=True)[0]
+    image: Any = None
+    for axes, (label, layers) in zip(panels, grids.items(), strict=True):
+        values = [[math.nan if cell is None else cell for cell in layer] for layer in layers]
+        axes.set_facecolor("0.82")
+        image = axes.imshow(values, "viridis", vmin=0, vmax=1, aspect="auto")
+        axes.set(xlabel="denoising step", title=label.replace(", ", "\n", 1))
+        axes.locator_params(integer=True, nbins=6)
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(panels), label="density (grey: dense)", pad=0.01)
+    return figure
+
+
+def _grid_place(row: MethodRow) -> tuple[int, int, float]:
+    """Stride, warm-up steps and threshold of a sparse row."""
+    settings = row.method.sparse
+    assert settings is not None
+    assert isinstance(settings.threshold, float | int)
+    return settings.stride, settings.warmup_steps, settings.threshold

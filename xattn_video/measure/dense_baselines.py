@@ -1,0 +1,64 @@
+"""The dense baselines: every exact kernel that is present, and what stock Diffusers runs."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from xattn_video.kernels import flash_attention_4
+from xattn_video.measure.attention_problems import AttentionTensors
+
+STOCK = "sdpa-padding-mask"
+"""The baseline that does what the stock processor does."""
+
+# Padded text tokens of a prompt of 60, which the stock processor masks.
+_STOCK_PADDING = 196
+
+
+def dense_kernels(
+    tensors: AttentionTensors,
+) -> Iterator[tuple[str, Callable[[], Tensor], int]]:
+    """Name, call and valid keys of each baseline.
+
+    `STOCK` is PyTorch's own choice under the boolean mask of a padded prompt. All others see
+    every key and no mask.
+    """
+    query, key, value = tensors.query, tensors.key, tensors.value
+    if not flash_attention_4.unsupported_reasons(query.device, query.dtype, query.shape[-1]):
+        yield "flash-attn-4", partial(_flash_attention_4, query, key, value), tensors.length
+    if query.is_cuda:
+        named = {
+            "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "flash-attn-2": SDPBackend.FLASH_ATTENTION,
+        }
+        for name, kernel in named.items():
+            yield name, partial(_sdpa, query, key, value, kernel), tensors.length
+    else:
+        yield "sdpa", partial(_sdpa, query, key, value, None), tensors.length
+    mask = torch.ones(1, 1, 1, tensors.length, dtype=torch.bool, device=query.device)
+    num_keys = max(1, tensors.length - _STOCK_PADDING)
+    mask[..., num_keys:] = False
+    masked = partial(F.scaled_dot_product_attention, query, key, value, attn_mask=mask)
+    yield STOCK, masked, num_keys
+
+
+def best_dense(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of measured rows that of the fastest dense kernel that sees every key."""
+    dense = [row for row in rows if row["name"] == "dense" and row["backend"] != STOCK]
+    return min(dense, key=lambda row: float(row["latency_ms"]), default=None)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, kernel: SDPBackend | None) -> Tensor:
+    context: AbstractContextManager[None] = sdpa_kernel(kernel) if kernel else nullcontext()
+    with context:
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return flash_attention_4.dense_forward(query, key, value).transpose(1, 2)

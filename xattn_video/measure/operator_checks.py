@@ -1,0 +1,133 @@
+"""Holds what will be timed to the formula, on rows of blocks that are cheap to compute."""
+
+import torch
+from torch import Tensor
+
+from xattn_video.errors import XAttentionError
+from xattn_video.measure.attention_problems import BLOCK_SIZE, AttentionTensors
+from xattn_video.ops.scoring import torch_block_scores
+
+# Of the norm. bfloat16 stays four times below it; attention over other blocks exceeds it far.
+_LARGEST_ERROR = 0.02
+# Of the largest score. Operands of 8 bits err by up to 0.06, another stride by far more.
+_LARGEST_SCORE_ERROR = 0.1
+# Of a row's mass.
+_LARGEST_SELECTION_ERROR = 0.05
+
+
+class WrongResultError(XAttentionError):
+    """What was to be timed differs from the formula."""
+
+
+def check_attention(
+    out: Tensor,
+    tensors: AttentionTensors,
+    block_mask: Tensor | None = None,
+    num_keys: int | None = None,
+) -> float:
+    """Relative error of attention on sampled rows, against float32 in plain torch.
+
+    Args:
+        out: `[B, H, S, D]`.
+        tensors: What it was computed from.
+        block_mask: bool `[B, H, N, N]`; None for dense attention.
+        num_keys: The first ones are valid; all of them if None.
+
+    Raises:
+        WrongResultError: It is too large, or not a number.
+    """
+    heads = _sampled_heads(tensors)
+    found, expected = [], []
+    for row in sampled_rows(tensors):
+        weights = row_weights(tensors, row, heads, num_keys)
+        if block_mask is not None:
+            weights = weights * _kept_keys(block_mask[:, heads, row], weights.shape[-1])
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        expected.append(weights @ tensors.value[:, heads, : weights.shape[-1]].float())
+        found.append(out[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float())
+    reference = torch.cat(expected, 2)
+    return _checked(
+        (torch.cat(found, 2) - reference).norm() / reference.norm(), "attention", _LARGEST_ERROR
+    )
+
+
+def check_scores(scores: Tensor, tensors: AttentionTensors, stride: int) -> float:
+    """Largest error of block scores on sampled rows, relative to the largest score."""
+    heads = _sampled_heads(tensors)
+    rows = sampled_rows(tensors)
+    expected = formula_scores(tensors, rows, heads, stride)
+    difference = scores[:, heads][:, :, rows] - expected
+    error = difference.abs().max() / expected.max()
+    return _checked(error, "scores", _LARGEST_SCORE_ERROR)
+
+
+def check_selection(
+    block_mask: Tensor, scores: Tensor, threshold: float, forced: Tensor | None
+) -> float:
+    """By how much of a row's mass a selection misses the threshold or exceeds the need."""
+    total = scores.sum(dim=-1)
+    kept = torch.where(block_mask, scores, 0.0).sum(dim=-1)
+    missing = (threshold * total - kept).clamp(min=0)
+    chosen = block_mask if forced is None else block_mask & ~forced
+    # Without its smallest chosen block a row must fall short.
+    smallest = scores.masked_fill(~chosen, float("inf")).amin(dim=-1)
+    alone = block_mask.sum(dim=-1) == 1
+    surplus = (kept - smallest - threshold * total).clamp(min=0).masked_fill(alone, 0.0)
+    return _checked(
+        (torch.maximum(missing, surplus) / total).max(), "selection", _LARGEST_SELECTION_ERROR
+    )
+
+
+def formula_scores(
+    tensors: AttentionTensors, rows: list[int], heads: list[int], stride: int
+) -> Tensor:
+    """Some rows of the block scores by the formula in float32, `[B, heads, rows, N]`."""
+    key = tensors.key[:, heads].float()
+    scores = [
+        torch_block_scores(
+            tensors.query[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float(),
+            key,
+            block_size=BLOCK_SIZE,
+            stride=stride,
+            causal=False,
+            key_lengths=None,
+            scale=key.shape[-1] ** -0.5,
+        )
+        for row in rows
+    ]
+    return torch.cat(scores, dim=2)
+
+
+def row_weights(
+    tensors: AttentionTensors, row: int, heads: list[int], num_keys: int | None = None
+) -> Tensor:
+    """Softmax of one row of blocks over all valid keys, float32 `[B, heads, tokens, keys]`."""
+    query = tensors.query[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float()
+    key = tensors.key[:, heads, :num_keys].float()
+    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def sampled_rows(tensors: AttentionTensors) -> list[int]:
+    """The first, the middle and the last row of blocks."""
+    last = (tensors.length - 1) // BLOCK_SIZE
+    return sorted({0, last // 2, last})
+
+
+def _sampled_heads(tensors: AttentionTensors) -> list[int]:
+    """The first and the last head."""
+    return sorted({0, tensors.query.shape[1] - 1})
+
+
+def _kept_keys(kept_blocks: Tensor, num_keys: int) -> Tensor:
+    """Blocks `[B, heads, N]` -> keys `[B, heads, 1, keys]`."""
+    return kept_blocks.repeat_interleave(BLOCK_SIZE, dim=-1)[..., None, :num_keys]
+
+
+def _checked(error: Tensor, what: str, largest: float) -> float:
+    found = error.item()
+    if not found <= largest:
+        raise WrongResultError(
+            f"{what} differ from the formula by {found:.2g}, at most {largest} is allowed; "
+            "nothing is timed."
+        )
+    return found

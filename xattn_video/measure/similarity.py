@@ -1,0 +1,106 @@
+"""Everything that is measured of a video against its reference, and what cannot be."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from xattn_video.measure.clips import Clip, check_pair
+from xattn_video.measure.frames import require_torchmetrics, score_frames
+from xattn_video.measure.lpips import lpips, lpips_missing
+from xattn_video.measure.vmaf import vmaf, vmaf_missing
+from xattn_video.pipelines.video import write_video
+
+
+@dataclass(frozen=True, slots=True)
+class Similarity:
+    """How near a video is to its reference.
+
+    Attributes:
+        psnr, ssim: Means over the frames.
+        lowest_psnr: Of the frame that differs most.
+        num_frames: Frames compared.
+        num_identical: Those that are the reference's, bit for bit.
+        vmaf: As ffmpeg gives it; None where it has no VMAF.
+        vmaf_self: The reference's against itself.
+        lpips: None where its weights are not on disk.
+    """
+
+    psnr: float
+    ssim: float
+    lowest_psnr: float
+    num_frames: int
+    num_identical: int
+    vmaf: float | None = None
+    vmaf_self: float | None = None
+    lpips: float | None = None
+
+    @property
+    def relative_vmaf(self) -> float | None:
+        """In percent of what the reference scores against itself."""
+        if self.vmaf is None or not self.vmaf_self:
+            return None
+        return 100 * self.vmaf / self.vmaf_self
+
+
+class Scorer:
+    """Measures videos against one reference after another.
+
+    Args:
+        device: Where PSNR, SSIM and LPIPS are computed.
+        use_ffmpeg: Whether ffmpeg may be run, which VMAF needs.
+
+    Attributes:
+        missing: {metric: why it cannot be measured here}.
+
+    Raises:
+        MissingPackageError: torchmetrics, which PSNR and SSIM need, cannot be used.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", *, use_ffmpeg: bool = True) -> None:
+        require_torchmetrics()
+        self._device = device
+        no_vmaf = vmaf_missing() if use_ffmpeg else "it needs ffmpeg, which was not to be used."
+        reasons = {"VMAF": no_vmaf, "LPIPS": lpips_missing()}
+        self.missing = {name: reason for name, reason in reasons.items() if reason is not None}
+        self._reference: Clip | None = None
+        self._vmaf_self: float | None = None
+
+    def score(self, reference: Clip, candidate: Clip) -> Similarity:
+        """Measure one video; what concerns the reference alone is measured once.
+
+        Raises:
+            ValueError: The two differ in size, length or frame rate.
+        """
+        check_pair(reference, candidate)
+        if reference is not self._reference:
+            self._reference, self._vmaf_self = reference, None
+        frames = score_frames(reference.frames, candidate.frames, self._device)
+        vmaf_score = None
+        if "VMAF" not in self.missing:
+            vmaf_score = self._vmaf(reference, candidate)
+        perceptual = None
+        if "LPIPS" not in self.missing:
+            perceptual = lpips(reference.frames, candidate.frames, self._device)
+        return Similarity(
+            psnr=frames.mean_psnr,
+            ssim=frames.mean_ssim,
+            lowest_psnr=min(frames.psnr),
+            num_frames=len(frames.psnr),
+            num_identical=frames.num_identical,
+            vmaf=vmaf_score,
+            vmaf_self=self._vmaf_self,
+            lpips=perceptual,
+        )
+
+    def _vmaf(self, reference: Clip, candidate: Clip) -> float:
+        """From lossless files that hold both videos' even part, as 4:2:0 needs."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = Path(folder, "reference.mkv"), Path(folder, "candidate.mkv")
+            for path, clip in zip(paths, (reference, candidate), strict=True):
+                height, width = (size // 2 * 2 for size in clip.frames.shape[1:3])
+                write_video(path, clip.frames[:, :height, :width], max(1, round(clip.fps)))
+            if self._vmaf_self is None:
+                self._vmaf_self = vmaf(paths[0], paths[0])
+            return vmaf(*paths)

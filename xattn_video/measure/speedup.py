@@ -1,0 +1,96 @@
+"""What speed-up to expect on this machine, from one attention problem."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from xattn_video.backends.table import resolve_backend
+from xattn_video.measure.attention_cases import (
+    Columns,
+    SparseGrid,
+    dense_cases,
+    measure_cases,
+    sparse_cases,
+)
+from xattn_video.measure.attention_problems import BLOCK_SIZE, AttentionProblem, clustered_tensors
+from xattn_video.measure.dense_baselines import STOCK, best_dense
+from xattn_video.measure.timing import Budget
+from xattn_video.ops.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Measured rows, and what follows from them.
+
+    Attributes:
+        rows: Dense kernels, scoring, selection, attention and the whole of XAttention.
+        failures: Rows that could not be measured.
+    """
+
+    rows: tuple[Columns, ...]
+    failures: tuple[Columns, ...]
+
+    @property
+    def best_dense(self) -> Columns | None:
+        """The fastest dense kernel that sees every key."""
+        return best_dense(self.rows)
+
+    @property
+    def stock(self) -> Columns | None:
+        """The stock processor's kernel."""
+        return next((row for row in self.rows if row["backend"] == STOCK), None)
+
+    @property
+    def whole(self) -> Columns | None:
+        """XAttention: scoring, selection and attention."""
+        return next((row for row in self.rows if row["name"] == "xattention"), None)
+
+    def of_attention(self, dense: Columns | None) -> float | None:
+        """How many times faster XAttention is; None where either was not measured."""
+        if dense is None or self.whole is None:
+            return None
+        return float(dense["latency_ms"]) / float(self.whole["latency_ms"])
+
+    def of_step(self, attention_share: float) -> float | None:
+        """The same for a whole step, of which dense attention is ``attention_share``."""
+        attention = self.of_attention(self.best_dense)
+        if attention is None:
+            return None
+        return 1 / (1 - attention_share + attention_share / attention)
+
+
+def measure_speedup(
+    problem: AttentionProblem,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    density: float,
+    stride: int,
+    backend: str,
+    budget: Budget,
+    on_row: Callable[[Columns], None],
+) -> Speedup:
+    """Measure on random tensors; ``on_row`` is told of every row, measured or failed.
+
+    Raises:
+        ValueError: The density is out of range, or no backend has that name.
+        BackendUnavailableError: The backend cannot run the problem, with every reason.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"density must lie in (0, 1], got {density}; the share of blocks to compute, "
+            "such as 0.4."
+        )
+    backend = resolve_backend(backend, Problem(device, dtype, problem.head_dim, BLOCK_SIZE))
+    tensors = clustered_tensors(problem, device, dtype)
+    settings = SparseGrid(
+        densities=(density,), strides=(stride,), backends=(backend,), precisions=("auto",)
+    )
+    rows: list[Columns] = []
+    failures: list[Columns] = []
+    for cases in (dense_cases(tensors), sparse_cases(tensors, settings)):
+        for row, done in measure_cases(cases, device, budget):
+            (rows if done else failures).append(row)
+            on_row(row)
+    return Speedup(tuple(rows), tuple(failures))

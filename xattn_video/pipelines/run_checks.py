@@ -1,0 +1,56 @@
+"""What can be found out about a run before the weights are loaded."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xattn_video.pipelines.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
+
+
+def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> list[str]:
+    """Find out what would fail; return a warning of each thing that would be in vain.
+
+    Args:
+        load: How the model will be loaded.
+        requests: One for each kind of run.
+
+    Raises:
+        ValueError: The scoring precision cannot be had here, the schedule is for another model, or
+            the model cannot be used.
+        UnsupportedModelError, PipelineLoadError: The model cannot be used.
+        BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
+    """
+    from xattn_video.backends.table import resolve_backend
+    from xattn_video.ops.problem import Problem
+    from xattn_video.ops.scoring import check_precision
+    from xattn_video.pipelines.loading import check_loading
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.run_plan import plan_run
+    from xattn_video.pipelines.source import find_model
+
+    shape = read_model_shape(find_model(load.model))
+    check_loading(load)
+    warnings: list[str] = []
+    for request in requests:
+        sparse = request.sparse
+        if sparse is not None:
+            device, dtype = load.resolved_device, load.resolved_dtype
+            problem = Problem(device, dtype, shape.head_dim, sparse.block_size)
+            resolve_backend(sparse.backend, problem)
+            check_precision(sparse.scoring_precision, problem, sparse.stride)
+        warnings += plan_run(shape, request.video, sparse, load).warnings
+    return list(dict.fromkeys(warnings))
+
+
+def unknown_words(prompts: Sequence[str]) -> list[str]:
+    """What the demo model, whose language is small, cannot read of the first such prompt."""
+    from xattn_video.pipelines.demo import parse_prompt
+
+    for prompt in prompts:
+        try:
+            parse_prompt(prompt)
+        except ValueError as error:
+            return [str(error)]
+    return []

@@ -1,1 +1,0 @@
-"""How far sparse attention's videos are from dense attention's."""

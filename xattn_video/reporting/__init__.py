@@ -1,0 +1,1 @@
+"""Shows what was measured: consoles, tables, pages, and the machine it belongs to."""

@@ -1,0 +1,39 @@
+"""The machine and the versions that a figure belongs to."""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from xattn_video import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+
+def machine_record(device: "torch.device") -> dict[str, Any]:
+    """Versions, and the name of what computes."""
+    import diffusers
+    import torch
+
+    versions = {
+        "xattn_video": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    # What the backends run on.
+    versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn"))
+    cuda = device.type == "cuda"
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+    }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,117 @@
+"""One table with three faces: on a terminal, in Markdown, in HTML."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rich.table import Table as RichTable
+
+T = TypeVar("T")
+_GAP = 2
+_HTML = """<table>
+<thead><tr>
+{%- for heading, side in columns %}<th style="text-align: {{ side }}">{{ heading }}</th>
+{%- endfor %}</tr></thead>
+<tbody>
+{%- for row in rows %}
+<tr>
+{%- for cell, side in row %}<td style="text-align: {{ side }}">{{ cell }}</td>{% endfor -%}
+</tr>
+{%- endfor %}
+</tbody>
+</table>"""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Headings, and rows of as many cells.
+
+    Attributes:
+        columns: The headings.
+        rows: The cells, as text.
+        num_left: Columns aligned to the left; figures, to their right, are aligned to the right.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_left: int = 1
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"a table's rows must have a cell for each of its {len(self.columns)} "
+                    f"columns, got {len(row)}: {row}; leave a cell empty instead."
+                )
+
+    @classmethod
+    def of(
+        cls,
+        items: Iterable[T],
+        columns: Mapping[str, Callable[[T], object]],
+        *,
+        num_left: int = 1,
+        keep_empty: bool = True,
+    ) -> "Table":
+        """A row for each item, its cells made by the columns' functions; None is an empty cell.
+
+        Args:
+            items: What the rows are about.
+            columns: Heading -> the cell of an item.
+            num_left: See the class.
+            keep_empty: Whether a column that has no text in any row stays.
+        """
+        items = list(items)
+        cells = {name: [_text(cell(item)) for item in items] for name, cell in columns.items()}
+        if not keep_empty:
+            cells = {name: column for name, column in cells.items() if any(column)}
+        return cls(tuple(cells), tuple(zip(*cells.values(), strict=True)), num_left)
+
+    def terminal(self, width: int) -> RichTable:
+        """For a console ``width`` characters wide; print it with ``crop=False``.
+
+        Where that is too narrow the headings break between words, and never a cell.
+        """
+        table = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+        needed = 0
+        for (heading, side), *cells in zip(self._sided(self.columns), *self.rows, strict=True):
+            column = max(map(len, (*heading.split(), *cells)), default=0)
+            table.add_column(heading, justify=side, min_width=column)
+            needed += column + _GAP
+        for row in self.rows:
+            table.add_row(*row)
+        if needed > width:
+            table.width = needed
+        return table
+
+    def markdown(self) -> str:
+        """As GitHub reads it."""
+        marks = ["---" if side == "left" else "---:" for _, side in self._sided(self.columns)]
+        return "\n".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |"
+            for line in (self.columns, marks, *self.rows)
+        )
+
+    def html(self) -> str:
+        """A `<table>`, its text escaped."""
+        from jinja2 import Template
+
+        return Template(_HTML, autoescape=True).render(
+            columns=self._sided(self.columns), rows=[self._sided(row) for row in self.rows]
+        )
+
+    def _sided(self, cells: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Each cell with the side it is aligned to."""
+        return [
+            (cell, "left" if number < self.num_left else "right")
+            for number, cell in enumerate(cells)
+        ]
+
+
+def figure(value: float | None, form: str, unit: str = "") -> str:
+    """A figure as a table shows it; empty where there is none."""
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
