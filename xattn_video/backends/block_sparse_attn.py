@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xattn_video.backends.probe import check_on_small_problem
+from xattn_video.errors import BackendUnavailableError
 from xattn_video.kernels.support import cuda_unsupported_reasons
 from xattn_video.ops.problem import AttentionInputs, Problem
 
@@ -48,13 +49,18 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(inputs: AttentionInputs) -> Tensor:
+def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Pack the valid keys of all items; reads key lengths on the host, so a GPU waits for them."""
+    if return_lse:
+        raise BackendUnavailableError(
+            NAME, ["its interface returns no log-sum-exp; use backend triton."]
+        )
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()
     block_mask = inputs.blocks.to_mask()
-    return _attend(inputs.query, inputs.key, inputs.value, block_mask, lengths, inputs.scale)
+    query, key, value = inputs.query, inputs.key, inputs.value
+    return _attend(query, key, value, block_mask, lengths, inputs.scale), None
 
 
 @functools.cache

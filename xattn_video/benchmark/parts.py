@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.benchmark.checks import check_attention, check_scores, check_selection
 from xattn_video.benchmark.dense import dense_kernels
 from xattn_video.benchmark.problems import (
@@ -21,7 +20,7 @@ from xattn_video.benchmark.problems import (
 )
 from xattn_video.benchmark.quality import selection_quality
 from xattn_video.benchmark.timing import Budget, measure, time_limit
-from xattn_video.ops.attention import xattention
+from xattn_video.ops.attention import compute_attention, xattention
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.forced import ForcedBlocks
 from xattn_video.ops.problem import AttentionInputs
@@ -157,7 +156,7 @@ def _attention_case(
         query, key, value = tensors.query, tensors.key, tensors.value
         scale = query.shape[-1] ** -0.5
         inputs = AttentionInputs(query, key, value, blocks, BLOCK_SIZE, False, None, scale)
-        return load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
+        return compute_attention(inputs, backend)[0]
 
     return Case(
         _row(tensors, "attention", backend=backend, **chosen),

@@ -16,8 +16,10 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from xattn_video.backends.dense import attend_with, fastest_dense_kernel
-from xattn_video.ops.attention import attend_selected
-from xattn_video.ops.scoring import Precision
+from xattn_video.ops.attention import compute_attention
+from xattn_video.ops.problem import AttentionInputs
+from xattn_video.ops.scoring import Precision, ScoringInputs
+from xattn_video.ops.selection import compute_selection
 
 
 def dense_attention(
@@ -140,18 +142,16 @@ def _sparse_attention(
     lengths = key_lengths.tolist()
     longest = max(lengths)
     num_video_tokens = query.shape[1] - num_text_tokens
-    out, blocks = attend_selected(
-        query.transpose(1, 2),
-        key[:, :longest].transpose(1, 2),
-        value[:, :longest].transpose(1, 2),
-        threshold=threshold,
-        stride=stride,
-        block_size=block_size,
-        num_text_tokens=longest - num_video_tokens,
-        key_lengths=None if len(set(lengths)) == 1 else device_key_lengths,
-        backend=backend,
-        scoring_precision=scoring_precision,
+    query = query.transpose(1, 2)
+    key, value = (tensor[:, :longest].transpose(1, 2) for tensor in (key, value))
+    ragged = None if len(set(lengths)) == 1 else device_key_lengths
+    scale = query.shape[-1] ** -0.5
+    scoring = ScoringInputs(
+        query, key, block_size, stride, False, ragged, scale, scoring_precision
     )
+    blocks = compute_selection(scoring, threshold, longest - num_video_tokens)
+    inputs = AttentionInputs(query, key, value, blocks, block_size, False, ragged, scale)
+    out, _ = compute_attention(inputs, backend)
     return out.transpose(1, 2).contiguous(), blocks.counts.sum()
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_video.ops.attention import score_and_select
+from xattn_video.ops.selection import select
 from xattn_video.processors.hunyuan_video import XAttnProcessor
 from xattn_video.processors.layer_slots import ForwardPlan, LayerSlot
 
@@ -60,10 +60,10 @@ class KeptMassProcessor(XAttnProcessor):
         longest = int(plan.key_lengths.max())
         num_video_tokens = query.shape[1] - num_text_tokens
         has_one_length = bool((plan.key_lengths == longest).all())
-        blocks = score_and_select(
+        blocks = select(
             query.transpose(1, 2),
             key[:, :longest].transpose(1, 2),
-            slot.threshold,
+            threshold=slot.threshold,
             stride=self.settings.stride,
             block_size=self.settings.block_size,
             num_text_tokens=longest - num_video_tokens,
