@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from xattn_video.backends.probe import check_on_small_problem
-from xattn_video.errors import BackendUnavailableError
 from xattn_video.kernels.support import cuda_unsupported_reasons
 from xattn_video.ops.problem import AttentionInputs, Problem
 
@@ -46,15 +45,13 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         )
     if problem.causal:
         reasons.append("causal attention is not supported; use backend triton.")
+    if problem.lse:
+        reasons.append("its interface returns no log-sum-exp; use backend triton.")
     return reasons
 
 
 def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Pack the valid keys of all items; reads key lengths on the host, so a GPU waits for them."""
-    if return_lse:
-        raise BackendUnavailableError(
-            NAME, ["its interface returns no log-sum-exp; use backend triton."]
-        )
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()

@@ -38,6 +38,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.extend(_cuda_reasons(problem))
     elif problem.device.type == "cpu":
         reasons.extend(_cpu_reasons())
+        if problem.lse:
+            reasons.append(
+                "FlexAttention returns no log-sum-exp on a CPU; use backend torch_gather."
+            )
     else:
         reasons.append(
             f"the device must be CUDA or the CPU, got {problem.device}; use backend torch_gather."

@@ -198,7 +198,7 @@ def _block_sparse_forward_kernel(
         mask=(offsets_m < Sq)[:, None] & (columns < HEAD_DIM)[None, :],
     )
     if lse_ptr is not None:
-        lse = (row_maximum + tl.log2(row_sum)) * _LN_2
+        lse = (row_maximum + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * _LN_2
         lse = tl.where(row_sum == 0.0, -float("inf"), lse)
         rows = tl.program_id(1).to(tl.int64) * Sq + offsets_m
         tl.store(lse_ptr + rows, lse, mask=offsets_m < Sq)

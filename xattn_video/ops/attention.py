@@ -1,6 +1,7 @@
 """Block-sparse attention, and XAttention on top of it: score, select, attend."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -83,7 +84,8 @@ def compute_attention(
     inputs: AttentionInputs, backend: str, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` of what has been checked; the log-sum-exp is None unless it is asked for."""
-    return load_backend(resolve_backend(backend, inputs.problem)).forward(inputs, return_lse)
+    problem = replace(inputs.problem, lse=True) if return_lse else inputs.problem
+    return load_backend(resolve_backend(backend, problem)).forward(inputs, return_lse)
 
 
 def block_sparse_attention(
