@@ -34,9 +34,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def unresolved_backends() -> None:
-    """What one test lets a backend run says nothing to the next."""
+    """What one test lets a backend or a scorer run says nothing to the next."""
     from xattn_video.backends import table
+    from xattn_video.ops import scoring
 
+    scoring._choose_scorer.cache_clear()
     table._resolve_named.cache_clear()
     table._resolve_auto.cache_clear()
 

@@ -173,6 +173,40 @@ def masked_attention(
     return output
 
 
+def masked_log_sum_exp(
+    query: Tensor,
+    key: Tensor,
+    block_mask: Tensor,
+    *,
+    block_size: int = 128,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Log of the sum of exponentials over what `masked_attention` sees, `[B, H, Sq]`.
+
+    A query that sees no key gives -inf.
+    """
+    B, H, Sq, D = query.shape
+    Sk = key.shape[-2]
+    key = repeat_key_heads(query, key)
+    scale = D**-0.5 if scale is None else scale
+    output = torch.full((B, H, Sq), -torch.inf, dtype=dtype)
+    for b, length in enumerate(_lengths(key, key_lengths)):
+        for h in range(H):
+            products = (query[b, h].to(dtype) @ key[b, h].to(dtype).T * scale).cpu()
+            for t in range(Sq):
+                end = min(length, t + Sk - Sq + 1) if causal else length
+                kept = block_mask[b, h, t // block_size].cpu().repeat_interleave(block_size)
+                seen = kept[:Sk] & (torch.arange(Sk) < end)
+                if seen.any():
+                    largest = products[t, seen].max()
+                    total = (products[t, seen] - largest).exp().sum()
+                    output[b, h, t] = largest + total.log()
+    return output
+
+
 def assert_within_budget(
     actual: Tensor, reference64: Tensor, same_dtype_torch: Tensor, *, relative_error: float = 0.0
 ) -> None:

@@ -8,9 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn_video import (
     BackendUnavailableError,
+    attend,
     available_backends,
     block_scores,
     block_sparse_attention,
+    select,
     select_blocks,
     xattention,
 )
@@ -103,6 +105,23 @@ def test_xattention_computes_the_selected_blocks():
     assert torch.equal(mask, select_blocks(scores, 0.6))
     assert 0.1 < mask.float().mean() < 0.9
     assert torch.equal(out, block_sparse_attention(query * 4, key, value, mask, block_size=64))
+
+
+def test_select_and_attend_are_the_two_halves():
+    query, key, value = make_inputs(2, 2, 320, 320, 32)
+    shared = {"block_size": 64, "key_lengths": [250, 320]}
+    options = {**shared, "threshold": 0.6, "stride": 4, "num_text_tokens": 90}
+    expected, mask = xattention(query * 4, key, value, **options, return_block_mask=True)
+    blocks = select(query * 4, key, **options)
+    assert torch.equal(blocks.to_mask(), mask)
+    assert torch.equal(attend(query * 4, key, value, blocks, **shared), expected)
+
+
+def test_blocks_of_another_shape_are_refused():
+    query, key, value = make_inputs(1, 2, 320, 320, 32)
+    blocks = select(query, key, block_size=128)
+    with pytest.raises(ValueError, match=r"\[B, H, Nq\] = \[1, 2, 5\].*got \[1, 2, 3\]"):
+        attend(query, key, value, blocks, block_size=64)
 
 
 def test_the_scoring_precision_reaches_the_scores():
@@ -217,15 +236,20 @@ def test_compiled_calls_keep_one_graph():
 
 def test_the_operators_are_sound_custom_ops():
     query, key, value = make_inputs(1, 2, 256, 256, 16)
-    mask = random_mask(1, 2, 256, 256, 64)
+    blocks = BlockLists.from_mask(random_mask(1, 2, 256, 256, 64))
+    lengths = torch.tensor([200])
+    ops = torch.ops.xattn_video
+    for return_lse in (False, True):
+        tensors = query, key, value, blocks.counts, blocks.indices, lengths.int()
+        torch.library.opcheck(
+            ops.attend.default, (*tensors, 64, False, 0.25, "torch_gather", return_lse)
+        )
     torch.library.opcheck(
-        torch.ops.xattn_video.block_sparse_attention.default,
-        (query, key, value, mask, None, 64, False, 0.25, "torch_gather"),
+        ops.select.default,
+        (query, key, torch.tensor(0.9), None, 8, 64, False, 0, 0.25, "exact"),
     )
-    torch.library.opcheck(
-        torch.ops.xattn_video.xattention.default,
-        (query, key, value, torch.tensor(0.9), None, 8, 64, False, 0, 0.25, "torch_gather"),
-    )
+    torch.library.opcheck(ops.key_lengths.default, (lengths, 256, query.device))
+    torch.library.opcheck(ops.threshold.default, (torch.tensor([[0.5], [0.9]]), query.device))
 
 
 def test_gradients_are_refused():

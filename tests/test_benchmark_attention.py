@@ -122,10 +122,11 @@ def test_a_backend_that_refuses_is_a_failure(run_benchmark):
 
 
 def test_a_backend_that_ignores_the_mask_is_not_timed(run_benchmark, monkeypatch, capsys):
-    def dense(inputs):
-        return torch.nn.functional.scaled_dot_product_attention(
+    def dense(inputs, return_lse):
+        out = torch.nn.functional.scaled_dot_product_attention(
             inputs.query, inputs.key, inputs.value
         )
+        return out, None
 
     monkeypatch.setattr(torch_gather, "forward", dense)
     found = run_benchmark("--density", "0.4")

@@ -51,9 +51,9 @@ def fake_kernel(monkeypatch, obey=True):
         if obey:
             kept = torch.arange(indices.shape[-1]) < counts[..., None]
             mask = torch.zeros_like(mask).scatter(-1, indices.long(), kept)
-        return masked_attention(query, key, value, mask, block_size=block_size, scale=scale).to(
-            query.dtype
-        )
+        options = {"block_size": block_size, "scale": scale}
+        out = masked_attention(query, key, value, mask, **options)
+        return out.to(query.dtype), torch.zeros(query.shape[:3])
 
     monkeypatch.setattr(flash_attention_4, "block_sparse_forward", attend)
     return calls
@@ -131,7 +131,8 @@ print(available_backends("cpu", head_dim=64)["flash4"][0])
 def test_the_check_runs_once_for_each_kind_of_input(monkeypatch, fresh_check):
     calls = fake_kernel(monkeypatch)
     inputs = small_inputs()
-    first = flash4.forward(inputs)
+    first, lse = flash4.forward(inputs)
+    assert lse is None
     flash4.forward(inputs)
     assert len(calls) == 3
     options = {"block_size": 128, "scale": 0.125}
@@ -149,7 +150,7 @@ def test_shared_key_heads_have_a_check_of_their_own(monkeypatch, fresh_check):
     flash4.forward(inputs)
     query = inputs.query.expand(1, 2, -1, -1)
     blocks = BlockLists.from_mask(inputs.blocks.to_mask().expand(1, 2, -1, -1))
-    out = flash4.forward(dataclasses.replace(inputs, query=query, blocks=blocks))
+    out, _ = flash4.forward(dataclasses.replace(inputs, query=query, blocks=blocks))
     assert out.shape == (1, 2, 257, 64)
     assert len(calls) == 4
 
@@ -165,7 +166,7 @@ def test_a_kernel_that_is_wrong_is_refused(monkeypatch, fresh_check, fill):
     monkeypatch.setattr(
         flash_attention_4,
         "block_sparse_forward",
-        lambda query, *_, **options: torch.full_like(query, fill),
+        lambda query, *_, **options: (torch.full_like(query, fill), None),
     )
     with pytest.raises(BackendUnavailableError, match="is wrong on cpu with"):
         flash4.forward(small_inputs())

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         XAttentionError,
     )
-    from xattn_video.ops.attention import block_sparse_attention, xattention
+    from xattn_video.ops.attention import attend, block_sparse_attention, xattention
+    from xattn_video.ops.blocks import BlockLists
     from xattn_video.ops.scoring import block_scores
-    from xattn_video.ops.selection import select_blocks
+    from xattn_video.ops.selection import select, select_blocks
     from xattn_video.policy.report import SparsityReport
     from xattn_video.policy.schedule import ThresholdSchedule
     from xattn_video.processors import XAttnProcessor, enable_xattention
@@ -22,32 +23,38 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "BackendUnavailableError": "errors",
+    "BlockLists": "ops.blocks",
     "SparsityReport": "policy.report",
     "ThresholdSchedule": "policy.schedule",
     "UnboundProcessorError": "errors",
     "UnsupportedModelError": "errors",
     "XAttentionError": "errors",
     "XAttnProcessor": "processors",
+    "attend": "ops.attention",
     "available_backends": "backends.table",
     "block_scores": "ops.scoring",
     "block_sparse_attention": "ops.attention",
     "enable_xattention": "processors",
+    "select": "ops.selection",
     "select_blocks": "ops.selection",
     "xattention": "ops.attention",
 }
 
 __all__ = [
     "BackendUnavailableError",
+    "BlockLists",
     "SparsityReport",
     "ThresholdSchedule",
     "UnboundProcessorError",
     "UnsupportedModelError",
     "XAttentionError",
     "XAttnProcessor",
+    "attend",
     "available_backends",
     "block_scores",
     "block_sparse_attention",
     "enable_xattention",
+    "select",
     "select_blocks",
     "xattention",
 ]

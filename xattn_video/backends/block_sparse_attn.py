@@ -45,16 +45,19 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         )
     if problem.causal:
         reasons.append("causal attention is not supported; use backend triton.")
+    if problem.lse:
+        reasons.append("its interface returns no log-sum-exp; use backend triton.")
     return reasons
 
 
-def forward(inputs: AttentionInputs) -> Tensor:
+def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Pack the valid keys of all items; reads key lengths on the host, so a GPU waits for them."""
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()
     block_mask = inputs.blocks.to_mask()
-    return _attend(inputs.query, inputs.key, inputs.value, block_mask, lengths, inputs.scale)
+    query, key, value = inputs.query, inputs.key, inputs.value
+    return _attend(query, key, value, block_mask, lengths, inputs.scale), None
 
 
 @functools.cache

@@ -36,14 +36,18 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(inputs: AttentionInputs) -> Tensor:
+def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Walk the lists of kept blocks."""
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
-    return _attend(inputs.query, inputs.key, inputs.value, inputs.blocks, inputs.scale)
+    out, lse = _attend(inputs.query, inputs.key, inputs.value, inputs.blocks, inputs.scale)
+    # The kernel makes it in any case.
+    return out, lse if return_lse else None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockLists, scale: float) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, blocks: BlockLists, scale: float
+) -> tuple[Tensor, Tensor]:
     return flash_attention_4.block_sparse_forward(
         query, key, value, blocks.counts, blocks.indices, block_size=_BLOCK_SIZE, scale=scale
     )
@@ -54,6 +58,6 @@ def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, group
     """Hold the kernel to the formula once for each kind of input."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
-        return _attend(query, key, value, BlockLists.from_mask(block_mask), head_dim**-0.5)
+        return _attend(query, key, value, BlockLists.from_mask(block_mask), head_dim**-0.5)[0]
 
     check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY, grouped=grouped)

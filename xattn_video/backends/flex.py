@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from xattn_video.kernels.support import (
@@ -37,6 +38,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.extend(_cuda_reasons(problem))
     elif problem.device.type == "cpu":
         reasons.extend(_cpu_reasons())
+        if problem.lse:
+            reasons.append(
+                "FlexAttention returns no log-sum-exp on a CPU; use backend torch_gather."
+            )
     else:
         reasons.append(
             f"the device must be CUDA or the CPU, got {problem.device}; use backend torch_gather."
@@ -89,14 +94,14 @@ def _cpu_reasons() -> list[str]:
     return reasons
 
 
-def forward(inputs: AttentionInputs) -> Tensor:
+def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Split the lists into whole blocks and those that need a mask, and run the kernel."""
     lengths = inputs.key_lengths
     if lengths is None:
         B, _, Sk, _ = inputs.key.shape
         lengths = torch.full((B,), Sk, dtype=torch.int32, device=inputs.key.device)
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-        out = _compiled()(
+        out, lse = _compiled()(
             inputs.query,
             inputs.key,
             inputs.value,
@@ -106,9 +111,10 @@ def forward(inputs: AttentionInputs) -> Tensor:
             inputs.causal,
             inputs.scale,
             _kernel_options(inputs.query, inputs.block_size),
+            return_lse,
         )
     # Laid out [B, Sq, H, D] whatever the strides of the query.
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 def _split_lists(inputs: AttentionInputs, lengths: Tensor) -> tuple[Tensor, ...]:
@@ -166,8 +172,9 @@ def _flex_forward(
     causal: bool,
     scale: float,
     kernel_options: Any,
-) -> Tensor:
-    """FlexAttention over the listed blocks."""
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """FlexAttention over the listed blocks; with the log-sum-exp where it is asked for."""
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "FlexAttention ignores the block mask unless it is compiled, and torch.compile is "
@@ -193,7 +200,12 @@ def _flex_forward(
         BLOCK_SIZE=(block_size, block_size),
         mask_mod=visible,
     )
-    return flex_attention(
+    options: dict[str, Any] = {}
+    if return_lse:
+        # torch 2.9 put the former in the place of the latter.
+        aux = getattr(flex, "AuxRequest", None)
+        options = {"return_lse": True} if aux is None else {"return_aux": aux(lse=True)}
+    attended: Any = flex_attention(
         query,
         key,
         value,
@@ -201,4 +213,9 @@ def _flex_forward(
         scale=scale,
         kernel_options=kernel_options,
         enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
+    if not return_lse:
+        return attended, None
+    out, lse = attended
+    return out, getattr(lse, "lse", lse)

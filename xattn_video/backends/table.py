@@ -38,8 +38,15 @@ class Backend(Protocol):
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Every reason why the problem cannot run, each with its remedy; pure, never raises."""
 
-    def forward(self, inputs: AttentionInputs) -> Tensor:
-        """Attention over the blocks of the mask: `[B, H, Sq, D]`."""
+    def forward(
+        self, inputs: AttentionInputs, return_lse: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the listed blocks, and its log-sum-exp where it is asked for.
+
+        Returns:
+            `[B, H, Sq, D]`, stored `[B, Sq, H, D]`, and float32 `[B, H, Sq]` or None: the natural
+            logarithm of the softmax's denominator, -inf for a query that sees no key.
+        """
 
 
 def load_backend(name: str) -> Backend:

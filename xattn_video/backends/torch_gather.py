@@ -18,10 +18,13 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def forward(inputs: AttentionInputs) -> Tensor:
+def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Loop over the rows of blocks; reads the lists on the host, so that a GPU waits for it."""
-    B, H, _, _ = inputs.query.shape
+    B, H, Sq, _ = inputs.query.shape
     out = empty_output(inputs.query)
+    lse = (
+        inputs.query.new_full((B, H, Sq), -torch.inf, dtype=torch.float32) if return_lse else None
+    )
     counts, indices = inputs.blocks.counts.tolist(), inputs.blocks.indices.cpu()
     lengths = [inputs.key.shape[2]] * B
     if inputs.key_lengths is not None:
@@ -30,19 +33,20 @@ def forward(inputs: AttentionInputs) -> Tensor:
         for head in range(H):
             listed = zip(indices[item, head], counts[item][head], strict=True)
             rows = [row[:count] for row, count in listed]
-            _attend_head(inputs, out, rows, item, head, lengths[item])
-    return out
+            _attend_head(inputs, out, lse, rows, item, head, lengths[item])
+    return out, lse
 
 
 def _attend_head(
     inputs: AttentionInputs,
     out: Tensor,
+    lse: Tensor | None,
     rows: list[Tensor],
     item: int,
     head: int,
     key_length: int,
 ) -> None:
-    """Write one head of `out`, given the kept blocks of each row."""
+    """Write one head of `out` and of `lse`, given the kept blocks of each row."""
     block_size = inputs.block_size
     num_blocks = -(-key_length // block_size)
     # [num_blocks, block_size, D]
@@ -79,9 +83,14 @@ def _attend_head(
             )
             last_visible = torch.arange(start, start + len(queries), device=key.device) + offset
             visible = positions.flatten()[:num_keys] <= last_visible[:, None]
+        keys, values = keys[:num_keys], values[:num_keys]
         out[item, head, start : start + block_size] = _attend(
-            queries, keys[:num_keys], values[:num_keys], visible, inputs.scale
+            queries, keys, values, visible, inputs.scale
         )
+        if lse is not None:
+            lse[item, head, start : start + block_size] = _log_sum_exp(
+                queries, keys, visible, inputs.scale
+            )
     whole = query[: len(query) // block_size * block_size].unflatten(0, (-1, block_size))
     for alike in plain.values():
         for first in range(0, len(alike), _ROWS_AT_ONCE):
@@ -89,6 +98,12 @@ def _attend_head(
             attended = _attend_rows(whole, key, value, some, inputs.scale)
             for (row, _), rows_out in zip(some, attended, strict=True):
                 out[item, head, row * block_size : (row + 1) * block_size] = rows_out
+        if lse is None:
+            continue
+        for row, indices in alike:
+            lse[item, head, row * block_size : (row + 1) * block_size] = _log_sum_exp(
+                whole[row], key[indices.to(key.device)].flatten(0, 1), None, inputs.scale
+            )
 
 
 def _attend_rows(
@@ -123,3 +138,12 @@ def _attend(
     if visible is not None:
         out = out.where(visible.any(dim=-1, keepdim=True), 0.0)
     return out
+
+
+def _log_sum_exp(query: Tensor, key: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Natural logarithm of each query's sum of exponentials, float32 `[Sq]`."""
+    # SDPA keeps it to itself.
+    products = (query.float() @ key.float().mT) * scale
+    if visible is not None:
+        products = products.masked_fill(~visible, -torch.inf)
+    return products.logsumexp(dim=-1)

@@ -15,7 +15,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     )
 
 
-def forward(inputs: AttentionInputs) -> Tensor:
+def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Walk the lists of kept blocks."""
     # Imported here so that the reasons can be asked for where Triton is missing.
     from xattn_video.kernels.block_sparse_forward import block_sparse_forward
@@ -30,4 +30,5 @@ def forward(inputs: AttentionInputs) -> Tensor:
         causal=inputs.causal,
         key_lengths=inputs.key_lengths,
         scale=inputs.scale,
+        return_lse=return_lse,
     )

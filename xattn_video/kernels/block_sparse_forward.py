@@ -24,6 +24,7 @@ from xattn_video.kernels.support import with_unit_stride
 
 # Stands for the maximum of no products at all; finite, so that differences of maxima are.
 _LOWEST = tl.constexpr(-1e38)
+_LN_2 = tl.constexpr(math.log(2))
 # In powers of two. With this less than the bound for a maximum, weights lie between 2^-120 and
 # 2^32, and neither they nor their sums leave the range of float32 and bfloat16.
 _BELOW_BOUND = tl.constexpr(32.0)
@@ -117,7 +118,7 @@ def _attend(
 @triton.jit(do_not_specialize=["H", "group_size", "Sq", "Sk", "Nq", "Nk"])
 def _block_sparse_forward_kernel(
     query_source, key_source, value_source, output_ptr, counts_ptr, indices_ptr, key_lengths_ptr,
-    key_norms_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    key_norms_ptr, lse_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     H, group_size, Sq, Sk, Nq, Nk, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -196,6 +197,11 @@ def _block_sparse_forward_kernel(
         output.to(output_ptr.dtype.element_ty),
         mask=(offsets_m < Sq)[:, None] & (columns < HEAD_DIM)[None, :],
     )
+    if lse_ptr is not None:
+        lse = (row_maximum + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * _LN_2
+        lse = tl.where(row_sum == 0.0, -float("inf"), lse)
+        rows = tl.program_id(1).to(tl.int64) * Sq + offsets_m
+        tl.store(lse_ptr + rows, lse, mask=offsets_m < Sq)
 
 
 def block_sparse_forward(
@@ -209,7 +215,8 @@ def block_sparse_forward(
     causal: bool,
     key_lengths: Tensor | None,
     scale: float,
-) -> Tensor:
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of every query over the key blocks listed for its row of blocks.
 
     Args:
@@ -223,9 +230,12 @@ def block_sparse_forward(
         causal: Whether query t sees keys up to t + Sk - Sq only.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
         scale: Factor on the products of queries and keys.
+        return_lse: Whether to return the log-sum-exp.
 
     Returns:
-        `[B, H, Sq, D]`, laid out `[B, Sq, H, D]`. A query that sees no key gives 0.
+        `[B, H, Sq, D]`, laid out `[B, Sq, H, D]`. A query that sees no key gives 0. And the
+        natural logarithm of the softmax's denominator, float32 `[B, H, Sq]`, -inf for a query
+        that sees no key; None unless it is asked for.
     """
     B, H, Sq, D = query.shape
     Sk = key.shape[2]
@@ -238,6 +248,7 @@ def block_sparse_forward(
     counts, indices = counts.contiguous(), indices.contiguous()
     key_norms = largest_norms(key, key_lengths) if query.dtype in _BOUNDED_DTYPES else None
     output = query.new_empty(B, Sq, H, D).transpose(1, 2)
+    lse = query.new_empty(B, H, Sq, dtype=torch.float32) if return_lse else None
     tiles = choose_attention_tiles(query, key, value, block_size)
     sources = query, key, value
     if tiles.descriptors:
@@ -245,7 +256,7 @@ def block_sparse_forward(
         sources = tuple(map(_descriptor, sources, rows))
     with torch.cuda.device_of(query):
         _block_sparse_forward_kernel[(triton.cdiv(Sq, tiles.tile_m), B * H)](
-            *sources, output, counts, indices, key_lengths, key_norms,
+            *sources, output, counts, indices, key_lengths, key_norms, lse,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             H, H // key.shape[1], Sq, Sk, Nq, Nk, scale * math.log2(math.e),
             HEAD_DIM=D, PADDED_DIM=triton.next_power_of_2(D), BLOCK_SIZE=block_size,
@@ -253,7 +264,7 @@ def block_sparse_forward(
             DESCRIPTORS=tiles.descriptors, NUM_STAGES=tiles.num_stages, INPUT_PRECISION="ieee",
             num_warps=tiles.num_warps,
         )  # fmt: skip
-    return output
+    return output, lse
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:

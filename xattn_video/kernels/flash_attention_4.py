@@ -56,7 +56,7 @@ def block_sparse_forward(
     *,
     block_size: int,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks.
 
     Args:
@@ -69,7 +69,8 @@ def block_sparse_forward(
         scale: Softmax scale.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; rows without a block are 0.
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; rows without a block are 0. And the natural
+        logarithm of the softmax's denominator, float32 `[B, H, Sq]`; there they are -inf.
     """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
@@ -86,8 +87,8 @@ def block_sparse_forward(
     )
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     with torch.cuda.device(query.device):
-        # A tuple whose length differs between versions; the output comes first.
-        out: Tensor = flash_attn_func(
+        # A tuple whose length differs between versions; these two come first.
+        out, lse = flash_attn_func(
             query,
             key,
             value,
@@ -97,5 +98,5 @@ def block_sparse_forward(
             pack_gqa=False,
             block_sparse_tensors=lists,
             return_lse=True,
-        )[0]
-    return out.transpose(1, 2)
+        )[:2]
+    return out.transpose(1, 2), lse

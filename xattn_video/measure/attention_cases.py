@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.measure.attention_problems import (
     BLOCK_SIZE,
     AttentionTensors,
@@ -21,7 +20,7 @@ from xattn_video.measure.dense_baselines import dense_kernels
 from xattn_video.measure.operator_checks import check_attention, check_scores, check_selection
 from xattn_video.measure.selection_quality import selection_quality
 from xattn_video.measure.timing import Budget, measure, time_limit
-from xattn_video.ops.attention import xattention
+from xattn_video.ops.attention import compute_attention, xattention
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.forced import ForcedBlocks
 from xattn_video.ops.problem import AttentionInputs
@@ -138,7 +137,7 @@ def _attention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Colu
         query, key, value = tensors.query, tensors.key, tensors.value
         scale = query.shape[-1] ** -0.5
         inputs = AttentionInputs(query, key, value, blocks, BLOCK_SIZE, False, None, scale)
-        return load_backend(resolve_backend(columns["backend"], inputs.problem)).forward(inputs)
+        return compute_attention(inputs, columns["backend"])[0]
 
     return Case(
         _row(tensors, "attention", **columns),

@@ -71,12 +71,12 @@ def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = 
         )
 
 
-def check_movable(name: str, tensor: Tensor, other: Tensor) -> None:
+def check_movable(name: str, tensor: Tensor, device: torch.device) -> None:
     """A small tensor may lie on another device than the inputs, but has to hold numbers."""
-    if tensor.device.type == "meta" != other.device.type:
+    if tensor.device.type == "meta" != device.type:
         raise ValueError(
-            f"{name} must be on {other.device} or a device to copy it from, got "
-            f"{tensor.device}, which holds no numbers; pass one on {other.device}."
+            f"{name} must be on {device} or a device to copy it from, got "
+            f"{tensor.device}, which holds no numbers; pass one on {device}."
         )
 
 
@@ -86,6 +86,29 @@ def check_same_device(**tensors: Tensor) -> None:
         found = ", ".join(f"{name} {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(
             f"{' and '.join(tensors)} must be on one device, got {found}; move one to the other."
+        )
+
+
+def check_inference(*tensors: Tensor) -> None:
+    """Inputs that need no gradient, which block-sparse attention does not have."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "block-sparse attention has no gradient; run under torch.no_grad(), or use "
+            "torch.nn.functional.scaled_dot_product_attention where gradients are needed."
+        )
+
+
+def check_text(num_text_tokens: int, query: Tensor, key: Tensor, causal: bool) -> None:
+    """Text tokens that are the last of the keys, beside some video."""
+    Sq, Sk = query.shape[2], key.shape[2]
+    if not 0 <= num_text_tokens < Sk:
+        raise ValueError(
+            f"num_text_tokens must lie between 0 and Sk - 1 = {Sk - 1}, got {num_text_tokens}."
+        )
+    if num_text_tokens and (causal or Sq < Sk):
+        raise ValueError(
+            "joint text-video attention is not causal and has a query for every key, got "
+            f"causal={causal}, Sq={Sq}, Sk={Sk}; pass num_text_tokens=0 otherwise."
         )
 
 
@@ -99,21 +122,84 @@ def check_key_lengths(
     """
     if key_lengths is None:
         return None
-    B, Sk = query.shape[0], key.shape[2]
     lengths = torch.as_tensor(key_lengths)
-    check_movable("key_lengths", lengths, query)
+    check_movable("key_lengths", lengths, query.device)
     inexact = lengths.is_floating_point() or lengths.is_complex()
-    if lengths.shape != (B,) or inexact or lengths.dtype == torch.bool:
+    if lengths.shape != query.shape[:1] or inexact or lengths.dtype == torch.bool:
         raise ValueError(
-            f"key_lengths must hold one integer per item of the batch, [{B}], "
+            f"key_lengths must hold one integer per item of the batch, [{query.shape[0]}], "
             f"got {lengths.dtype} {list(lengths.shape)}."
         )
+    out: Tensor = torch.ops.xattn_video.key_lengths(lengths, key.shape[2], query.device)
+    return out
+
+
+def check_thresholds(
+    threshold: float | Tensor, rows: Sequence[int], device: torch.device
+) -> Tensor:
+    """The threshold as a float32 tensor on the device that broadcasts to the rows, `[B, H, Nq]`.
+
+    On the CPU a value out of range raises; on another device nobody looks.
+    """
+    if not isinstance(threshold, Tensor):
+        return torch.full((), check_threshold(threshold), device=device, dtype=torch.float32)
+    check_movable("threshold", threshold, device)
+    if not broadcasts(threshold, rows):
+        raise ValueError(
+            f"threshold must broadcast to [B, H, Nq] = {list(rows)}, got {list(threshold.shape)}; "
+            "one per head is [H, 1]."
+        )
+    out: Tensor = torch.ops.xattn_video.threshold(threshold, device)
+    return out
+
+
+def broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the tensor can be expanded to the shape."""
+    axes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    return tensor.dim() <= len(shape) and all(found in (1, want) for found, want in axes)
+
+
+# The two checks that look at values are operators: torch.compile has no values to look at.
+def _key_lengths(lengths: Tensor, num_keys: int, device: torch.device) -> Tensor:
     if lengths.dtype != torch.int32:
         # Sk would wrap around in a type that cannot hold it.
         lengths = lengths.long()
-    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= Sk)).all()):
+    if lengths.device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= num_keys)).all()):
         raise ValueError(
-            f"key_lengths must lie between 1 and Sk={Sk}, got {lengths.tolist()}; "
+            f"key_lengths must lie between 1 and Sk={num_keys}, got {lengths.tolist()}; "
             "an item needs at least one key."
         )
-    return lengths.clamp(1, Sk).to(device=query.device, dtype=torch.int32, non_blocking=True)
+    return lengths.clamp(1, num_keys).to(device=device, dtype=torch.int32, non_blocking=True)
+
+
+def _threshold(threshold: Tensor, device: torch.device) -> Tensor:
+    if threshold.device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
+        raise ValueError(
+            f"threshold must lie in (0, 1], got values from {threshold.min().item()} "
+            f"to {threshold.max().item()}; try 0.9 or 0.95."
+        )
+    return threshold.to(device=device, dtype=torch.float32, copy=True)
+
+
+_key_lengths_op = torch.library.custom_op(
+    "xattn_video::key_lengths",
+    _key_lengths,
+    mutates_args=(),
+    schema="(Tensor lengths, SymInt num_keys, Device device) -> Tensor",
+)
+_threshold_op = torch.library.custom_op(
+    "xattn_video::threshold",
+    _threshold,
+    mutates_args=(),
+    schema="(Tensor threshold, Device device) -> Tensor",
+)
+
+
+@_key_lengths_op.register_fake
+def _(lengths: Tensor, num_keys: int, device: torch.device) -> Tensor:
+    return lengths.new_empty(lengths.shape, dtype=torch.int32, device=device)
+
+
+@_threshold_op.register_fake
+def _(threshold: Tensor, device: torch.device) -> Tensor:
+    return threshold.new_empty(threshold.shape, dtype=torch.float32, device=device)

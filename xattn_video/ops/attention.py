@@ -1,6 +1,7 @@
 """Block-sparse attention, and XAttention on top of it: score, select, attend."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -9,17 +10,82 @@ from torch import Tensor
 from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.ops.arguments import (
     check_block_size,
+    check_inference,
     check_key_lengths,
-    check_movable,
     check_pair,
     check_same_device,
-    check_threshold,
+    check_text,
+    check_thresholds,
 )
 from xattn_video.ops.blocks import BlockLists
-from xattn_video.ops.forced import ForcedBlocks
 from xattn_video.ops.problem import AttentionInputs, empty_output
-from xattn_video.ops.scoring import Precision, block_scores
-from xattn_video.ops.selection import select_block_lists
+from xattn_video.ops.scoring import Precision, ScoringInputs
+from xattn_video.ops.selection import run_select
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockLists,
+    *,
+    block_size: int = 128,
+    causal: bool = False,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the listed blocks alone; the softmax runs over their valid keys.
+
+    Args:
+        query: `[B, H, Sq, D]`, any strides.
+        key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
+            H / Hkv query heads in a row, which have blocks of their own.
+        value: `[B, Hkv, Sk, D]`, likewise.
+        blocks: The key blocks of each row of blocks, from `select` or `BlockLists.from_mask`.
+        block_size: Tokens in a block, of queries and of keys.
+        causal: Query t sees keys up to t + Sk - Sq.
+        key_lengths: int `[B]`, valid keys of each item; see `block_scores`.
+        scale: Softmax scale, 1 / sqrt(D) if None.
+        backend: A name from `available_backends`, or ``"auto"``.
+        return_lse: Also return the log-sum-exp.
+
+    Returns:
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query with no key to see gets 0. With
+        ``return_lse`` also the natural logarithm of each softmax's denominator, float32
+        `[B, H, Sq]`: log(sum(exp(scale * q . k))), -inf for a query with no key to see.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
+            or devices disagree, or the inputs need gradients.
+        BackendUnavailableError: The backend cannot run this, with every reason.
+    """
+    check_inference(query, key, value)
+    check_pair(query, key, causal, value)
+    check_block_size(block_size)
+    shape = _lists_shape(query, key, block_size)
+    found = [list(blocks.counts.shape), list(blocks.indices.shape)]
+    if found != [shape[:3], shape]:
+        raise ValueError(
+            f"blocks must hold counts [B, H, Nq] = {shape[:3]} and indices [B, H, Nq, Nk] = "
+            f"{shape} for query {list(query.shape)}, key {list(key.shape)} and "
+            f"block_size={block_size}, got {found[0]} and {found[1]}."
+        )
+    check_same_device(query=query, counts=blocks.counts, indices=blocks.indices)
+    lengths = check_key_lengths(key_lengths, query, key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
+    out, lse = _run_attend(inputs, backend, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def compute_attention(
+    inputs: AttentionInputs, backend: str, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` of what has been checked; the log-sum-exp is None unless it is asked for."""
+    problem = replace(inputs.problem, lse=True) if return_lse else inputs.problem
+    return load_backend(resolve_backend(backend, problem)).forward(inputs, return_lse)
 
 
 def block_sparse_attention(
@@ -55,10 +121,10 @@ def block_sparse_attention(
         ValueError: Shapes, dtypes or devices disagree, or the inputs need gradients.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
-    _check_inference(query, key, value)
+    check_inference(query, key, value)
     check_pair(query, key, causal, value)
     check_block_size(block_size)
-    expected = [*query.shape[:2], -(-query.shape[2] // block_size), -(-key.shape[2] // block_size)]
+    expected = _lists_shape(query, key, block_size)
     if block_mask.dtype != torch.bool:
         raise TypeError(f"block_mask must be a bool tensor, got {block_mask.dtype}.")
     if block_mask.dim() != 4 or any(
@@ -71,18 +137,11 @@ def block_sparse_attention(
             f"got {list(block_mask.shape)}."
         )
     check_same_device(query=query, block_mask=block_mask)
-    out: Tensor = torch.ops.xattn_video.block_sparse_attention(
-        query,
-        key,
-        value,
-        block_mask.expand(expected),
-        _as_lengths(key_lengths, query),
-        block_size,
-        causal,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        backend,
-    )
-    return out
+    blocks = BlockLists.from_mask(block_mask.expand(expected))
+    lengths = check_key_lengths(key_lengths, query, key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
+    return _run_attend(inputs, backend)[0]
 
 
 @overload
@@ -173,208 +232,88 @@ def xattention(
             or devices disagree.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
-    out, blocks = attend_selected(
-        query,
-        key,
-        value,
-        threshold=threshold,
-        stride=stride,
-        block_size=block_size,
-        causal=causal,
-        num_text_tokens=num_text_tokens,
-        key_lengths=key_lengths,
-        scale=scale,
-        backend=backend,
-        scoring_precision=scoring_precision,
+    check_inference(query, key, value)
+    check_pair(query, key, causal, value)
+    check_block_size(block_size, stride)
+    check_text(num_text_tokens, query, key, causal)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    rows = _lists_shape(query, key, block_size)[:3]
+    lengths = check_key_lengths(key_lengths, query, key)
+    tau = check_thresholds(threshold, rows, query.device)
+    blocks = run_select(
+        ScoringInputs(query, key, block_size, stride, causal, lengths, scale, scoring_precision),
+        tau,
+        num_text_tokens,
     )
+    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
+    out, _ = _run_attend(inputs, backend)
     return (out, blocks.to_mask()) if return_block_mask else out
 
 
-def attend_selected(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    threshold: float | Tensor,
-    stride: int,
-    block_size: int,
-    causal: bool = False,
-    num_text_tokens: int = 0,
-    key_lengths: Tensor | Sequence[int] | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-    scoring_precision: Precision = "auto",
-) -> tuple[Tensor, BlockLists]:
-    """`xattention`, and the blocks that it computed as lists: no block mask is made."""
-    _check_inference(query, key, value)
-    check_pair(query, key, causal, value)
-    check_block_size(block_size, stride)
-    Sq, Sk = query.shape[2], key.shape[2]
-    if not 0 <= num_text_tokens < Sk:
-        raise ValueError(
-            f"num_text_tokens must lie between 0 and Sk - 1 = {Sk - 1}, got {num_text_tokens}."
-        )
-    if num_text_tokens and (causal or Sq < Sk):
-        raise ValueError(
-            "joint text-video attention is not causal and has a query for every key, got "
-            f"causal={causal}, Sq={Sq}, Sk={Sk}; pass num_text_tokens=0 otherwise."
-        )
-    if not isinstance(threshold, Tensor):
-        threshold = torch.full((), check_threshold(threshold), device=query.device)
-    check_movable("threshold", threshold, query)
-    out, counts, indices = torch.ops.xattn_video.xattention(
-        query,
-        key,
-        value,
-        threshold,
-        _as_lengths(key_lengths, query),
-        stride,
-        block_size,
-        causal,
-        num_text_tokens,
-        query.shape[-1] ** -0.5 if scale is None else scale,
+def _run_attend(
+    inputs: AttentionInputs, backend: str, return_lse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`compute_attention` as an operator; the log-sum-exp is empty unless it is asked for."""
+    out: Tensor
+    lse: Tensor
+    out, lse = torch.ops.xattn_video.attend(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.blocks.counts,
+        inputs.blocks.indices,
+        inputs.key_lengths,
+        inputs.block_size,
+        inputs.causal,
+        inputs.scale,
         backend,
-        scoring_precision,
+        return_lse,
     )
-    return out, BlockLists(counts, indices)
+    return out, lse
 
 
-def score_and_select(
-    query: Tensor,
-    key: Tensor,
-    threshold: Tensor,
-    *,
-    stride: int,
-    block_size: int,
-    causal: bool = False,
-    num_text_tokens: int = 0,
-    key_lengths: Tensor | None = None,
-    scale: float | None = None,
-    scoring_precision: Precision = "auto",
-) -> BlockLists:
-    """The blocks that `xattention` computes, and no attention; arguments as there."""
-    scores = block_scores(
-        query,
-        key,
-        block_size=block_size,
-        stride=stride,
-        causal=causal,
-        key_lengths=key_lengths,
-        scale=scale,
-        precision=scoring_precision,
-    )
-    forced = ForcedBlocks(
-        query.shape[2], key.shape[2], block_size, causal, num_text_tokens, key_lengths
-    )
-    return select_block_lists(scores, threshold, forced)
+def _lists_shape(query: Tensor, key: Tensor, block_size: int) -> list[int]:
+    """`[B, H, Nq, Nk]`."""
+    B, H, Sq, _ = query.shape
+    return [B, H, -(-Sq // block_size), -(-key.shape[2] // block_size)]
 
 
-def _check_inference(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(
-            "block-sparse attention has no gradient; run under torch.no_grad(), or use "
-            "torch.nn.functional.scaled_dot_product_attention where gradients are needed."
-        )
-
-
-def _as_lengths(key_lengths: Tensor | Sequence[int] | None, query: Tensor) -> Tensor | None:
-    if key_lengths is None:
-        return None
-    lengths = torch.as_tensor(key_lengths)
-    # Given a meta tensor the operators would run their fake implementations.
-    check_movable("key_lengths", lengths, query)
-    return lengths
-
-
-def _block_sparse_attention(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Tensor,
+    counts: Tensor,
+    indices: Tensor,
     key_lengths: Tensor | None,
     block_size: int,
     causal: bool,
     scale: float,
     backend: str,
-) -> Tensor:
-    lengths = check_key_lengths(key_lengths, query, key)
-    blocks = BlockLists.from_mask(block_mask)
-    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
-    return load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    blocks = BlockLists(counts, indices)
+    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, key_lengths, scale)
+    out, lse = compute_attention(inputs, backend, return_lse)
+    # An operator returns tensors alone.
+    return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def _xattention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: Tensor,
-    key_lengths: Tensor | None,
-    stride: int,
-    block_size: int,
-    causal: bool,
-    num_text_tokens: int,
-    scale: float,
-    backend: str,
-    scoring_precision: Precision = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = check_key_lengths(key_lengths, query, key)
-    blocks = score_and_select(
-        query,
-        key,
-        threshold,
-        stride=stride,
-        block_size=block_size,
-        causal=causal,
-        num_text_tokens=num_text_tokens,
-        key_lengths=lengths,
-        scale=scale,
-        scoring_precision=scoring_precision,
-    )
-    inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
-    out = load_backend(resolve_backend(backend, inputs.problem)).forward(inputs)
-    return out, blocks.counts, blocks.indices
-
-
-# Opaque to torch.compile, so that a compiled transformer keeps whole graphs: the schemas are
-# written out because their inference from annotations differs between versions of torch.
-_attention_op = torch.library.custom_op(
-    "xattn_video::block_sparse_attention",
-    _block_sparse_attention,
+# Opaque to torch.compile, so that a compiled model keeps whole graphs: the schema is written out
+# because its inference from annotations differs between versions of torch.
+_attend_op = torch.library.custom_op(
+    "xattn_video::attend",
+    _attend,
     mutates_args=(),
     schema=(
-        "(Tensor query, Tensor key, Tensor value, Tensor block_mask, Tensor? key_lengths, "
-        "int block_size, bool causal, float scale, str backend) -> Tensor"
-    ),
-)
-_xattention_op = torch.library.custom_op(
-    "xattn_video::xattention",
-    _xattention,
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor key, Tensor value, Tensor threshold, Tensor? key_lengths, "
-        "int stride, int block_size, bool causal, int num_text_tokens, float scale, str backend, "
-        "str scoring_precision='auto') -> (Tensor, Tensor, Tensor)"
+        "(Tensor query, Tensor key, Tensor value, Tensor counts, Tensor indices, "
+        "Tensor? key_lengths, int block_size, bool causal, float scale, str backend, "
+        "bool return_lse) -> (Tensor, Tensor)"
     ),
 )
 
 
-@_attention_op.register_fake
-def _(query: Tensor, *_: object) -> Tensor:
-    return empty_output(query)
-
-
-@_xattention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: Tensor,
-    key_lengths: Tensor | None,
-    stride: int,
-    block_size: int,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, Sq, _D = query.shape
-    rows, columns = -(-Sq // block_size), -(-key.shape[2] // block_size)
-    counts = query.new_empty(B, H, rows, dtype=torch.int32)
-    return empty_output(query), counts, counts.new_empty(B, H, rows, columns)
+@_attend_op.register_fake
+def _(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    shape = query.shape[:3] if arguments[-1] else (0,)
+    return empty_output(query), query.new_empty(shape, dtype=torch.float32)

@@ -19,6 +19,8 @@ class Problem:
     causal: bool = False
     ragged: bool = False
     """True where the items of a batch have key lengths of their own."""
+    lse: bool = False
+    """True where the log-sum-exp is asked for."""
 
 
 @dataclass(frozen=True, slots=True)

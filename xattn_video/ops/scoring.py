@@ -1,5 +1,8 @@
 """Antidiagonal block scores (XAttention, arXiv:2503.16428, section 2.1)."""
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -22,6 +25,24 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 20}
 _DEFAULT_CHUNK_ELEMENTS = 1 << 24
 
 
+@dataclass(frozen=True, slots=True)
+class ScoringInputs:
+    """What blocks are scored from, checked.
+
+    query is `[B, H, Sq, D]`, key `[B, Hkv, Sk, D]`; key_lengths is int32 `[B]` on the same
+    device, or None where all Sk keys are valid.
+    """
+
+    query: Tensor
+    key: Tensor
+    block_size: int
+    stride: int
+    causal: bool
+    key_lengths: Tensor | None
+    scale: float
+    precision: Precision = "auto"
+
+
 def block_scores(
     query: Tensor,
     key: Tensor,
@@ -29,7 +50,7 @@ def block_scores(
     block_size: int = 128,
     stride: int = 8,
     causal: bool = False,
-    key_lengths: Tensor | None = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     precision: Precision = "exact",
 ) -> Tensor:
@@ -67,23 +88,62 @@ def block_scores(
     """
     check_pair(query, key, causal)
     check_block_size(block_size, stride)
-    key_lengths = check_key_lengths(key_lengths, query, key)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
+    return compute_scores(
+        ScoringInputs(
+            query,
+            key,
+            block_size,
+            stride,
+            causal,
+            check_key_lengths(key_lengths, query, key),
+            query.shape[-1] ** -0.5 if scale is None else scale,
+            precision,
+        )
+    )
+
+
+def compute_scores(inputs: ScoringInputs) -> Tensor:
+    """`block_scores` of what has been checked."""
+    query, key = inputs.query, inputs.key
+    scorer = _choose_scorer(
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        inputs.block_size,
+        inputs.stride,
+        inputs.precision,
+        min(query.shape[2], key.shape[2]),
+    )
     options: dict[str, Any] = {
-        "block_size": block_size,
-        "stride": stride,
-        "causal": causal,
-        "key_lengths": key_lengths,
-        "scale": scale,
+        "block_size": inputs.block_size,
+        "stride": inputs.stride,
+        "causal": inputs.causal,
+        "key_lengths": inputs.key_lengths,
+        "scale": inputs.scale,
     }
-    problem = Problem(query.device, query.dtype, query.shape[-1], block_size)
+    if scorer == "torch":
+        return torch_block_scores(query, key, **options)
+    return triton_block_scores(query, key, **options, float8=scorer == "float8")
+
+
+# Cached, because every layer of every step asks.
+@functools.lru_cache(maxsize=256)
+def _choose_scorer(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    stride: int,
+    precision: Precision,
+    tokens: int,
+) -> Literal["torch", "triton", "float8"]:
+    """What computes the scores; a precision that cannot be had raises."""
+    problem = Problem(device, dtype, head_dim, block_size)
     check_precision(precision, problem, stride)
-    tokens = min(query.shape[2], key.shape[2])
     if chosen_precision(precision, problem, stride, tokens) == "float8":
-        return triton_block_scores(query, key, **options, float8=True)
-    triton = query.is_cuda and not triton_unsupported_reasons(problem, stride)
-    return (triton_block_scores if triton else torch_block_scores)(query, key, **options)
+        return "float8"
+    on_kernel = device.type == "cuda" and not triton_unsupported_reasons(problem, stride)
+    return "triton" if on_kernel else "torch"
 
 
 def check_precision(precision: str, problem: Problem | None = None, stride: int = 8) -> None:

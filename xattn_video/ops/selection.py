@@ -1,13 +1,25 @@
 """Choice of the blocks to compute (XAttention, arXiv:2503.16428, section 2.2)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.kernels.support import device_unsupported_reasons
-from xattn_video.ops.arguments import check_movable, check_same_device, check_threshold
+from xattn_video.ops.arguments import (
+    broadcasts,
+    check_block_size,
+    check_inference,
+    check_key_lengths,
+    check_pair,
+    check_same_device,
+    check_text,
+    check_thresholds,
+)
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.scoring import Precision, ScoringInputs, compute_scores
 
 # Longer rows do not stay in the registers of a program; they are sorted.
 _LARGEST_KERNEL_ROW = 8192
@@ -50,16 +62,17 @@ def select_blocks(
     if scores.dtype.itemsize < torch.float32.itemsize:
         # Half precision loses the sum of many small scores.
         scores = scores.float()
-    threshold = _as_row_threshold(threshold, scores)
+    rows = check_thresholds(threshold, scores.shape[:-1], scores.device)
     if forced is None:
         forced = scores.new_zeros((), dtype=torch.bool)
     else:
         _check_forced(forced, scores)
-    return _fewest_blocks(scores, threshold, forced.expand_as(scores))
+    return _fewest_blocks(scores, rows, forced.expand_as(scores))
 
 
 def _fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
-    """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq, 1]`."""
+    """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq]`."""
+    threshold = threshold.to(scores.dtype).unsqueeze(-1)
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, order)
     mass_before = F.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
@@ -74,6 +87,85 @@ def _fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
     return (keep | forced | keep_all) & (scores != 0)
 
 
+def _check_forced(forced: Tensor, scores: Tensor) -> None:
+    if forced.dtype != torch.bool:
+        raise TypeError(f"forced must be a bool tensor, got {forced.dtype}.")
+    check_same_device(scores=scores, forced=forced)
+    if not broadcasts(forced, scores.shape):
+        raise ValueError(
+            f"forced must broadcast to scores, [B, H, Nq, Nk] = {list(scores.shape)}, "
+            f"got {list(forced.shape)}."
+        )
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    *,
+    threshold: float | Tensor = 0.9,
+    stride: int = 8,
+    block_size: int = 128,
+    causal: bool = False,
+    num_text_tokens: int = 0,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    scoring_precision: Precision = "auto",
+) -> BlockLists:
+    """The blocks that `xattention` computes, as lists for `attend`; arguments as there.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
+            or devices disagree.
+    """
+    check_inference(query, key)
+    check_pair(query, key, causal)
+    check_block_size(block_size, stride)
+    check_text(num_text_tokens, query, key, causal)
+    rows = (*query.shape[:2], -(-query.shape[2] // block_size))
+    tau = check_thresholds(threshold, rows, query.device)
+    lengths = check_key_lengths(key_lengths, query, key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs = ScoringInputs(
+        query, key, block_size, stride, causal, lengths, scale, scoring_precision
+    )
+    return run_select(inputs, tau, num_text_tokens)
+
+
+def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -> BlockLists:
+    """`compute_selection` as an operator."""
+    counts, indices = torch.ops.xattn_video.select(
+        inputs.query,
+        inputs.key,
+        threshold,
+        inputs.key_lengths,
+        inputs.stride,
+        inputs.block_size,
+        inputs.causal,
+        num_text_tokens,
+        inputs.scale,
+        inputs.precision,
+    )
+    return BlockLists(counts, indices)
+
+
+def compute_selection(
+    inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int = 0
+) -> BlockLists:
+    """`select` of what has been checked.
+
+    The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`.
+    """
+    forced = ForcedBlocks(
+        inputs.query.shape[2],
+        inputs.key.shape[2],
+        inputs.block_size,
+        inputs.causal,
+        num_text_tokens,
+        inputs.key_lengths,
+    )
+    return select_block_lists(compute_scores(inputs), threshold, forced)
+
+
 def select_block_lists(
     scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks
 ) -> BlockLists:
@@ -81,23 +173,22 @@ def select_block_lists(
 
     Args:
         scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
-        threshold: As in `select_blocks`.
+        threshold: As in `select_blocks`, but not checked.
         forced: Describes the blocks that are kept whatever they score.
-
-    Raises:
-        ValueError: The threshold is out of range or does not broadcast.
     """
+    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device)
     on_kernel = scores.is_cuda and scores.shape[-1] <= _LARGEST_KERNEL_ROW
     if not on_kernel or device_unsupported_reasons(scores.device):
-        forced_mask = forced.to_mask(scores.device)
-        return BlockLists.from_mask(select_blocks(scores, threshold, forced=forced_mask))
+        mask = forced.to_mask(scores.device)
+        if mask is None:
+            mask = scores.new_zeros((), dtype=torch.bool)
+        return BlockLists.from_mask(_fewest_blocks(scores, threshold, mask.expand_as(scores)))
     # Imported here so that selection works where Triton is missing.
     from xattn_video.kernels.block_selection import block_selection
 
-    row_threshold = _as_row_threshold(threshold, scores).squeeze(-1)
     counts, indices = block_selection(
         scores,
-        row_threshold.expand(scores.shape[:-1]),
+        threshold.expand(scores.shape[:-1]),
         query_length=forced.query_length,
         key_length=forced.key_length,
         block_size=forced.block_size,
@@ -108,37 +199,48 @@ def select_block_lists(
     return BlockLists(counts, indices)
 
 
-def _check_forced(forced: Tensor, scores: Tensor) -> None:
-    if forced.dtype != torch.bool:
-        raise TypeError(f"forced must be a bool tensor, got {forced.dtype}.")
-    check_same_device(scores=scores, forced=forced)
-    if not _broadcasts(forced, scores.shape):
-        raise ValueError(
-            f"forced must broadcast to scores, [B, H, Nq, Nk] = {list(scores.shape)}, "
-            f"got {list(forced.shape)}."
-        )
+def _select(
+    query: Tensor,
+    key: Tensor,
+    threshold: Tensor,
+    key_lengths: Tensor | None,
+    stride: int,
+    block_size: int,
+    causal: bool,
+    num_text_tokens: int,
+    scale: float,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    inputs = ScoringInputs(query, key, block_size, stride, causal, key_lengths, scale, precision)
+    blocks = compute_selection(inputs, threshold, num_text_tokens)
+    return blocks.counts, blocks.indices
 
 
-def _broadcasts(tensor: Tensor, shape: torch.Size) -> bool:
-    """Whether the tensor can be expanded to the shape."""
-    axes = zip(reversed(tensor.shape), reversed(shape), strict=False)
-    return tensor.dim() <= len(shape) and all(found in (1, want) for found, want in axes)
+# Opaque to torch.compile, so that a compiled model keeps whole graphs: the schema is written out
+# because its inference from annotations differs between versions of torch.
+_select_op = torch.library.custom_op(
+    "xattn_video::select",
+    _select,
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor threshold, Tensor? key_lengths, int stride, "
+        "int block_size, bool causal, SymInt num_text_tokens, float scale, str precision) "
+        "-> (Tensor, Tensor)"
+    ),
+)
 
 
-def _as_row_threshold(threshold: float | Tensor, scores: Tensor) -> Tensor:
-    """The threshold as a tensor that broadcasts to `[B, H, Nq, 1]`."""
-    if not isinstance(threshold, Tensor):
-        return scores.new_full((), check_threshold(threshold))
-    check_movable("threshold", threshold, scores)
-    if threshold.device.type == "cpu" and not bool(((threshold > 0) & (threshold <= 1)).all()):
-        raise ValueError(
-            f"threshold must lie in (0, 1], got values from {threshold.min().item()} "
-            f"to {threshold.max().item()}; try 0.9 or 0.95."
-        )
-    rows = scores.shape[:-1]
-    if not _broadcasts(threshold, rows):
-        raise ValueError(
-            f"threshold must broadcast to [B, H, Nq] = {list(rows)}, got {list(threshold.shape)}; "
-            "one per head is [H, 1]."
-        )
-    return threshold.to(device=scores.device, dtype=scores.dtype).unsqueeze(-1)
+@_select_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    threshold: Tensor,
+    key_lengths: Tensor | None,
+    stride: int,
+    block_size: int,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    B, H, Sq, _D = query.shape
+    rows, columns = -(-Sq // block_size), -(-key.shape[2] // block_size)
+    counts = query.new_empty(B, H, rows, dtype=torch.int32)
+    return counts, counts.new_empty(B, H, rows, columns)

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from xattn_video.backends.dense import attend_with, fastest_dense_kernel
 from xattn_video.errors import UnboundProcessorError
-from xattn_video.ops.attention import attend_selected
+from xattn_video.ops.attention import compute_attention
 from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.problem import AttentionInputs
+from xattn_video.ops.scoring import ScoringInputs
+from xattn_video.ops.selection import compute_selection
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import AttendedLayer, ForwardPass, LayerSlot
 
@@ -110,20 +113,32 @@ def sparse_attention(
     """XAttention of one layer in canonical order, `[B, S, H, D]`, and the blocks it computed."""
     settings, layout = forward.settings, forward.layout
     longest = max(layout.key_lengths)
-    assert forward.backend is not None
-    out, blocks = attend_selected(
-        query.transpose(1, 2),
-        key[:, :longest].transpose(1, 2),
-        value[:, :longest].transpose(1, 2),
-        threshold=threshold,
-        stride=settings.stride,
-        block_size=settings.block_size,
-        causal=layout.causal,
-        num_text_tokens=longest - layout.num_video_tokens,
-        key_lengths=forward.device_key_lengths,
-        backend=forward.backend,
-        scoring_precision=settings.scoring_precision,
+    query = query.transpose(1, 2)
+    key, value = key[:, :longest].transpose(1, 2), value[:, :longest].transpose(1, 2)
+    scale = query.shape[-1] ** -0.5
+    scoring = ScoringInputs(
+        query,
+        key,
+        settings.block_size,
+        settings.stride,
+        layout.causal,
+        forward.device_key_lengths,
+        scale,
+        settings.scoring_precision,
     )
+    blocks = compute_selection(scoring, threshold, longest - layout.num_video_tokens)
+    inputs = AttentionInputs(
+        query,
+        key,
+        value,
+        blocks,
+        settings.block_size,
+        layout.causal,
+        forward.device_key_lengths,
+        scale,
+    )
+    assert forward.backend is not None
+    out, _ = compute_attention(inputs, forward.backend)
     return out.transpose(1, 2), blocks
 
 
