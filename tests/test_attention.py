@@ -314,16 +314,15 @@ def test_available_backends_lists_all_of_them():
         ),
         (
             {"block_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")},
-            "query and block_mask must be on one device, got query cpu, block_mask meta",
+            r"block_mask must be .*got \[1, 1, 2, 2\] on the meta device",
         ),
         (
             {"key_lengths": torch.ones(1, dtype=torch.int32, device="meta")},
-            "key_lengths must be on cpu .*, got meta, which holds no numbers",
+            r"key_lengths must be .*got \[1\] on the meta device",
         ),
         ({"value": torch.randn(1, 1, 100, 16)}, "key and value must have the same shape"),
         ({"block_size": 0}, "block_size must be at least 1 token, got 0"),
         ({"value": torch.randn(1, 1, 128, 16).half()}, "share one dtype, got query torch.float32"),
-        ({"value": torch.randn(1, 1, 128, 16, device="meta")}, "share one device, got query cpu"),
         ({"key_lengths": [129]}, r"between 1 and Sk=128, got \[129\]"),
         ({"key_lengths": [0]}, r"between 1 and Sk=128, got \[0\]"),
     ],
@@ -349,11 +348,11 @@ def test_bad_arguments_are_refused(change, message):
         ({"stride": 7}, "stride must divide block_size, got stride=7"),
         (
             {"threshold": torch.ones((), device="meta")},
-            "threshold must be on cpu .*, got meta, which holds no numbers",
+            r"threshold must be .*got \[\] on the meta device",
         ),
         (
             {"key_lengths": torch.ones(1, dtype=torch.int32, device="meta")},
-            "key_lengths must be on cpu .*, got meta, which holds no numbers",
+            r"key_lengths must be .*got \[1\] on the meta device",
         ),
         ({"num_text_tokens": 128}, "between 0 and Sk - 1 = 127, got 128"),
         ({"num_text_tokens": 8, "causal": True}, "joint text-video attention is not causal"),

@@ -8,7 +8,7 @@ from xattn_video import select_blocks
 from xattn_video.kernels.block_selection import block_selection
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.forced import ForcedBlocks
-from xattn_video.ops.selection import _fewest_blocks
+from xattn_video.ops.selection import fewest_blocks
 
 BLOCK_SIZE = 64
 
@@ -140,7 +140,7 @@ def test_a_threshold_out_of_range_leaves_no_row_empty(threshold, count, device):
     assert lists.counts.tolist() == [[[count, 0, count]]]
     assert lists.indices[0, 0, 0, 0] == (7 if count == 1 else 0)
     unforced = torch.zeros_like(scores, dtype=torch.bool)
-    in_torch = _fewest_blocks(scores, torch.as_tensor(threshold, device=device), unforced)
+    in_torch = fewest_blocks(scores, torch.as_tensor(threshold, device=device), unforced)
     assert_same_lists(lists, in_torch)
 
 

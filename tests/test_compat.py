@@ -52,6 +52,25 @@ def test_sink_and_recent_blocks_are_kept():
         assert torch.equal(out, block_sparse_attention(query, key, value, mask, block_size=64))
 
 
+@pytest.mark.parametrize("layers", [False, True], ids=["of a layer", "of all layers, indexed"])
+def test_a_threshold_of_one_dimension_is_per_head(layers):
+    """As many heads as rows of blocks: read as rows it would be wrong without a word."""
+    query, key, value = make_inputs(length=256, heads=4)
+    threshold = torch.tensor([0.2, 0.5, 0.8, 1.0])
+    given = torch.stack([torch.ones(4), threshold])[1] if layers else threshold
+    out = Xattention_prefill(query, key, value, 8, threshold=given, block_size=64, causal=False)
+    options = {"stride": 8, "block_size": 64}
+    expected = xattention(query, key, value, threshold=threshold[:, None], **options)
+    assert torch.equal(out, expected)
+    by_rows = xattention(query, key, value, threshold=threshold, **options)
+    assert (out - by_rows).abs().max() > 0.1
+
+
+def test_a_threshold_of_too_few_heads_is_refused():
+    with pytest.raises(ValueError, match=r"one for each query head, \[2\], got \[8\]"):
+        Xattention_prefill(*make_inputs(), 8, threshold=torch.full((8,), 0.9), block_size=64)
+
+
 @pytest.mark.parametrize("use_triton", [None, False])
 @pytest.mark.parametrize("chunk_size", [None, 128])
 def test_the_chunk_size_bounds_the_scores_in_torch(use_triton, chunk_size, monkeypatch):

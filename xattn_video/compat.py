@@ -1,21 +1,28 @@
 """The published quick-use call of XAttention, for code written against it."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xattn_video.ops.arguments import check_block_size, check_pair
-from xattn_video.ops.attention import block_sparse_attention
+from xattn_video.ops.arguments import (
+    check_block_size,
+    check_flag,
+    check_thresholds,
+    check_triple,
+)
+from xattn_video.ops.attention import run_attend
+from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.forced import diagonal_blocks, sink_blocks
-from xattn_video.ops.problem import Problem
+from xattn_video.ops.problem import AttentionInputs, Problem
 from xattn_video.ops.scoring import (
     torch_block_scores,
     triton_block_scores,
     triton_unsupported_reasons,
 )
-from xattn_video.ops.selection import select_blocks
+from xattn_video.ops.selection import fewest_blocks
 
 
 def Xattention_prefill(  # noqa: N802  (the published name)
@@ -44,7 +51,8 @@ def Xattention_prefill(  # noqa: N802  (the published name)
         value_states: `[B, Hkv, Sk, D]`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         norm: Divides the estimate's softmax scale.
-        threshold: Share of each row's estimated mass to keep; see `select_blocks`.
+        threshold: Share of each row's estimated mass to keep; a number, or a tensor `[H]` of one
+            for each query head. Of more dimensions it is as in `select_blocks`.
         block_size: Tokens in a block.
         use_triton: Score with the Triton kernel (True) or in torch (False); None takes the kernel
             on a GPU where it can run.
@@ -60,11 +68,16 @@ def Xattention_prefill(  # noqa: N802  (the published name)
         `[B, H, Sq, D]`.
 
     Raises:
-        ValueError: An argument is out of range or cannot be honoured.
+        ValueError, TypeError: An argument is of a wrong type, out of range or cannot be honoured.
     """
-    check_pair(query_states, key_states, causal, value_states)
+    check_triple(query_states, key_states, value_states, causal, suffix="_states")
     check_block_size(block_size, stride)
     _check_options(norm, kdb, chunk_size, block_size)
+    for name, flag in {"keep_sink": keep_sink, "keep_recent": keep_recent}.items():
+        check_flag(name, flag)
+    if use_triton is not None:
+        check_flag("use_triton", use_triton)
+    scale = query_states.shape[-1] ** -0.5
     scores = _scores(
         query_states,
         key_states,
@@ -74,7 +87,7 @@ def Xattention_prefill(  # noqa: N802  (the published name)
         stride=stride,
         causal=causal,
         key_lengths=None,
-        scale=query_states.shape[-1] ** -0.5 / norm,
+        scale=scale / norm,
     )
     Sq, Sk = query_states.shape[2], key_states.shape[2]
     forced = torch.zeros((), dtype=torch.bool, device=query_states.device)
@@ -82,19 +95,35 @@ def Xattention_prefill(  # noqa: N802  (the published name)
         forced = forced | sink_blocks(Sk, block_size=block_size, device=forced.device)
     if causal or keep_recent:
         forced = forced | diagonal_blocks(Sq, Sk, block_size=block_size, device=forced.device)
-    return block_sparse_attention(
-        query_states,
-        key_states,
-        value_states,
-        select_blocks(scores, threshold, forced=forced),
-        block_size=block_size,
-        causal=causal,
+    tau = check_thresholds(_by_head(threshold, query_states), scores.shape[:-1], scores.device)
+    blocks = BlockLists.from_mask(fewest_blocks(scores, tau, forced.expand_as(scores)))
+    inputs = AttentionInputs(
+        query_states, key_states, value_states, blocks, block_size, causal, None, scale
     )
+    return run_attend(inputs, "auto")[0]
+
+
+def _by_head(threshold: float | Tensor, query: Tensor) -> float | Tensor:
+    """`[H]` as `[H, 1]`: without it the last dimension would be rows of blocks."""
+    if not isinstance(threshold, Tensor) or threshold.dim() != 1:
+        return threshold
+    if threshold.shape[0] != query.shape[1]:
+        raise ValueError(
+            f"threshold must be a number or hold one for each query head, [{query.shape[1]}], got "
+            f"{list(threshold.shape)}."
+        )
+    return threshold[:, None]
 
 
 def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: int) -> None:
     if kdb != 1:
-        raise ValueError(f"kdb must be 1, got {kdb}: larger key steps are not supported.")
+        raise ValueError(f"kdb must be 1, got {kdb!r}: larger key steps are not supported.")
+    if isinstance(norm, bool) or not isinstance(norm, Real):
+        raise TypeError(f"norm must be a number, got {norm!r}; 1 leaves the scale as it is.")
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int)
+    ):
+        raise TypeError(f"chunk_size must be an int of tokens or None, got {chunk_size!r}.")
     if not 0 < norm < math.inf:
         raise ValueError(
             f"norm must be positive and finite, got {norm}; 1 leaves the scale as it is."

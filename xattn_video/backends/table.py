@@ -110,7 +110,21 @@ def available_backends(
         head_dim: Size of a head.
         block_size: Tokens in a block.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f'device must be a torch.device or its name, such as "cuda", got {device!r}.'
+        ) from error
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, such as torch.float16, got {dtype!r}.")
+    for name, size in (("head_dim", head_dim), ("block_size", block_size)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, such as 128, got {size!r}.")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}; try 128.")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     problem = Problem(device=device, dtype=dtype, head_dim=head_dim, block_size=block_size)

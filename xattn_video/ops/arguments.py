@@ -1,10 +1,61 @@
 """Checks of the operator's arguments, shared by its parts."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+
+def check_tensor(name: str, found: object, meaning: str) -> None:
+    """A dense tensor that holds numbers."""
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, {meaning}, got {_describe(found)}; "
+            "torch.as_tensor makes one of a list or an array."
+        )
+    if found.is_nested or found.layout != torch.strided:
+        layout = "nested" if found.is_nested else str(found.layout)
+        raise TypeError(
+            f"{name} must be a dense torch.Tensor, {meaning}, got a {layout} one; convert it, "
+            "such as by to_dense(), or to_padded_tensor() and key_lengths."
+        )
+    if found.device.type == "meta":
+        raise ValueError(
+            f"{name} must be a torch.Tensor that holds numbers, {meaning}, got "
+            f"{list(found.shape)} on the meta device; load or make it on the CPU or a GPU."
+        )
+
+
+def check_flag(name: str, found: object) -> None:
+    """True or False."""
+    if not isinstance(found, bool):
+        raise TypeError(f"{name} must be True or False, got {_describe(found)}.")
+
+
+def check_name(name: str, found: object) -> None:
+    """A str; whether it is a known one is found out where it is looked up."""
+    if not isinstance(found, str):
+        raise TypeError(f'{name} must be a str, such as "auto", got {_describe(found)}.')
+
+
+def check_scale(scale: float | None, query: Tensor) -> float:
+    """The softmax scale, 1 / sqrt(D) if None."""
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number or None for 1 / sqrt(D), got {_describe(scale)}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; None takes 1 / sqrt(D).")
+    return float(scale)
+
+
+def _describe(found: object) -> str:
+    """What was given, for a message: no more of it than fits into a line."""
+    if found is None or isinstance(found, bool | int | float | str):
+        return repr(found)[:60]
+    return f"a {type(found).__module__}.{type(found).__qualname__}".replace(" builtins.", " ")
 
 
 def check_block_size(block_size: int, stride: int = 1) -> None:
@@ -37,9 +88,29 @@ def check_threshold(threshold: object) -> float:
     return tau
 
 
-def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = None) -> None:
-    """Query `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]` that belong together."""
-    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
+def check_pair(query: Tensor, key: Tensor, causal: bool) -> None:
+    """Query `[B, H, Sq, D]` and key `[B, Hkv, Sk, D]` that belong together."""
+    _check_alike({"query": query, "key": key}, causal)
+
+
+def check_triple(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, suffix: str = ""
+) -> None:
+    """Query `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]` that belong together.
+
+    They need no gradient, which block-sparse attention does not have. The suffix is that of the
+    arguments' names.
+    """
+    names = f"query{suffix}", f"key{suffix}", f"value{suffix}"
+    _check_alike(dict(zip(names, (query, key, value), strict=True)), causal)
+    check_inference(query, key, value)
+
+
+def _check_alike(tensors: dict[str, Tensor], causal: bool) -> None:
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, "[B, H, S, D]")
+    check_flag("causal", causal)
+    query, key, *values = tensors.values()
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
@@ -58,25 +129,16 @@ def check_pair(query: Tensor, key: Tensor, causal: bool, value: Tensor | None = 
             f"{query.shape[1]} query heads and {key.shape[1]} key heads, {shapes}; "
             "query head h uses key head h // (query heads / key heads)."
         )
-    if value is not None and value.shape != key.shape:
+    if values and values[0].shape != key.shape:
         raise ValueError(f"key and value must have the same shape, got {shapes}.")
     for what in ("dtype", "device"):
         if len({getattr(tensor, what) for tensor in tensors.values()}) > 1:
             found = ", ".join(f"{name} {getattr(t, what)}" for name, t in tensors.items())
-            raise ValueError(f"query, key and value must share one {what}, got {found}.")
+            raise ValueError(f"{' and '.join(tensors)} must share one {what}, got {found}.")
     if causal and query.shape[2] > key.shape[2]:
         raise ValueError(
             f"causal attention needs Sq <= Sk, got Sq={query.shape[2]}, Sk={key.shape[2]}: "
             "the first queries would see no key."
-        )
-
-
-def check_movable(name: str, tensor: Tensor, device: torch.device) -> None:
-    """A small tensor may lie on another device than the inputs, but has to hold numbers."""
-    if tensor.device.type == "meta" != device.type:
-        raise ValueError(
-            f"{name} must be on {device} or a device to copy it from, got "
-            f"{tensor.device}, which holds no numbers; pass one on {device}."
         )
 
 
@@ -100,6 +162,10 @@ def check_inference(*tensors: Tensor) -> None:
 
 def check_text(num_text_tokens: int, query: Tensor, key: Tensor, causal: bool) -> None:
     """Text tokens that are the last of the keys, beside some video."""
+    if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int):
+        raise TypeError(
+            f"num_text_tokens must be an int of tokens, got {_describe(num_text_tokens)}."
+        )
     Sq, Sk = query.shape[2], key.shape[2]
     if not 0 <= num_text_tokens < Sk:
         raise ValueError(
@@ -122,8 +188,14 @@ def check_key_lengths(
     """
     if key_lengths is None:
         return None
-    lengths = torch.as_tensor(key_lengths)
-    check_movable("key_lengths", lengths, query.device)
+    try:
+        lengths = torch.as_tensor(key_lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            "key_lengths must be a tensor or a list of integers, one per item of the batch, got "
+            f"{_describe(key_lengths)} ({error})."
+        ) from error
+    check_tensor("key_lengths", lengths, "[B]")
     inexact = lengths.is_floating_point() or lengths.is_complex()
     if lengths.shape != query.shape[:1] or inexact or lengths.dtype == torch.bool:
         raise ValueError(
@@ -143,7 +215,9 @@ def check_thresholds(
     """
     if not isinstance(threshold, Tensor):
         return torch.full((), check_threshold(threshold), device=device, dtype=torch.float32)
-    check_movable("threshold", threshold, device)
+    check_tensor("threshold", threshold, "of shares in (0, 1]")
+    if threshold.dtype == torch.bool or threshold.is_complex():
+        raise TypeError(f"threshold must hold real numbers in (0, 1], got {threshold.dtype}.")
     if not broadcasts(threshold, rows):
         raise ValueError(
             f"threshold must broadcast to [B, H, Nq] = {list(rows)}, got {list(threshold.shape)}; "

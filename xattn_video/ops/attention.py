@@ -10,12 +10,15 @@ from torch import Tensor
 from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.ops.arguments import (
     check_block_size,
-    check_inference,
+    check_flag,
     check_key_lengths,
-    check_pair,
+    check_name,
     check_same_device,
+    check_scale,
+    check_tensor,
     check_text,
     check_thresholds,
+    check_triple,
 )
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.problem import AttentionInputs, empty_output
@@ -61,9 +64,22 @@ def attend(
             or devices disagree, or the inputs need gradients.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
-    check_inference(query, key, value)
-    check_pair(query, key, causal, value)
+    check_triple(query, key, value, causal)
     check_block_size(block_size)
+    check_flag("return_lse", return_lse)
+    check_name("backend", backend)
+    if not isinstance(blocks, BlockLists):
+        raise TypeError(
+            "blocks must be BlockLists, as from select(...) or BlockLists.from_mask(mask), got "
+            f"a {type(blocks).__qualname__}."
+        )
+    check_tensor("blocks.counts", blocks.counts, "int32 [B, H, Nq]")
+    check_tensor("blocks.indices", blocks.indices, "int32 [B, H, Nq, Nk]")
+    if blocks.counts.dtype != torch.int32 or blocks.indices.dtype != torch.int32:
+        raise TypeError(
+            "blocks must hold int32 counts and indices, got "
+            f"{blocks.counts.dtype} and {blocks.indices.dtype}."
+        )
     shape = _lists_shape(query, key, block_size)
     found = [list(blocks.counts.shape), list(blocks.indices.shape)]
     if found != [shape[:3], shape]:
@@ -74,9 +90,9 @@ def attend(
         )
     check_same_device(query=query, counts=blocks.counts, indices=blocks.indices)
     lengths = check_key_lengths(key_lengths, query, key)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, query)
     inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
-    out, lse = _run_attend(inputs, backend, return_lse)
+    out, lse = run_attend(inputs, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -121,10 +137,11 @@ def block_sparse_attention(
         ValueError: Shapes, dtypes or devices disagree, or the inputs need gradients.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
-    check_inference(query, key, value)
-    check_pair(query, key, causal, value)
+    check_triple(query, key, value, causal)
     check_block_size(block_size)
     expected = _lists_shape(query, key, block_size)
+    check_name("backend", backend)
+    check_tensor("block_mask", block_mask, "bool [B, H, Nq, Nk]")
     if block_mask.dtype != torch.bool:
         raise TypeError(f"block_mask must be a bool tensor, got {block_mask.dtype}.")
     if block_mask.dim() != 4 or any(
@@ -139,9 +156,9 @@ def block_sparse_attention(
     check_same_device(query=query, block_mask=block_mask)
     blocks = BlockLists.from_mask(block_mask.expand(expected))
     lengths = check_key_lengths(key_lengths, query, key)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, query)
     inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
-    return _run_attend(inputs, backend)[0]
+    return run_attend(inputs, backend)[0]
 
 
 @overload
@@ -232,12 +249,13 @@ def xattention(
             or devices disagree.
         BackendUnavailableError: The backend cannot run this, with every reason.
     """
-    check_inference(query, key, value)
-    check_pair(query, key, causal, value)
+    check_triple(query, key, value, causal)
     check_block_size(block_size, stride)
     check_text(num_text_tokens, query, key, causal)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
+    check_name("backend", backend)
+    check_name("scoring_precision", scoring_precision)
+    check_flag("return_block_mask", return_block_mask)
+    scale = check_scale(scale, query)
     rows = _lists_shape(query, key, block_size)[:3]
     lengths = check_key_lengths(key_lengths, query, key)
     tau = check_thresholds(threshold, rows, query.device)
@@ -247,11 +265,11 @@ def xattention(
         num_text_tokens,
     )
     inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
-    out, _ = _run_attend(inputs, backend)
+    out, _ = run_attend(inputs, backend)
     return (out, blocks.to_mask()) if return_block_mask else out
 
 
-def _run_attend(
+def run_attend(
     inputs: AttentionInputs, backend: str, return_lse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`compute_attention` as an operator; the log-sum-exp is empty unless it is asked for."""

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.ops.arguments import check_block_size, check_key_lengths, check_pair
+from xattn_video.ops.arguments import (
+    check_block_size,
+    check_key_lengths,
+    check_name,
+    check_pair,
+    check_scale,
+)
 from xattn_video.ops.problem import Problem
 
 Precision: TypeAlias = Literal["auto", "exact", "float8"]
@@ -88,6 +94,7 @@ def block_scores(
     """
     check_pair(query, key, causal)
     check_block_size(block_size, stride)
+    check_name("precision", precision)
     return compute_scores(
         ScoringInputs(
             query,
@@ -96,7 +103,7 @@ def block_scores(
             stride,
             causal,
             check_key_lengths(key_lengths, query, key),
-            query.shape[-1] ** -0.5 if scale is None else scale,
+            check_scale(scale, query),
             precision,
         )
     )

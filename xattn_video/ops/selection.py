@@ -12,8 +12,11 @@ from xattn_video.ops.arguments import (
     check_block_size,
     check_inference,
     check_key_lengths,
+    check_name,
     check_pair,
     check_same_device,
+    check_scale,
+    check_tensor,
     check_text,
     check_thresholds,
 )
@@ -55,6 +58,7 @@ def select_blocks(
         ValueError, TypeError: The threshold is out of range, no number or does not broadcast, or
             shapes, dtypes or devices disagree.
     """
+    check_tensor("scores", scores, "float [B, H, Nq, Nk]")
     if scores.dim() != 4 or not scores.is_floating_point():
         raise ValueError(
             f"scores must be float [B, H, Nq, Nk], got {scores.dtype} {list(scores.shape)}."
@@ -67,10 +71,10 @@ def select_blocks(
         forced = scores.new_zeros((), dtype=torch.bool)
     else:
         _check_forced(forced, scores)
-    return _fewest_blocks(scores, rows, forced.expand_as(scores))
+    return fewest_blocks(scores, rows, forced.expand_as(scores))
 
 
-def _fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
+def fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
     """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq]`."""
     threshold = threshold.to(scores.dtype).unsqueeze(-1)
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
@@ -88,6 +92,7 @@ def _fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
 
 
 def _check_forced(forced: Tensor, scores: Tensor) -> None:
+    check_tensor("forced", forced, "bool, broadcastable to scores")
     if forced.dtype != torch.bool:
         raise TypeError(f"forced must be a bool tensor, got {forced.dtype}.")
     check_same_device(scores=scores, forced=forced)
@@ -117,14 +122,15 @@ def select(
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
             or devices disagree.
     """
-    check_inference(query, key)
     check_pair(query, key, causal)
+    check_inference(query, key)
     check_block_size(block_size, stride)
     check_text(num_text_tokens, query, key, causal)
+    check_name("scoring_precision", scoring_precision)
     rows = (*query.shape[:2], -(-query.shape[2] // block_size))
     tau = check_thresholds(threshold, rows, query.device)
     lengths = check_key_lengths(key_lengths, query, key)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, query)
     inputs = ScoringInputs(
         query, key, block_size, stride, causal, lengths, scale, scoring_precision
     )
@@ -182,7 +188,7 @@ def select_block_lists(
         mask = forced.to_mask(scores.device)
         if mask is None:
             mask = scores.new_zeros((), dtype=torch.bool)
-        return BlockLists.from_mask(_fewest_blocks(scores, threshold, mask.expand_as(scores)))
+        return BlockLists.from_mask(fewest_blocks(scores, threshold, mask.expand_as(scores)))
     # Imported here so that selection works where Triton is missing.
     from xattn_video.kernels.block_selection import block_selection
 
