@@ -6,9 +6,9 @@ import pytest
 import torch
 from oracle import assert_within_budget, masked_attention
 
-from xattn_video import block_sparse_attention
+from xattn_video import BackendUnavailableError, block_sparse_attention
 from xattn_video.backends import flex
-from xattn_video.backends.table import load_backend
+from xattn_video.backends.table import load_backend, resolve_backend
 from xattn_video.kernels import support
 from xattn_video.ops.problem import Problem
 
@@ -216,3 +216,18 @@ for name, reasons in available_backends("cpu").items():
     )
     assert "triton ['triton is not installed; pip install triton (Linux only).'" in run.stdout
     assert "torch_gather []" in run.stdout
+
+
+def test_auto_tells_every_reason_of_every_backend(monkeypatch):
+    for name in ("torch_gather", "flex"):
+        reasons = [f"{name} is old.", f"{name} is slow."]
+        backend = load_backend(name)
+        monkeypatch.setattr(backend, "unsupported_reasons", lambda _, reasons=reasons: reasons)
+    with pytest.raises(BackendUnavailableError) as refused:
+        resolve_backend("auto", problem())
+    assert refused.value.reasons == [
+        "torch_gather: torch_gather is old.",
+        "torch_gather: torch_gather is slow.",
+        "flex: flex is old.",
+        "flex: flex is slow.",
+    ]

@@ -167,3 +167,26 @@ def test_long_rows(Nk, device):
     mask = select(scores, 0.9).to_mask()
     for row, kept in zip(scores.flatten(0, 2), mask.flatten(0, 2), strict=True):
         assert_smallest_set(row, kept, 0.9)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_the_diagonal_of_a_cut_last_row_is_forced(block_size, device):
+    """The last row holds one query, which sees the last key."""
+    forced = ForcedBlocks(129, 256, block_size, causal=True)
+    Nq, Nk = -(-129 // block_size), 256 // block_size
+    scores = torch.full((1, 1, Nq, Nk), 2.0**-20, device=device)
+    scores[..., 0] = 1.0
+    mask = forced.to_mask(device).expand_as(scores)
+    assert mask[0, 0, -1].nonzero().flatten().tolist() == [0, Nk - 1]
+    assert_same_lists(select(scores, 0.5, forced), select_blocks(scores, 0.5, forced=mask))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_keeps_all_on_every_path(bad, device):
+    scores = torch.full((1, 1, 2, 20), 2.0**-8, device=device)
+    scores[..., 17:] = 0
+    scores[0, 0, 1, 5] = bad
+    expected = [[[1, 17]]]
+    assert select(scores, 2.0**-8).counts.tolist() == expected
+    assert select_blocks(scores, 2.0**-8).sum(dim=-1).tolist() == expected

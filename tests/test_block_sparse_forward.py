@@ -193,3 +193,19 @@ def test_bounded_and_unbounded_products(norm, causal, dtype, device, monkeypatch
         # A difference of up to 128 powers of two, rounded to 24 bits.
         relative_error=2**-18 if dtype == torch.float32 else 0.0,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("bound", [70.0, 80.0, 110.0, 140.0])
+def test_products_that_all_lie_opposite_to_their_bound(bound, dtype, device, monkeypatch):
+    """Every key points away from the query: below the largest bound alone their weights are left.
+
+    The bound is in powers of two.
+    """
+    monkeypatch.setattr(kernel, "_BOUNDED_DTYPES", (dtype,))
+    _, key, value = make_inputs(1, 1, 64, 64, 64, device, dtype)
+    key = torch.ones_like(key)
+    # Norm of a key 8, scale 1 / 8: the bound of a query is its norm * log2(e).
+    query = torch.full_like(key, -bound / 1.4427 / 8)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    assert_is_masked_attention(query, key, value, mask, relative_error=2**-16)

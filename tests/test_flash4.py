@@ -1,9 +1,11 @@
 """The flash4 backend: its reasons and its check on the CPU, its kernel on Hopper."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -192,3 +194,47 @@ def test_the_kernel_agrees_with_the_formula(Sq, Sk, D, dtype, device):
     same_dtype = masked_attention(query, key, value, mask, block_size=128, dtype=dtype)
     assert actual.transpose(1, 2).is_contiguous()
     assert_within_budget(actual, expected, same_dtype)
+
+
+@pytest.mark.parametrize("factor", [1.03, 1.3, 0.5])
+def test_a_kernel_that_is_a_little_wrong_is_refused(factor, monkeypatch, fresh_check):
+    fake_kernel(monkeypatch)
+    right = flash_attention_4.block_sparse_forward
+
+    def wrong(*args, **options):
+        out, lse = right(*args, **options)
+        return out * factor, lse
+
+    monkeypatch.setattr(flash_attention_4, "block_sparse_forward", wrong)
+    with pytest.raises(BackendUnavailableError, match=r"is wrong on cpu .*relative error 0\."):
+        flash4.forward(small_inputs())
+
+
+def test_query_heads_are_never_packed(monkeypatch):
+    """Packed, the query heads of a key head would all follow the list of one of them."""
+    given = {}
+
+    def flash_attn_func(query, key, value, **options):
+        given.update(options)
+        return query, torch.zeros(1, 4, 256), None
+
+    interface = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    sparsity = types.SimpleNamespace(BlockSparseTensorsTorch=types.SimpleNamespace)
+    for name, module in {
+        "flash_attn": types.ModuleType("flash_attn"),
+        "flash_attn.cute": types.ModuleType("flash_attn.cute"),
+        "flash_attn.cute.interface": interface,
+        "flash_attn.cute.block_sparsity": sparsity,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    query, key = torch.randn(1, 4, 256, 64), torch.randn(1, 2, 256, 64)
+    blocks = BlockLists.from_mask(torch.ones(1, 4, 2, 2, dtype=torch.bool))
+    out, lse = flash_attention_4.block_sparse_forward(
+        query, key, key, blocks.counts, blocks.indices, block_size=128, scale=0.125
+    )
+    assert given["pack_gqa"] is False
+    assert given["return_lse"] is True
+    assert given["block_sparse_tensors"].full_block_cnt is blocks.counts
+    assert out.shape == (1, 4, 256, 64)
+    assert lse.shape == (1, 4, 256)
