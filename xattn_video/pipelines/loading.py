@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from xattn_video.errors import BackendUnavailableError
+from xattn_video.pipelines.model_files import check_model_files
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO, check_supported, find_model
 
 if TYPE_CHECKING:
@@ -117,15 +118,10 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     """Load, place and set up the pipeline.
 
     Raises:
-        ValueError: No such folder, no pipeline in it, or as `check_loading`.
-        BackendUnavailableError: As `check_loading`.
-        UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
-        PipelineLoadError: The hub has no such model, or cannot be reached.
+        ValueError, BackendUnavailableError, UnsupportedModelError, PipelineLoadError: As
+            `check_loading`, before weights are read.
     """
     check_loading(options)
-    source = find_model(options.model)
-    if options.model != DEMO:
-        check_supported(source)
     pipe = _read_pipeline(options)
     _place(pipe, options)
     if options.resolved_vae_tiling:
@@ -140,9 +136,16 @@ def check_loading(options: LoadOptions) -> None:
     """Find out what would show only once the weights are loaded, or the video decoded.
 
     Raises:
-        ValueError: A dtype that the demo model cannot use, or an unknown attention backend.
+        ValueError: A dtype that the demo model cannot use, an unknown attention backend, no such
+            model, or a folder whose files are damaged.
         BackendUnavailableError: The attention backend cannot be used here.
+        UnsupportedModelError: The pipeline is not HunyuanVideo's.
+        PipelineLoadError: The hub has no such model, or cannot be reached.
     """
+    source = find_model(options.model)
+    check_supported(source)
+    if source.folder is not None:
+        check_model_files(source.folder)
     if options.model == DEMO and options.dtype == torch.float16:
         raise ValueError(
             "dtype float16 is too small for the values of the demo model's VAE; "

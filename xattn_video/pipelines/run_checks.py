@@ -30,8 +30,8 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> li
     from xattn_video.pipelines.run_plan import plan_run
     from xattn_video.pipelines.source import find_model
 
-    shape = read_model_shape(find_model(load.model))
     check_loading(load)
+    shape = read_model_shape(find_model(load.model))
     warnings: list[str] = []
     for request in requests:
         sparse = request.sparse
