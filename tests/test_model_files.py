@@ -170,7 +170,7 @@ def test_damaged_folders_are_refused_in_one_line(damage, model, tmp_path):
 
 @pytest.mark.parametrize("damage", ["header cut short", "empty weights", "no JSON"])
 def test_loading_and_planning_refuse_too(damage, model):
-    from xattn_video.pipelines.hunyuan_video import LoadOptions, load_pipeline
+    from xattn_video.pipelines.loading import LoadOptions, load_pipeline
 
     harm, message = DAMAGES[damage]
     harm(model)

@@ -43,6 +43,7 @@ class CompareJob:
         videos: Whether videos are written and VMAF is measured, both of which need ffmpeg.
         kept_mass: Whether kept mass is measured, for the first batch.
         verbose: Whether the libraries may speak.
+        force: Whether to run what seems not to fit in memory.
     """
 
     load: "LoadOptions"
@@ -54,6 +55,7 @@ class CompareJob:
     videos: bool
     kept_mass: bool
     verbose: bool
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -78,7 +80,7 @@ class CompareJob:
         check_new_results(self.folder)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
         requests = [replace(self.requests[0], sparse=settings) for settings in sparse]
-        warnings = check_runs(self.load, requests)
+        warnings = check_runs(self.load, requests, self.force)
         if self.load.model == DEMO:
             warnings += unknown_words([request.prompt for request in self.requests])
         print_warnings(warnings)

@@ -32,6 +32,7 @@ class GenerateJob:
     outputs: Outputs
     fps: int
     verbose: bool
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -47,7 +48,7 @@ def check_job(job: GenerateJob) -> None:
     if job.requests[0].sparse is None and any(job.outputs.plots):
         raise ValueError("--plot shows the density of sparse steps; --dense has none.")
     # The requests share everything but the prompt.
-    warnings = check_runs(job.load, job.requests[:1])
+    warnings = check_runs(job.load, job.requests[:1], job.force)
     if job.load.model == DEMO:
         warnings += unknown_words([request.prompt for request in job.requests])
     print_warnings(warnings)

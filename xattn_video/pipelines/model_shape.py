@@ -26,6 +26,8 @@ class ModelShape:
     patch_size_t: int = 1
     spatial_compression: int = 8
     temporal_compression: int = 4
+    vae_channels: int = 128
+    """Of the VAE's tensors at the video's own size."""
     text_tokens: int = 256
     text_parameters: int = _TEXT_PARAMETERS
     vae_parameters: int = _VAE_PARAMETERS
@@ -92,6 +94,7 @@ def read_model_shape(source: ModelSource) -> ModelShape:
         patch_size_t=transformer.get("patch_size_t", default.patch_size_t),
         spatial_compression=vae.get("spatial_compression_ratio", default.spatial_compression),
         temporal_compression=vae.get("temporal_compression_ratio", default.temporal_compression),
+        vae_channels=min(vae.get("block_out_channels", [default.vae_channels])),
         text_parameters=text_parameters,
         vae_parameters=vae_parameters,
     )
