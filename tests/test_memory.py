@@ -18,8 +18,8 @@ from xattn_video.pipelines.memory import (
     settle_offload,
 )
 from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
-from xattn_video.pipelines.run_plan import plan_run
 from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings
+from xattn_video.pipelines.run_plan import plan_run
 from xattn_video.pipelines.source import find_model
 
 CPU = LoadOptions(device="cpu", dtype=torch.bfloat16)

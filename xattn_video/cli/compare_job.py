@@ -15,6 +15,7 @@ from xattn_video.cli.record import run_record
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
+from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
     output_console,
@@ -69,12 +70,13 @@ class CompareJob:
             ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot
                 be used.
             BackendUnavailableError: The backend cannot run the model's heads here.
-            MissingPackageError: torchmetrics or ffmpeg is needed and cannot be used.
+            MissingPackageError: torchmetrics, matplotlib or ffmpeg is needed and cannot be used.
         """
         from xattn_video.measure.clips import require_ffmpeg
         from xattn_video.measure.frames import require_torchmetrics
 
         require_torchmetrics()
+        require_matplotlib()
         if self.videos:
             require_ffmpeg()
         check_new_results(self.folder)
