@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 _LFS_POINTER = b"version https://git-lfs"
 _AGAIN = "download it again"
 
@@ -213,6 +211,7 @@ def _check_weights(file: Path, promised: list[str]) -> dict[str, list[int]]:
 def _check_shapes(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
     """Diffusers would draw missing weights at random, with a warning at most."""
     import diffusers
+    import torch
 
     if config.get("_class_name") is None:  # one of transformers' models
         return
