@@ -69,6 +69,8 @@ def main(
     log_choices(verbose)
     share = launched_share()
     with ErrorsToExitCodes(verbose) as errors:
+        from xattn_video.pipelines.memory import settle_offload
+
         video = options.video_settings(
             model, height, width, num_frames, num_inference_steps, guidance_scale, None
         )
@@ -86,7 +88,10 @@ def main(
         )
         if device is None:
             device = _device_of(share)
-        load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
+        load = settle_offload(
+            options.load_options(model, dtype, device, offload, vae_tiling, attention_backend),
+            video,
+        )
         job = SamplingJob(
             RunFolder(run),
             share,

@@ -11,15 +11,16 @@ unfinished/         videos that are being written
 locks/              one file for each rank
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from eval_vbench.prompts import VideoItem, choose_prompts, video_items
 from xattn_video.pipelines.video import write_json
@@ -100,10 +101,10 @@ class RunFolder:
             ValueError: Another process holds it.
         """
         self._locks.mkdir(parents=True, exist_ok=True)
-        with (self._locks / f"rank-{rank}").open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(FileLock(self._locks / f"rank-{rank}", timeout=0))
+            except Timeout:
                 raise ValueError(
                     f"another process is generating into {str(self.path)!r} already; "
                     "wait for it, or use several GPUs with accelerate launch."

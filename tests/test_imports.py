@@ -1,6 +1,7 @@
 """Who may import whom, and what a plain import may pull in."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ ALLOWED = {
     "backends": {"errors", "kernels", "backends", *VALUES},
     "ops": OPERATOR,
     "compat": OPERATOR,
+    "__main__": {"cli"},
     "policy": OPERATOR | {"policy"},
     "processors": HOSTS,
     "pipelines": HOSTS | {"pipelines"},
@@ -113,17 +115,47 @@ def test_backends_never_import_each_other():
             assert found <= shared, path.name
 
 
+def run_without(packages: set[str], code: str) -> subprocess.CompletedProcess[str]:
+    """A fresh process in which none of the packages can be imported."""
+    block = f"import sys\nsys.modules.update(dict.fromkeys({sorted(packages)}))\n"
+    command = [sys.executable, "-c", block + code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def extras() -> set[str]:
+    """What an installation without extras may lack, as it is imported."""
+    tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for extra in project["optional-dependencies"].values() for line in extra]
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
+    return names - {"flash_attn_4", "pillow", "xattn_video"} | {"PIL", "flash_attn", "triton"}
+
+
 def test_the_operator_needs_torch_alone():
-    """A fresh process in which nothing beyond torch can be imported."""
     code = """
-import sys
-for name in ("diffusers", "transformers", "triton", "matplotlib", "flash_attn", "rich", "typer"):
-    sys.modules[name] = None
 import torch, xattn_video
 out = xattn_video.xattention(*torch.randn(3, 1, 1, 256, 16), block_size=64)
 assert out.shape == (1, 1, 256, 16)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    run = run_without(extras(), code)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_command_line_without_its_packages_is_one_line():
+    run = run_without(extras(), "from xattn_video.__main__ import main; main()")
+    assert (run.returncode, run.stdout) == (1, "")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: the command line needs accelerate, diffusers, imageio,")
+    assert "pip install 'xattn-video[video]'" in line
+
+
+def test_the_command_line_runs_without_what_only_measures():
+    packages = {"torchmetrics", "matplotlib", "hypothesis", "pytest"}
+    code = "sys.argv[1:] = ['plan', '--model=demo']; from xattn_video.__main__ import main; main()"
+    run = run_without(packages, code)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("tokens ")
 
 
 def test_the_public_names_are_all_there():

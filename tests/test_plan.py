@@ -1,13 +1,10 @@
 """The dry run: what it says, and that it says it without weights."""
 
 import json
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
-from benchmarks.whole_videos import read_whole_videos
 from xattn_video import ThresholdSchedule
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.pipelines import run_plan as plan_module
@@ -128,39 +125,6 @@ def test_a_laptop_plans_for_a_gpu_elsewhere(monkeypatch):
     assert found.warnings == ()
 
 
-def test_more_memory_than_the_gpu_has_is_warned_of(monkeypatch):
-    load = SimpleNamespace(resolved_device=torch.device("cuda"), device_is_here=True)
-    for total, expected in ((80, []), (24, ["About 51 GiB are needed and the GPU has 24."])):
-        properties = SimpleNamespace(total_memory=total * 2**30)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-        warnings = plan_module._cost_warnings(plan().memory, 1.0, load)
-        assert [warning.split(" Try ")[0] for warning in warnings] == expected
-
-
-@pytest.mark.parametrize(
-    ("total", "remedy"),
-    [
-        (40, "Try --offload model or group or sequential, or a smaller video."),
-        (24, "Try --offload group or sequential, or a smaller video."),
-        (8, "Try a smaller video."),
-    ],
-)
-def test_the_remedy_names_what_fits(monkeypatch, total, remedy):
-    properties = SimpleNamespace(total_memory=total * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    load = SimpleNamespace(resolved_device=torch.device("cuda"), device_is_here=True)
-    memory = plan(load=LoadOptions(device="cuda", offload="none", device_elsewhere=True)).memory
-    assert plan_module._cost_warnings(memory, 1.0, load)[0].endswith(remedy)
-
-
-def test_more_memory_than_the_host_has_is_warned_of(monkeypatch):
-    for total, expected in ((80, []), (24, ["About 51 GiB are needed and this machine has 24."])):
-        host = SimpleNamespace(total=total * 2**30)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda host=host: host)
-        warnings = plan_module._cost_warnings(plan().memory, 1.0, CPU)
-        assert [warning.split(" Run ")[0] for warning in warnings] == expected
-
-
 def test_a_backend_that_cannot_run_is_warned_of(monkeypatch):
     from xattn_video.backends import triton
 
@@ -182,29 +146,6 @@ def test_ordinary_runs_have_no_warning():
     video = VideoSettings(height=256, width=256, num_frames=65, num_inference_steps=25)
     shape = ModelShape(heads=2, double_layers=2, single_layers=5)
     assert plan(video, shape=shape).warnings == ()
-
-
-def test_memory_holds_the_weights():
-    memory = plan().memory
-    assert memory.transformer == pytest.approx(12.8e9 * 2 / 2**30, rel=0.01)
-    assert memory.peak == pytest.approx(
-        memory.transformer + memory.text_encoders + memory.vae + memory.activations
-    )
-    # 36.3 GiB were measured on an H100: the weights and the activations of the transformer.
-    assert memory.transformer + memory.activations == pytest.approx(36.3, rel=0.02)
-
-
-def test_a_cpu_has_nowhere_to_offload_to():
-    memory = plan().memory
-    assert (memory.offload, memory.peaks) == ("none", {"none": memory.peak})
-
-
-@pytest.mark.parametrize("video", read_whole_videos(), ids=lambda video: video.stem)
-def test_the_peaks_are_near_those_measured(video):
-    load = LoadOptions(device="cuda", offload=video.offload, device_elsewhere=True)
-    memory = plan(load=load).memory
-    assert memory.peak == memory.peaks[video.offload]
-    assert memory.peak == pytest.approx(video.peak_memory_gib, rel=0.05)
 
 
 def test_the_plan_is_plain_json():

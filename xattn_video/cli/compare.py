@@ -41,6 +41,7 @@ def compare(
     offload: options.OffloadOption = None,
     vae_tiling: options.VaeTiling = None,
     attention_backend: options.AttentionBackend = None,
+    force: options.Force = False,
     output: compare_options.Output = None,
     videos: compare_options.Videos = True,
     verbose: options.Verbose = False,
@@ -48,6 +49,8 @@ def compare(
     """Measure how far sparse videos are from dense ones, and what they save."""
     log_choices(verbose)
     with ErrorsToExitCodes(verbose) as errors:
+        from xattn_video.pipelines.memory import settle_offload
+
         job: CompareJob | FilesJob
         if reference is not None or candidate is not None:
             job = FilesJob.of(reference, candidate, (prompt, prompts_file, demo_prompts), output)
@@ -74,8 +77,9 @@ def compare(
                 backend=backend,
                 scoring_precision=scoring_precision,
             )
-            load = options.load_options(
-                model, dtype, device, offload, vae_tiling, attention_backend
+            load = settle_offload(
+                options.load_options(model, dtype, device, offload, vae_tiling, attention_backend),
+                video,
             )
             job = CompareJob(
                 load,
@@ -87,6 +91,7 @@ def compare(
                 videos,
                 kept_mass,
                 verbose,
+                force,
             )
         job.check()
         errors.running = True

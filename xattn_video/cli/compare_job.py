@@ -15,6 +15,7 @@ from xattn_video.cli.record import run_record
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
+from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
     output_console,
@@ -43,6 +44,7 @@ class CompareJob:
         videos: Whether videos are written and VMAF is measured, both of which need ffmpeg.
         kept_mass: Whether kept mass is measured, for the first batch.
         verbose: Whether the libraries may speak.
+        force: Whether to run what seems not to fit in memory.
     """
 
     load: "LoadOptions"
@@ -54,6 +56,7 @@ class CompareJob:
     videos: bool
     kept_mass: bool
     verbose: bool
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -67,18 +70,19 @@ class CompareJob:
             ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot
                 be used.
             BackendUnavailableError: The backend cannot run the model's heads here.
-            MissingPackageError: torchmetrics or ffmpeg is needed and cannot be used.
+            MissingPackageError: torchmetrics, matplotlib or ffmpeg is needed and cannot be used.
         """
         from xattn_video.measure.clips import require_ffmpeg
         from xattn_video.measure.frames import require_torchmetrics
 
         require_torchmetrics()
+        require_matplotlib()
         if self.videos:
             require_ffmpeg()
         check_new_results(self.folder)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
         requests = [replace(self.requests[0], sparse=settings) for settings in sparse]
-        warnings = check_runs(self.load, requests)
+        warnings = check_runs(self.load, requests, self.force)
         if self.load.model == DEMO:
             warnings += unknown_words([request.prompt for request in self.requests])
         print_warnings(warnings)

@@ -36,6 +36,7 @@ def generate(
     offload: options.OffloadOption = None,
     vae_tiling: options.VaeTiling = None,
     attention_backend: options.AttentionBackend = None,
+    force: options.Force = False,
     output: options.Output = None,
     report: options.Report = None,
     plot: options.Plot = None,
@@ -44,6 +45,8 @@ def generate(
     """Generate a video, or one for each line of a file."""
     log_choices(verbose)
     with ErrorsToExitCodes(verbose) as errors:
+        from xattn_video.pipelines.memory import settle_offload
+
         prompts = choose_prompts(prompt, prompts_file)
         video = options.video_settings(
             model, height, width, num_frames, num_inference_steps, guidance_scale, true_cfg_scale
@@ -60,12 +63,15 @@ def generate(
             backend=backend,
             scoring_precision=scoring_precision,
         )
-        load = options.load_options(model, dtype, device, offload, vae_tiling, attention_backend)
+        load = settle_offload(
+            options.load_options(model, dtype, device, offload, vae_tiling, attention_backend),
+            video,
+        )
         requests = tuple(
             GenerationRequest(p, negative_prompt, seed, video, sparse) for p in prompts
         )
         outputs = choose_outputs(requests, prompts_file is not None, output, report, plot)
-        job = GenerateJob(load, requests, outputs, fps, verbose)
+        job = GenerateJob(load, requests, outputs, fps, verbose, force)
         check_job(job)
         errors.running = True
         run_job(job)

@@ -11,6 +11,7 @@ from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
 from xattn_video.pipelines.video import write_json
+from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
     output_console,
@@ -32,6 +33,7 @@ class GenerateJob:
     outputs: Outputs
     fps: int
     verbose: bool
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -43,11 +45,14 @@ def check_job(job: GenerateJob) -> None:
     Raises:
         ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: The backend cannot run the model's heads here.
+        MissingPackageError: A plot is asked for and matplotlib is missing.
     """
     if job.requests[0].sparse is None and any(job.outputs.plots):
         raise ValueError("--plot shows the density of sparse steps; --dense has none.")
+    if any(job.outputs.plots):
+        require_matplotlib()
     # The requests share everything but the prompt.
-    warnings = check_runs(job.load, job.requests[:1])
+    warnings = check_runs(job.load, job.requests[:1], job.force)
     if job.load.model == DEMO:
         warnings += unknown_words([request.prompt for request in job.requests])
     print_warnings(warnings)

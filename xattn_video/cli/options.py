@@ -66,7 +66,7 @@ OffloadOption = Annotated[
     option(
         _MODEL,
         "What waits in host memory: none, model, sequential or group.",
-        show_default="model on a GPU; demo none",
+        show_default="the fastest that fits",
     ),
 ]
 VaeTiling = Annotated[
@@ -80,6 +80,10 @@ VaeTiling = Annotated[
 AttentionBackend = Annotated[
     str | None,
     option(_MODEL, "Diffusers' attention backend for the dense steps, such as native or flash."),
+]
+
+Force = Annotated[
+    bool, option(_MODEL, "Run what seems not to fit in memory all the same.", "--force")
 ]
 
 Height = Annotated[int | None, _video_option("Pixels, a multiple of 16.", "height")]
@@ -237,6 +241,7 @@ def load_options(
     attention_backend: str | None = None,
     *,
     device_elsewhere: bool = False,
+    gpu_memory: float | None = None,
 ) -> "LoadOptions":
     """How to load the model.
 
@@ -255,4 +260,5 @@ def load_options(
         vae_tiling,
         attention_backend,
         device_elsewhere,
+        gpu_memory,
     )

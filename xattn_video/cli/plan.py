@@ -19,7 +19,8 @@ from xattn_video.reporting.console import (
 from xattn_video.reporting.tables import Table
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.run_plan import MemoryEstimate, RunPlan, SpeedupBound
+    from xattn_video.pipelines.memory import MemoryEstimate
+    from xattn_video.pipelines.run_plan import RunPlan, SpeedupBound
 
 
 def plan(
@@ -42,6 +43,10 @@ def plan(
     dtype: options.Dtype = None,
     device: options.Device = None,
     offload: options.OffloadOption = None,
+    gpu_memory: Annotated[
+        float | None,
+        options.option("Model", "GiB of a GPU to plan for.", show_default="what is free here"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -67,7 +72,9 @@ def plan(
             backend=backend,
             scoring_precision=scoring_precision,
         )
-        load = options.load_options(model, dtype, device, offload, device_elsewhere=True)
+        load = options.load_options(
+            model, dtype, device, offload, device_elsewhere=True, gpu_memory=gpu_memory
+        )
         shape = read_model_shape(find_model(model))
         run_plan = plan_run(shape, video, sparse, load)
         if as_json:
@@ -91,10 +98,11 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         "compute": f"{run_plan.dense_step_tflop:,.1f} TFLOP in a dense step, "
         f"{run_plan.attention_share:.0%} of it attention; "
         f"scoring costs {run_plan.scoring_share:.1%} of it",
-        "memory": f"about {memory.peak:.1f} GiB at the peak, without the video's decoding "
+        "memory": f"about {memory.peak:.1f} GiB at the peak "
         f"(an estimate: transformer {memory.transformer:.1f}, "
         f"activations {memory.activations:.1f}, text encoders {memory.text_encoders:.1f}, "
-        f"VAE {memory.vae:.1f})",
+        f"VAE {memory.vae:.1f}, its decoding {memory.decoding:.1f}); "
+        f"host about {memory.host:.1f} GiB",
         "offload": _offload(memory),
         "device": f"{run_plan.device}, {run_plan.dtype}"
         + (", not on this machine" if not run_plan.device_is_here else ""),
@@ -110,13 +118,14 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
 
 
 def _offload(memory: "MemoryEstimate") -> str:
-    """What waits in host memory, and the peak of the other ways to offload."""
+    """What waits in host memory and why, and the peaks of the other ways to offload."""
     others = [
-        f"with {name} {gib:.1f} GiB"
+        f"with {name} {gib:.1f} GiB (host {memory.hosts[name]:.1f})"
         for name, gib in memory.peaks.items()
         if name != memory.offload
     ]
-    return f"{memory.offload}; {', '.join(others)}" if others else memory.offload
+    chosen = f"{memory.offload}, {memory.offload_reason}"
+    return f"{chosen}; {', '.join(others)}" if others else memory.offload
 
 
 def _backend(run_plan: "RunPlan") -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from xattn_video.errors import BackendUnavailableError
+from xattn_video.pipelines.model_files import check_model_files
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO, check_supported, find_model
 
 if TYPE_CHECKING:
@@ -32,10 +33,13 @@ class LoadOptions:
         device: A CUDA device where there is one, else the CPU, if None.
         offload: Which parts wait in host memory: whole models, single layers one after the other
             (slowest, least memory), or groups of layers with their transfers overlapped. If None,
-            whole models on CUDA and nothing elsewhere or for the demo model.
+            whole models on CUDA and nothing elsewhere or for the demo model;
+            `memory.settle_offload` chooses by what is free.
         vae_tiling: Decode the video in tiles. If None, on but for the demo model.
         attention_backend: A Diffusers attention backend for the dense steps.
         device_elsewhere: The device may be another machine's: options to plan with, not to load.
+        gpu_memory: GiB of the GPU that is planned for, which is then the device unless one is
+            given. If None, what is free on the device.
     """
 
     model: str = HUNYUAN_VIDEO
@@ -45,6 +49,7 @@ class LoadOptions:
     vae_tiling: bool | None = None
     attention_backend: str | None = None
     device_elsewhere: bool = False
+    gpu_memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES.values():
@@ -54,6 +59,11 @@ class LoadOptions:
                 f"offload must be one of {', '.join(get_args(Offload))}, got {self.offload!r}."
             )
         device = self.resolved_device
+        if self.gpu_memory is not None and not (device.type == "cuda" and self.gpu_memory > 0):
+            raise ValueError(
+                f"gpu_memory must be above 0 GiB on a CUDA device, got {self.gpu_memory} on "
+                f"{str(device)!r}; use 24, or leave it out."
+            )
         if not self.device_elsewhere and not self.device_is_here:
             found = (
                 f"this machine has {torch.cuda.device_count()} CUDA device(s)."
@@ -71,7 +81,8 @@ class LoadOptions:
     def resolved_device(self) -> torch.device:
         """The device that computes."""
         if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            on_gpu = self.gpu_memory is not None or torch.cuda.is_available()
+            return torch.device("cuda" if on_gpu else "cpu")
         device: torch.device | None = None
         with contextlib.suppress(RuntimeError):
             device = torch.device(self.device)
@@ -117,15 +128,12 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     """Load, place and set up the pipeline.
 
     Raises:
-        ValueError: No such folder, no pipeline in it, or as `check_loading`.
-        BackendUnavailableError: As `check_loading`.
+        ValueError, BackendUnavailableError: As `check_loading`.
         UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
         PipelineLoadError: The hub has no such model, or cannot be reached.
     """
     check_loading(options)
-    source = find_model(options.model)
-    if options.model != DEMO:
-        check_supported(source)
+    check_supported(find_model(options.model))
     pipe = _read_pipeline(options)
     _place(pipe, options)
     if options.resolved_vae_tiling:
@@ -140,9 +148,15 @@ def check_loading(options: LoadOptions) -> None:
     """Find out what would show only once the weights are loaded, or the video decoded.
 
     Raises:
-        ValueError: A dtype that the demo model cannot use, or an unknown attention backend.
+        ValueError: A dtype that the demo model cannot use, an unknown attention backend, no such
+            model, or a folder whose files are damaged.
         BackendUnavailableError: The attention backend cannot be used here.
+        UnsupportedModelError: The folder's pipeline is not HunyuanVideo's.
     """
+    source = find_model(options.model)
+    if source.folder is not None:
+        check_supported(source)
+        check_model_files(source.folder)
     if options.model == DEMO and options.dtype == torch.float16:
         raise ValueError(
             "dtype float16 is too small for the values of the demo model's VAE; "

@@ -1,11 +1,11 @@
 """What a plan must know of a model, read from its configuration files and tensor headers alone."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported, unreadable
+from xattn_video.pipelines.model_files import read_shapes
+from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported
 
 # HunyuanVideo's Llama and CLIP text encoders, and its VAE.
 _TEXT_PARAMETERS = 7_505_186_816 + 123_060_480
@@ -26,6 +26,8 @@ class ModelShape:
     patch_size_t: int = 1
     spatial_compression: int = 8
     temporal_compression: int = 4
+    vae_channels: int = 128
+    """Of the VAE's tensors at the video's own size."""
     text_tokens: int = 256
     text_parameters: int = _TEXT_PARAMETERS
     vae_parameters: int = _VAE_PARAMETERS
@@ -92,6 +94,7 @@ def read_model_shape(source: ModelSource) -> ModelShape:
         patch_size_t=transformer.get("patch_size_t", default.patch_size_t),
         spatial_compression=vae.get("spatial_compression_ratio", default.spatial_compression),
         temporal_compression=vae.get("temporal_compression_ratio", default.temporal_compression),
+        vae_channels=min(vae.get("block_out_channels", [default.vae_channels])),
         text_parameters=text_parameters,
         vae_parameters=vae_parameters,
     )
@@ -103,15 +106,5 @@ def count_parameters(folder: Path) -> int:
     Raises:
         ValueError: One of them cannot be read.
     """
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with file.open("rb") as stream:
-                # The format: the header's length in 8 bytes, then the header as JSON.
-                length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
-        except OSError as error:
-            raise unreadable(file, error) from None
-        header.pop("__metadata__", None)
-        count += sum(math.prod(tensor["shape"]) for tensor in header.values())
-    return count
+    files = folder.glob("*.safetensors")
+    return sum(math.prod(shape) for file in files for shape in read_shapes(file).values())

@@ -9,16 +9,19 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
 
-def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> list[str]:
+def check_runs(
+    load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool = False
+) -> list[str]:
     """Find out what would fail; return a warning of each thing that would be in vain.
 
     Args:
         load: How the model will be loaded.
         requests: One for each kind of run.
+        force: Warn where the run cannot fit in memory, rather than refuse.
 
     Raises:
-        ValueError: The scoring precision cannot be had here, the schedule is for another model, or
-            the model cannot be used.
+        ValueError: The run cannot fit in memory, the scoring precision cannot be had here, the
+            schedule is for another model, or the model cannot be used.
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
     """
@@ -30,8 +33,8 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> li
     from xattn_video.pipelines.run_plan import plan_run
     from xattn_video.pipelines.source import find_model
 
-    shape = read_model_shape(find_model(load.model))
     check_loading(load)
+    shape = read_model_shape(find_model(load.model))
     warnings: list[str] = []
     for request in requests:
         sparse = request.sparse
@@ -40,7 +43,10 @@ def check_runs(load: "LoadOptions", requests: Sequence[GenerationRequest]) -> li
             problem = Problem(device, dtype, shape.head_dim, sparse.block_size)
             resolve_backend(sparse.backend, problem)
             check_precision(sparse.scoring_precision, problem, sparse.stride)
-        warnings += plan_run(shape, request.video, sparse, load).warnings
+        plan = plan_run(shape, request.video, sparse, load)
+        if plan.shortage is not None and not force:
+            raise ValueError(f"{plan.shortage} --force tries it all the same.")
+        warnings += plan.warnings
     return list(dict.fromkeys(warnings))
 
 

@@ -1,16 +1,22 @@
 """Foretell a run from sizes alone: tokens, blocks, arithmetic, memory, and whether it pays."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from xattn_video.backends.table import available_backends, resolve_backend
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
-from xattn_video.pipelines.loading import LoadOptions, Offload
+from xattn_video.pipelines.loading import LoadOptions
+from xattn_video.pipelines.memory import (
+    MemoryEstimate,
+    describe_shortage,
+    estimate_memory,
+    find_room,
+)
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.decision import Run, count_dense_steps
@@ -19,14 +25,10 @@ from xattn_video.policy.settings import SparseSettings
 PAPER_DENSITIES = (0.34, 0.455)
 """Densities that the XAttention paper reports for HunyuanVideo; not a measurement of this run."""
 DENSITIES = (0.2, *PAPER_DENSITIES, 0.6, 0.8)
-# Tensors of the hidden size that a forward holds at its peak; fits the 36.3 GiB measured on an
-# H100 for HunyuanVideo's transformer at 720x1280x129, 23.9 GiB of which are weights.
-_HIDDEN_TENSORS = 18
 _SMALL_SHARE = 0.5
 _FEW_BLOCKS = 16
 # What a CPU at one TFLOP/s does in an hour.
 _SLOW_CPU_TFLOP = 3600
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +41,6 @@ class SpeedupBound:
     run: float
     """All steps, the dense ones included."""
     from_paper: bool
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """GiB. An estimate; the VAE's decoding comes on top of none of it.
-
-    Attributes:
-        transformer, text_encoders, vae: Weights.
-        activations: Of one forward of the transformer.
-        peak: What the device holds at most.
-        offload: Which parts wait in host memory.
-        peaks: The peak of every way to offload that the device has.
-    """
-
-    transformer: float
-    text_encoders: float
-    vae: float
-    activations: float
-    peak: float
-    offload: Offload
-    peaks: dict[Offload, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +63,8 @@ class RunPlan:
     scoring_share: float
     speedup_bounds: tuple[SpeedupBound, ...]
     memory: MemoryEstimate
+    shortage: str | None
+    """Why the run cannot fit where it would run, and what would fit."""
     device: str
     device_is_here: bool
     dtype: str
@@ -109,35 +92,32 @@ def plan_run(
     """
     settings = sparse or SparseSettings()
     grid = shape.grid(video.height, video.width, video.num_frames)
-    video_tokens = grid[0] * grid[1] * grid[2]
+    video_tokens = math.prod(grid)
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
-    steps = video.num_inference_steps
-    dense_steps = steps
-    device, dtype = options.resolved_device, options.resolved_dtype
+    steps = dense_steps = video.num_inference_steps
+    device = options.resolved_device
     if sparse:
         run = Run(shape.layers, shape.heads, video_tokens, device.type, steps)
         dense_steps = count_dense_steps(sparse, run)
     forwards = 2 if video.true_cfg_scale > 1 else 1
-    attention = 4 * tokens**2 * shape.hidden * shape.layers
-    linear = 2 * tokens * shape.linear_parameters * shape.layers
-    share = attention / (attention + linear)
+    flop, share = _arithmetic(shape, tokens)
+    tflop = forwards * flop / 1e12
     # Half a product of queries and keys that are `stride` times fewer.
     scoring = 1 / (2 * settings.stride)
-    memory = _estimate_memory(shape, tokens, options)
-    problem = Problem(device, dtype, shape.head_dim, settings.block_size)
-    backend = None
-    tflop = forwards * (attention + linear) / 1e12
+    room = find_room(options)
+    shortage = describe_shortage(shape, video, options, room)
     warnings = []
+    backend = None
     if sparse:
         warnings += _sparsity_warnings(
             sparse, dense_steps, steps, video_tokens, share, device.type
         )
         if options.device_is_here:
-            backend, refusal = _resolve(settings.backend, problem)
-            warnings += [refusal] if refusal else _backend_warnings(backend, device)
-            warnings += _scoring_warnings(settings, problem)
-    warnings += _cost_warnings(memory, tflop * steps, options)
+            backend, found = _choose_backend(shape, settings, options)
+            warnings += found
+    warnings += [shortage] if shortage else []
+    warnings += _cpu_warnings(device, tflop * steps)
     return RunPlan(
         grid=grid,
         video_tokens=video_tokens,
@@ -154,13 +134,21 @@ def plan_run(
         attention_share=share,
         scoring_share=share * scoring,
         speedup_bounds=_speedup_bounds(share, scoring, steps, dense_steps) if sparse else (),
-        memory=memory,
+        memory=estimate_memory(shape, video, options, room),
+        shortage=shortage,
         device=str(device),
         device_is_here=options.device_is_here,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(options.resolved_dtype).removeprefix("torch."),
         backend=backend,
         warnings=tuple(warnings),
     )
+
+
+def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:
+    """Operations of one forward in its layers, and the share of them that is attention."""
+    attention = 4 * tokens**2 * shape.hidden * shape.layers
+    linear = 2 * tokens * shape.linear_parameters * shape.layers
+    return attention + linear, attention / (attention + linear)
 
 
 def _speedup_bounds(
@@ -177,40 +165,23 @@ def _speedup_bounds(
     return tuple(bounds)
 
 
-def _estimate_memory(shape: ModelShape, tokens: int, options: LoadOptions) -> MemoryEstimate:
-    """Weights from their number, activations from the size of the hidden states."""
-    size = options.resolved_dtype.itemsize
-    others = 2 if options.resolved_device.type == "cuda" else size
-    transformer = shape.transformer_parameters * size / _GIB
-    text_encoders = shape.text_parameters * others / _GIB
-    vae = shape.vae_parameters * others / _GIB
-    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB
-    peaks: dict[Offload, float] = {"none": transformer + text_encoders + vae + activations}
-    if options.resolved_device.type == "cuda":
-        a_layer = transformer / shape.layers + activations
-        peaks["model"] = max(transformer + activations, text_encoders, vae)
-        peaks |= {"group": a_layer, "sequential": a_layer}
-    offload = options.resolved_offload
-    return MemoryEstimate(
-        transformer, text_encoders, vae, activations, peaks[offload], offload, peaks
-    )
-
-
-def _resolve(name: str, problem: Problem) -> tuple[str | None, str | None]:
-    """The backend that will run, or why none can."""
+def _choose_backend(
+    shape: ModelShape, settings: SparseSettings, options: LoadOptions
+) -> tuple[str | None, list[str]]:
+    """The backend that will run, and why none can, or a faster one or the precision cannot."""
+    device = options.resolved_device
+    problem = Problem(device, options.resolved_dtype, shape.head_dim, settings.block_size)
+    backend, warnings = None, []
     try:
-        return resolve_backend(name, problem), None
+        backend = resolve_backend(settings.backend, problem)
+        warnings += _backend_warnings(backend, device)
     except BackendUnavailableError as error:
-        return None, str(error)
-
-
-def _scoring_warnings(settings: SparseSettings, problem: Problem) -> list[str]:
-    """Why the estimate cannot be had in the precision asked for."""
+        warnings.append(str(error))
     try:
         check_precision(settings.scoring_precision, problem, settings.stride)
     except ValueError as error:
-        return [str(error)]
-    return []
+        warnings.append(str(error))
+    return backend, warnings
 
 
 def _sparsity_warnings(
@@ -250,7 +221,7 @@ def _sparsity_warnings(
     return warnings
 
 
-def _backend_warnings(backend: str | None, device: torch.device) -> list[str]:
+def _backend_warnings(backend: str, device: torch.device) -> list[str]:
     """Whether a faster backend is missing."""
     if device.type != "cuda" or backend != "torch_gather":
         return []
@@ -259,37 +230,11 @@ def _backend_warnings(backend: str | None, device: torch.device) -> list[str]:
     return [f"Only the portable backend can run, which is slow on a GPU. {reasons}".rstrip()]
 
 
-def _cost_warnings(memory: MemoryEstimate, tflop: float, options: LoadOptions) -> list[str]:
-    """Whether the run is too large for where it would run."""
-    device = options.resolved_device
-    if device.type != "cuda":
-        return _cpu_cost_warnings(memory, tflop)
-    if not options.device_is_here:
+def _cpu_warnings(device: torch.device, tflop: float) -> list[str]:
+    """Whether the run would take a CPU hours."""
+    if device.type != "cpu" or tflop < _SLOW_CPU_TFLOP:
         return []
-    total = torch.cuda.get_device_properties(device).total_memory / _GIB
-    if memory.peak < total:
-        return []
-    fitting = [name for name, peak in memory.peaks.items() if peak < total]
-    remedy = f"Try --offload {' or '.join(fitting)}, or a" if fitting else "Try a"
     return [
-        f"About {memory.peak:.0f} GiB are needed and the GPU has {total:.0f}. "
-        f"{remedy} smaller video."
+        f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {tflop / _SLOW_CPU_TFLOP:,.1f} hours at "
+        "1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
     ]
-
-
-def _cpu_cost_warnings(memory: MemoryEstimate, tflop: float) -> list[str]:
-    """Whether the run is too large for a CPU."""
-    warnings = []
-    total = psutil.virtual_memory().total / _GIB
-    if memory.peak >= total:
-        warnings.append(
-            f"About {memory.peak:.0f} GiB are needed and this machine has {total:.0f}. "
-            "Run a smaller video or model, or on another machine."
-        )
-    if tflop >= _SLOW_CPU_TFLOP:
-        hours = tflop / _SLOW_CPU_TFLOP
-        warnings.append(
-            f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {hours:,.1f} hours at "
-            "1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
-        )
-    return warnings

@@ -1,12 +1,12 @@
 """Where a model comes from: the package, a folder or the hub. Reads JSON files, no weights."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xattn_video.errors import PipelineLoadError, UnsupportedModelError
+from xattn_video.pipelines.model_files import read_json
 
 DEMO = "demo"
 HUNYUAN_VIDEO = "hunyuanvideo-community/HunyuanVideo"
@@ -29,21 +29,15 @@ class ModelSource:
             ValueError: The folder has no such file, or it cannot be read.
             PipelineLoadError: The hub has no such model or file, or cannot be reached.
         """
-        file = self._fetch(path) if self.folder is None else self.folder / path
+        if self.folder is None:
+            return read_json(self._fetch(path))
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            return read_json(self.folder / path)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.folder} is no Diffusers pipeline: it has no {path}; "
                 "give a folder written by save_pretrained."
             ) from None
-        except OSError as error:
-            raise unreadable(file, error) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not valid JSON ({error}); download it again.") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
-        return content
 
     def _fetch(self, path: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -71,13 +65,6 @@ class ModelSource:
         except HfHubHTTPError as error:
             reason = f"the hub answered: {error.args[0].splitlines()[0]}"
         raise PipelineLoadError(f"cannot load {self.name!r} from the hub: {reason}.")
-
-
-def unreadable(file: Path, error: OSError) -> ValueError:
-    """What to raise where a file of a model cannot be read."""
-    return ValueError(
-        f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another model."
-    )
 
 
 def find_model(name: str) -> ModelSource:

@@ -3,8 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from xattn_video.errors import MissingPackageError
 
 State: TypeAlias = Literal["dense", "sparse", "skipped"]
 
@@ -167,9 +170,11 @@ class SparsityReport:
 
         Raises:
             ValueError: Nothing has run yet.
+            MissingPackageError: matplotlib is not installed.
         """
         if not self.forwards:
             raise ValueError("the report is empty; run the pipeline before plotting it.")
+        require_matplotlib()
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -226,3 +231,11 @@ def _density(runs: Iterable[LayerRun]) -> float | None:
     counts = [(run.kept or 0, run.valid or 0) for run in runs]
     valid = sum(of for _, of in counts)
     return sum(kept for kept, _ in counts) / valid if valid else None
+
+
+def require_matplotlib() -> None:
+    """Raise MissingPackageError where matplotlib, and so every plot, is missing."""
+    if find_spec("matplotlib") is None:
+        raise MissingPackageError(
+            "plots need matplotlib, which is not installed; pip install matplotlib."
+        )

@@ -1,0 +1,35 @@
+"""`python -m xattn_video`, and what the script `xattn-video` runs."""
+
+import sys
+from importlib.util import find_spec
+
+# What the operator does without; the other packages of the extra are plainly imported by these.
+_VIDEO_PACKAGES = (
+    "accelerate",
+    "diffusers",
+    "imageio",
+    "imageio_ffmpeg",
+    "numpy",
+    "psutil",
+    "rich",
+    "safetensors",
+    "transformers",
+    "typer",
+)
+
+
+def main() -> None:
+    """Run the command line, or say in one line what to install for it."""
+    missing = [name for name in _VIDEO_PACKAGES if find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"error: the command line needs {', '.join(missing)}, not installed here; "
+            "pip install 'xattn-video[video]' (in a clone: pip install -e '.[video]')."
+        )
+    from xattn_video.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

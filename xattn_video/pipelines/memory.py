@@ -1,0 +1,240 @@
+"""Foretell the memory of a run, and choose what waits in host memory by what is free."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from xattn_video.pipelines.loading import LoadOptions, Offload
+from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
+from xattn_video.pipelines.request import SIZE_STEP, VideoSettings
+from xattn_video.pipelines.source import find_model
+
+# Tensors of the hidden size that a forward holds at its peak; fits the 36.3 GiB measured on an
+# H100 for HunyuanVideo's transformer at 720x1280x129, 23.9 GiB of which are weights.
+_HIDDEN_TENSORS = 18
+# Tensors of full size, with the VAE's fewest channels, that decoding holds; fits the 1.07 GiB
+# measured on a CPU for the demo's VAE at 384x384x65.
+_VAE_TENSORS = 2
+# Decoded frames that exist at once: the tiles and the video that they become.
+_FRAME_COPIES = 2
+# Of the tiles that `enable_tiling` sets up.
+_TILE_SIDE, _TILE_FRAMES = 256, 17
+# Python, torch and Diffusers.
+_PROCESS_GIB = 1.0
+# Group offload pins a copy of all weights: 78 GiB on the host for HunyuanVideo's 38.6.
+_GROUP_COPIES = 2
+_FASTEST_FIRST: tuple[Offload, ...] = ("none", "model", "group", "sequential")
+# Parts of the asked height and width that are tried where no number of frames fits.
+_SMALLER_SIDES = (1.0, 0.75, 0.5, 0.25, 0.125)
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """GiB that a run may take; None where that is not known."""
+
+    gpu: float | None
+    host: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """GiB. An estimate.
+
+    Attributes:
+        transformer, text_encoders, vae: Weights.
+        activations: Of one forward of the transformer.
+        decoding: Of the VAE's decoding, the decoded frames included.
+        peak: What the device holds at most.
+        host: What the process holds at most in host memory.
+        offload: Which parts wait in host memory.
+        offload_reason: Why these.
+        peaks, hosts: `peak` and `host` of every way to offload that the device has.
+    """
+
+    transformer: float
+    text_encoders: float
+    vae: float
+    activations: float
+    decoding: float
+    peak: float
+    host: float
+    offload: Offload
+    offload_reason: str
+    peaks: dict[Offload, float]
+    hosts: dict[Offload, float]
+
+    def fits(self, offload: Offload, room: Room) -> bool:
+        """Whether a way to offload needs no more than there is, as far as that is known."""
+        on_gpu = room.gpu is None or self.peaks[offload] <= room.gpu
+        return on_gpu and (room.host is None or self.hosts[offload] <= room.host)
+
+
+def find_room(options: LoadOptions) -> Room:
+    """What is free on the device and the host; of a device elsewhere only what was said of it."""
+    if options.gpu_memory is not None or not options.device_is_here:
+        return Room(options.gpu_memory, None)
+    host = psutil.virtual_memory().available / _GIB
+    if _CGROUP_LIMIT.is_file():  # a container's or a batch system's
+        limit = _CGROUP_LIMIT.read_text().strip()
+        host = min(host, int(limit) / _GIB) if limit.isdigit() else host
+    device = options.resolved_device
+    gpu = torch.cuda.mem_get_info(device)[0] / _GIB if device.type == "cuda" else None
+    return Room(gpu, host)
+
+
+def estimate_memory(
+    shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room
+) -> MemoryEstimate:
+    """Weights from their number, activations and frames from the size of the video.
+
+    Args:
+        shape: Of the model.
+        video: Its size.
+        options: An offload of None is chosen by ``room``: the fastest that fits.
+        room: What is free.
+    """
+    on_gpu = options.resolved_device.type == "cuda"
+    size = options.resolved_dtype.itemsize
+    others = 2 if on_gpu else size
+    transformer = shape.transformer_parameters * size / _GIB
+    text_encoders = shape.text_parameters * others / _GIB
+    vae = shape.vae_parameters * others / _GIB
+    grid = shape.grid(video.height, video.width, video.num_frames)
+    tokens = grid[0] * grid[1] * grid[2] + shape.text_tokens
+    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB
+    decoding = _decoding_gib(shape, video, options.resolved_vae_tiling, others)
+    # As the VAE leaves them, in float32 and as bytes.
+    values = 3 * video.num_frames * video.height * video.width
+    frames = values * (others + 4 + 1) / _GIB
+    weights = transformer + text_encoders + vae
+    computing = max(activations, decoding)
+    peaks: dict[Offload, float] = {"none": weights + computing}
+    hosts: dict[Offload, float] = {"none": weights + max(computing, frames)}
+    if on_gpu:
+        peaks["model"] = max(transformer + activations, text_encoders, vae + decoding)
+        peaks["group"] = peaks["sequential"] = transformer / shape.layers + computing
+        # While loading all weights are on the host, whatever becomes of them.
+        hosts = {"none": max(weights, frames), "model": weights + frames}
+        hosts |= {"group": _GROUP_COPIES * weights + frames, "sequential": weights + frames}
+    hosts = {name: gib + _PROCESS_GIB for name, gib in hosts.items()}
+    offload = options.resolved_offload
+    found = MemoryEstimate(
+        transformer,
+        text_encoders,
+        vae,
+        activations,
+        decoding,
+        peaks[offload],
+        hosts[offload],
+        offload,
+        "as asked for" if options.offload is not None else "the default",
+        peaks,
+        hosts,
+    )
+    return found if options.offload is not None or not on_gpu else _choose(found, room)
+
+
+def settle_offload(options: LoadOptions, video: VideoSettings) -> LoadOptions:
+    """The options with the offload that is best for a video here, unless it was given.
+
+    Raises:
+        ValueError, UnsupportedModelError, PipelineLoadError: As `read_model_shape`.
+    """
+    if options.offload is not None or options.resolved_device.type != "cuda":
+        return options
+    shape = read_model_shape(find_model(options.model))
+    memory = estimate_memory(shape, video, options, find_room(options))
+    return replace(options, offload=memory.offload)
+
+
+def describe_shortage(
+    shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room
+) -> str | None:
+    """Why a run cannot fit, and what would; None if it may."""
+    memory = estimate_memory(shape, video, options, room)
+    if memory.fits(memory.offload, room):
+        return None
+    short = []
+    if room.gpu is not None and memory.peak > room.gpu:
+        short.append(f"About {memory.peak:.0f} GiB are needed and the GPU has {room.gpu:.0f}")
+    if room.host is not None and memory.host > room.host:
+        short.append(
+            f"About {memory.host:.0f} GiB of host memory are needed and "
+            f"this machine has {room.host:.0f} free"
+        )
+    return f"{'; '.join(short)}. {_remedy(shape, video, options, room)}"
+
+
+def _choose(memory: MemoryEstimate, room: Room) -> MemoryEstimate:
+    """The fastest way to offload that fits."""
+    if room.gpu is None:
+        reason = "the default; --gpu-memory chooses for a GPU of that size"
+        return replace(memory, offload_reason=reason)
+    fitting = [name for name in _FASTEST_FIRST if memory.fits(name, room)]
+    offload = fitting[0] if fitting else _FASTEST_FIRST[-1]
+    free = f"{room.gpu:.0f} GiB of GPU memory"
+    free += "" if room.host is None else f" and {room.host:.0f} GiB of host memory"
+    reason = f"the fastest that fits {free}" if fitting else f"though nothing fits {free}"
+    return replace(
+        memory,
+        offload=offload,
+        offload_reason=reason,
+        peak=memory.peaks[offload],
+        host=memory.hosts[offload],
+    )
+
+
+def _decoding_gib(shape: ModelShape, video: VideoSettings, tiling: bool, size: int) -> float:
+    """What the VAE holds beside its weights."""
+    values = tile = video.num_frames * video.height * video.width
+    if tiling:
+        tile = min(video.num_frames, _TILE_FRAMES)
+        tile *= min(video.height, _TILE_SIDE) * min(video.width, _TILE_SIDE)
+    return (_VAE_TENSORS * shape.vae_channels * tile + _FRAME_COPIES * 3 * values) * size / _GIB
+
+
+def _remedy(shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room) -> str:
+    """What would fit: another way to offload, tiled decoding, or a smaller video."""
+    memory = estimate_memory(shape, video, options, room)
+    fitting = [name for name in memory.peaks if memory.fits(name, room)]
+    if fitting:
+        return f"Try --offload {' or '.join(fitting)}, or a smaller video."
+    tiled = replace(options, vae_tiling=True)
+    if not options.resolved_vae_tiling and _any_fits(shape, video, tiled, room):
+        return "Try --vae-tiling, or a smaller video."
+    for share in _SMALLER_SIDES:
+        height, width = (
+            max(SIZE_STEP, int(side * share) // SIZE_STEP * SIZE_STEP)
+            for side in (video.height, video.width)
+        )
+        smaller = replace(video, height=height, width=width)
+        frames = _most_frames(shape, smaller, options, room)
+        if frames:
+            fitted = estimate_memory(shape, replace(smaller, num_frames=frames), options, room)
+            fitting = [name for name in fitted.peaks if fitted.fits(name, room)]
+            offload = "" if memory.offload in fitting else f" and --offload {fitting[0]}"
+            return f"{width}x{height} with --num-frames {frames}{offload} fits."
+    return "No video fits. Use a smaller --model, such as demo, or another machine."
+
+
+def _most_frames(
+    shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room
+) -> int | None:
+    """The most frames of the video's size that fit, up to its own; None if not even one does."""
+
+    def too_many(quarter: int) -> bool:
+        shorter = replace(video, num_frames=4 * quarter + 1)
+        return not _any_fits(shape, shorter, options, room)
+
+    fitting = bisect_left(range((video.num_frames - 1) // 4 + 1), True, key=too_many)
+    return 4 * (fitting - 1) + 1 if fitting else None
+
+
+def _any_fits(shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room) -> bool:
+    memory = estimate_memory(shape, video, options, room)
+    return any(memory.fits(name, room) for name in memory.peaks)

@@ -1,0 +1,226 @@
+"""The files of a model's folder: whether they are there, whole and of one model. No weights."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_LFS_POINTER = b"version https://git-lfs"
+_AGAIN = "download it again"
+
+# Part -> its configuration, the key that tells its kind, and what that may be.
+_CONFIGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "transformer": ("config.json", "_class_name", ("HunyuanVideoTransformer3DModel",)),
+    "vae": ("config.json", "_class_name", ("AutoencoderKLHunyuanVideo",)),
+    "text_encoder": ("config.json", "model_type", ("llama",)),
+    "text_encoder_2": ("config.json", "model_type", ("clip_text_model", "clip")),
+    "scheduler": ("scheduler_config.json", "_class_name", ()),
+}
+# Part -> names of its weights, the first that is there is read.
+_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = {
+    "transformer": _DIFFUSERS_WEIGHTS,
+    "vae": _DIFFUSERS_WEIGHTS,
+    "text_encoder": _TRANSFORMERS_WEIGHTS,
+    "text_encoder_2": _TRANSFORMERS_WEIGHTS,
+}
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Keys that must agree between two parts.
+_SHARED_SIZES = (
+    ("transformer", "in_channels", "vae", "latent_channels"),
+    ("transformer", "text_embed_dim", "text_encoder", "hidden_size"),
+    ("transformer", "pooled_projection_dim", "text_encoder_2", "hidden_size"),
+)
+
+
+def check_model_files(folder: Path) -> None:
+    """Find out whether HunyuanVideo's pipeline can be loaded from a folder.
+
+    Raises:
+        ValueError: A file is missing, empty, cut short, a git-LFS pointer or no valid JSON; or
+            the parts are not those of one HunyuanVideo pipeline.
+    """
+    try:
+        _check_parts(folder)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing from the model; {_AGAIN}.") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It cannot be read, or holds something else.
+    """
+    _check_content(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the JSON or of UTF-8
+        raise ValueError(f"{file} is not valid JSON ({error}); {_AGAIN}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} must hold a JSON object, got {type(content).__name__}; {_AGAIN}."
+        )
+    return content
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a safetensors file, from its header.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It cannot be read, or is not as long as its header says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _check_content(file)
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or cut short at {file.stat().st_size:,} bytes "
+            f"({str(error).rpartition(': ')[2]}); {_AGAIN}."
+        ) from None
+
+
+def weight_files(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
+    """The files of a part's weights, and the tensors that an index promises of each.
+
+    Raises:
+        ValueError: There are none, or their index is no such thing.
+    """
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _read_index(index)
+        if (folder / name).exists():
+            return {folder / name: []}
+    found = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
+    raise ValueError(f"{folder} lacks its weights, {' or '.join(names)}: found {found}; {_AGAIN}.")
+
+
+def unreadable(file: Path, error: OSError) -> ValueError:
+    """What to raise where a file of a model cannot be read."""
+    return ValueError(
+        f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another model."
+    )
+
+
+def _check_content(file: Path) -> None:
+    """Raise ValueError where a file holds nothing, or tells where its content would be."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(file, error) from None
+    if not start:
+        raise ValueError(f"{file} is empty; {_AGAIN}.")
+    if start == _LFS_POINTER:
+        raise ValueError(
+            f"{file} is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder."
+        )
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map from tensors to files; {_AGAIN}.")
+    files: dict[Path, list[str]] = {}
+    for tensor, name in weight_map.items():
+        files.setdefault(index.parent / str(name), []).append(tensor)
+    return files
+
+
+def _check_parts(folder: Path) -> None:
+    index = read_json(folder / "model_index.json")
+    for part in (*_CONFIGS, *_TOKENIZERS):
+        if not isinstance(index.get(part), list) or None in index[part]:
+            raise ValueError(
+                f"{folder / 'model_index.json'} names no {part}, got {index.get(part)!r}; give a "
+                "folder that holds all parts of a HunyuanVideoPipeline."
+            )
+    configs = {part: _read_config(folder, part) for part in _CONFIGS}
+    _check_shared_sizes(folder, configs)
+    for part in _TOKENIZERS:
+        _check_tokenizer(folder / part)
+    for part, names in _WEIGHTS.items():
+        shapes: dict[str, list[int]] = {}
+        for file, promised in weight_files(folder / part, names).items():
+            shapes |= _check_weights(file, promised)
+        # Quantised weights have shapes of their own; pickled ones were not read.
+        if shapes and "quantization_config" not in configs[part]:
+            _check_shapes(folder / part, configs[part], shapes)
+
+
+def _read_config(folder: Path, part: str) -> dict[str, Any]:
+    """A part's configuration, which must be that of its kind."""
+    name, key, expected = _CONFIGS[part]
+    config = read_json(folder / part / name)
+    if expected and config.get(key) not in expected:
+        raise ValueError(
+            f"{folder / part / name} is of another model: {key} is {config.get(key)!r}, "
+            f"expected {' or '.join(map(repr, expected))}; {_AGAIN}."
+        )
+    return config
+
+
+def _check_shared_sizes(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
+    for ours, our_key, theirs, their_key in _SHARED_SIZES:
+        one, other = configs[ours].get(our_key), configs[theirs].get(their_key)
+        if None not in (one, other) and one != other:
+            raise ValueError(
+                f"{folder / ours} and {folder / theirs} are of different models: {our_key} is "
+                f"{one} and {their_key} is {other}, expected the same; take both from one model."
+            )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    read_json(folder / "tokenizer_config.json")
+    vocabulary = next((folder / n for n in _VOCABULARIES if (folder / n).exists()), None)
+    if vocabulary is None:
+        raise ValueError(f"{folder} lacks a vocabulary, {' or '.join(_VOCABULARIES)}; {_AGAIN}.")
+    if vocabulary.suffix == ".json":
+        read_json(vocabulary)
+    else:
+        _check_content(vocabulary)
+    if vocabulary.name == "vocab.json":
+        _check_content(folder / "merges.txt")
+
+
+def _check_weights(file: Path, promised: list[str]) -> dict[str, list[int]]:
+    """The shapes in one file of weights, which must hold the tensors that were promised."""
+    if file.suffix != ".safetensors":
+        _check_content(file)
+        return {}
+    shapes = read_shapes(file)
+    missing = [name for name in promised if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"{file} lacks {len(missing)} of the tensors that its index names, such as "
+            f"{missing[0]!r}; {_AGAIN}."
+        )
+    return shapes
+
+
+def _check_shapes(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    """Diffusers would draw missing weights at random, with a warning at most."""
+    import diffusers
+    import torch
+
+    if config.get("_class_name") is None:  # one of transformers' models
+        return
+    with torch.device("meta"):
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
+    for name, tensor in model.state_dict().items():
+        if shapes.get(name) != list(tensor.shape):
+            raise ValueError(
+                f"the weights in {folder} do not fit its config.json: {name} is "
+                f"{shapes.get(name, 'missing')}, expected {list(tensor.shape)}; take both from "
+                "one model."
+            )
