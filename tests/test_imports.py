@@ -12,22 +12,23 @@ PACKAGE = ROOT / "xattn_video"
 # What a backend is given and takes: data types that the folder below the operator may name.
 VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
-HOSTS = OPERATOR | {"policy", "processors"}
+HOSTS = OPERATOR | {"files", "policy", "processors"}
 MEASURED = HOSTS | {"pipelines", "measure", "reporting"}
 
 # part -> what it may import of the project (its own part included where it is a folder)
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "kernels": {"kernels"},
     "ops.blocks": set(),
     "ops.problem": {"ops.blocks"},
     "backends": {"errors", "kernels", "backends", *VALUES},
     "ops": OPERATOR,
     "compat": OPERATOR,
-    "policy": OPERATOR | {"policy"},
+    "policy": OPERATOR | {"files", "policy"},
     "processors": HOSTS,
     "pipelines": HOSTS | {"pipelines"},
-    "reporting": {"errors", "reporting"},
+    "reporting": {"errors", "files", "reporting"},
     "measure": MEASURED,
     "cli": MEASURED | {"cli"},
     "eval_vbench": MEASURED | {"eval_vbench"},

@@ -5,12 +5,12 @@ import torch
 from hunyuan import HEADS, NUM_LAYERS, VIDEO_TOKENS, generate, tiny_pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xattn_video.pipelines.hunyuan_video import LoadOptions
+from xattn_video.pipelines.plan import plan_run
 
 from xattn_video import ThresholdSchedule, enable_xattention
 from xattn_video.pipelines.generation import _StepRecorder
-from xattn_video.pipelines.hunyuan_video import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
-from xattn_video.pipelines.plan import plan_run
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.decision import Run, decide
 from xattn_video.policy.settings import SparseSettings
