@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from benchmarks.inputs_file import input_names, load_inputs
 from benchmarks.problems import GROUPS, PROBLEMS, find_problems
 from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.backends.table import available_backends
+from xattn_video.files import user_path
 from xattn_video.measure.attention_cases import (
     Case,
     SparseGrid,
@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     names, numbers = comma_separated(str), comma_separated(float)
     known = ", ".join([*PROBLEMS, *GROUPS])
     add("--problem", type=names, default=["hunyuan-720p-129f"], help=f"any of {known}")
-    add("--inputs", type=Path, help="a file of benchmarks.demo_inputs, in place of --problem")
+    add("--inputs", type=user_path, help="a file of benchmarks.demo_inputs, in place of --problem")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA")
     add("--density", type=numbers, default=[], help="of the blocks; it sets the threshold")
@@ -112,12 +112,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--backends", type=names, help="if left out, all that can run")
     add("--dense", type=names, help="baselines by name, or none; if left out, all present")
     checkout = "your checkout of x-attention, or of block_sparse_attn where it was built"
-    add("--upstream", type=Path, action="append", default=[], help=checkout)
+    add("--upstream", type=user_path, action="append", default=[], help=checkout)
     add("--focus", type=float, default=0.6, help="how unlike the random blocks are")
     add("--repeats", type=int, default=10)
     add("--max-seconds", type=float, default=20.0, help="for timing one row; compiling adds to it")
     add("--commit", help="of this repository, where git cannot tell")
-    add("--output", type=Path, help="the JSON file")
+    add("--output", type=user_path, help="the JSON file")
     return parser
 
 

@@ -7,7 +7,6 @@ matters. The demo model was trained at 256x256; larger pictures are worse, their
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from benchmarks.argument_types import comma_separated
 from benchmarks.inputs_file import save_inputs
 from xattn_video import XAttnProcessor
+from xattn_video.files import user_path
 from xattn_video.pipelines.demo import load_demo_pipeline
 from xattn_video.processors.recorder import AttendedLayer
 
@@ -38,7 +38,7 @@ def main(words: list[str] | None = None) -> None:
     layers = ["transformer_blocks.1", "single_transformer_blocks.1", "single_transformer_blocks.4"]
     add("--layers", type=comma_separated(str), default=layers)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, required=True)
+    add("--output", type=user_path, required=True)
     arguments = parser.parse_args(words)
 
     pipe = load_demo_pipeline(device=arguments.device)

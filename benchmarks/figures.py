@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.benchmark_page import estimate_of, figure_names
 from benchmarks.results_files import AUTHORS, ProblemRows, ResultFile, ResultRow
+from xattn_video.files import write_figure
 
 _COLOURS = {
     "dense": "0.7",
@@ -16,15 +17,19 @@ _COLOURS = {
 }
 
 
-def draw_figures(files: list[ResultFile], folder: Path) -> None:
-    """Write every picture that the page shows."""
+def draw_figures(files: list[ResultFile], folder: Path) -> list[Path]:
+    """Write every picture that the page shows, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[Path, Figure] = {}
     for file in files:
         names = figure_names(file)
         for problem in file.single_problems:
-            draw_parts(problem, file.device).savefig(folder / names[problem.name], dpi=120)
+            figures[folder / names[problem.name]] = draw_parts(problem, file.device)
         if file.sweep:
-            draw_speedups(file.sweep, file.device).savefig(folder / names["sweep"], dpi=120)
+            figures[folder / names["sweep"]] = draw_speedups(file.sweep, file.device)
+    for path, figure in figures.items():
+        write_figure(path, figure, dpi=120)
+    return list(figures)
 
 
 def draw_parts(problem: ProblemRows, device: str) -> Figure:

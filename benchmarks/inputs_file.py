@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from xattn_video.files import atomic_path
 from xattn_video.measure.attention_problems import AttentionTensors
 
 _PARTS = ("query", "key", "value")
@@ -23,7 +24,11 @@ def save_inputs(
         for part, tensor in zip(_PARTS, capture, strict=True)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {_NUM_TEXT_TOKENS: str(num_text_tokens)})
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, {_NUM_TEXT_TOKENS: str(num_text_tokens)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def input_names(path: Path) -> list[str]:

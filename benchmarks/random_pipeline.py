@@ -12,7 +12,6 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from transformers import (
     LlamaModel,
 )
 
+from xattn_video.files import user_path
 from xattn_video.pipelines.demo import DEMO_DIR
 
 
@@ -63,7 +63,7 @@ class PipelineSizes:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=user_path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
     torch.manual_seed(arguments.seed)

@@ -1,6 +1,5 @@
 """The file that a benchmark writes: where its figures come from, its rows, and what failed."""
 
-import json
 import platform
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from xattn_video.files import write_json
 from xattn_video.reporting.machine import installed_versions
 
 PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "block-sparse-attn", "xattn-video")
@@ -86,4 +86,4 @@ class ResultsWriter:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         content = {**self._environment, "rows": self.rows, "failures": self.failures}
-        self._path.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self._path, content, indent=1)

@@ -8,7 +8,6 @@ density comes out near the threshold. Scoring and selection are included.
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from benchmarks.upstream import find_checkouts, has_kernel
 from benchmarks.upstream_step import authors_processor
 from xattn_video import XAttnProcessor, enable_xattention
 from xattn_video.backends.dense import fastest_dense_kernel
+from xattn_video.files import user_path
 from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import PRECISIONS, chosen_precision
@@ -76,9 +76,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="the transformer's blocks, with torch.compile")
     add("--repeats", type=int, default=1)
     checkout = "your checkout of x-attention; it needs the block_sparse_attn package"
-    add("--upstream", type=Path, action="append", default=[], help=checkout)
+    add("--upstream", type=user_path, action="append", default=[], help=checkout)
     add("--commit", help="of this repository, where git cannot tell")
-    add("--output", type=Path)
+    add("--output", type=user_path)
     arguments = parser.parse_args(words)
     try:
         arguments.time_upstream = find_checkouts(arguments.upstream)

@@ -1,30 +1,51 @@
 """Writes docs/benchmarks.md, its pictures and the README's table from benchmarks/results.
 
-python -m benchmarks.write_page
+    python -m benchmarks.write_page --folder preview    # the page and its pictures, to look at
+    python -m benchmarks.write_page --folder .          # this repository's own, and its README
+
+It replaces docs/benchmarks.md below the folder, its pictures, and the table of a README.md that is
+there.
 """
 
+import argparse
 from pathlib import Path
 
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
 from benchmarks.whole_videos import read_whole_videos
+from xattn_video.files import user_path, write_text
 from xattn_video.reporting.pages import replace_between
 
-ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=user_path, required=True, help="holds docs/ and perhaps a README.md"
+    )
+    write_pages(parser.parse_args(words).folder)
+
+
+def write_pages(folder: Path) -> None:
+    """Write everything below ``folder``, and print what; all is rendered before any is written."""
     files, videos = read_results(), read_whole_videos()
-    (ROOT / "docs/benchmarks.md").write_text(render_page(files, videos), encoding="utf-8")
-    readme = ROOT / "README.md"
-    text, table = readme.read_text(encoding="utf-8"), render_readme_table(files, videos)
-    readme.write_text(replace_between(text, BEGIN, END, table), encoding="utf-8")
-    pictures = ROOT / "docs" / IMAGES
-    for picture in pictures.glob("*.png"):
+    pages = {folder / "docs/benchmarks.md": render_page(files, videos)}
+    readme = folder / "README.md"
+    if readme.exists():
+        table = render_readme_table(files, videos)
+        pages[readme] = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
+    pictures = folder / "docs" / IMAGES
+    drawn = draw_figures(files, pictures)
+    for picture in set(pictures.glob("*.png")) - set(drawn):
         picture.unlink()
-    draw_figures(files, pictures)
+    for path, text in pages.items():
+        write_text(path, text)
+    for path in (*pages, *drawn):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder, settings_hash
-from xattn_video.pipelines.video import write_json
+from xattn_video.files import write_json
 
 if TYPE_CHECKING:
     from xattn_video.measure.similarity import Scorer

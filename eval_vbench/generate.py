@@ -15,12 +15,18 @@ from eval_vbench.run_folder import RunFolder
 from eval_vbench.sampling_job import SamplingJob
 from xattn_video.cli import options
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
-from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, log_choices
+from xattn_video.reporting.console import (
+    ErrorsToExitCodes,
+    OneLineCommand,
+    expands_paths,
+    log_choices,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(cls=OneLineCommand)
+@expands_paths
 def main(
     run: Annotated[Path, typer.Option(help="The run's folder; one that exists is resumed.")],
     suite: Annotated[

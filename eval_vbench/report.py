@@ -13,10 +13,11 @@ from eval_vbench.report_page import report_page, report_values
 from eval_vbench.report_plot import plot_report
 from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, load_run
 from eval_vbench.run_folder import RunFolder
-from xattn_video.pipelines.video import atomic_path, check_output_folder, write_json
+from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
+    expands_paths,
     message_console,
     output_console,
 )
@@ -25,6 +26,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(cls=OneLineCommand)
+@expands_paths
 def main(
     dense: Annotated[Path, typer.Option(help="The run with dense attention.")],
     sparse: Annotated[list[Path], typer.Option(help="A sparse run; may be given again.")],
@@ -79,8 +81,7 @@ def _write(
     plotted = plot_report(output / "report.png", dense, results)
     page = report_page(dense, results, notes, "report.png" if plotted else "")
     write_json(output / "report.json", report_values(dense, results) | {"notes": notes})
-    with atomic_path(output / "report.md") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(output / "report.md", page)
     console = output_console()
     console.print(page, soft_wrap=True)
     console.print(f"report     {output}", soft_wrap=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eval_vbench.dimensions import dimensions
 from eval_vbench.run_comparison import CompleteRun, SparseResult, shares_right
-from xattn_video.pipelines.video import atomic_path
+from xattn_video.files import write_figure
 
 
 def plot_report(path: Path, dense: CompleteRun, results: Sequence[SparseResult]) -> bool:
@@ -60,5 +60,4 @@ def _draw(path: Path, panels: dict[str, dict[str, dict[str, float]]]) -> None:
         ncols=2,
         frameon=False,
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    write_figure(path, figure)

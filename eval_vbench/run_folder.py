@@ -13,17 +13,16 @@ locks/              one file for each rank
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from eval_vbench.prompts import VideoItem, choose_prompts, video_items
-from xattn_video.pipelines.video import write_json
+from xattn_video.files import write_json
 
 
 class RunFolder:
@@ -188,15 +187,9 @@ class RunFolder:
     def _create(self, settings: dict[str, Any]) -> None:
         """Write the settings unless another rank did; a link appears whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".settings.{os.uname().nodename}.{os.getpid()}.json"
         content = {"hash": settings_hash(settings), "settings": settings}
-        write_json(temporary, content)
-        try:
-            os.link(temporary, self._settings_file)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        with suppress(FileExistsError):
+            write_json(self._settings_file, content, new=True)
 
     def _discard_unfinished(self, rank: int, num_ranks: int) -> None:
         """What a killed process left: this rank's, and by rank 0 that of ranks no longer there."""

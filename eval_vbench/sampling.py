@@ -1,7 +1,6 @@
 """Generate a rank's part of a run: every video once, whatever was killed before."""
 
 import errno
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -102,26 +101,16 @@ class Sampling:
             item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
         )
         result = generate(pipe, request, on_step)
-        files = {self._write(f"{item.key}.mp4", result): self.run.video(item)}
+        places = [self.run.video(item)]
         if self.lossless:
-            files[self._write(f"{item.key}.mkv", result)] = self.run.lossless_video(item)
+            places.append(self.run.lossless_video(item))
+        files = {
+            self.run.unfinished(self.share.rank, f"{item.key}{place.suffix}"): place
+            for place in places
+        }
+        for file in files:
+            write_video(file, result.frames, self.fps)
         self.run.add(item, files, _record(pipe, item, request, result, self.fps))
-
-    def _write(self, name: str, result: GenerationResult) -> Path:
-        """Write a video, and make sure that the file holds all of it."""
-        import imageio_ffmpeg
-
-        path = self.run.unfinished(self.share.rank, name)
-        # Encoded frames take less than raw ones; a full disk makes ffmpeg leave a part.
-        if shutil.disk_usage(path.parent).free < result.frames.nbytes:
-            raise OSError(errno.ENOSPC, "no space left for a video")
-        write_video(path, result.frames, self.fps)
-        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
-        if written != len(result.frames):
-            raise OSError(
-                f"{path.name} holds {written} of {len(result.frames)} frames after writing"
-            )
-        return path
 
 
 def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:

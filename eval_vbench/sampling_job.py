@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from eval_vbench.launch import Share
 from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
 from eval_vbench.run_folder import RunFolder
+from xattn_video.files import check_output_folder
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
-from xattn_video.pipelines.video import check_output_folder
+from xattn_video.pipelines.video import check_encoders
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     message_console,
@@ -73,6 +74,7 @@ class SamplingJob:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
                 folder cannot be used.
             BackendUnavailableError: The backend cannot run the model's heads here.
+            MissingPackageError: ffmpeg cannot write the videos.
         """
         first = self.items[0]
         request = GenerationRequest(
@@ -82,6 +84,7 @@ class SamplingJob:
         if self.share.rank == 0:
             print_warnings(check_runs(self.load, [request]))
         check_output_folder(self.run.path, what="run")
+        check_encoders(self.run.path, (".mp4", ".mkv") if self.lossless else (".mp4",), self.fps)
         self.run.adopt(self.settings())
 
     def settings(self) -> dict[str, Any]:

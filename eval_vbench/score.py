@@ -22,6 +22,7 @@ from eval_vbench.vbench_process import ScoringError, check_videos, run_dimension
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
+    expands_paths,
     message_console,
     output_console,
 )
@@ -31,6 +32,7 @@ _DEFAULT_PYTHON = Path("vbench-env/bin/python")
 
 
 @app.command(cls=OneLineCommand)
+@expands_paths
 def main(
     run: Annotated[Path, typer.Option(help="A run that eval_vbench.generate made.")],
     vbench_python: Annotated[

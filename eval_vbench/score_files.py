@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from eval_vbench.dimensions import dimensions
 from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder
-from xattn_video.pipelines.video import write_json
+from xattn_video.files import write_json
 
 
 @dataclass(frozen=True, slots=True)

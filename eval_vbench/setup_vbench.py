@@ -11,7 +11,12 @@ from typing import Annotated
 import typer
 
 from eval_vbench.preflight import NEEDS, missing_modules, probe_environment
-from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, output_console
+from xattn_video.reporting.console import (
+    ErrorsToExitCodes,
+    OneLineCommand,
+    expands_paths,
+    output_console,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,6 +26,7 @@ _NEWEST_PYTHON = (3, 11)
 
 
 @app.command(cls=OneLineCommand)
+@expands_paths
 def main(
     folder: Annotated[Path, typer.Argument(help="The environment's folder.")],
     python: Annotated[

@@ -11,14 +11,13 @@ shape once an object. Prints the share right for each and writes every measureme
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from xattn_video.files import user_path, write_json
 from xattn_video.measure.demo_checks import ATTRIBUTES, measure_clip, score_measurement
 from xattn_video.pipelines.demo import Scene, held_out_scenes, load_demo_pipeline
 
@@ -53,7 +52,7 @@ def main() -> int:
         device = str(pipeline.device)
         settings |= {"device": device, "dtype": str(pipeline.dtype), "torch": torch.__version__}
         result = {"settings": settings, "shares": shares, "clips": clips}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.output, result)
     return 0 if all(shares[name]["share"] >= goal for name, goal in GOALS.items()) else 1
 
 
@@ -119,7 +118,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="CUDA where there is one, else the CPU, if left out")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--output", type=user_path, help="a JSON file")
     return parser.parse_args()
 
 

@@ -1,20 +1,21 @@
 """Draw a row of frames of each video, one below the other.
 
-python scripts/draw_contact_sheet.py $(ls -tr videos/*.mp4) --output docs/images/demo.png
+python scripts/draw_contact_sheet.py $(ls -tr videos/*.mp4) --output demo.png
 """
 
 import argparse
-from pathlib import Path
 
 import imageio.v3 as iio
 import torch
 from demo_training.pictures import save_sheet
 
+from xattn_video.files import user_path
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("videos", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("videos", type=user_path, nargs="+")
+    parser.add_argument("--output", type=user_path, required=True)
     arguments = parser.parse_args()
     # [3, T, H, W]
     clips = [

@@ -46,14 +46,16 @@ def main() -> int:
     from demo_training.training_plan import SMOKE, Plan, TrainingJob
     from demo_training.weights import inherit_reports
 
+    from xattn_video.files import user_path
+
     job = TrainingJob(
         stage=arguments.stage,
-        work_dir=arguments.work_dir,
+        work_dir=user_path(arguments.work_dir),
         started=STARTED,
         seconds=arguments.seconds,
         total_seconds=arguments.total_seconds,
         resume=arguments.resume,
-        start_from=arguments.start_from,
+        start_from=arguments.start_from and user_path(arguments.start_from),
         seed=arguments.seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         plan=SMOKE if arguments.smoke else Plan(),

@@ -1,9 +1,11 @@
 """Write the results in docs/quality.md, tables and plots, from results.json files.
 
-    python -m scripts.write_quality_page runs/demo-cpu/results.json runs/demo-h100/results.json
-    python -m scripts.write_quality_page benchmarks/results/quality/*.json --grid README.md
+    python -m scripts.write_quality_page runs/demo/results.json --page runs/demo/quality.md
+    python -m scripts.write_quality_page benchmarks/results/quality/*.json \\
+        --page docs/quality.md --grid README.md
 
 Each file becomes a section, in the order given; a file that is not there is left out and named.
+The plots go to `images` beside the page. A page that is there keeps what stands outside its marks.
 `--grid` also writes the first file's PSNR by threshold and warm-up steps into a page of its own.
 """
 
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from xattn_video.files import check_output_path, user_path, write_text
 from xattn_video.measure.comparison_page import (
     comparison_rows,
     comparison_text,
@@ -20,10 +23,8 @@ from xattn_video.measure.comparison_page import (
     psnr_grid,
 )
 from xattn_video.measure.comparison_plots import write_plots
-from xattn_video.pipelines.video import atomic_path
 from xattn_video.reporting.pages import replace_between
 
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"
 END = "<!-- results: end -->"
 GRID_BEGIN = "<!-- quality: begin, written by scripts/write_quality_page.py -->\n"
@@ -35,9 +36,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", nargs="+", type=Path, help="results.json files")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write them into")
-    parser.add_argument("--grid", type=Path, help="a page for the first file's PSNR grid")
+    parser.add_argument("results", nargs="+", type=user_path, help="results.json files")
+    parser.add_argument("--page", type=user_path, required=True, help="the page to write or make")
+    parser.add_argument("--grid", type=user_path, help="a page for the first file's PSNR grid")
     arguments = parser.parse_args()
     present = [path for path in arguments.results if path.is_file()]
     for path in arguments.results:
@@ -66,17 +67,24 @@ def write_page(page: Path, results: list[Path]) -> None:
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need names of their own, got {', '.join(names)}; rename one.")
+    check_output_path(page, (".md",), what="page")
     # Before any plot is drawn.
-    replace_between(page.read_text(encoding="utf-8"), BEGIN, END, "")
+    replace_between(_text_of(page, BEGIN, END), BEGIN, END, "")
     sections = [section(page.parent, path) for path in results]
     write_between(page, BEGIN, END, "\n" * bool(sections) + "".join(sections))
 
 
 def write_between(page: Path, begin: str, end: str, content: str) -> None:
-    """Replace what a page holds between two marks."""
-    text = replace_between(page.read_text(encoding="utf-8"), begin, end, content)
-    with atomic_path(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Replace what a page holds between two marks, and say where."""
+    write_text(page, replace_between(_text_of(page, begin, end), begin, end, content))
+    print(f"wrote {page}")
+
+
+def _text_of(page: Path, begin: str, end: str) -> str:
+    """What a page holds; one that is not there is new."""
+    if page.exists():
+        return page.read_text(encoding="utf-8")
+    return f"# Quality, measured\n\n{begin}{end}\n"
 
 
 def run_name(path: Path) -> str:

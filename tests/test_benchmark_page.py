@@ -1,11 +1,12 @@
 """The page of benchmarks: it says what the result files say, and the committed one is theirs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import results_writer
+from benchmarks import results_writer, write_page
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
@@ -230,7 +231,7 @@ def test_the_command_is_kept(monkeypatch):
 
 def test_the_committed_page_is_what_the_files_say():
     files, videos = read_results(), read_whole_videos()
-    rerun = "; run python -m benchmarks.write_page"
+    rerun = "; run python -m benchmarks.write_page --folder ."
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert page == render_page(files, videos), rerun
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -248,3 +249,39 @@ def test_result_files_follow_the_schema(path):
         assert row["name"] in names
         assert row.keys() >= {"backend", "n", "heads", "head_dim", "dtype", "latency_ms"}
         assert "peak_memory_gib" in row
+
+
+def test_pages_are_written_only_where_they_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracked = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.png")]
+    before = [path.stat().st_mtime_ns for path in tracked]
+    for words, code in (["--help"], 0), ([], 2):
+        with pytest.raises(SystemExit) as left:
+            write_page.main(words)
+        assert left.value.code == code
+    assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
+    # As the page itself tells people to type it.
+    (words,) = re.findall(
+        r"`python -m benchmarks\.write_page (.*?)`", (ROOT / "docs/benchmarks.md").read_text()
+    )
+    write_page.main(words.split())
+    assert [path.stat().st_mtime_ns for path in tracked] == before
+    written = tmp_path / "preview"
+    assert [path.name for path in written.iterdir()] == ["docs"]
+    page = written / "docs/benchmarks.md"
+    assert page.read_text() == (ROOT / "docs/benchmarks.md").read_text()
+    named = capsys.readouterr().out.split()
+    assert f"{page.relative_to(tmp_path)}" in named
+    for picture in (written / "docs/images/benchmarks").iterdir():
+        assert str(picture.relative_to(tmp_path)) in named
+
+
+def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_path):
+    readme, pictures = tmp_path / "README.md", tmp_path / "docs/images/benchmarks"
+    readme.write_text(f"a\n{write_page.BEGIN}old{write_page.END}\nb")
+    pictures.mkdir(parents=True)
+    (pictures / "gone.png").write_text("")
+    write_page.write_pages(tmp_path)
+    assert "old" not in readme.read_text()
+    assert not (pictures / "gone.png").exists()

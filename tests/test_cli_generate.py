@@ -60,18 +60,19 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
 
 
 def test_a_plot_that_fails_leaves_the_old_one(generate, tmp_path, monkeypatch):
-    from xattn_video import SparsityReport
+    from matplotlib.figure import Figure
 
-    def write_half(report, path):
+    def write_half(figure, path, **options):
         Path(path).write_text("half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(SparsityReport, "plot", write_half)
+    monkeypatch.setattr(Figure, "savefig", write_half)
     (tmp_path / "run.png").write_text("old")
     code, _, err = generate("--prompt=a red circle", *SPARSE, "--plot=run.png")
     assert code == 1
-    assert "the disk is full" in err
+    assert "error: cannot write 'run.png': the disk is full; the file of that name" in err
     assert (tmp_path / "run.png").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("width", [80, 120])

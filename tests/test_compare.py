@@ -219,7 +219,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, compare,
 def test_without_ffmpeg_it_stops_before_the_model_is_loaded(compare, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     code, _, err = compare(PROMPT)
-    assert code == 1
+    assert code == 2
     assert "videos need ffmpeg" in err
     assert "--no-videos" in err
 
@@ -228,7 +228,7 @@ def test_without_ffmpeg_it_stops_before_the_model_is_loaded(compare, monkeypatch
 def test_without_torchmetrics_it_stops_before_the_model_is_loaded(compare, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     code, _, err = compare(PROMPT, "--no-videos")
-    assert code == 1
+    assert code == 2
     assert "pip install torchmetrics" in err
 
 

@@ -13,12 +13,13 @@ PACKAGE = ROOT / "xattn_video"
 # What a backend is given and takes: data types that the folder below the operator may name.
 VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
-HOSTS = OPERATOR | {"policy", "processors"}
+HOSTS = OPERATOR | {"files", "policy", "processors"}
 MEASURED = HOSTS | {"pipelines", "measure", "reporting"}
 
 # part -> what it may import of the project (its own part included where it is a folder)
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "kernels": {"kernels"},
     "ops.blocks": set(),
     "ops.problem": {"ops.blocks"},
@@ -26,10 +27,10 @@ ALLOWED = {
     "ops": OPERATOR,
     "compat": OPERATOR,
     "__main__": {"cli"},
-    "policy": OPERATOR | {"policy"},
+    "policy": OPERATOR | {"files", "policy"},
     "processors": HOSTS,
     "pipelines": HOSTS | {"pipelines"},
-    "reporting": {"errors", "reporting"},
+    "reporting": {"errors", "files", "reporting"},
     "measure": MEASURED,
     "cli": MEASURED | {"cli"},
     "eval_vbench": MEASURED | {"eval_vbench"},

@@ -10,11 +10,11 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from xattn_video.errors import MissingPackageError
 from xattn_video.measure import lpips, vmaf
-from xattn_video.measure.clips import Clip, check_pair, read_clip, require_ffmpeg
+from xattn_video.measure.clips import Clip, check_pair, read_clip
 from xattn_video.measure.frames import MAX_PSNR, relative_error, score_frames
 from xattn_video.measure.side_by_side import side_by_side
 from xattn_video.measure.similarity import Scorer
-from xattn_video.pipelines.video import write_video
+from xattn_video.pipelines.video import find_ffmpeg, write_video
 
 
 def moving_square(num_frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -147,7 +147,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path, suffix):
 def test_without_ffmpeg_videos_are_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(MissingPackageError, match=r"videos need ffmpeg, .*--no-videos"):
-        require_ffmpeg()
+        find_ffmpeg()
     (tmp_path / "a.mkv").touch()
     with pytest.raises(MissingPackageError, match="videos need ffmpeg"):
         read_clip(tmp_path / "a.mkv")

@@ -1,6 +1,7 @@
 """docs/quality.md is written from results.json."""
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_a_page_without_marks_is_refused(script, tmp_path):
 
 
 def test_the_page_of_the_docs_has_its_marks(script):
-    text = script.PAGE.read_text()
+    text = (ROOT / "docs/quality.md").read_text()
     assert text.count(script.BEGIN) == text.count(script.END) == 1
 
 
@@ -146,3 +147,31 @@ def test_the_committed_pages_are_what_the_committed_results_give(
         assert copy.read_text() == (ROOT / copy.relative_to(tmp_path)).read_text()
     drawn = {path.name for path in (copies[0].parent / "images").iterdir()}
     assert drawn == {path.name for path in (ROOT / "docs/images").glob("quality-*")}
+
+
+def test_it_writes_no_page_that_was_not_named(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    tracked = ROOT / "docs/quality.md"
+    before = tracked.read_bytes(), tracked.stat().st_mtime_ns
+    for words, code in ((["a.json"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as left:
+            run(script, monkeypatch, *words)
+        assert left.value.code == code
+    assert "--page" in capsys.readouterr().err
+    assert (tracked.read_bytes(), tracked.stat().st_mtime_ns) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_page_that_is_not_there_is_made_and_named(script, tmp_path, monkeypatch, capsys):
+    """As docs/quality.md tells people to type it."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/quality.md").read_text()
+    commands = set(re.findall(r"python -m scripts\.write_quality_page (runs.*)", text))
+    (words,) = (command.split() for command in commands)
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/results.json").write_text(json.dumps(record()))
+    assert run(script, monkeypatch, *words) == 0
+    assert "### demo, 256x256x65" in Path("runs/demo/quality.md").read_text()
+    assert "wrote runs/demo/quality.md" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

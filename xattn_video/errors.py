@@ -1,6 +1,10 @@
 """The exceptions of `xattn_video`. Bad input raises ValueError or TypeError instead."""
 
+import errno
 from collections.abc import Sequence
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class XAttentionError(Exception):
@@ -39,3 +43,27 @@ class PipelineLoadError(XAttentionError, OSError):
 
 class MissingPackageError(XAttentionError, ImportError):
     """An optional package that is needed cannot be used."""
+
+
+class FileNotWrittenError(XAttentionError, OSError):
+    """A file could not be written; what was in its place is as it was.
+
+    Args:
+        path: The file.
+        reason: What the system or a library said.
+        number: The system's own, such as `errno.ENOSPC`; None where it is not known.
+        more: Sentences to add.
+    """
+
+    def __init__(self, path: Path, reason: str, number: int | None = None, more: str = "") -> None:
+        self.path, self.reason, self.more = path, reason, more
+        kept = "the file of that name is unchanged" if path.exists() else "no part of it is left"
+        super().__init__(
+            f"cannot write {str(path)!r}: {reason}; {kept}. "
+            f"{'Free space there, or write' if number in _FULL else 'Write'} elsewhere."
+            f"{more and ' '}{more}"
+        )
+        self.errno = number
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str, int | None, str]]:
+        return type(self), (self.path, self.reason, self.errno, self.more)

@@ -18,6 +18,7 @@ from demo_training.text_stage import load_text_stack
 from demo_training.training_plan import Size, TrainingJob
 from demo_training.vae_stage import load_vae
 from demo_training.weights import TrainedWeights, load_checkpoint
+from xattn_video.files import write_json
 from xattn_video.pipelines.demo.grammar import sample_scene
 
 MAX_FILE_BYTES = 15_000_000
@@ -31,7 +32,7 @@ def run(job: TrainingJob) -> None:
     pipeline = _assemble(job, state)
     pipeline.save_pretrained(model_dir, max_shard_size="12MB")
     provenance = _provenance(job, state)
-    (model_dir / "TRAINING.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    write_json(model_dir / "TRAINING.json", provenance)
     _check_files(job, model_dir)
 
     loaded = HunyuanVideoPipeline.from_pretrained(

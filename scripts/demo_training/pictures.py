@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, cat, linspace
 
+from xattn_video.files import atomic_path
+
 COLUMNS = 8
 ROW_HEIGHT = 112
 # White, at the right of a frame and below it.
@@ -24,4 +26,5 @@ def save_sheet(clips: Sequence[Tensor], path: Path) -> None:
         frames = F.pad(frames, (0, GUTTER, 0, GUTTER), value=1.0)
         rows.append(cat(list(frames), dim=2))
     picture = (cat(rows, dim=1).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(picture).save(path)
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary)

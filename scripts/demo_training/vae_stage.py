@@ -35,6 +35,7 @@ from demo_training.weights import (
     restore_random_state,
     save_checkpoint,
 )
+from xattn_video.files import atomic_path
 
 LEARNING_RATE = 2e-3
 DECODER_LEARNING_RATE = 6e-4
@@ -176,7 +177,8 @@ def load_vae(job: TrainingJob) -> AutoencoderKLHunyuanVideo:
 
 def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
     state = {name: value.to("cpu", torch.bfloat16) for name, value in vae.state_dict().items()}
-    torch.save(state, path)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _frame_size(job: TrainingJob, fraction: float) -> Size:

@@ -9,12 +9,15 @@ import io
 import json
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from xattn_video.files import atomic_path, write_json
 
 PART_BYTES = 14 * 1024 * 1024
 
@@ -137,13 +140,15 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> list[P
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    for old in directory.glob(f"{name}.ckpt.*"):
-        old.unlink()
     parts = []
-    for index, start in enumerate(range(0, len(data), PART_BYTES)):
-        part = directory / f"{name}.ckpt.{index}"
-        part.write_bytes(data[start : start + PART_BYTES])
-        parts.append(part)
+    # The old parts stay until all the new ones are there.
+    with ExitStack() as stack:
+        for index, start in enumerate(range(0, len(data), PART_BYTES)):
+            parts.append(directory / f"{name}.ckpt.{index}")
+            temporary = stack.enter_context(atomic_path(parts[-1]))
+            temporary.write_bytes(data[start : start + PART_BYTES])
+    for old in set(directory.glob(f"{name}.ckpt.*")) - set(parts):
+        old.unlink()
     return parts
 
 
@@ -179,7 +184,7 @@ def inherit_reports(directory: Path, model_dir: Path) -> None:
     path = directory / "training.json"
     if not path.is_file():
         calls = json.loads((model_dir / "TRAINING.json").read_text())["calls"]
-        path.write_text(json.dumps(calls, indent=2) + "\n")
+        write_json(path, calls)
 
 
 def add_report(directory: Path, entry: dict[str, Any]) -> None:
@@ -187,4 +192,4 @@ def add_report(directory: Path, entry: dict[str, Any]) -> None:
     entry["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     path = directory / "training.json"
     entries = json.loads(path.read_text()) if path.is_file() else []
-    path.write_text(json.dumps([*entries, entry], indent=2) + "\n")
+    write_json(path, [*entries, entry])

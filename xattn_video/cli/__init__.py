@@ -10,22 +10,19 @@ from xattn_video.cli.bench import bench
 from xattn_video.cli.compare import compare
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
-from xattn_video.reporting.console import OneLineErrors
+from xattn_video.reporting.console import OneLineErrors, expands_paths
 
 app = typer.Typer(
     name="xattn-video",
     help="HunyuanVideo with block-sparse attention (XAttention).",
     epilog="Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed, "
-    "130 it was interrupted.",
+    "130 it was interrupted (Ctrl-C), 143 it was terminated (SIGTERM).",
     cls=OneLineErrors,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(generate)
-app.command()(compare)
-app.command()(plan)
-app.command()(bench)
-app.command()(backends)
+for _command in (generate, compare, plan, bench, backends):
+    app.command()(expands_paths(_command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from xattn_video import __version__
 from xattn_video.cli.compare_results import check_new_results
-from xattn_video.pipelines.video import write_json, write_video
+from xattn_video.files import write_json
+from xattn_video.pipelines.video import check_encoders, write_video
 from xattn_video.reporting.console import output_console, print_labelled, print_warning
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class FilesJob:
         check_pair(*self._read())
         if self.folder is not None:
             check_new_results(self.folder)
+            check_encoders(self.folder, [".mp4"], fps=24)
 
     def run(self) -> None:
         """Measure, print, and write the files."""

@@ -72,14 +72,14 @@ class CompareJob:
             BackendUnavailableError: The backend cannot run the model's heads here.
             MissingPackageError: torchmetrics, matplotlib or ffmpeg is needed and cannot be used.
         """
-        from xattn_video.measure.clips import require_ffmpeg
         from xattn_video.measure.frames import require_torchmetrics
+        from xattn_video.pipelines.video import VIDEO_SUFFIXES, check_encoders
 
         require_torchmetrics()
         require_matplotlib()
-        if self.videos:
-            require_ffmpeg()
         check_new_results(self.folder)
+        if self.videos:
+            check_encoders(self.folder, VIDEO_SUFFIXES, self.fps)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
         requests = [replace(self.requests[0], sparse=settings) for settings in sparse]
         warnings = check_runs(self.load, requests, self.force)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.cli.outputs import default_name
-from xattn_video.pipelines.video import atomic_path, check_output_folder, write_json, write_video
+from xattn_video.files import check_output_folder, write_json, write_text
+from xattn_video.pipelines.video import write_video, write_video_or_keep_frames
 
 if TYPE_CHECKING:
     from xattn_video.measure.comparison import Outcome
@@ -67,8 +68,7 @@ class ResultsFolder:
         record = self._write_json()
         plots = write_plots(self.folder / "plot", self.rows, self._densities)
         text = comparison_text(record, [path.name for path in plots])
-        with atomic_path(self.folder / "results.md") as temporary:
-            temporary.write_text(f"# {comparison_title(record)}\n\n{text}", encoding="utf-8")
+        write_text(self.folder / "results.md", f"# {comparison_title(record)}\n\n{text}")
 
     def _write_json(self) -> dict[str, Any]:
         backends = {name for m in self._measurements for name in m.backends}
@@ -92,7 +92,7 @@ class ResultsFolder:
         check_output_folder(folder)
         files = [folder / f"{measurement.method.name}.mkv"]
         fps = round(outcome.clip.fps)
-        write_video(files[0], outcome.clip.frames, fps)
+        write_video_or_keep_frames(files[0], outcome.clip.frames, fps)
         if measurement.method.sparse is not None:
             files.append(folder / f"{measurement.method.name}-side-by-side.mp4")
             frames = side_by_side(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.cli.outputs import Outputs
 from xattn_video.cli.record import generation_record, job_record
 from xattn_video.cli.summary import print_summary
+from xattn_video.files import write_json
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
-from xattn_video.pipelines.video import write_json
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
@@ -45,10 +45,14 @@ def check_job(job: GenerateJob) -> None:
     Raises:
         ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: The backend cannot run the model's heads here.
-        MissingPackageError: A plot is asked for and matplotlib is missing.
+        MissingPackageError: ffmpeg cannot write the videos, or matplotlib is missing for a plot.
     """
+    from xattn_video.pipelines.video import check_encoders
+
     if job.requests[0].sparse is None and any(job.outputs.plots):
         raise ValueError("--plot shows the density of sparse steps; --dense has none.")
+    first = job.outputs.videos[0]
+    check_encoders(first.parent, [video.suffix.lower() for video in job.outputs.videos], job.fps)
     if any(job.outputs.plots):
         require_matplotlib()
     # The requests share everything but the prompt.
@@ -69,16 +73,16 @@ def run_job(job: GenerateJob) -> None:
     runs: list[dict[str, Any]] = []
     try:
         _generate_all(job, runs)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
-        raise KeyboardInterrupt(done) from None
+        raise type(interruption)(done) from None
 
 
 def _generate_all(job: GenerateJob, runs: list[dict[str, Any]]) -> None:
     """Append the record of every video to ``runs`` once it is written."""
     from xattn_video.pipelines.generation import generate
     from xattn_video.pipelines.loading import load_pipeline
-    from xattn_video.pipelines.video import atomic_path, write_video
+    from xattn_video.pipelines.video import write_video_or_keep_frames
 
     messages = message_console()
     # A plain line: a spinner would hide the bars of a download.
@@ -93,11 +97,10 @@ def _generate_all(job: GenerateJob, runs: list[dict[str, Any]]) -> None:
         with GenerationProgress(messages, title, request.video.num_inference_steps) as progress:
             result = generate(pipe, request, progress)
         replaced = video.exists()
-        write_video(video, result.frames, job.fps)
+        write_video_or_keep_frames(video, result.frames, job.fps)
         runs.append(generation_record(request, result, video))
         if plot is not None and result.report is not None:
-            with atomic_path(plot) as temporary:
-                result.report.plot(temporary)
+            result.report.plot(plot)
         if job.outputs.report is not None:
             # Rewritten after every video, so that a run cut short leaves what it did.
             write_json(job.outputs.report, job_record(job.load, job.fps, runs))

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xattn_video.files import check_output_folder, check_output_path
 from xattn_video.pipelines.request import GenerationRequest
-from xattn_video.pipelines.video import VIDEO_SUFFIXES, check_output_folder, check_output_path
+from xattn_video.pipelines.video import VIDEO_SUFFIXES
 
 _SLUG_LENGTH = 50
 _DEFAULT_FOLDER = Path("videos")

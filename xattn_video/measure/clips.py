@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn_video.errors import MissingPackageError
+from xattn_video.pipelines.video import find_ffmpeg
 
 LOSSLESS_CODECS = frozenset({"ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png"})
 # SSIM's window has 11 pixels on a side.
@@ -42,24 +42,6 @@ class Clip:
         return self.codec is None or self.codec in LOSSLESS_CODECS
 
 
-def require_ffmpeg() -> None:
-    """Make sure that videos can be read and written.
-
-    Raises:
-        MissingPackageError: There is no ffmpeg.
-    """
-    try:
-        import imageio.v3  # noqa: F401
-        from imageio_ffmpeg import get_ffmpeg_exe
-
-        get_ffmpeg_exe()
-    except (ImportError, RuntimeError) as error:
-        raise MissingPackageError(
-            f"videos need ffmpeg, which cannot be used: {error}; pip install 'imageio[ffmpeg]', "
-            "or do without videos (--no-videos)."
-        ) from None
-
-
 def read_clip(path: Path) -> Clip:
     """Read a video file.
 
@@ -68,7 +50,7 @@ def read_clip(path: Path) -> Clip:
             states.
         MissingPackageError: There is no ffmpeg.
     """
-    require_ffmpeg()
+    find_ffmpeg()
     import imageio.v3 as imageio
 
     try:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from xattn_video.files import write_figure
 from xattn_video.measure.comparison_rows import MethodRow
 from xattn_video.measure.frames import MAX_PSNR
 from xattn_video.measure.methods import DENSE_AGAIN
-from xattn_video.pipelines.video import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +42,7 @@ def write_plots(
         )
     paths = [stem.with_name(f"{stem.name}-{name}.png") for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=150)
+        write_figure(path, figure)
     return paths
 
 

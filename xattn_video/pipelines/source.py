@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video.errors import PipelineLoadError, UnsupportedModelError
+from xattn_video.files import user_path
 from xattn_video.pipelines.model_files import read_json
 
 DEMO = "demo"
@@ -77,7 +78,7 @@ def find_model(name: str) -> ModelSource:
         from xattn_video.pipelines.demo import DEMO_DIR
 
         return ModelSource(name, DEMO_DIR)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     try:
         is_folder = folder.is_dir()
     except OSError as error:

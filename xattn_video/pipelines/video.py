@@ -1,80 +1,41 @@
-"""Write videos, and find out beforehand whether a file can be written."""
+"""Write videos, and find out beforehand whether they can be written."""
 
-import json
+import errno
 import os
+import shutil
+import signal
+import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
+
+from xattn_video.errors import FileNotWrittenError, MissingPackageError
+from xattn_video.files import atomic_path, temporary_path
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Suffix -> what imageio's ffmpeg plugin is told. Matroska holds the frames without loss.
-_ENCODERS: dict[str, dict[str, Any]] = {
-    ".mp4": {
-        "codec": "libx264",
-        "pixelformat": "yuv420p",
-        "quality": 8,
-        "output_params": ["-movflags", "+faststart"],
-    },
-    ".mkv": {"codec": "ffv1", "pixelformat": "bgr0", "quality": None},
+# Suffix -> how ffmpeg encodes. Matroska holds the frames without loss.
+_ENCODERS = {
+    ".mp4": "-c:v libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart",
+    ".mkv": "-c:v ffv1 -pix_fmt bgr0",
 }
 VIDEO_SUFFIXES = tuple(_ENCODERS)
-
-
-def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "output") -> None:
-    """Make sure that ``path`` can be written later; missing parent folders are created now.
-
-    Raises:
-        ValueError: Wrong suffix, a folder is in its place, or it cannot be written.
-    """
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(
-            f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}; "
-            "give the name of such a file."
-        )
-    check_output_folder(path.parent, what=what)
-    with _refused(path, what):
-        is_folder = path.is_dir()
-        # The very file that will be written: its name is longer than the path's.
-        temporary = _temporary_path(path)
-        temporary.touch()
-        temporary.unlink()
-    if is_folder:
-        raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
-
-
-def check_output_folder(folder: Path, *, what: str = "output") -> None:
-    """Create ``folder`` where it is missing and make sure that files can be written in it.
-
-    Raises:
-        ValueError: It cannot be created or written.
-    """
-    with _refused(folder, what):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Permission bits say nothing of a read-only file system; a file does.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-
-
-@contextmanager
-def _refused(path: Path, what: str) -> Iterator[None]:
-    """Say in one way that ``path`` cannot be written."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        # A name that no system takes, such as one with a NUL, is a ValueError.
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(
-            f"{what} cannot be written to {str(path)!r}: {reason}; use another."
-        ) from None
+_LOSSLESS = ".mkv"
+# Mean difference in brightness, of 255. Coloured noise, the worst for 4:2:0, has 7.
+_MAX_LUMA_ERROR = 16
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Enough for a container whose time stamps are too coarse to lose one of them.
+_PROBE_FRAMES = 33
 
 
 def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
-    """Write ``frames`` to ``path``, which holds the whole video or is not there.
+    """Write ``frames`` to ``path``, which then holds the whole video, or what it held before.
+
+    The file takes its place only when the encoder has ended well and the file has been read again.
 
     Args:
         path: ``.mp4`` (H.264, 4:2:0, plays everywhere) or ``.mkv`` (FFV1, lossless).
@@ -83,48 +44,190 @@ def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
 
     Raises:
         ValueError: Unknown suffix, or frames of another shape or dtype.
+        FileNotWrittenError: The disk is full, or the encoder failed.
+        MissingPackageError: There is no ffmpeg.
     """
-    import imageio.v2 as imageio
-
     suffix = path.suffix.lower()
     if suffix not in _ENCODERS:
         raise ValueError(f"a video ends in {' or '.join(_ENCODERS)}, got {str(path)!r}.")
     shape = frames.shape
     even = len(shape) == 4 and shape[1] % 2 == 0 and shape[2] % 2 == 0
-    if frames.dtype != "uint8" or not even or shape[3] != 3:
+    if frames.dtype != "uint8" or not even or shape[3] != 3 or 0 in shape:
         raise ValueError(
-            "frames must be uint8 [T, H, W, 3] with H and W even, "
+            "frames must be uint8 [T, H, W, 3] with H and W even and at least one frame, "
             f"got {frames.dtype} {list(shape)}."
         )
     with atomic_path(path) as temporary:
-        imageio.mimwrite(
-            temporary,
-            list(frames),
-            format="FFMPEG",
-            fps=fps,
-            macro_block_size=2,
-            ffmpeg_log_level="error",
-            **_ENCODERS[suffix],
-        )
+        _encode(temporary, frames, fps)
+        _check_written(temporary, frames)
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the place of ``path`` when all went well."""
-    temporary = _temporary_path(path)
+def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
+    """As `write_video`, but where that fails the frames are kept beside or in the system's folder.
+
+    Raises:
+        FileNotWrittenError: Says where the frames are.
+    """
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_video(path, frames, fps)
+    except (OSError, MissingPackageError) as error:
+        kept = _keep_frames(path, frames)
+        found = "they were lost: no disk here has room for them."
+        if kept is not None:
+            found = (
+                f"they are in {str(kept)!r}: numpy.load reads them, and "
+                "xattn_video.pipelines.video.write_video makes the video of them."
+            )
+        reason = error.reason if isinstance(error, FileNotWrittenError) else str(error)
+        number = getattr(error, "errno", None)
+        raise FileNotWrittenError(path, reason, number, f"The frames: {found}") from error
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write ``record`` to ``path``, which holds all of it or stays as it was."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def _keep_frames(path: Path, frames: "NDArray[np.uint8]") -> Path | None:
+    """Where the frames are now; None where no disk has room."""
+    import numpy as np
+
+    for beside in (True, False):
+        try:
+            folder = path.parent if beside else Path(tempfile.gettempdir())
+            if shutil.disk_usage(folder).free < frames.nbytes:
+                continue
+            number, kept = 2, folder / f"{path.stem}-frames.npy"
+            while kept.exists():
+                kept, number = folder / f"{path.stem}-frames-{number}.npy", number + 1
+            with atomic_path(kept) as temporary:
+                np.save(temporary, frames)
+        except OSError:
+            continue
+        return kept
+    return None
 
 
-def _temporary_path(path: Path) -> Path:
-    """Of this process, with the suffix that tells a library what to write."""
-    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def check_encoders(folder: Path, suffixes: Iterable[str], fps: int) -> None:
+    """Write tiny videos in ``folder`` with the real ffmpeg, and remove them.
+
+    Raises:
+        MissingPackageError: ffmpeg is missing, cannot be run or lacks the encoder.
+        ValueError: The video would not be what it should be, such as at this frame rate.
+    """
+    import numpy as np
+
+    shape = (_PROBE_FRAMES, 16, 16, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for suffix in dict.fromkeys(suffixes):
+        with temporary_path(folder, suffix) as path:
+            try:
+                _encode(path, frames, fps)
+                _check_written(path, frames)
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise ValueError(
+                        f"no {suffix} can be written to {str(folder)!r}: {error.strerror}; "
+                        "free space there, or write elsewhere."
+                    ) from None
+                encoder = _ENCODERS[suffix].split()[1]
+                raise MissingPackageError(
+                    f"the ffmpeg {find_ffmpeg()!r} cannot write a {suffix} with {encoder} at "
+                    f"{fps} frames per second: {error.strerror or error}; use another frame rate "
+                    f"or an ffmpeg with {encoder}, such as that of pip install imageio-ffmpeg "
+                    "(unset IMAGEIO_FFMPEG_EXE)."
+                ) from None
+
+
+def find_ffmpeg() -> str:
+    """The ffmpeg that is used, which can be run.
+
+    Raises:
+        MissingPackageError: There is none.
+    """
+    try:
+        import imageio.v3  # noqa: F401
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        ffmpeg: str = get_ffmpeg_exe()
+        # It does not try the one that IMAGEIO_FFMPEG_EXE names.
+        subprocess.run([ffmpeg, "-version"], capture_output=True, check=True)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise MissingPackageError(
+            f"videos need ffmpeg, which cannot be used: {error}; pip install 'imageio[ffmpeg]' "
+            "and unset IMAGEIO_FFMPEG_EXE (compare does without videos: --no-videos)."
+        ) from None
+    return ffmpeg
+
+
+def _encode(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
+    """Let ffmpeg write a file.
+
+    Raises:
+        OSError: It failed.
+    """
+    import numpy as np
+
+    height, width = frames.shape[1:3]
+    command = [find_ffmpeg(), *["-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]]
+    command += ["-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an"]
+    command += [*_ENCODERS[path.suffix.lower()].split(), _for_ffmpeg(path)]
+    done = subprocess.run(
+        command,
+        input=np.ascontiguousarray(frames).data.cast("B"),
+        capture_output=True,
+        # Ctrl-C is for this process alone, which ends ffmpeg.
+        start_new_session=True,
+    )
+    if done.returncode:
+        _raise_failure(done.returncode, done.stderr.decode(errors="replace"))
+
+
+def _for_ffmpeg(path: Path) -> str:
+    """A name with a colon would be an address."""
+    return f"file:{path}"
+
+
+def _raise_failure(code: int, said: str) -> NoReturn:
+    """Raise OSError with what ffmpeg says, and the system's number where it names it."""
+    if code == -getattr(signal, "SIGXFSZ", 0):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    for number in _FULL:
+        if os.strerror(number) in said:
+            raise OSError(number, os.strerror(number))
+    lines = said.strip().splitlines()
+    ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    raise OSError(f"ffmpeg failed ({ending}){': ' if lines else ''}{' '.join(lines[:1])}")
+
+
+def _check_written(path: Path, frames: "NDArray[np.uint8]") -> None:
+    """Read a video again.
+
+    Raises:
+        OSError: It is not these frames.
+    """
+    import numpy as np
+    from imageio_ffmpeg import read_frames
+
+    count, height, width = frames.shape[:3]
+    number = 0
+    try:
+        with closing(read_frames(_for_ffmpeg(path))) as reader:
+            size = next(reader)["size"]
+            if size != (width, height):
+                raise OSError(f"it holds {size[0]}x{size[1]} pixels, not {width}x{height}")
+            for number, data in enumerate(reader, 1):
+                if number in (1, count):
+                    read = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+                    if not _alike(read, frames[number - 1], path.suffix.lower()):
+                        raise OSError(f"frame {number} is not what was written")
+            if number != count:
+                raise OSError(f"it holds {number} of {count} frames")
+    except (OSError, RuntimeError, StopIteration) as error:
+        detail = (str(error).strip().splitlines() or ["it holds no frame"])[-1]
+        raise OSError(f"the file was read again: {detail}") from None
+
+
+def _alike(read: "NDArray[np.uint8]", written: "NDArray[np.uint8]", suffix: str) -> bool:
+    """Equal without loss; else of about the same brightness everywhere."""
+    import numpy as np
+
+    if suffix == _LOSSLESS:
+        return np.array_equal(read, written)
+    luma = (read.astype(np.float32) - written) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return bool(np.abs(luma).mean() < _MAX_LUMA_ERROR)

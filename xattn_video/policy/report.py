@@ -1,6 +1,5 @@
 """What really ran: dense or sparse, by step and layer."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from xattn_video.errors import MissingPackageError
+from xattn_video.files import write_figure, write_json
 
 State: TypeAlias = Literal["dense", "sparse", "skipped"]
 
@@ -163,7 +163,7 @@ class SparsityReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(path, self.to_dict())
 
     def plot(self, path: str | Path) -> None:
         """Draw density by step and layer; the passes of a step are taken together.
@@ -200,7 +200,8 @@ class SparsityReport:
         if any("skipped" in row for row in densities):
             keys.append(Patch(facecolor="white", edgecolor="0.6", label="skipped by a cache"))
         figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(path, dpi=150)
+        # As matplotlib: a name without a suffix is a PNG.
+        write_figure(path if Path(path).suffix else f"{path}.png", figure)
 
     def _sparse_runs(self) -> Iterator[tuple[ForwardRun, int, LayerRun]]:
         """Every layer run that was sparse, with its forward pass and layer."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from xattn_video.files import write_json
+
 Points: TypeAlias = tuple[tuple[int, float], ...]
 Interpolation: TypeAlias = Literal["hold", "linear", "cosine"]
 ThresholdLike: TypeAlias = (
@@ -195,7 +197,7 @@ class ThresholdSchedule:
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "ThresholdSchedule":

@@ -1,28 +1,41 @@
 """Where the command line writes, and how it reports what went wrong."""
 
+import functools
 import logging
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import typer
 import typer.core
 from rich.console import Console
 from rich.text import Text
 
-from xattn_video.errors import BackendUnavailableError, XAttentionError
+from xattn_video.errors import BackendUnavailableError, MissingPackageError, XAttentionError
+from xattn_video.files import user_path
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BAD_ARGUMENT = 2
 FAILED = 1
-# What a shell reports of a command that Ctrl-C ended.
+# What a shell reports of a command that Ctrl-C ended; of one that another signal did, likewise.
 INTERRUPTED = 130
+_ENDING_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+_PATIENCE_SECONDS = 5.0
 # Typer brings click along in some releases and depends on it in others.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
-# A backend that cannot run is an argument too: "auto" always finds one.
-_BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError)
+# A backend that cannot run is an argument too: "auto" always finds one; a missing package is known
+# before anything runs.
+_BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError, MissingPackageError)
 
 
 def output_console() -> Console:
@@ -51,9 +64,10 @@ def print_error(text: str) -> None:
     message_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
-def print_interruption(done: str = "") -> None:
-    """That Ctrl-C was pressed and what was done until then, on stderr."""
-    message_console().print(f"interrupted; {done}." if done else "interrupted.", soft_wrap=True)
+def print_interruption(done: str = "", by: str = "") -> None:
+    """That Ctrl-C was pressed or a signal came, and what was done until then, on stderr."""
+    text = f"interrupted{by and f' by {by}'}{done and f'; {done}'}."
+    message_console().print(text, soft_wrap=True)
 
 
 def print_labelled(console: Console, lines: dict[str, str]) -> None:
@@ -91,14 +105,59 @@ class OneLineCommand(_OneLineUsageErrors, typer.core.TyperCommand):
     """A command by itself."""
 
 
+def expands_paths(command: Callable[P, T]) -> Callable[P, T]:
+    """A command whose paths may begin with ~ and name $VARIABLES, whatever the option."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            expanded: Any = {name: _expanded(value) for name, value in options.items()}
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        return command(*args, **expanded)
+
+    return run
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or those of a list; anything else as it is."""
+    if isinstance(value, list):
+        return [_expanded(part) for part in value]
+    return user_path(value) if isinstance(value, Path) else value
+
+
 def _describe_usage(error: Any) -> str:
     text = error.format_message()
     command = "xattn-video" if error.ctx is None else error.ctx.command_path
     return f"{text if text.endswith(('.', '?')) else f'{text}.'} See {command} --help."
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal asked the command to end; it stops as for Ctrl-C, and leaves nothing half done."""
+
+    number = signal.SIGTERM
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    for ending in _ENDING_SIGNALS:
+        # Whoever sends it again must not stop the tidying up.
+        signal.signal(ending, signal.SIG_IGN)
+    Terminated.number = signal.Signals(number)
+    if hasattr(signal, "setitimer"):
+        # A library's `except:` or a finaliser may swallow it: say it again until it is heard.
+        signal.signal(signal.SIGALRM, _say_again)
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_SECONDS, _PATIENCE_SECONDS)
+    raise Terminated
+
+
+def _say_again(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
 class ErrorsToExitCodes:
-    """Within it an exception becomes one line on stderr and an exit code, and Ctrl-C does too.
+    """Within it an exception becomes one line on stderr and an exit code.
+
+    Ctrl-C, SIGTERM (of slurm, docker and the like) and SIGHUP (a closed terminal) do too.
 
     The text of a KeyboardInterrupt, where it has one, is what was done until then.
 
@@ -112,8 +171,15 @@ class ErrorsToExitCodes:
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
         self.running = False
+        self._handled: list[signal.Signals] = []
 
     def __enter__(self) -> "ErrorsToExitCodes":
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING_SIGNALS:
+                # One that the caller ignores, as nohup does, or handles stays that way.
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, _terminate)
+                    self._handled.append(number)
         return self
 
     def __exit__(
@@ -122,6 +188,13 @@ class ErrorsToExitCodes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Terminated) and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in self._handled:
+            signal.signal(number, signal.SIG_DFL)
+        if isinstance(error, Terminated):
+            print_interruption(str(error), error.number.name)
+            raise typer.Exit(128 + error.number) from None
         if isinstance(error, KeyboardInterrupt):
             print_interruption(str(error))
             raise typer.Exit(INTERRUPTED) from None

@@ -1,0 +1,236 @@
+"""Files that are written whole or not at all, and paths as people type them."""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xattn_video.errors import FileNotWrittenError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PREFIX = ".xattn-video-"
+# A file takes minutes to write: one of another machine that nobody touched for a day is left over.
+_STALE_SECONDS = 24 * 3600
+# Not every file system can sync a folder, and one may write in folders that one may not read.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+
+
+def user_path(path: str | Path) -> Path:
+    """``path`` with ``~`` and ``$VARIABLE`` expanded; a shell does not in ``--output=~/a.mp4``.
+
+    Raises:
+        ValueError: A variable is not set.
+    """
+    names = re.findall(r"\$\{?([A-Za-z_]\w*)", str(path))
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"the path {str(path)!r} names ${missing[0]}, which is not set; "
+            "set and export it, or write the path out."
+        )
+    return Path(os.path.expandvars(os.path.expanduser(path)))
+
+
+def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "output") -> None:
+    """Make sure that ``path`` can be written later; missing parent folders are created now.
+
+    Raises:
+        ValueError: Wrong suffix, a folder is in its place, or it cannot be written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}; "
+            "give the name of such a file."
+        )
+    check_output_folder(path.parent, what=what)
+    with _refused(path, what), contextlib.suppress(FileNotFoundError):
+        path.lstat()  # finds a name that is too long
+    if path.is_dir():
+        raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
+
+
+def check_output_folder(folder: Path, *, what: str = "output") -> None:
+    """Create ``folder`` where it is missing and make sure that files can be written in it.
+
+    Raises:
+        ValueError: It cannot be created or written.
+    """
+    with _refused(folder, what):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits say nothing of a read-only file system; a file does.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    clear_stale(folder)
+
+
+@contextmanager
+def _refused(path: Path, what: str) -> Iterator[None]:
+    """Say in one way that ``path`` cannot be written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # A name that no system takes, such as one with a NUL, is a ValueError.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{what} cannot be written to {str(path)!r}: {reason}; use another."
+        ) from None
+
+
+@contextmanager
+def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the place of ``path`` when all went well.
+
+    The file is on the disk by then. It has the suffix of ``path``, which tells a library what to
+    write. What killed runs left in the folder is removed first.
+
+    Args:
+        path: The file.
+        new: Leave a file that is there by then as it is.
+
+    Raises:
+        FileNotWrittenError: Writing failed; what was at ``path`` is still there.
+        FileExistsError: With ``new``, where there is such a file.
+    """
+    path = Path(path)
+    with _told(path), contextlib.ExitStack() as stack:
+        clear_stale(path.parent)
+        temporary = stack.enter_context(temporary_path(path.parent, path.suffix))
+        yield temporary
+        _sync(temporary)
+        if new:
+            os.link(temporary, path)
+        else:
+            temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Name the file that an error of the system is about, and what to do."""
+    try:
+        yield
+    except (FileNotWrittenError, FileExistsError):
+        raise
+    except OSError as error:
+        raise FileNotWrittenError(path, error.strerror or str(error), error.errno) from error
+
+
+@contextmanager
+def temporary_path(folder: Path, suffix: str) -> Iterator[Path]:
+    """An empty file in ``folder`` that is gone afterwards; its lock tells others that it is used.
+
+    Its name holds the machine, as long as it is not started anew, and the process.
+    """
+    while True:
+        token = secrets.token_hex(4)
+        path = folder / f"{_PREFIX}{_machine()}-{os.getpid()}-{token}{suffix}"
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        _lock(file, wait=True)
+        if path.exists():
+            break
+        os.close(file)  # Another process found it before it was locked, and cleared it.
+    try:
+        if sys.platform == "win32":
+            os.close(file)  # An open file cannot be replaced there.
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        if sys.platform != "win32":
+            os.close(file)
+
+
+def clear_stale(folder: Path) -> None:
+    """Remove the temporary files of killed runs from ``folder``, and surely no others.
+
+    The system lets go of a lock however its process ends, so a file whose lock is free is left
+    over. A file system may keep locks to one machine: a file of another one must be old as well.
+    """
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        found = [Path(entry.path) for entry in entries if entry.name.startswith(_PREFIX)]
+        for path in found:
+            # Gone, another user's, or in use.
+            with contextlib.suppress(OSError):
+                _remove_if_stale(path)
+
+
+def _remove_if_stale(path: Path) -> None:
+    here = path.name.startswith(f"{_PREFIX}{_machine()}-")
+    if not here and time.time() - path.stat().st_mtime < _STALE_SECONDS:
+        return
+    file = os.open(path, os.O_RDWR)
+    try:
+        if _lock(file, wait=False):
+            path.unlink()
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, *, wait: bool) -> bool:
+    """Lock a file, and tell whether it is; some file systems have no locks."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _machine() -> str:
+    """A kernel, from one start to the next; containers on it are the same machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return re.sub(r"\W", "", platform.node())[:8]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text to ``path``, which holds all of it or stays as it was."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any, *, indent: int = 2, new: bool = False) -> None:
+    """Write JSON to ``path``, which holds all of it or stays as it was; ``new``: see above."""
+    text = json.dumps(content, indent=indent)
+    with atomic_path(path, new=new) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_figure(path: str | Path, figure: "Figure", dpi: int = 150) -> None:
+    """Write a figure to ``path``, which holds all of it or stays as it was."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's new names, and hear of what it has not."""
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
