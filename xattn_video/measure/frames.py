@@ -30,16 +30,6 @@ class FrameScores:
     ssim: tuple[float, ...]
     num_identical: int
 
-    @property
-    def mean_psnr(self) -> float:
-        """The mean over the frames."""
-        return sum(self.psnr) / len(self.psnr)
-
-    @property
-    def mean_ssim(self) -> float:
-        """The mean over the frames."""
-        return sum(self.ssim) / len(self.ssim)
-
 
 def require_torchmetrics() -> None:
     """Make sure that torchmetrics can be used.

@@ -41,7 +41,8 @@ def check_attention(
     for row in sampled_rows(tensors):
         weights = row_weights(tensors, row, heads, num_keys)
         if block_mask is not None:
-            weights = weights * _kept_keys(block_mask[:, heads, row], weights.shape[-1])
+            kept = block_mask[:, heads, row, None].repeat_interleave(BLOCK_SIZE, dim=-1)
+            weights = weights * kept[..., : weights.shape[-1]]
             weights = weights / weights.sum(dim=-1, keepdim=True)
         expected.append(weights @ tensors.value[:, heads, : weights.shape[-1]].float())
         found.append(out[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float())
@@ -116,11 +117,6 @@ def sampled_rows(tensors: AttentionTensors) -> list[int]:
 def _sampled_heads(tensors: AttentionTensors) -> list[int]:
     """The first and the last head."""
     return sorted({0, tensors.query.shape[1] - 1})
-
-
-def _kept_keys(kept_blocks: Tensor, num_keys: int) -> Tensor:
-    """Blocks `[B, heads, N]` -> keys `[B, heads, 1, keys]`."""
-    return kept_blocks.repeat_interleave(BLOCK_SIZE, dim=-1)[..., None, :num_keys]
 
 
 def _checked(error: Tensor, what: str, largest: float) -> float:

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -77,21 +78,17 @@ class Scorer:
         if reference is not self._reference:
             self._reference, self._vmaf_self = reference, None
         frames = score_frames(reference.frames, candidate.frames, self._device)
-        vmaf_score = None
-        if "VMAF" not in self.missing:
-            vmaf_score = self._vmaf(reference, candidate)
-        perceptual = None
-        if "LPIPS" not in self.missing:
-            perceptual = lpips(reference.frames, candidate.frames, self._device)
+        has_vmaf, has_lpips = (name not in self.missing for name in ("VMAF", "LPIPS"))
+        vmaf_score = self._vmaf(reference, candidate) if has_vmaf else None
         return Similarity(
-            psnr=frames.mean_psnr,
-            ssim=frames.mean_ssim,
+            psnr=mean(frames.psnr),
+            ssim=mean(frames.ssim),
             lowest_psnr=min(frames.psnr),
             num_frames=len(frames.psnr),
             num_identical=frames.num_identical,
             vmaf=vmaf_score,
             vmaf_self=self._vmaf_self,
-            lpips=perceptual,
+            lpips=lpips(reference.frames, candidate.frames, self._device) if has_lpips else None,
         )
 
     def _vmaf(self, reference: Clip, candidate: Clip) -> float:
