@@ -137,3 +137,19 @@ def test_prompts_that_are_not_utf_8_are_refused(option, generate):
     assert (code, out) == (2, "")
     assert f"the {option.replace('-', ' ')} is not UTF-8 text, got 'caf\\udce9'" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("output", ["f/a.mp4", "f/deeper/a.mp4"])
+def test_a_file_in_the_place_of_a_folder_is_called_one(output, generate, tmp_path):
+    (tmp_path / "f").touch()
+    code, _, err = generate("--prompt=a", f"--output={output}")
+    assert code == 2
+    assert "'f' is a file, not a folder; use another." in err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_backend_that_needs_a_gpu_names_the_option(generate):
+    code, _, err = generate("--prompt=a", "--backend=flash4")
+    assert code == 2
+    assert "use a CUDA GPU, or --backend auto." in err
