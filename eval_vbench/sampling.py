@@ -4,7 +4,7 @@ import errno
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,7 @@ def _record(
     """What a report needs of one video."""
     return {
         "text": request.prompt,
+        "prompt_tokens": [asdict(count) for count in result.prompt_tokens],
         "shape": list(result.frames.shape),
         "seconds": result.seconds,
         "seconds_per_dense_step": result.seconds_per_dense_step,

@@ -111,6 +111,7 @@ class SamplingJob:
         """
         from eval_vbench.sampling import Sampling, wait_for_others
         from xattn_video.pipelines.loading import load_pipeline
+        from xattn_video.pipelines.prompt_length import cut_prompts
 
         share, items = self.share, self.items
         sampling = Sampling(
@@ -134,6 +135,8 @@ class SamplingJob:
             self._say(f"loading {self.load.model}")
             pipe = load_pipeline(self.load)
             pipe.set_progress_bar_config(disable=True)
+            requests = [GenerationRequest(item.prompt.text, video=self.video) for item in missing]
+            print_warnings(cut_prompts(pipe, requests))
             failed = sampling.sample(pipe, missing)
         if failed:
             wait_for_others(self.run, items)

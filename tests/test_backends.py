@@ -127,7 +127,9 @@ def test_triton_refuses_the_cpu_unless_interpreted(monkeypatch):
     backend = load_backend("triton")
     monkeypatch.setattr(support, "INTERPRETING", False)
     (reason,) = backend.unsupported_reasons(problem())
-    assert reason.startswith("the device must be CUDA, got cpu; move the inputs to a GPU")
+    assert reason.startswith(
+        'the device must be CUDA, got cpu; use a CUDA GPU, backend "auto", or set'
+    )
     monkeypatch.setattr(support, "INTERPRETING", True)
     assert backend.unsupported_reasons(problem()) == []
     (reason,) = backend.unsupported_reasons(problem(dtype=torch.bfloat16))

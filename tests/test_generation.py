@@ -111,8 +111,43 @@ def test_a_broken_video_is_an_error(pipe, monkeypatch):
         return (torch.full((1, 3, 9, 64, 64), torch.nan),)
 
     monkeypatch.setattr(pipe.vae, "decode", decode)
-    with pytest.raises(RuntimeError, match=r"not finite.*load the model in bfloat16 or float32"):
+    message = r"decoded in float32, holds values that are not finite; .*check the model's files"
+    with pytest.raises(RuntimeError, match=message):
         generate(pipe, request())
+
+
+def test_latents_that_are_not_finite_stop_the_run_at_their_step(pipe, monkeypatch):
+    forwards, forward = [], pipe.transformer.forward
+
+    def break_the_second(*arguments, **keywords):
+        forwards.append(1)
+        (noise,) = forward(*arguments, **keywords)
+        return (noise * torch.nan if len(forwards) == 2 else noise,)
+
+    monkeypatch.setattr(pipe.transformer, "forward", break_the_second)
+    message = "step 2 of 4 left values that are not finite, computed in float32; "
+    with pytest.raises(RuntimeError, match=message):
+        generate(pipe, request(sparse=None))
+    assert len(forwards) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.float16, "load the model in bfloat16 or float32."),
+        (torch.bfloat16, "load the model in float32."),
+        (torch.float32, "check the model's files and the guidance scales."),
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_remedy_is_another_dtype_than_the_run_had(dtype, remedy, value):
+    transformer = SimpleNamespace(dtype=dtype)
+    pipe = SimpleNamespace(_execution_device=torch.device("cpu"), transformer=transformer)
+    recorder = generation._StepRecorder(pipe, 4, None, None)
+    recorder.step_ends(pipe, 0, None, {"latents": torch.zeros(2)})
+    with pytest.raises(RuntimeError, match=r"step 2 of 4 .* in [a-z]+\d+; ") as caught:
+        recorder.step_ends(pipe, 1, None, {"latents": torch.tensor([0.0, value])})
+    assert str(caught.value).endswith(remedy)
 
 
 def test_a_seed_gives_one_video_wherever_it_comes_in_a_run(pipe):

@@ -98,7 +98,7 @@ def test_no_sparse_step_is_warned_of(settings, message):
 def test_small_videos_are_warned_of():
     small = VideoSettings(height=256, width=256, num_frames=17)
     warnings = "\n".join(plan(small, min_tokens=0).warnings)
-    assert "Few tokens: 10 blocks" in warnings
+    assert "The clip is only 1,280 tokens; sparse attention needs thousands." in warnings
     assert "Attention is 8% of a step's arithmetic" in warnings
 
 

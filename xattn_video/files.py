@@ -83,6 +83,9 @@ def _refused(path: Path, what: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         # A name that no system takes, such as one with a NUL, is a ValueError.
         reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            blocking = next(part for part in (path, *path.parents) if part.is_file())
+            reason = f"{str(blocking)!r} is a file, not a folder"
         raise ValueError(
             f"{what} cannot be written to {str(path)!r}: {reason}; use another."
         ) from None

@@ -10,19 +10,30 @@ from xattn_video.cli.bench import bench
 from xattn_video.cli.compare import compare
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
-from xattn_video.reporting.console import OneLineErrors, expands_paths
+from xattn_video.options.command import CONTEXT_SETTINGS
+from xattn_video.reporting.console import OneLineErrors
 
 app = typer.Typer(
     name="xattn-video",
     help="HunyuanVideo with block-sparse attention (XAttention).",
-    epilog="Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed, "
+    epilog='Example: xattn-video generate --model demo --prompt "a red circle moving left to '
+    'right over a blue background". '
+    "Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed, "
     "130 it was interrupted (Ctrl-C), 143 it was terminated (SIGTERM).",
     cls=OneLineErrors,
+    context_settings=CONTEXT_SETTINGS,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (generate, compare, plan, bench, backends):
-    app.command()(expands_paths(_command))
+EXAMPLES = {
+    generate: 'generate --prompt "a cat walks on the grass" --output cat.mp4',
+    compare: "compare --model demo --demo-prompts 4 --thresholds 0.9,0.95",
+    plan: "plan --num-frames 61 --device cuda",
+    bench: "bench --num-frames 61",
+    backends: "backends --device cuda",
+}
+for _command, _example in EXAMPLES.items():
+    app.command(epilog=f"Example: xattn-video {_example}")(_command)
 
 
 def _print_version(wanted: bool) -> None:

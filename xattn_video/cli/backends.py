@@ -1,58 +1,49 @@
 """`xattn-video backends`: what can run here, and why not the rest."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from xattn_video.cli import options
-from xattn_video.pipelines.source import HUNYUAN_VIDEO
-from xattn_video.reporting.console import ErrorsToExitCodes, log_choices, output_console
+from xattn_video.options.command import command
+from xattn_video.options.groups import loading
+from xattn_video.reporting.console import output_console
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
 
 
+@command
 def backends(
-    device: options.Device = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16. [default: bfloat16 on CUDA, else float32]",
-            show_default=False,
-        ),
-    ] = None,
+    load: Annotated["LoadOptions", loading("device", "dtype")],
     head_dim: Annotated[int, typer.Option(help="Size of an attention head.")] = 128,
     block_size: Annotated[int, typer.Option(help="Tokens in a block.")] = 128,
-    verbose: options.Verbose = False,
 ) -> None:
     """List the sparse attention backends that can run here; for the others, every reason."""
-    log_choices(verbose)
-    with ErrorsToExitCodes(verbose):
-        import torch
+    import torch
 
-        from xattn_video.backends.table import AUTO_ORDER, available_backends
-        from xattn_video.ops.arguments import check_block_size
+    from xattn_video.backends.table import AUTO_ORDER, available_backends
+    from xattn_video.ops.arguments import check_block_size
 
-        check_block_size(block_size)
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}; use 128.")
-        loaded = options.load_options(HUNYUAN_VIDEO, dtype, device)
-        place, kind = loaded.resolved_device, loaded.resolved_dtype
-        reasons = available_backends(place, dtype=kind, head_dim=head_dim, block_size=block_size)
-        name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
-        console = output_console()
-        console.print(
-            f"On {name}, {str(kind).removeprefix('torch.')}, "
-            f"head size {head_dim}, blocks of {block_size} tokens:",
-            soft_wrap=True,
-        )
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-        for backend, why in reasons.items():
-            if why:
-                table.add_row(
-                    backend, Text("no", "red"), "\n".join(f"- {reason}" for reason in why)
-                )
-            else:
-                table.add_row(backend, Text("yes", "green"), "")
-        console.print(table)
-        order = [b for b in AUTO_ORDER.get(place.type, ("torch_gather",)) if not reasons[b]]
-        console.print(f"auto takes {order[0]}." if order else "auto finds none.")
+    check_block_size(block_size)
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}; use 128.")
+    place, kind = load.resolved_device, load.resolved_dtype
+    reasons = available_backends(place, dtype=kind, head_dim=head_dim, block_size=block_size)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
+    console = output_console()
+    console.print(
+        f"On {name}, {str(kind).removeprefix('torch.')}, "
+        f"head size {head_dim}, blocks of {block_size} tokens:",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for backend, why in reasons.items():
+        if why:
+            table.add_row(backend, Text("no", "red"), "\n".join(f"- {reason}" for reason in why))
+        else:
+            table.add_row(backend, Text("yes", "green"), "")
+    console.print(table)
+    order = [b for b in AUTO_ORDER.get(place.type, ("torch_gather",)) if not reasons[b]]
+    console.print(f"auto takes {order[0]}." if order else "auto finds none.")

@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from xattn_video.cli import options
-from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.options.command import command, knob
+from xattn_video.options.groups import loading, sparse_subset, video_settings
+from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
-    log_choices,
     message_console,
     output_console,
     print_labelled,
@@ -23,12 +23,18 @@ from xattn_video.reporting.tables import Table, figure
 
 if TYPE_CHECKING:
     from xattn_video.measure.speedup import Speedup
+    from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.run_plan import RunPlan
 
 # A CPU does about this much in a second, and every part runs some ten times.
 _CPU_TFLOP_PER_SECOND = 0.1
 _CALLS = 10
 _PATIENCE_SECONDS = 120
+_OPEN_MODEL = {
+    "help": "Whose attention: demo, a hub ID, or a folder.",
+    "default": None,
+    "shown_default": "HunyuanVideo, from the hub; demo on a CPU",
+}
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "part": lambda row: "total" if row["name"] == "xattention" else row["name"],
     "by": lambda row: row["backend"],
@@ -38,71 +44,57 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What is timed, and how long."""
+
+    density: float = knob("Share of blocks computed, which a real run's threshold decides.", 0.4)
+    seconds: float = knob("The most that timing one row may take.", 5.0)
+
+
+@command
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Whose attention: demo, a hub ID, or a folder.",
-            show_default="HunyuanVideo, from the hub; demo on a CPU",
-        ),
-    ] = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    num_frames: options.NumFrames = None,
-    density: Annotated[
-        float, typer.Option(help="Share of blocks computed, which a real run's threshold decides.")
-    ] = 0.4,
-    stride: options.Stride = 8,
-    warmup_steps: options.WarmupSteps = 5,
-    backend: options.Backend = "auto",
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    seconds: Annotated[float, typer.Option(help="The most that timing one row may take.")] = 5.0,
+    load: Annotated["LoadOptions", loading("model", "dtype", "device", **_OPEN_MODEL)],
+    video: Annotated[VideoSettings, video_settings("height", "width", "num_frames")],
+    sparse: Annotated[SparseSettings, sparse_subset("stride", "warmup_steps", "backend")],
+    timing: Timing,
+    errors: ErrorsToExitCodes,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Time dense attention and XAttention here, at a video's size, on random tensors."""
-    log_choices(verbose)
-    with ErrorsToExitCodes(verbose) as errors:
-        from xattn_video.measure.attention_problems import AttentionProblem
-        from xattn_video.measure.speedup import measure_speedup
-        from xattn_video.measure.timing import Budget
-        from xattn_video.pipelines.model_shape import read_model_shape
-        from xattn_video.pipelines.run_plan import plan_run
-        from xattn_video.pipelines.source import find_model
+    from xattn_video.measure.attention_problems import AttentionProblem
+    from xattn_video.measure.speedup import measure_speedup
+    from xattn_video.measure.timing import Budget
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.run_plan import plan_run
+    from xattn_video.pipelines.source import find_model
 
-        if model is None:
-            on_cpu = options.load_options(DEMO, dtype, device).resolved_device.type == "cpu"
-            model = DEMO if on_cpu else HUNYUAN_VIDEO
-        load = options.load_options(model, dtype, device)
-        video = options.video_settings(model, height, width, num_frames, None, None, None)
-        shape = read_model_shape(find_model(model))
-        sparse = SparseSettings(stride=stride, warmup_steps=warmup_steps, min_tokens=0)
-        run_plan = plan_run(shape, video, sparse, load)
-        tokens = run_plan.video_tokens + run_plan.text_tokens
-        problem = AttentionProblem("bench", tokens, shape.heads, shape.head_dim)
-        _warn_of_waiting(4e-12 * tokens**2 * shape.hidden, load.resolved_device.type)
-        messages = message_console()
+    shape = read_model_shape(find_model(load.model))
+    run_plan = plan_run(shape, video, sparse, load)
+    tokens = run_plan.video_tokens + run_plan.text_tokens
+    problem = AttentionProblem("bench", tokens, shape.heads, shape.head_dim)
+    _warn_of_waiting(4e-12 * tokens**2 * shape.hidden, load.resolved_device.type)
+    messages = message_console()
 
-        def show(row: dict[str, Any]) -> None:
-            # The arguments have proved sound once something was measured.
-            errors.running = True
-            messages.print(_progress(row), style="dim")
+    def show(row: dict[str, Any]) -> None:
+        # The arguments have proved sound once something was measured.
+        errors.running = True
+        messages.print(_progress(row), style="dim")
 
-        found = measure_speedup(
-            problem,
-            load.resolved_device,
-            load.resolved_dtype,
-            density=density,
-            stride=stride,
-            backend=backend,
-            budget=Budget(max_seconds=seconds),
-            on_row=show,
-        )
-        if as_json:
-            typer.echo(json.dumps(_as_dict(found, run_plan), indent=2))
-            return
-        print_speedup(found, run_plan, output_console())
+    found = measure_speedup(
+        problem,
+        load.resolved_device,
+        load.resolved_dtype,
+        density=timing.density,
+        stride=sparse.stride,
+        backend=sparse.backend,
+        budget=Budget(max_seconds=timing.seconds),
+        on_row=show,
+    )
+    if as_json:
+        typer.echo(json.dumps(_as_dict(found, run_plan), indent=2))
+        return
+    print_speedup(found, run_plan, output_console())
 
 
 def _progress(row: dict[str, Any]) -> str:

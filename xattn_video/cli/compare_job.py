@@ -93,6 +93,7 @@ class CompareJob:
         from xattn_video.measure.comparison_rows import comparison_table
         from xattn_video.measure.similarity import Scorer
         from xattn_video.pipelines.loading import load_pipeline
+        from xattn_video.pipelines.prompt_length import cut_prompts
 
         if not self.verbose:
             quiet_libraries()
@@ -103,6 +104,7 @@ class CompareJob:
         messages.print(f"loading {self.load.model}", soft_wrap=True)
         pipe = load_pipeline(self.load)
         pipe.set_progress_bar_config(disable=True)
+        print_warnings(cut_prompts(pipe, self.requests))
         judge = judge_demo_clip if self.load.model == DEMO else None
         comparison = Comparison(pipe, self.methods, scorer, self.fps, judge)
         results = ResultsFolder(self.folder, self.videos, self._record(scorer.missing))

@@ -1,15 +1,16 @@
 """Options of `xattn-video compare` alone, and what they add up to."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
-
-from xattn_video.cli.options import option
-from xattn_video.cli.outputs import choose_prompts
+from xattn_video.cli.outputs import Prompts
+from xattn_video.options.command import Group, group_of, knob, option
+from xattn_video.options.groups import given_sparse, sparse_options
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
+from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
     from xattn_video.measure.methods import Method
@@ -18,46 +19,73 @@ _Number = TypeVar("_Number", int, float)
 
 _GRID = "Compared settings"
 _EXISTING = "Existing files"
-_FILES = "Files"
 
-Thresholds = Annotated[str, option(_GRID, "Shares of attention mass to keep, such as 0.9,0.95.")]
-WarmupSteps = Annotated[str, option(_GRID, "First steps that stay dense, such as 0,5.")]
-Strides = Annotated[str, option(_GRID, "Tokens between scored antidiagonals, such as 8,16.")]
-Seeds = Annotated[str, option(_GRID, "Of the initial noise, such as 0,1; each for every prompt.")]
-NoiseCeiling = Annotated[
-    bool, option(_GRID, "Also dense against dense: how far apart two equal runs are.")
-]
-KeptMass = Annotated[
-    bool,
-    option(
-        _GRID,
+# Field of `SparseSettings` -> the option that takes several values, and an example of them.
+_SEVERAL = {
+    "threshold": ("thresholds", "0.9,0.95"),
+    "warmup_steps": ("warmup_steps", "0,5"),
+    "stride": ("strides", "8,16"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedPrompts(Prompts):
+    """What the videos show, as given."""
+
+    demo_prompts: int | None = knob(
+        "With --model demo: so many of its held-out prompts, a fixed list."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingFiles:
+    """Videos that exist."""
+
+    reference: Path | None = knob(
+        "A video to compare another with; nothing is generated.", panel=_EXISTING
+    )
+    candidate: Path | None = knob(
+        "That other video, of the same size, length and frame rate.", panel=_EXISTING
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CompareDetails:
+    """What else is generated, measured and written."""
+
+    seeds: str = knob(
+        "Of the initial noise, such as 0,1; each for every prompt.", "0", panel=_GRID
+    )
+    kept_mass: bool = knob(
         "Also the true softmax mass of the kept blocks, by one more generation of the first "
         "batch for each setting.",
-    ),
-]
-DemoPrompts = Annotated[
-    int | None,
-    typer.Option(help="With --model demo: so many of its held-out prompts, a fixed list."),
-]
-BatchSize = Annotated[int, option("Video", "Videos generated in one call.")]
-Reference = Annotated[
-    Path | None, option(_EXISTING, "A video to compare another with; nothing is generated.")
-]
-Candidate = Annotated[
-    Path | None, option(_EXISTING, "That other video, of the same size, length and frame rate.")
-]
-Output = Annotated[
-    Path | None,
-    option(_FILES, "Folder of the results.", show_default="compare; existing files: none"),
-]
-Videos = Annotated[
-    bool,
-    option(
-        _FILES,
+        True,
+        panel=_GRID,
+    )
+    negative_prompt: str | None = knob(
+        "What it must not show; needs --true-cfg-scale above 1.", panel="Video"
+    )
+    fps: int = knob("Frames per second of the file.", 24, panel="Video")
+    batch_size: int = knob("Videos generated in one call.", 1, panel="Video")
+    force: bool = knob(
+        "Run what seems not to fit in memory all the same.", False, "--force", panel="Model"
+    )
+    output: Path | None = knob(
+        "Folder of the results.", panel="Files", shown_default="compare; existing files: none"
+    )
+    videos: bool = knob(
         "Write every video, lossless, and each sparse one beside the dense one. Without, VMAF is "
         "left out too, and no ffmpeg is needed.",
-    ),
-]
+        True,
+        panel="Files",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ceiling:
+    noise_ceiling: bool = knob(
+        "Also dense against dense: how far apart two equal runs are.", True, panel=_GRID
+    )
 
 
 def compared_prompts(
@@ -71,7 +99,7 @@ def compared_prompts(
     if demo_prompts is None:
         if prompt is None and prompts_file is None:
             raise ValueError("give --prompt, --prompts-file or --demo-prompts, got none.")
-        return choose_prompts(prompt, prompts_file)
+        return Prompts(prompt, prompts_file).read()
     if prompt is not None or prompts_file is not None:
         raise ValueError("--demo-prompts excludes --prompt and --prompts-file; give one of them.")
     if model != DEMO:
@@ -99,9 +127,7 @@ def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[
         raise ValueError(f"{name} must be {what} with commas between, got {text!r}.") from None
 
 
-def compared_methods(
-    thresholds: str, warmup_steps: str, strides: str, noise_ceiling: bool, **shared: Any
-) -> "tuple[Method, ...]":
+def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     """What is compared with dense attention.
 
     Raises:
@@ -109,13 +135,15 @@ def compared_methods(
     """
     from xattn_video.measure.methods import DENSE_AGAIN, sparse_methods
 
-    grid = sparse_methods(
-        parse_numbers(thresholds, float, "--thresholds"),
-        parse_numbers(warmup_steps, int, "--warmup-steps"),
-        parse_numbers(strides, int, "--strides"),
-        **shared,
-    )
-    return (DENSE_AGAIN, *grid) if noise_ceiling else tuple(grid)
+    defaults = {source.name: source.default for source in fields(SparseSettings)}
+    numbers = [
+        parse_numbers(values[name], type(defaults[knob_name]), f"--{name.replace('_', '-')}")
+        for knob_name, (name, _) in _SEVERAL.items()
+    ]
+    several = {name for name, _ in _SEVERAL.values()}
+    shared = given_sparse({name: values[name] for name in values if name not in several})
+    methods = sparse_methods(*numbers, **shared)
+    return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
 
 
 def compared_requests(
@@ -132,3 +160,20 @@ def compared_requests(
         for prompt in dict.fromkeys(prompts)
         for seed in numbers
     )
+
+
+def _grid() -> Group:
+    """The settings that are compared, made from the fields of `SparseSettings`."""
+    options = {}
+    for source in fields(SparseSettings):
+        if source.name in _SEVERAL:
+            name, example = _SEVERAL[source.name]
+            text = f"{source.metadata['help'].rstrip('.')}; several such as {example}."
+            options[name] = option(
+                source, name=name, kind=str, default=str(source.default), help=text, panel=_GRID
+            )
+    options |= group_of(_Ceiling).options | sparse_options(without=tuple(_SEVERAL))
+    return Group(options, _compared_methods)
+
+
+GRID = _grid()

@@ -49,6 +49,7 @@ class ResultsFolder:
         for number, outcome in enumerate(outcomes, first):
             files = self._write_videos(number, outcome) if self._videos else []
             record = asdict(outcome.measurement) | {"method": outcome.measurement.method.name}
+            record["prompt_tokens"] = [asdict(count) for count in outcome.result.prompt_tokens]
             self._records.append(
                 record | {"files": [str(file.relative_to(self.folder)) for file in files]}
             )

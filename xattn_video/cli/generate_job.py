@@ -82,6 +82,7 @@ def _generate_all(job: GenerateJob, runs: list[dict[str, Any]]) -> None:
     """Append the record of every video to ``runs`` once it is written."""
     from xattn_video.pipelines.generation import generate
     from xattn_video.pipelines.loading import load_pipeline
+    from xattn_video.pipelines.prompt_length import cut_prompts
     from xattn_video.pipelines.video import write_video_or_keep_frames
 
     messages = message_console()
@@ -89,6 +90,7 @@ def _generate_all(job: GenerateJob, runs: list[dict[str, Any]]) -> None:
     messages.print(f"loading {job.load.model}", soft_wrap=True)
     pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
+    print_warnings(cut_prompts(pipe, job.requests))
     for number, request in enumerate(job.requests):
         video, plot = job.outputs.videos[number], job.outputs.plots[number]
         title = shorten(request.prompt, 50, placeholder="...")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xattn_video.files import check_output_folder, check_output_path
+from xattn_video.options.command import knob
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.video import VIDEO_SUFFIXES
 
@@ -22,16 +23,27 @@ class Outputs:
     report: Path | None
 
 
-def choose_prompts(prompt: str | None, prompts_file: Path | None) -> list[str]:
-    """The prompts of the one of both that was given.
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What the videos show, as given."""
 
-    Raises:
-        ValueError: Both or none were given, or the file holds no prompt.
-    """
-    if (prompt is None) == (prompts_file is None):
-        found = "none" if prompt is None else "both"
-        raise ValueError(f"give --prompt or --prompts-file, got {found}.")
-    return [prompt] if prompt is not None else read_prompts(prompts_file or Path())
+    prompt: str | None = knob("What the video shows.")
+    prompts_file: Path | None = knob(
+        "Many prompts, one a line; a line that begins with # is a comment."
+    )
+
+    def read(self) -> list[str]:
+        """The prompts of the one of both that was given.
+
+        Raises:
+            ValueError: Both or none were given, or the file holds no prompt.
+        """
+        if (self.prompt is None) == (self.prompts_file is None):
+            found = "none" if self.prompt is None else "both"
+            raise ValueError(f"give --prompt or --prompts-file, got {found}.")
+        return (
+            [self.prompt] if self.prompt is not None else read_prompts(self.prompts_file or Path())
+        )
 
 
 def choose_outputs(

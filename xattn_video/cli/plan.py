@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from xattn_video.cli import options
-from xattn_video.pipelines.source import HUNYUAN_VIDEO
+from xattn_video.options.command import command
+from xattn_video.options.groups import loading, sparse_settings, video_settings
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
-    ErrorsToExitCodes,
-    log_choices,
     output_console,
     print_labelled,
     print_warning,
@@ -19,67 +19,30 @@ from xattn_video.reporting.console import (
 from xattn_video.reporting.tables import Table
 
 if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.memory import MemoryEstimate
     from xattn_video.pipelines.run_plan import RunPlan, SpeedupBound
 
+_LOADING = ("model", "dtype", "device", "offload")
+_VIDEO = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale")
 
+
+@command
 def plan(
-    model: options.Model = HUNYUAN_VIDEO,
-    height: options.Height = None,
-    width: options.Width = None,
-    num_frames: options.NumFrames = None,
-    num_inference_steps: options.NumInferenceSteps = None,
-    true_cfg_scale: options.TrueCfgScale = None,
-    threshold: options.Threshold = None,
-    schedule: options.Schedule = None,
-    stride: options.Stride = 8,
-    block_size: options.BlockSize = 128,
-    warmup_steps: options.WarmupSteps = 5,
-    cooldown_steps: options.CooldownSteps = 0,
-    min_tokens: options.MinTokens = None,
-    dense: options.Dense = False,
-    backend: options.Backend = "auto",
-    scoring_precision: options.ScoringPrecision = "auto",
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    offload: options.OffloadOption = None,
-    gpu_memory: Annotated[
-        float | None,
-        options.option("Model", "GiB of a GPU to plan for.", show_default="what is free here"),
-    ] = None,
+    load: Annotated["LoadOptions", loading(*_LOADING, elsewhere=True)],
+    video: Annotated[VideoSettings, video_settings(*_VIDEO)],
+    sparse: Annotated[SparseSettings | None, sparse_settings()],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Foretell a run without loading any weights: tokens, steps, memory, and whether it pays."""
-    log_choices(verbose)
-    with ErrorsToExitCodes(verbose):
-        from xattn_video.pipelines.model_shape import read_model_shape
-        from xattn_video.pipelines.run_plan import plan_run
-        from xattn_video.pipelines.source import find_model
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.run_plan import plan_run
+    from xattn_video.pipelines.source import find_model
 
-        video = options.video_settings(
-            model, height, width, num_frames, num_inference_steps, None, true_cfg_scale
-        )
-        sparse = options.sparse_settings(
-            threshold,
-            schedule,
-            dense,
-            stride=stride,
-            block_size=block_size,
-            warmup_steps=warmup_steps,
-            cooldown_steps=cooldown_steps,
-            min_tokens=options.chosen_min_tokens(model, min_tokens),
-            backend=backend,
-            scoring_precision=scoring_precision,
-        )
-        load = options.load_options(
-            model, dtype, device, offload, device_elsewhere=True, gpu_memory=gpu_memory
-        )
-        shape = read_model_shape(find_model(model))
-        run_plan = plan_run(shape, video, sparse, load)
-        if as_json:
-            typer.echo(json.dumps(run_plan.to_dict(), indent=2))
-            return
+    run_plan = plan_run(read_model_shape(find_model(load.model)), video, sparse, load)
+    if as_json:
+        typer.echo(json.dumps(run_plan.to_dict(), indent=2))
+    else:
         print_plan(run_plan, output_console())
 
 

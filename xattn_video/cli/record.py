@@ -38,6 +38,7 @@ def generation_record(
         "file": str(video),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
+        "prompt_tokens": [asdict(count) for count in result.prompt_tokens],
         "seed": request.seed,
         **asdict(request.video),
         "sparse": None if request.sparse is None else request.sparse.to_dict(),

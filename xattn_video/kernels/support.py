@@ -61,7 +61,7 @@ def _compiler_reasons(device: torch.device) -> list[str]:
     """Why Triton cannot compile for the device."""
     if device.type != "cuda":
         return [
-            f"the device must be CUDA, got {device}; move the inputs to a GPU, or set "
+            f'the device must be CUDA, got {device}; use a CUDA GPU, backend "auto", or set '
             "TRITON_INTERPRET=1 before the first import to interpret the kernels, slowly."
         ]
     return cuda_unsupported_reasons(device) + c_compiler_reasons()
@@ -83,7 +83,7 @@ def has_c_compiler() -> bool:
 def cuda_unsupported_reasons(device: torch.device) -> list[str]:
     """Why no CUDA kernel of today can run on the device, with the remedy."""
     if device.type != "cuda":
-        return [f"the device must be CUDA, got {device}; move the inputs to a GPU."]
+        return [f'the device must be CUDA, got {device}; use a CUDA GPU, or backend "auto".']
     if not torch.cuda.is_available():
         return [f"no CUDA device is present for {device}; use a machine with a GPU, or the CPU."]
     major, minor = torch.cuda.get_device_capability(device)

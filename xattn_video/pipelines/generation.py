@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn_video.pipelines.prompt_length import PromptTokens, count_prompt_tokens
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.settings import SparseSettings
@@ -21,6 +22,13 @@ from xattn_video.processors.recorder import Observer
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
+
+_DAMAGED = "float32 has room for all values, so check the model's files and the guidance scales"
+_STEP_REMEDIES = {
+    torch.float16: "load the model in bfloat16 or float32",
+    torch.bfloat16: "load the model in float32",
+    torch.float32: _DAMAGED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class GenerationResult:
             the largest resident size of the process so far, None where the system tells none.
         report: What attention really did; None if it was dense throughout by request.
         latents: float32 `[C, T, H, W]` on the host, what the last step left for the VAE to decode.
+        prompt_tokens: How long the prompt was, and the negative prompt where one was given.
     """
 
     frames: NDArray[np.uint8]
@@ -55,6 +64,7 @@ class GenerationResult:
     peak_memory_gib: float | None
     report: SparsityReport | None
     latents: Tensor
+    prompt_tokens: tuple[PromptTokens, ...] = ()
 
     @property
     def dense_seconds(self) -> float:
@@ -131,14 +141,14 @@ def generate_together(
         processor = handle.processor if handle else None
         if processor is not None:
             processor.observers.extend(observers)
-        recorder = _StepRecorder(device, first.video.num_inference_steps, processor, on_step)
+        recorder = _StepRecorder(pipe, first.video.num_inference_steps, processor, on_step)
         # Denoising begins when the transformer is first called, after the text is encoded.
         hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
         try:
             videos = pipe(
                 **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
             ).frames
-            frames = [_to_bytes(video) for video in videos]
+            frames = [_to_bytes(video, pipe.vae.dtype) for video in videos]
         finally:
             hook.remove()
         report = processor.report() if processor else None
@@ -146,9 +156,12 @@ def generate_together(
     steps = tuple(replace(step, seconds=step.seconds / len(requests)) for step in recorder.steps)
     assert recorder.latents is not None
     latents = recorder.latents.float().cpu()
+    memory = _peak_memory_gib(device)
     return tuple(
-        GenerationResult(clip, steps, seconds, _peak_memory_gib(device), report, latent)
-        for clip, latent in zip(frames, latents, strict=True)
+        GenerationResult(
+            clip, steps, seconds, memory, report, latent, count_prompt_tokens(pipe, request)
+        )
+        for clip, latent, request in zip(frames, latents, requests, strict=True)
     )
 
 
@@ -157,14 +170,15 @@ class _StepRecorder:
 
     def __init__(
         self,
-        device: torch.device,
+        pipe: "HunyuanVideoPipeline",
         total: int,
         processor: XAttnProcessor | None,
         on_step: Callable[[StepRecord], None] | None,
     ) -> None:
         self.steps: list[StepRecord] = []
         self.latents: Tensor | None = None
-        self._device = device
+        self._device = pipe._execution_device
+        self._dtype = pipe.transformer.dtype
         self._total = total
         self._processor = processor
         self._on_step = on_step
@@ -178,8 +192,17 @@ class _StepRecorder:
     def step_ends(
         self, pipe: object, index: int, timestep: object, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        """Diffusers' `callback_on_step_end`."""
+        """Diffusers' `callback_on_step_end`.
+
+        Raises:
+            RuntimeError: The latents are not finite, and no further step would mend them.
+        """
         now = self._now()
+        if not bool(tensors["latents"].isfinite().all()):
+            raise RuntimeError(
+                f"step {index + 1} of {self._total} left values that are not finite, "
+                f"computed in {_name(self._dtype)}; {_STEP_REMEDIES[self._dtype]}."
+            )
         sparse, density = self._attention_of(index)
         seconds = now - (self._last_end or now)
         self.latents = tensors["latents"]
@@ -244,14 +267,19 @@ def _pipeline_arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]
     }
 
 
-def _to_bytes(video: Tensor) -> NDArray[np.uint8]:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _to_bytes(video: Tensor, dtype: torch.dtype) -> NDArray[np.uint8]:
     """Frames `[T, 3, H, W]` in 0 to 1 as bytes `[T, H, W, 3]`; NaN would turn black, unnoticed."""
     # A GPU that holds the model may have no room for the video in float32.
     video = video.cpu()
     if not bool(video.isfinite().all()):
+        # On a GPU a bfloat16 transformer has a float16 VAE: float32 alone changes both.
+        remedy = _DAMAGED if dtype == torch.float32 else "load the model in float32"
         raise RuntimeError(
-            "the video holds values that are not finite: the dtype's range was too small; "
-            "load the model in bfloat16 or float32."
+            f"the video, decoded in {_name(dtype)}, holds values that are not finite; {remedy}."
         )
     frames = video.permute(0, 2, 3, 1).float().mul_(255).round_().to(torch.uint8)
     return frames.contiguous().numpy()

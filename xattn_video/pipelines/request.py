@@ -21,12 +21,16 @@ class VideoSettings:
         true_cfg_scale: Classifier-free guidance by a second forward; none at 1.
     """
 
-    height: int = 720
-    width: int = 1280
-    num_frames: int = 129
-    num_inference_steps: int = 50
-    guidance_scale: float = 6.0
-    true_cfg_scale: float = 1.0
+    height: int = field(default=720, metadata={"help": "Pixels, a multiple of 16."})
+    width: int = field(default=1280, metadata={"help": "Pixels, a multiple of 16."})
+    num_frames: int = field(default=129, metadata={"help": "4k + 1 frames."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(
+        default=6.0, metadata={"help": "Guidance that the model takes as an input."}
+    )
+    true_cfg_scale: float = field(
+        default=1.0, metadata={"help": "Guidance by a second forward, above 1."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -82,6 +86,8 @@ class GenerationRequest:
     sparse: SparseSettings | None = field(default_factory=SparseSettings)
 
     def __post_init__(self) -> None:
+        for what, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+            _check_text(what, text or "")
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows.")
         if self.negative_prompt is not None and self.video.true_cfg_scale <= 1:
@@ -91,6 +97,17 @@ class GenerationRequest:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie between 0 and 2**63 - 1, got {self.seed}; use 0.")
+
+
+def _check_text(what: str, text: str) -> None:
+    """Raise ValueError unless a tokenizer can read it; a shell hands on whatever bytes it has."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the {what} is not UTF-8 text, got {text!r}; set the terminal to UTF-8, or put the "
+            "text into a UTF-8 file and give --prompts-file."
+        ) from None
 
 
 def check_fps(fps: int) -> None:

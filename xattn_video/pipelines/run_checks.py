@@ -1,5 +1,6 @@
 """What can be found out about a run before the weights are loaded."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,3 +61,18 @@ def unknown_words(prompts: Sequence[str]) -> list[str]:
         except ValueError as error:
             return [str(error)]
     return []
+
+
+def refuse_ranks(command: str) -> None:
+    """Refuse to be one of several processes, each of which would write the same files.
+
+    Raises:
+        ValueError: A launcher such as torchrun or accelerate started several of them.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count.isdecimal() and int(count) > 1:
+        raise ValueError(
+            f"{command} runs as one process, got WORLD_SIZE={count}: every rank would write the "
+            "same files; start it without torchrun or accelerate launch, or share many videos "
+            "among GPUs with accelerate launch -m eval_vbench.generate."
+        )

@@ -210,8 +210,8 @@ def _sparsity_warnings(
         )
     elif blocks < _FEW_BLOCKS:
         warnings.append(
-            f"Few tokens: {blocks} blocks in a row leave little to skip, "
-            "and choosing them takes its own time. Dense attention is likely faster."
+            f"The clip is only {video_tokens:,} tokens; sparse attention needs thousands. "
+            "Dense attention is likely faster."
         )
     if share < _SMALL_SHARE:
         warnings.append(

@@ -211,7 +211,8 @@ def describe(error: Exception) -> str:
     """What to tell a user: our own words as they are, another library's on one line."""
     text = str(error)
     if isinstance(error, XAttentionError):
-        return text
+        # A backend names its remedy as Python has it; here it is an option.
+        return text.replace('backend "auto"', "--backend auto")
     text = " ".join(text.split())
     if isinstance(error, ValueError | TypeError | RuntimeError | OSError) and text:
         return text

@@ -1,0 +1,110 @@
+"""Build a command from a function: dataclasses among its arguments become options."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, get_args
+
+import typer
+
+from xattn_video.reporting.console import ErrorsToExitCodes, expands_paths, log_choices
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_VERBOSE = "Log choices; print the traceback of an error."
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Several options that become one argument of a command.
+
+    Attributes:
+        options: By name.
+        make: Makes the argument from the values of all options of the command, by name.
+    """
+
+    options: dict[str, inspect.Parameter]
+    make: Callable[[dict[str, Any]], Any]
+
+
+def knob(text: str, default: Any = None, *names: str, **metadata: Any) -> Any:
+    """A dataclass field that is an option.
+
+    Args:
+        text: Its help.
+        default: Its default; ``...`` where it must be given.
+        names: Its names, where they are not the field's own.
+        metadata: ``panel`` of the help, ``shown_default``.
+    """
+    metadata |= {"help": text, "names": names}
+    return field(default=MISSING if default is ... else default, metadata=metadata)
+
+
+def option(source: "Field[Any]", **changes: Any) -> inspect.Parameter:
+    """The option of a dataclass field, which tells its type, default and help.
+
+    Args:
+        source: The field; its metadata is as in `knob`.
+        changes: Metadata that differs here, and ``name``, ``kind`` or ``default``.
+    """
+    told = {**source.metadata, **changes}
+    default = told.get("default", source.default)
+    # What is typed is a plain value: of the default's type, whatever else the field takes.
+    plain = source.type if source.default in (None, MISSING) else type(source.default)
+    kind = told.get("kind", plain)
+    declared = typer.Option(
+        *told.get("names", ()),
+        help=told["help"],
+        rich_help_panel=told.get("panel"),
+        show_default=told.get("shown_default", True),
+    )
+    return inspect.Parameter(
+        told.get("name", source.name),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[kind, declared],
+    )
+
+
+def group_of(cls: Any) -> Group:
+    """The options of a dataclass whose fields are all knobs."""
+    options = {source.name: option(source) for source in fields(cls)}
+    return Group(options, lambda values: cls(**{name: values[name] for name in options}))
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A typer command whose options are made from the arguments of ``function``.
+
+    An argument that is a dataclass or is annotated with a `Group` stands for several options, one
+    of type `ErrorsToExitCodes` is what the command runs in, and any other is an option by itself.
+    Every command has ``--verbose``, and its errors become one line and an exit code.
+    """
+    groups: dict[str, Group] = {}
+    options: dict[str, inspect.Parameter] = {}
+    running = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        metadata = (*get_args(parameter.annotation)[1:], None)
+        if parameter.annotation is ErrorsToExitCodes:
+            running.append(name)
+        elif isinstance(metadata[0], Group) or is_dataclass(parameter.annotation):
+            groups[name] = metadata[0] or group_of(parameter.annotation)
+            options |= groups[name].options
+        else:
+            options[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    single = [name for name in options if name in inspect.signature(function).parameters]
+    verbose = inspect.Parameter(
+        "verbose",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--verbose", help=_VERBOSE)],
+    )
+
+    def run(**values: Any) -> None:
+        log_choices(values["verbose"])
+        with ErrorsToExitCodes(values["verbose"]) as errors:
+            arguments = {name: values[name] for name in single}
+            arguments |= {name: group.make(values) for name, group in groups.items()}
+            function(**arguments, **dict.fromkeys(running, errors))
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature([*options.values(), verbose])  # type: ignore[attr-defined]
+    return expands_paths(run)

@@ -1,0 +1,212 @@
+"""Options of the model, the video and sparse attention, which several commands share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from inspect import Parameter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xattn_video.options.command import Group, group_of, knob, option
+from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings, default_settings
+from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.policy.settings import SparseSettings
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
+
+SPARSITY = "Sparse attention"
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The arguments of `LoadOptions`, as typed."""
+
+    model: str = knob(
+        "demo (ships with the package), a hub ID, or a folder.",
+        HUNYUAN_VIDEO,
+        panel="Model",
+        # A help of 80 columns has no room for the whole ID.
+        shown_default="HunyuanVideo, from the hub",
+    )
+    dtype: str | None = knob(
+        "Of the transformer: bfloat16, float16 or float32.",
+        panel="Model",
+        shown_default="bfloat16 where it is fast",
+    )
+    device: str | None = knob(
+        "cpu, cuda or cuda:N.", panel="Model", shown_default="cuda if there is one"
+    )
+    offload: str | None = knob(
+        "What waits in host memory: none, model, sequential or group.",
+        panel="Model",
+        shown_default="the fastest that fits",
+    )
+    vae_tiling: bool | None = knob(
+        "Decode the video in tiles, which takes less memory.",
+        panel="Model",
+        shown_default="on; demo off",
+    )
+    attention_backend: str | None = knob(
+        "Diffusers' attention backend for the dense steps, such as native or flash.",
+        panel="Model",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedGpu:
+    """What else a plan takes of a GPU that is not here."""
+
+    gpu_memory: float | None = knob(
+        "GiB of a GPU to plan for.", panel="Model", shown_default="what is free here"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Instead:
+    """What may be given in place of a threshold."""
+
+    schedule: Path | None = knob("JSON file with a threshold for each step.", panel=SPARSITY)
+    dense: bool = knob("Dense attention throughout.", False, "--dense", panel=SPARSITY)
+
+
+def loading(*names: str, elsewhere: bool = False, **model: Any) -> Group:
+    """How the model is loaded: `LoadOptions`.
+
+    Args:
+        names: The options; all of them if none is named.
+        elsewhere: The device may be another machine's.
+        model: What differs in --model.
+    """
+    options = {name: made for name, made in group_of(_Model).options.items() if _in(name, names)}
+    if elsewhere:
+        options |= group_of(_PlannedGpu).options
+    if model:
+        options["model"] = option(fields(_Model)[0], kind=str | None, **model)
+    return Group(options, lambda values: load_options(values, elsewhere))
+
+
+def load_options(values: dict[str, Any], elsewhere: bool = False) -> "LoadOptions":
+    """How to load the model.
+
+    Raises:
+        ValueError: A value that is not known.
+    """
+    from xattn_video.pipelines.loading import DTYPES, LoadOptions
+
+    given = _given((*fields(_Model), *fields(_PlannedGpu)), values)
+    dtype = given.pop("dtype", None)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    given["dtype"] = None if dtype is None else DTYPES[dtype]
+    return LoadOptions(**given | {"model": chosen_model(values), "device_elsewhere": elsewhere})
+
+
+def chosen_model(values: dict[str, Any]) -> str:
+    """The model asked for; where a command leaves it open, a CPU gets the demo."""
+    model = values.get("model", HUNYUAN_VIDEO)
+    if model is not None:
+        return str(model)
+    on_cpu = load_options(values | {"model": DEMO}).resolved_device.type == "cpu"
+    return DEMO if on_cpu else HUNYUAN_VIDEO
+
+
+def video_settings(*names: str) -> Group:
+    """Size and sampling: `VideoSettings`, whose defaults depend on the model.
+
+    Args:
+        names: The options; all of them if none is named.
+    """
+    options = {}
+    for source in fields(VideoSettings):
+        demo = getattr(DEMO_SETTINGS, source.name)
+        shown = f"{source.default:g}" + (f"; demo {demo:g}" if demo != source.default else "")
+        if _in(source.name, names):
+            kind = type(source.default) | None
+            options[source.name] = option(
+                source, kind=kind, default=None, panel="Video", shown_default=shown
+            )
+
+    def make(values: dict[str, Any]) -> VideoSettings:
+        given = _given(fields(VideoSettings), values)
+        return replace(default_settings(chosen_model(values)), **given)
+
+    return Group(options, make)
+
+
+def sparse_options(*names: str, without: Sequence[str] = ()) -> dict[str, Parameter]:
+    """The options of `SparseSettings`.
+
+    Args:
+        names: The options; all of them if none is named.
+        without: Options that a command has in another form.
+    """
+    return {
+        source.name: option(source, panel=SPARSITY)
+        for source in fields(SparseSettings)
+        if _in(source.name, names) and source.name not in without
+    }
+
+
+def sparse_subset(*names: str) -> Group:
+    """`SparseSettings` of which a few options are given, sparse however few the tokens."""
+    options = sparse_options(*names)
+
+    def make(values: dict[str, Any]) -> SparseSettings:
+        return SparseSettings(**{name: values[name] for name in options}, min_tokens=0)
+
+    return Group(options, make)
+
+
+def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `SparseSettings` that were given, and the model's own default."""
+    # The demo is there to show sparse attention.
+    own = {"min_tokens": 0} if chosen_model(values) == DEMO else {}
+    return own | _given(fields(SparseSettings), values)
+
+
+def sparse_settings() -> Group:
+    """When and how attention is sparse: `SparseSettings`, or None for dense attention."""
+    first = fields(SparseSettings)[0]
+    # None tells that it was not given; what is shown is its default all the same.
+    shown = {"kind": float | None, "default": None, "shown_default": str(first.default)}
+    options = {first.name: option(first, panel=SPARSITY, **shown)}
+    options |= group_of(_Instead).options
+    return Group(options | sparse_options(without=[first.name]), _make_sparse)
+
+
+def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
+    """The sparse settings that were asked for; None for dense attention throughout.
+
+    Raises:
+        ValueError: Options that exclude each other, no schedule in the file, or a value that is
+            out of range.
+    """
+    ways = {"--threshold": values["threshold"], "--schedule": values["schedule"]}
+    ways["--dense"] = values["dense"] or None
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other; give one of them.")
+    given = given_sparse(values)
+    if values["schedule"] is not None:
+        given["threshold"] = _read_schedule(values["schedule"])
+    # It checks what is given, which --dense leaves unused but does not make right.
+    sparse = SparseSettings(**given)
+    return None if values["dense"] else sparse
+
+
+def _read_schedule(file: Path) -> ThresholdSchedule:
+    try:
+        return ThresholdSchedule.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read the schedule {str(file)!r}: {error.strerror}.") from None
+
+
+def _given(sources: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of those fields that were given."""
+    named = {source.name: values.get(source.name) for source in sources}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _in(name: str, names: Sequence[str]) -> bool:
+    return not names or name in names

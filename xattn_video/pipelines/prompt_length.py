@@ -1,0 +1,62 @@
+"""How long prompts are, and what of them the text encoders never read."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from xattn_video.pipelines.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
+# What the pipeline reads unless it is told otherwise: of Llama's tokens, and of CLIP's.
+LLAMA_LIMIT = 256
+CLIP_LIMIT = 77
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Tokens of one prompt, those that end it included.
+
+    Attributes:
+        text: The prompt.
+        llama, clip: As each of the two text encoders counts them.
+    """
+
+    text: str
+    llama: int
+    clip: int
+    llama_limit: int = LLAMA_LIMIT
+    clip_limit: int = CLIP_LIMIT
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a text encoder does not read all of it."""
+        return self.llama > self.llama_limit or self.clip > self.clip_limit
+
+
+def count_prompt_tokens(
+    pipe: "HunyuanVideoPipeline", request: GenerationRequest
+) -> tuple[PromptTokens, ...]:
+    """The tokens of a request's prompt, and of its negative prompt where it has one."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+    counts = []
+    for text in filter(None, (request.prompt, request.negative_prompt)):
+        whole = pipe.tokenizer(DEFAULT_PROMPT_TEMPLATE["template"].format(text)).input_ids
+        llama = len(whole) - DEFAULT_PROMPT_TEMPLATE["crop_start"]
+        counts.append(PromptTokens(text, llama, len(pipe.tokenizer_2(text).input_ids)))
+    return tuple(counts)
+
+
+def cut_prompts(pipe: "HunyuanVideoPipeline", requests: Iterable[GenerationRequest]) -> list[str]:
+    """A warning of each prompt whose end a text encoder does not read."""
+    counts = (count for request in requests for count in count_prompt_tokens(pipe, request))
+    return [
+        f"the prompt {shorten(count.text, 40, placeholder='...')!r} is cut: Llama reads "
+        f"{min(count.llama, count.llama_limit)} of its {count.llama} tokens, CLIP "
+        f"{min(count.clip, count.clip_limit)} of {count.clip}; put what matters first."
+        for count in dict.fromkeys(counts)
+        if count.is_cut
+    ]
