@@ -22,7 +22,7 @@ def exact_scores(B, H, Nq, Nk, device, levels=4):
     return torch.randint(1, levels + 1, (B, H, Nq, Nk), device=device) / 4096
 
 
-def select(scores, threshold, forced=None):
+def select(scores, threshold, forced=None, by_count=False):
     """The lists that the kernel makes; without `forced` nothing is."""
     if forced is None:
         forced = ForcedBlocks(
@@ -38,6 +38,7 @@ def select(scores, threshold, forced=None):
         causal=forced.causal,
         num_text_tokens=forced.num_text_tokens,
         key_lengths=forced.key_lengths,
+        by_count=by_count,
     )
     return BlockLists(counts, indices)
 
@@ -190,3 +191,19 @@ def test_a_row_that_is_not_finite_keeps_all_on_every_path(bad, device):
     expected = [[[1, 17]]]
     assert select(scores, 2.0**-8).counts.tolist() == expected
     assert select_blocks(scores, 2.0**-8).sum(dim=-1).tolist() == expected
+
+
+@pytest.mark.parametrize("density", [0.01, 0.25, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize("num_text_tokens", [0, 70])
+def test_a_share_of_the_blocks_is_what_the_torch_path_keeps(density, num_text_tokens, device):
+    lengths = torch.tensor([1200, 1131], dtype=torch.int32, device=device)
+    forced = ForcedBlocks(1200, 1200, BLOCK_SIZE, False, num_text_tokens, lengths)
+    scores = exact_scores(2, 1, 19, 19, device)
+    scores[1, ..., 18:] = 0
+    scores[0, 0, 3, 5] = torch.nan
+    mask = forced.to_mask(device)
+    if mask is None:
+        mask = torch.zeros((), dtype=torch.bool, device=device)
+    rows = torch.tensor(density, device=device)
+    expected = fewest_blocks(scores, rows, mask.expand_as(scores), by_count=True)
+    assert_same_lists(select(scores, density, forced, by_count=True), expected)

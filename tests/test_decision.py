@@ -1,9 +1,11 @@
 """One decision for plan, progress, report and layers."""
 
+from dataclasses import replace
+
 import pytest
 
 from xattn_video import ThresholdSchedule
-from xattn_video.policy.decision import Run, count_dense_steps, decide
+from xattn_video.policy.decision import Run, count_dense_steps, count_refreshes, decide
 from xattn_video.policy.settings import SparseSettings
 
 LONG = Run(num_layers=2, num_heads=2, num_video_tokens=20_000, device_type="cuda", num_steps=6)
@@ -54,3 +56,77 @@ def test_a_cool_down_needs_the_number_of_steps():
     run = Run(2, 2, 20_000, "cuda")
     with pytest.raises(ValueError, match="cooldown_steps needs the number of denoising steps"):
         decide(SparseSettings(0.9, warmup_steps=0, cooldown_steps=1), 0, run)
+
+
+def refreshes(settings, run=LONG, steps=6):
+    return [step for step in range(steps) if decide(settings, step, run).refreshes]
+
+
+def test_the_first_sparse_step_and_every_rth_after_it_refresh():
+    settings = SparseSettings(0.9, warmup_steps=1, refresh_every=2)
+    assert refreshes(settings) == [1, 3, 5]
+    assert count_refreshes(settings, LONG) == 3
+    assert refreshes(settings, replace(LONG, num_steps=None), 9) == [1, 3, 5, 7]
+    assert refreshes(SparseSettings(0.9, warmup_steps=1)) == []
+
+
+def test_dense_steps_among_sparse_ones_do_not_count():
+    settings = SparseSettings([0.9, 1, 0.9, 1, 0.9, 0.9], warmup_steps=0, refresh_every=2)
+    assert refreshes(settings) == [0, 4]
+    assert refreshes(replace(settings, cooldown_steps=2)) == [0]
+
+
+def test_the_last_sparse_step_is_known_where_the_steps_are():
+    settings = SparseSettings(0.9, warmup_steps=1, cooldown_steps=1, refresh_every=2)
+    found = [decide(settings, step, LONG).last_sparse for step in range(6)]
+    assert found == [False] * 4 + [True, False]
+    assert not decide(
+        replace(settings, cooldown_steps=0), 5, replace(LONG, num_steps=None)
+    ).last_sparse
+
+
+def test_a_density_stands_for_the_threshold():
+    decision = decide(SparseSettings(density=0.25, warmup_steps=0), 0, LONG)
+    assert decision.sparse
+    assert decision.thresholds == ((0.25, 0.25), (0.25, 0.25))
+    assert decision.threshold is None
+    assert reasons(SparseSettings(density=1, warmup_steps=0)) == ["density 1"] * 6
+
+
+def test_a_refresh_after_more_steps_than_there_are_is_refused():
+    settings = SparseSettings(0.9, refresh_every=7)
+    with pytest.raises(
+        ValueError, match="at most the number of denoising steps, got 7 and 6 steps"
+    ):
+        decide(settings, 0, LONG)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, r"density must lie in \(0, 1\], got 0"),
+        ({"density": 1.1}, r"density must lie in \(0, 1\], got 1.1"),
+        ({"density": float("nan")}, r"density must lie in \(0, 1\], got nan"),
+        ({"density": "0.1"}, "density must be a number"),
+        ({"density": True}, "density must be a number"),
+        (
+            {"density": 0.1, "threshold": 0.95},
+            "exclude each other, got density=0.1, threshold=0.95",
+        ),
+        ({"refresh_every": 0}, "refresh_every must be at least 1 step, got 0"),
+        ({"refresh_every": -2}, "refresh_every must be at least 1 step, got -2"),
+        ({"refresh_every": 2.0}, "refresh_every must be a whole number of steps, got 2.0"),
+        ({"refresh_every": True}, "refresh_every must be a whole number of steps, got True"),
+        ({"residual": "host"}, "residual='host' says where .* give it too"),
+        ({"residual": "disk", "refresh_every": 2}, "residual must be one of auto, device, host"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SparseSettings(**options)
+
+
+def test_settings_outlive_json():
+    for settings in (SparseSettings(), SparseSettings(density=0.1, refresh_every=5)):
+        assert SparseSettings(**settings.to_dict()) == settings
+    assert SparseSettings().threshold == 0.95

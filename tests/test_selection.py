@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from oracle import assert_smallest_set
 
 from xattn_video import block_scores, select_blocks
-from xattn_video.ops.selection import fewest_blocks
+from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.selection import fewest_blocks, select_block_lists
 
 
 def random_scores(*shape, sharpness=3.0):
@@ -132,3 +133,33 @@ def test_what_holds_no_numbers_is_refused():
         select_blocks(scores, 0.5, forced=torch.ones(2, 4, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match=r"threshold must .*, got \[\] on the meta device"):
         select_blocks(scores, torch.ones((), device="meta"))
+
+
+def share_of_blocks(scores, density, num_text_tokens=0, key_lengths=None):
+    """The mask that a share of the blocks of 8 tokens gives."""
+    tokens = scores.shape[-1] * 8
+    forced = ForcedBlocks(tokens, tokens, 8, False, num_text_tokens, key_lengths)
+    return select_block_lists(scores, density, forced, by_count=True).to_mask()
+
+
+@pytest.mark.parametrize(
+    ("density", "kept"),
+    [(0.01, 1), (0.1, 2), (0.12, 2), (0.13, 3), (0.5, 10), (0.98, 20), (1, 20)],
+)
+def test_a_share_of_the_blocks_is_that_of_the_best(density, kept):
+    scores = random_scores(1, 2, 20, 20)
+    mask = share_of_blocks(scores, density)
+    assert (mask.sum(-1) == kept).all()
+    assert torch.equal(mask, scores >= scores.sort(-1).values[..., -kept, None])
+
+
+def test_a_share_is_of_the_valid_blocks_and_forced_ones_count_first():
+    scores = random_scores(2, 1, 10, 10)
+    scores[1, ..., 8:] = 0
+    lengths = torch.tensor([80, 60], dtype=torch.int32)
+    mask = share_of_blocks(scores, 0.5, num_text_tokens=20, key_lengths=lengths)
+    # Item 0 has text in block 7 to 9, item 1 none: 60 keys are video.
+    assert mask[0, 0, :7].sum(-1).tolist() == [5] * 7
+    assert mask[0, 0, :, 7:].all()
+    assert mask[0, 0, 7:].all()
+    assert mask[1, 0].sum(-1).tolist() == [4] * 10

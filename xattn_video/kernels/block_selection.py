@@ -3,7 +3,7 @@
 A program holds one row. It finds the score at which the kept mass reaches the threshold without a
 sort, by bisection over the bits of float32, which are ordered as the numbers are where these are
 not negative. Sums run in one fixed order and rounding is monotonic, so that the kept mass never
-grows with the cut.
+grows with the cut. Where blocks are counted each weighs 1 in place of its mass.
 """
 
 import torch
@@ -35,15 +35,13 @@ def _forced_blocks(
 
 
 @triton.jit
-def _cut_bits(rest, kept_mass, target):
+def _cut_bits(bits, weights, kept, target):
     """The bits of the largest score down to which blocks must be kept; inf where none must."""
-    bits = rest.to(tl.int32, bitcast=True)
     low = tl.full([], 0, dtype=tl.int32)
     high = tl.full([], _INFINITY_BITS, dtype=tl.int32)
     for _ in range(31):
         middle = low + (high - low + 1) // 2
-        mass = kept_mass + tl.sum(tl.where(bits >= middle, rest, 0.0), axis=0)
-        enough = mass >= target
+        enough = kept + tl.sum(tl.where(bits >= middle, weights, 0.0), axis=0) >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, tl.maximum(middle - 1, low))
     return low
@@ -54,7 +52,7 @@ def _block_selection_kernel(
     scores_ptr, threshold_ptr, key_lengths_ptr, counts_ptr, indices_ptr,
     stride_tb, stride_th, stride_tm, H, Sq, Sk, Nq, Nk, num_video_tokens,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
-    PADDED_COLUMNS: tl.constexpr,
+    BY_COUNT: tl.constexpr, PADDED_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One row of blocks."""
     row = tl.program_id(0).to(tl.int64)
@@ -70,23 +68,30 @@ def _block_selection_kernel(
     # [PADDED_COLUMNS]
     scores = tl.load(scores_ptr + row * Nk + columns, mask=inside, other=0.0)
     total = tl.sum(scores, axis=0)
+    weights = scores
     target = threshold * total
+    if BY_COUNT:
+        weights = tl.where(scores != 0.0, 1.0, 0.0)
+        target = tl.maximum(tl.floor(threshold * tl.sum(weights, axis=0) + 0.5), 1.0)
     # A threshold that nobody looked at may be too low; the best block is kept all the same.
     target = tl.where(target > _SMALLEST_TARGET, target, _SMALLEST_TARGET)
     forced = _forced_blocks(
         columns, m, key_length, Sq, Sk, num_video_tokens, BLOCK_SIZE, CAUSAL, TEXT
     )
-    kept_mass = tl.sum(tl.where(forced, scores, 0.0), axis=0)
-    rest = tl.where(forced, 0.0, scores)
+    kept = tl.sum(tl.where(forced, weights, 0.0), axis=0)
+    weights = tl.where(forced, 0.0, weights)
+    bits = tl.where(forced, 0.0, scores).to(tl.int32, bitcast=True)
 
-    cut = _cut_bits(rest, kept_mass, target)
-    bits = rest.to(tl.int32, bitcast=True)
+    cut = _cut_bits(bits, weights, kept, target)
     above = bits > cut
     # Of the blocks that score the same as the cut the first ones are kept, as many as it takes.
     tied = (bits == cut) & inside
-    mass_above = kept_mass + tl.sum(tl.where(above, rest, 0.0), axis=0)
+    kept_above = kept + tl.sum(tl.where(above, weights, 0.0), axis=0)
     ties_before = (tl.cumsum(tied.to(tl.int32), axis=0) - 1).to(tl.float32)
-    needed = mass_above + ties_before * cut.to(tl.float32, bitcast=True) < target
+    tied_weight = cut.to(tl.float32, bitcast=True)
+    if BY_COUNT:
+        tied_weight = 1.0
+    needed = kept_above + ties_before * tied_weight < target
     keep = above | (tied & needed) | forced
     # NaN compares with nothing, so that a sum that is not finite keeps every block as well.
     bounded = (threshold < 1.0) & (total < float("inf"))
@@ -109,6 +114,7 @@ def block_selection(
     causal: bool,
     num_text_tokens: int,
     key_lengths: Tensor | None,
+    by_count: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """List, for each row, the fewest blocks whose mass reaches the threshold.
 
@@ -126,6 +132,7 @@ def block_selection(
         causal: Whether query t sees keys up to t + Sk - Sq only.
         num_text_tokens: The last of the Sk tokens, padding included.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
+        by_count: The threshold is a share of the row's valid blocks, rounded to whole ones.
 
     Returns:
         counts, int32 `[B, H, Nq]`: kept blocks of each row; and indices, int32 `[B, H, Nq, Nk]`:
@@ -143,7 +150,7 @@ def block_selection(
             scores, threshold, key_lengths, counts, indices, *threshold.stride(),
             H, query_length, key_length, Nq, Nk, key_length - num_text_tokens,
             BLOCK_SIZE=block_size, CAUSAL=causal, TEXT=num_text_tokens > 0,
-            PADDED_COLUMNS=padded_columns,
+            BY_COUNT=by_count, PADDED_COLUMNS=padded_columns,
             # 32 blocks a thread; more warps would wait for each other in every sum.
             num_warps=max(1, padded_columns // 1024),
         )  # fmt: skip

@@ -74,18 +74,22 @@ def select_blocks(
     return fewest_blocks(scores, rows, forced.expand_as(scores))
 
 
-def fewest_blocks(scores: Tensor, threshold: Tensor, forced: Tensor) -> Tensor:
+def fewest_blocks(
+    scores: Tensor, threshold: Tensor, forced: Tensor, by_count: bool = False
+) -> Tensor:
     """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq]`."""
     threshold = threshold.to(scores.dtype).unsqueeze(-1)
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
-    ranked = scores.gather(-1, order)
-    mass_before = F.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))
+    weights = (scores != 0).to(scores.dtype) if by_count else scores
+    before = F.pad(weights.gather(-1, order).cumsum(dim=-1)[..., :-1], (1, 0))
     total = scores.sum(dim=-1, keepdim=True)
-    target = threshold * total
+    target = threshold * weights.sum(dim=-1, keepdim=True)
+    if by_count:
+        target = (target + 0.5).floor().clamp(min=1)
     # A threshold that nobody looked at may be too low; the best block is kept all the same.
     target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
     keep = torch.zeros_like(order, dtype=torch.bool)
-    keep.scatter_(-1, order, mass_before < target)
+    keep.scatter_(-1, order, before < target)
     # NaN compares with nothing.
     keep_all = ~(threshold < 1) | ~total.isfinite()
     return (keep | forced | keep_all) & (scores != 0)
@@ -155,11 +159,12 @@ def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -
 
 
 def compute_selection(
-    inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int = 0
+    inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int = 0, by_count: bool = False
 ) -> BlockLists:
     """`select` of what has been checked.
 
-    The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`.
+    The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`. With
+    ``by_count`` it is the share of each row's valid blocks to keep.
     """
     forced = ForcedBlocks(
         inputs.query.shape[2],
@@ -169,11 +174,11 @@ def compute_selection(
         num_text_tokens,
         inputs.key_lengths,
     )
-    return select_block_lists(compute_scores(inputs), threshold, forced)
+    return select_block_lists(compute_scores(inputs), threshold, forced, by_count)
 
 
 def select_block_lists(
-    scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks
+    scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks, by_count: bool = False
 ) -> BlockLists:
     """The choice of `select_blocks` as lists, without a mask in between where a kernel makes it.
 
@@ -181,6 +186,8 @@ def select_block_lists(
         scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
         threshold: As in `select_blocks`, but not checked.
         forced: Describes the blocks that are kept whatever they score.
+        by_count: The threshold is a share of each row's valid blocks, rounded to whole ones, and
+            not of its mass: forced blocks count first, then come the best-scoring ones.
     """
     threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device)
     on_kernel = scores.is_cuda and scores.shape[-1] <= _LARGEST_KERNEL_ROW
@@ -188,7 +195,8 @@ def select_block_lists(
         mask = forced.to_mask(scores.device)
         if mask is None:
             mask = scores.new_zeros((), dtype=torch.bool)
-        return BlockLists.from_mask(fewest_blocks(scores, threshold, mask.expand_as(scores)))
+        mask = fewest_blocks(scores, threshold, mask.expand_as(scores), by_count)
+        return BlockLists.from_mask(mask)
     # Imported here so that selection works where Triton is missing.
     from xattn_video.kernels.block_selection import block_selection
 
@@ -201,6 +209,7 @@ def select_block_lists(
         causal=forced.causal,
         num_text_tokens=forced.num_text_tokens,
         key_lengths=forced.key_lengths,
+        by_count=by_count,
     )
     return BlockLists(counts, indices)
 

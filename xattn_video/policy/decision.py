@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from xattn_video.policy.settings import SparseSettings
 
 DenseReason: TypeAlias = Literal[
-    "warm-up", "cool-down", "threshold 1", "too few tokens", "gradients"
+    "warm-up", "cool-down", "threshold 1", "density 1", "too few tokens", "gradients"
 ]
 
 
@@ -19,7 +19,7 @@ class Run:
         num_layers, num_heads: Of the model.
         num_video_tokens: Of one item.
         device_type: Where the layers compute.
-        num_steps: Denoising steps of the generation; needed for a cool-down alone.
+        num_steps: Denoising steps of the generation, where known; a cool-down needs it.
         needs_grad: Whether gradients are needed anywhere in the model.
     """
 
@@ -37,13 +37,18 @@ class Decision:
 
     Attributes:
         reason: Why every layer runs dense; None where at least one runs sparse.
-        thresholds: Tau of every head, `[num_layers][num_heads]`.
+        thresholds: Tau of every head, `[num_layers][num_heads]`, or the density in its place.
         threshold: Tau where it is one number for all layers and heads.
+        refreshes: Whether the sparse layers run dense as well and keep the residual.
+        last_sparse: Whether no later step runs sparse; False where that is not known, or not asked
+            because nothing is kept.
     """
 
     reason: DenseReason | None
     thresholds: tuple[tuple[float, ...], ...]
     threshold: float | None
+    refreshes: bool = False
+    last_sparse: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -66,14 +71,31 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         run: Sizes of the model, the video and the generation.
 
     Raises:
-        ValueError: A cool-down without the number of steps, or a schedule that names a layer or a
-            head that the model lacks.
+        ValueError: A cool-down without the number of steps, a refresh after more steps than there
+            are, or a schedule that names a layer or a head that the model lacks.
     """
+    every, num_steps = settings.refresh_every, run.num_steps
+    if every is not None and num_steps is not None and every > num_steps:
+        raise ValueError(
+            f"refresh_every must be at most the number of denoising steps, got {every} and "
+            f"{num_steps} steps; lower it, or run more steps."
+        )
     taus = settings.schedule.per_head(step, run.num_layers, run.num_heads)
+    reason = _dense_reason(settings, step, run)
+    by_mass = settings.density is None
+    refreshes = last_sparse = False
+    if every is not None and reason is None:
+        sparse_before = sum(_is_sparse(settings, earlier, run) for earlier in range(step))
+        refreshes = sparse_before % every == 0
+        last_sparse = num_steps is not None and not any(
+            _is_sparse(settings, later, run) for later in range(step + 1, num_steps)
+        )
     return Decision(
-        _dense_reason(settings, step, run, all(tau == 1 for layer in taus for tau in layer)),
+        reason,
         tuple(map(tuple, taus)),
-        taus[0][0] if settings.schedule.is_uniform else None,
+        taus[0][0] if by_mass and settings.schedule.is_uniform else None,
+        refreshes,
+        last_sparse,
     )
 
 
@@ -83,9 +105,17 @@ def count_dense_steps(settings: SparseSettings, run: Run) -> int:
     return sum(not decide(settings, step, run).sparse for step in range(run.num_steps))
 
 
-def _dense_reason(
-    settings: SparseSettings, step: int, run: Run, all_ones: bool
-) -> DenseReason | None:
+def count_refreshes(settings: SparseSettings, run: Run) -> int:
+    """Steps of a generation that refresh the residual; ``run.num_steps`` must be known."""
+    assert run.num_steps is not None
+    return sum(decide(settings, step, run).refreshes for step in range(run.num_steps))
+
+
+def _is_sparse(settings: SparseSettings, step: int, run: Run) -> bool:
+    return _dense_reason(settings, step, run) is None
+
+
+def _dense_reason(settings: SparseSettings, step: int, run: Run) -> DenseReason | None:
     """Why every layer of the step runs dense; None where one runs sparse."""
     first_cool = math.inf
     if settings.cooldown_steps:
@@ -95,13 +125,22 @@ def _dense_reason(
         reason = "warm-up"
     elif step >= first_cool:
         reason = "cool-down"
-    elif all_ones:
-        reason = "threshold 1"
+    elif _keeps_all(settings, step, run):
+        reason = "threshold 1" if settings.density is None else "density 1"
     elif run.num_video_tokens < settings.min_tokens_on(run.device_type):
         reason = "too few tokens"
     elif run.needs_grad:
         reason = "gradients"
     return reason
+
+
+def _keeps_all(settings: SparseSettings, step: int, run: Run) -> bool:
+    """Whether no layer skips any block in the step."""
+    schedule = settings.schedule
+    if schedule.is_uniform:
+        return schedule.threshold(step) == 1
+    taus = schedule.per_head(step, run.num_layers, run.num_heads)
+    return all(tau == 1 for layer in taus for tau in layer)
 
 
 def _num_steps(run: Run) -> int:

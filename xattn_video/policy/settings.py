@@ -1,12 +1,14 @@
 """Every knob of sparse attention: name, default, help and check, each in this one place."""
 
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from xattn_video.policy.schedule import CallableSchedule, ThresholdLike, ThresholdSchedule
 
 if TYPE_CHECKING:
     from xattn_video.ops.scoring import Precision
+
+ResidualPlace: TypeAlias = Literal["auto", "device", "host"]
 
 DEFAULT_THRESHOLD = 0.95
 _MIN_TOKENS_CUDA = 16384
@@ -24,7 +26,7 @@ class SparseSettings:
         threshold: Share tau of each row's estimated mass to keep, in (0, 1]. Lower is faster and
             further from dense attention; 1 is dense. A float, a list (step i uses entry i, the
             last one holds), a mapping {step: tau}, a callable step -> tau, or a
-            `ThresholdSchedule`.
+            `ThresholdSchedule`. 0.95 if neither it nor ``density`` is given.
         stride: Tokens in a group of the estimate; divides ``block_size``. Smaller estimates
             better and costs more.
         block_size: Tokens in a block.
@@ -35,14 +37,25 @@ class SparseSettings:
         backend: A name from `available_backends`, or ``"auto"``.
         scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
             ``"auto"`` for the faster of them; see `block_scores`.
+        density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones, in
+            place of a threshold; None where that decides.
+        refresh_every: The first sparse step and then every r-th one run dense as well, and keep
+            what the skipped blocks add; the steps between add it. None never does; see
+            docs/fewer-blocks.md.
+        residual: Where that is kept, in 8 bits: on the layers' ``"device"``, in ``"host"``
+            memory, or ``"auto"``, by what is free.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
     """
 
-    threshold: ThresholdLike = field(
-        default=DEFAULT_THRESHOLD,
-        metadata={"help": "Share of the estimated attention mass to keep, in (0, 1]."},
+    threshold: "ThresholdLike | None" = field(
+        default=None,
+        metadata={
+            "help": "Share of the estimated attention mass to keep, in (0, 1].",
+            "kind": float | None,
+            "shown_default": f"{DEFAULT_THRESHOLD}",
+        },
     )
     _: KW_ONLY
     stride: int = field(default=8, metadata={"help": "Tokens between scored antidiagonals."})
@@ -63,9 +76,29 @@ class SparseSettings:
         default="auto",
         metadata={"help": "Of the estimate: exact, float8, or auto, the faster of them."},
     )
+    density: float | None = field(
+        default=None,
+        metadata={"help": "Share of the blocks to keep, in (0, 1], in place of a threshold."},
+    )
+    refresh_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every how many sparse steps to run dense too and keep what was skipped.",
+            "shown_default": "never",
+        },
+    )
+    residual: ResidualPlace = field(
+        default="auto",
+        metadata={"help": "Where that is kept: device, host, or auto, by what is free."},
+    )
 
     def __post_init__(self) -> None:
-        ThresholdSchedule.coerce(self.threshold)
+        if self.density is not None:
+            self._check_density(self.density)
+        elif self.threshold is None:
+            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
+        ThresholdSchedule.coerce(self._share)
+        self._check_refresh()
         # It brings torch, which a command line that only shows its help need not wait for.
         from xattn_video.backends.table import load_backend
         from xattn_video.ops.arguments import check_block_size
@@ -85,7 +118,9 @@ class SparseSettings:
         check_precision(self.scoring_precision)
 
     @classmethod
-    def of(cls, threshold: "ThresholdLike | SparseSettings", **options: Any) -> "SparseSettings":
+    def of(
+        cls, threshold: "ThresholdLike | SparseSettings | None", **options: Any
+    ) -> "SparseSettings":
         """Settings from the arguments of a constructor, or the settings given instead of them."""
         if not isinstance(threshold, SparseSettings):
             return cls(threshold, **options)
@@ -98,8 +133,14 @@ class SparseSettings:
 
     @property
     def schedule(self) -> ThresholdSchedule | CallableSchedule:
-        """The threshold of every step, layer and head."""
-        return ThresholdSchedule.coerce(self.threshold)
+        """The threshold of every step, layer and head, or the density in its place."""
+        return ThresholdSchedule.coerce(self._share)
+
+    @property
+    def _share(self) -> ThresholdLike:
+        share = self.threshold if self.density is None else self.density
+        assert share is not None
+        return share
 
     def min_tokens_on(self, device_type: str) -> int:
         """``min_tokens``, or the default of a device.
@@ -115,6 +156,37 @@ class SparseSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {knob.name: getattr(self, knob.name) for knob in fields(self)}
-        if not isinstance(self.threshold, int | float):
+        if not isinstance(self.threshold, int | float | None):
             values["threshold"] = self.schedule.to_dict()
         return values
+
+    def _check_density(self, density: object) -> None:
+        if isinstance(density, bool) or not isinstance(density, int | float):
+            raise TypeError(f"density must be a number in (0, 1], got {density!r}; try 0.1.")
+        if not 0 < density <= 1:
+            raise ValueError(f"density must lie in (0, 1], got {density}; try 0.1.")
+        if self.threshold is not None:
+            raise ValueError(
+                "density and threshold exclude each other, got "
+                f"density={density}, threshold={self.threshold}; give one of them."
+            )
+
+    def _check_refresh(self) -> None:
+        every = self.refresh_every
+        if self.residual not in get_args(ResidualPlace):
+            raise ValueError(
+                f"residual must be one of {', '.join(get_args(ResidualPlace))}, "
+                f"got {self.residual!r}."
+            )
+        if every is None:
+            if self.residual != "auto":
+                raise ValueError(
+                    f"residual={self.residual!r} says where to keep what a refresh finds, and "
+                    "refresh_every is not given; give it too, such as refresh_every=5."
+                )
+        elif isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(
+                f"refresh_every must be a whole number of steps, got {every!r}; try 5."
+            )
+        elif every < 1:
+            raise ValueError(f"refresh_every must be at least 1 step, got {every}; try 5.")

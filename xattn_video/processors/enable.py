@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.policy.schedule import ThresholdLike
-from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.binding import family_of, unwrapped
 from xattn_video.processors.processor import XAttnProcessor
 
@@ -44,7 +44,7 @@ class XAttentionHandle:
 
 def enable_xattention(
     pipe_or_transformer: Any,
-    threshold: "ThresholdLike | SparseSettings" = DEFAULT_THRESHOLD,
+    threshold: "ThresholdLike | SparseSettings | None" = None,
     **options: Any,
 ) -> XAttentionHandle:
     """Set an `XAttnProcessor` on a pipeline's transformer.

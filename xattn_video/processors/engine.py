@@ -126,7 +126,12 @@ def sparse_attention(
         scale,
         settings.scoring_precision,
     )
-    blocks = compute_selection(scoring, threshold, longest - layout.num_video_tokens)
+    blocks = compute_selection(
+        scoring,
+        threshold,
+        longest - layout.num_video_tokens,
+        by_count=settings.density is not None,
+    )
     inputs = AttentionInputs(
         query,
         key,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xattn_video.errors import UnboundProcessorError
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.schedule import ThresholdLike
-from xattn_video.policy.settings import DEFAULT_THRESHOLD, SparseSettings
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.policy.steps import ForwardInputs
 from xattn_video.processors.binding import (
     ForwardHook,
@@ -34,13 +34,13 @@ class XAttnProcessor(TransformerBound):
     tells it the transformer: `xattn_video.processors.binding`.
 
     Args:
-        threshold: Share tau of each row's estimated mass to keep, in (0, 1]; or a schedule of
-            them; or all arguments as one `SparseSettings`.
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1], 0.95 if not given;
+            or a schedule of them; or all arguments as one `SparseSettings`.
         options: The other fields of `SparseSettings`, by name: ``stride``, ``block_size``,
             ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
-            ``scoring_precision``. What each means stands there. ``cooldown_steps`` needs the
-            number of steps: from the pipeline, with `enable_xattention(pipe, ...)`, or from
-            ``bind(transformer, num_steps=...)``.
+            ``scoring_precision``, ``density``, ``refresh_every``, ``residual``. What each means
+            stands there. ``cooldown_steps`` needs the number of steps: from the pipeline, with
+            `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
 
     Attributes:
         settings: Its `SparseSettings`.
@@ -63,7 +63,7 @@ class XAttnProcessor(TransformerBound):
     __signature__ = inspect.signature(SparseSettings)
 
     def __init__(
-        self, threshold: "ThresholdLike | SparseSettings" = DEFAULT_THRESHOLD, **options: Any
+        self, threshold: "ThresholdLike | SparseSettings | None" = None, **options: Any
     ) -> None:
         self.settings = SparseSettings.of(threshold, **options)
         self.observers: list[Observer] = []
