@@ -90,6 +90,17 @@ def test_a_terminal_shows_step_phase_density_and_times(width):
     assert any(re.search(bar, line) for line in lines), lines
 
 
+def test_a_refresh_is_shown_as_one():
+    screen = io.StringIO()
+    with GenerationProgress(Console(file=screen), "a red circle", 2) as progress:
+        progress(StepRecord(0, 2, 2.0, True, 0.41, refreshed=True))
+        progress(StepRecord(1, 2, 1.0, True, 0.41))
+    assert screen.getvalue().splitlines()[1:] == [
+        "  step 1/2  refresh  2.00 s",
+        "  step 2/2  sparse, density 0.41  1.00 s",
+    ]
+
+
 def test_markup_in_a_prompt_is_text(generate):
     code, _, err = generate("--prompt=[bold] :smile: [/] cat", "--dense", "--output=a.mp4")
     assert code == 0, err

@@ -13,12 +13,13 @@ from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.policy.settings import SparseSettings
 
 
-def summary_of(dense, sparse, seconds=100.0) -> str:
+def summary_of(dense, sparse, seconds=100.0, refresh=()) -> str:
     """What is printed for steps of the given seconds."""
-    times = [(second, False) for second in dense] + [(second, True) for second in sparse]
+    times = [(s, "dense") for s in dense] + [(s, "refresh") for s in refresh]
+    times += [(s, "sparse") for s in sparse]
     steps = tuple(
-        StepRecord(i, len(times), second, is_sparse, 0.4 if is_sparse else None)
-        for i, (second, is_sparse) in enumerate(times)
+        StepRecord(i, len(times), second, kind != "dense", None, kind == "refresh")
+        for i, (second, kind) in enumerate(times)
     )
     frames, latents = np.zeros((1, 2, 2, 3), np.uint8), torch.zeros(4, 1, 1, 1)
     result = GenerationResult(frames, steps, seconds, 12.345, None, latents)
@@ -38,6 +39,12 @@ def test_it_names_file_size_time_and_memory():
     )
     assert f"time       {time}" in lines
     assert lines[-1] == "memory     12.35 GiB at the peak"
+
+
+def test_refresh_steps_have_a_time_of_their_own():
+    text = summary_of(dense=[3, 3], sparse=[1, 1, 1], refresh=[4])
+    assert "3 sparse steps of 1.00 s, 1 refresh step of 4.00 s," in text
+    assert "saved      about 5.0 s against dense steps" in text
 
 
 def test_it_says_what_was_saved():

@@ -241,6 +241,19 @@ def test_saved_seconds_come_from_the_medians():
     assert (result.dense_seconds, result.sparse_seconds) == (13.0, 10.0)
 
 
+def test_refreshes_are_counted_apart(pipe):
+    settings = SparseSettings(
+        density=0.3, block_size=16, warmup_steps=1, min_tokens=0, refresh_every=2
+    )
+    result = generate(pipe, request(sparse=settings))
+    assert [step.kind for step in result.steps] == ["dense", "refresh", "sparse", "refresh"]
+    seconds = zip((9.0, 10.0, 2.0, 12.0), result.steps, strict=True)
+    steps = tuple(replace(step, seconds=second) for second, step in seconds)
+    result = replace(result, steps=steps)
+    assert (result.seconds_per_sparse_step, result.seconds_per_refresh_step) == (2.0, 11.0)
+    assert result.estimated_seconds_saved == (9 - 2) + 2 * (9 - 11)
+
+
 def test_the_attention_backend_serves_the_dense_steps(tiny_pipeline, monkeypatch):
     from diffusers.models import attention_dispatch
 

@@ -1,11 +1,14 @@
 """The dry run: what it says, and that it says it without weights."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from xattn_video import ThresholdSchedule
+from xattn_video.cli.plan import print_plan
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.pipelines import run_plan as plan_module
 from xattn_video.pipelines.loading import LoadOptions
@@ -75,6 +78,63 @@ def test_dense_runs_have_no_sparse_step():
     assert (found.dense_steps, found.sparse_steps) == (50, 0)
     assert found.speedup_bounds == ()
     assert found.backend is None
+
+
+REFRESH = {"density": 0.1, "refresh_every": 5}
+
+
+def test_refreshes_cost_steps_and_memory():
+    plain, found = plan(density=0.1), plan(**REFRESH)
+    assert (plain.refresh_steps, found.refresh_steps) == (0, 9)
+    # 8 bits for each of 128 numbers and 16 for their scale.
+    gib = 119_056 * 24 * 130 * 60 / 2**30
+    assert found.memory.residuals == pytest.approx(gib) == pytest.approx(20.8, abs=0.1)
+    assert found.memory.peak == pytest.approx(plain.memory.peak + gib)
+    twice = plan(VideoSettings(true_cfg_scale=6.0), **REFRESH)
+    assert twice.memory.residuals == pytest.approx(2 * gib)
+    for bound in found.speedup_bounds:
+        sparse = 1 - found.attention_share * (1 - bound.density) + found.scoring_share
+        refreshes = 9 * found.attention_share
+        assert bound.run == pytest.approx(50 / (5 + 45 * sparse + refreshes))
+
+
+@pytest.mark.parametrize(
+    ("residual", "gpu_gib", "on_host", "fits"),
+    [
+        ("host", 80, True, True),
+        ("auto", 80, False, True),
+        ("auto", 50, True, True),
+        ("device", 50, False, False),
+        ("device", 80, False, True),
+    ],
+)
+def test_residuals_are_planned_where_there_is_room(residual, gpu_gib, on_host, fits):
+    load = LoadOptions(
+        device="cuda", offload="model", device_elsewhere=True, gpu_memory=float(gpu_gib)
+    )
+    plain = plan(load=load).memory
+    found = plan(load=load, residual=residual, **REFRESH)
+    gib = 119_056 * 24 * 130 * 60 / 2**30
+    assert found.memory.residuals == pytest.approx(gib)
+    assert found.memory.residuals_on_host == on_host
+    assert found.memory.peak == pytest.approx(plain.peak + (0 if on_host else gib))
+    assert found.memory.host == pytest.approx(plain.host + (gib if on_host else 0))
+    if fits:
+        assert found.shortage is None
+    else:
+        assert "What refresh_every keeps takes 21 GiB of memory of the device" in found.shortage
+
+
+def test_the_residuals_are_shown():
+    screen = io.StringIO()
+    print_plan(plan(**REFRESH), Console(file=screen, width=250))
+    assert "5 dense, 45 sparse of which 9 refresh, 60 layers" in screen.getvalue()
+    assert ", residuals 20.8);" in screen.getvalue()
+
+
+def test_refreshes_further_apart_than_there_are_steps_are_refused():
+    with pytest.raises(ValueError, match="at most the number of denoising steps, got 51 and 50"):
+        plan(refresh_every=51)
 
 
 def test_a_schedule_of_ones_counts_as_dense():

@@ -59,6 +59,29 @@ def test_the_summary_says_why_all_ran_dense():
     )
 
 
+def test_the_budget_counts_a_refresh_as_dense():
+    refreshed = LayerRun("sparse", None, 30, 100, refreshed=True)
+    report = SparsityReport(
+        ("a", "b"),
+        (
+            forward(0, DENSE, DENSE),
+            forward(1, refreshed, refreshed),
+            forward(2, sparse(20), sparse(40)),
+            forward(3, sparse(10), refreshed),
+        ),
+    )
+    assert report.refresh_steps == (1, 3)
+    assert report.density == pytest.approx((30 + 30 + 20 + 40 + 10 + 30) / 600)
+    assert report.budget == pytest.approx((100 + 100 + 20 + 40 + 10 + 100) / 600)
+    assert report.summary() == (
+        "3/4 steps x 2/2 layers sparse, density 0.27, budget 0.62 with 2 refreshed, 0 refused"
+    )
+    assert report.to_dict()["refresh_steps"] == [1, 3]
+    assert report.to_dict()["forwards"][3]["refreshed"] == [False, True]
+    assert example().budget == example().density
+    assert SparsityReport(("a",), ()).budget is None
+
+
 def test_the_file_holds_every_layer_of_every_pass(tmp_path):
     example().save(tmp_path / "run.json")
     data = json.loads((tmp_path / "run.json").read_text())
@@ -73,6 +96,7 @@ def test_the_file_holds_every_layer_of_every_pass(tmp_path):
         "states": ["sparse", "sparse"],
         "reasons": [None, None],
         "densities": [0.6, 0.2],
+        "refreshed": [False, False],
     }
     assert data["forwards"][3]["states"] == ["sparse", "skipped"]
     assert data["forwards"][0]["reasons"] == ["warm-up", "warm-up"]

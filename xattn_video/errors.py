@@ -37,6 +37,10 @@ class UnboundProcessorError(XAttentionError, RuntimeError):
     """A processor was called before it was bound to its transformer."""
 
 
+class ResidualMemoryError(XAttentionError, MemoryError):
+    """There is no room for what the refreshes of a generation keep."""
+
+
 class PipelineLoadError(XAttentionError, OSError):
     """A pipeline could not be had from the hub."""
 

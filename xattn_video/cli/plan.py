@@ -56,7 +56,7 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         f"+ up to {run_plan.text_tokens} text",
         "blocks": f"{run_plan.blocks:,} of {run_plan.block_size} tokens in a row, "
         f"the last one holds {run_plan.last_block_tokens}",
-        "steps": f"{run_plan.dense_steps} dense, {run_plan.sparse_steps} sparse{twice}, "
+        "steps": f"{run_plan.dense_steps} dense, {_sparse_steps(run_plan)}{twice}, "
         f"{run_plan.layers} layers",
         "compute": f"{run_plan.dense_step_tflop:,.1f} TFLOP in a dense step, "
         f"{run_plan.attention_share:.0%} of it attention; "
@@ -64,7 +64,7 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         "memory": f"about {memory.peak:.1f} GiB at the peak "
         f"(an estimate: transformer {memory.transformer:.1f}, "
         f"activations {memory.activations:.1f}, text encoders {memory.text_encoders:.1f}, "
-        f"VAE {memory.vae:.1f}, its decoding {memory.decoding:.1f}); "
+        f"VAE {memory.vae:.1f}, its decoding {memory.decoding:.1f}{_residuals(memory)}); "
         f"host about {memory.host:.1f} GiB",
         "offload": _offload(memory),
         "device": f"{run_plan.device}, {run_plan.dtype}"
@@ -78,6 +78,19 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:
         print_warning(warning)
+
+
+def _sparse_steps(run_plan: "RunPlan") -> str:
+    refreshed = f" of which {run_plan.refresh_steps} refresh" if run_plan.refresh_steps else ""
+    return f"{run_plan.sparse_steps} sparse{refreshed}"
+
+
+def _residuals(memory: "MemoryEstimate") -> str:
+    """What refreshes keep, and whether it is part of the peak."""
+    if not memory.residuals:
+        return ""
+    where = " in host memory instead" if memory.residuals_on_host else ""
+    return f", residuals {memory.residuals:.1f}{where}"
 
 
 def _offload(memory: "MemoryEstimate") -> str:

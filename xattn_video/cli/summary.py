@@ -56,12 +56,13 @@ def _time(result: "GenerationResult") -> str:
     """Seconds: total, a step of each kind, and what is not denoising."""
     parts = [f"{result.seconds:.1f} s"]
     kinds = (
-        ("dense", result.seconds_per_dense_step, False),
-        ("sparse", result.seconds_per_sparse_step, True),
+        ("dense", result.seconds_per_dense_step),
+        ("sparse", result.seconds_per_sparse_step),
+        ("refresh", result.seconds_per_refresh_step),
     )
-    for kind, seconds, sparse in kinds:
+    for kind, seconds in kinds:
         if seconds is not None:
-            count = sum(step.sparse == sparse for step in result.steps)
+            count = sum(step.kind == kind for step in result.steps)
             noun = "step" if count == 1 else "steps"
             parts.append(f"{count} {kind} {noun} of {seconds:.2f} s")
     rest = result.seconds - result.dense_seconds - result.sparse_seconds

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ class StepRecord:
     sparse: bool
     density: float | None
     """Of a sparse step: kept blocks over valid blocks, all layers together."""
+    refreshed: bool = False
+    """Whether sparse layers ran dense as well."""
+
+    @property
+    def kind(self) -> Literal["dense", "sparse", "refresh"]:
+        """What times are told apart by."""
+        if self.refreshed:
+            return "refresh"
+        return "sparse" if self.sparse else "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +88,17 @@ class GenerationResult:
     @property
     def seconds_per_dense_step(self) -> float | None:
         """The median, which a first step that compiles or moves weights does not bend."""
-        return _median([step.seconds for step in self.steps if not step.sparse])
+        return self._median_seconds("dense")
 
     @property
     def seconds_per_sparse_step(self) -> float | None:
+        """The median of those that refresh nothing."""
+        return self._median_seconds("sparse")
+
+    @property
+    def seconds_per_refresh_step(self) -> float | None:
         """The median."""
-        return _median([step.seconds for step in self.steps if step.sparse])
+        return self._median_seconds("refresh")
 
     @property
     def estimated_seconds_saved(self) -> float | None:
@@ -92,7 +106,15 @@ class GenerationResult:
         dense, sparse = self.seconds_per_dense_step, self.seconds_per_sparse_step
         if dense is None or sparse is None:
             return None
-        return (dense - sparse) * sum(step.sparse for step in self.steps)
+        saved = (dense - sparse) * sum(step.kind == "sparse" for step in self.steps)
+        refresh = self.seconds_per_refresh_step
+        if refresh is not None:
+            saved += (dense - refresh) * sum(step.refreshed for step in self.steps)
+        return saved
+
+    def _median_seconds(self, kind: str) -> float | None:
+        seconds = [step.seconds for step in self.steps if step.kind == kind]
+        return statistics.median(seconds) if seconds else None
 
 
 def generate(
@@ -206,7 +228,9 @@ class _StepRecorder:
         sparse, density = self._attention_of(index)
         seconds = now - (self._last_end or now)
         self.latents = tensors["latents"]
-        self.steps.append(StepRecord(index, self._total, seconds, sparse, density))
+        report = None if self._processor is None else self._processor.report()
+        refreshed = report is not None and index in report.refresh_steps
+        self.steps.append(StepRecord(index, self._total, seconds, sparse, density, refreshed))
         if self._on_step is not None:
             self._on_step(self.steps[-1])
         # What the reading and showing took belongs to no step.
@@ -295,7 +319,3 @@ def _peak_memory_gib(device: torch.device) -> float | None:
     # Bytes on macOS, KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _median(seconds: list[float]) -> float | None:
-    return statistics.median(seconds) if seconds else None

@@ -11,6 +11,7 @@ from xattn_video.pipelines.loading import LoadOptions, Offload
 from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
 from xattn_video.pipelines.request import SIZE_STEP, VideoSettings
 from xattn_video.pipelines.source import find_model
+from xattn_video.policy.settings import ResidualPlace
 
 # Tensors of the hidden size that a forward holds at its peak; fits the 36.3 GiB measured on an
 # H100 for HunyuanVideo's transformer at 720x1280x129, 23.9 GiB of which are weights.
@@ -54,6 +55,8 @@ class MemoryEstimate:
         offload: Which parts wait in host memory.
         offload_reason: Why these.
         peaks, hosts: `peak` and `host` of every way to offload that the device has.
+        residuals: What refreshes keep, see `with_residuals`.
+        residuals_on_host: Whether that is part of ``host`` and not of ``peak``.
     """
 
     transformer: float
@@ -67,6 +70,8 @@ class MemoryEstimate:
     offload_reason: str
     peaks: dict[Offload, float]
     hosts: dict[Offload, float]
+    residuals: float = 0.0
+    residuals_on_host: bool = False
 
     def fits(self, offload: Offload, room: Room) -> bool:
         """Whether a way to offload needs no more than there is, as far as that is known."""
@@ -137,6 +142,42 @@ def estimate_memory(
         hosts,
     )
     return found if options.offload is not None or not on_gpu else _choose(found, room)
+
+
+def with_residuals(
+    memory: MemoryEstimate, num_bytes: int, place: ResidualPlace, room: Room, on_gpu: bool
+) -> MemoryEstimate:
+    """The estimate with what refreshes keep; ``auto`` puts it where there is room."""
+    gib = num_bytes / _GIB
+    short = room.gpu is not None and memory.peak + gib > room.gpu
+    on_host = on_gpu and (place == "host" or (place == "auto" and short))
+    peaks, hosts = memory.peaks, memory.hosts
+    if not on_host:
+        peaks = {name: peak + gib for name, peak in peaks.items()}
+    if on_host or not on_gpu:
+        hosts = {name: host + gib for name, host in hosts.items()}
+    return replace(
+        memory,
+        peak=peaks[memory.offload],
+        host=hosts[memory.offload],
+        peaks=peaks,
+        hosts=hosts,
+        residuals=gib,
+        residuals_on_host=on_host,
+    )
+
+
+def describe_residual_shortage(memory: MemoryEstimate, room: Room) -> str | None:
+    """Why there is no room for what refreshes keep; None if there may be, or without any."""
+    if not memory.residuals or memory.fits(memory.offload, room):
+        return None
+    where = "host memory" if memory.residuals_on_host else "memory of the device"
+    return (
+        f"What refresh_every keeps takes {memory.residuals:.0f} GiB of {where} and there is no "
+        f"room for it: with it about {memory.peak:.0f} GiB are needed there, and "
+        f"{memory.host:.0f} GiB on the host. Leave refresh_every out, let residual be auto, or "
+        "make the video smaller."
+    )
 
 
 def settle_offload(options: LoadOptions, video: VideoSettings) -> LoadOptions:

@@ -13,13 +13,16 @@ from xattn_video.ops.scoring import check_precision
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.memory import (
     MemoryEstimate,
+    describe_residual_shortage,
     describe_shortage,
     estimate_memory,
     find_room,
+    with_residuals,
 )
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.policy.decision import Run, count_dense_steps
+from xattn_video.policy.decision import Run, count_dense_steps, count_refreshes
+from xattn_video.policy.residual_size import residual_bytes
 from xattn_video.policy.settings import SparseSettings
 
 PAPER_DENSITIES = (0.34, 0.455)
@@ -58,6 +61,8 @@ class RunPlan:
     steps: int
     dense_steps: int
     sparse_steps: int
+    refresh_steps: int
+    """Sparse steps in which every layer runs dense as well."""
     dense_step_tflop: float
     attention_share: float
     scoring_share: float
@@ -88,7 +93,8 @@ def plan_run(
         options: Device, dtype and offload.
 
     Raises:
-        ValueError: The schedule names a layer or a head that the model lacks.
+        ValueError: The schedule names a layer or a head that the model lacks, or refreshes are
+            further apart than there are steps.
     """
     settings = sparse or SparseSettings()
     grid = shape.grid(video.height, video.width, video.num_frames)
@@ -96,10 +102,11 @@ def plan_run(
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
     steps = dense_steps = video.num_inference_steps
+    refresh_steps = 0
     device = options.resolved_device
     if sparse:
         run = Run(shape.layers, shape.heads, video_tokens, device.type, steps)
-        dense_steps = count_dense_steps(sparse, run)
+        dense_steps, refresh_steps = count_dense_steps(sparse, run), count_refreshes(sparse, run)
     forwards = 2 if video.true_cfg_scale > 1 else 1
     flop, share = _arithmetic(shape, tokens)
     tflop = forwards * flop / 1e12
@@ -107,6 +114,11 @@ def plan_run(
     scoring = 1 / (2 * settings.stride)
     room = find_room(options)
     shortage = describe_shortage(shape, video, options, room)
+    memory = estimate_memory(shape, video, options, room)
+    if refresh_steps:
+        kept = _residual_bytes(shape, tokens, forwards, options)
+        memory = with_residuals(memory, kept, settings.residual, room, device.type == "cuda")
+        shortage = shortage or describe_residual_shortage(memory, room)
     warnings = []
     backend = None
     if sparse:
@@ -130,11 +142,14 @@ def plan_run(
         steps=steps,
         dense_steps=dense_steps,
         sparse_steps=steps - dense_steps,
+        refresh_steps=refresh_steps,
         dense_step_tflop=tflop,
         attention_share=share,
         scoring_share=share * scoring,
-        speedup_bounds=_speedup_bounds(share, scoring, steps, dense_steps) if sparse else (),
-        memory=estimate_memory(shape, video, options, room),
+        speedup_bounds=(
+            _speedup_bounds(share, scoring, steps, dense_steps, refresh_steps) if sparse else ()
+        ),
+        memory=memory,
         shortage=shortage,
         device=str(device),
         device_is_here=options.device_is_here,
@@ -151,14 +166,27 @@ def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:
     return attention + linear, attention / (attention + linear)
 
 
+def _residual_bytes(shape: ModelShape, tokens: int, forwards: int, options: LoadOptions) -> int:
+    """What refreshes keep, for one video."""
+    return residual_bytes(
+        batch=forwards,
+        tokens=tokens,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        layers=shape.layers,
+        scale_bytes=options.resolved_dtype.itemsize,
+    )
+
+
 def _speedup_bounds(
-    share: float, scoring: float, steps: int, dense_steps: int
+    share: float, scoring: float, steps: int, dense_steps: int, refresh_steps: int
 ) -> tuple[SpeedupBound, ...]:
     """Amdahl's bound for a row of densities."""
     bounds = []
     for density in DENSITIES:
         sparse_cost = 1 - share + share * (density + scoring)
-        run_cost = dense_steps + (steps - dense_steps) * sparse_cost
+        # A refresh computes the approximate attention and the dense one.
+        run_cost = dense_steps + (steps - dense_steps) * sparse_cost + refresh_steps * share
         bounds.append(
             SpeedupBound(density, 1 / sparse_cost, steps / run_cost, density in PAPER_DENSITIES)
         )

@@ -1,7 +1,7 @@
 """What really ran: dense or sparse, by step and layer."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,12 +22,14 @@ class LayerRun:
             or "gradients".
         kept: Blocks computed, over the batch and all heads; None unless sparse.
         valid: Blocks that dense attention computes; None unless sparse.
+        refreshed: Whether the layer ran dense as well, and that is its output.
     """
 
     state: State
     reason: str | None = None
     kept: int | None = None
     valid: int | None = None
+    refreshed: bool = False
 
     @property
     def density(self) -> float | None:
@@ -91,6 +93,18 @@ class SparsityReport:
         return _density(run for _, _, run in self._sparse_runs())
 
     @property
+    def budget(self) -> float | None:
+        """The density with every refresh counted as 1; None if nothing ran sparse."""
+        runs = (run for _, _, run in self._sparse_runs())
+        return _density(replace(run, kept=run.valid) if run.refreshed else run for run in runs)
+
+    @property
+    def refresh_steps(self) -> tuple[int, ...]:
+        """The steps in which at least one layer refreshed its residual, ascending."""
+        runs = self._sparse_runs()
+        return tuple(sorted({forward.step for forward, _, run in runs if run.refreshed}))
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """What computed the sparse layers."""
         return tuple(sorted({forward.backend for forward in self.forwards if forward.backend}))
@@ -127,6 +141,8 @@ class SparsityReport:
         )
         if self.density is not None:
             what = f"density {self.density:.2f}"
+            if self.refresh_steps:
+                what += f", budget {self.budget:.2f} with {len(self.refresh_steps)} refreshed"
         elif self.forwards:
             what = f"dense throughout ({', '.join(self.dense_reasons)})"
         else:
@@ -142,6 +158,8 @@ class SparsityReport:
             "num_layers": len(self.layer_names),
             "num_sparse_layers": len(self.sparse_layers),
             "density": self.density,
+            "budget": self.budget,
+            "refresh_steps": list(self.refresh_steps),
             "backends": list(self.backends),
             "dense_reasons": self.dense_reasons,
             "num_refused": self.num_refused,
@@ -156,6 +174,7 @@ class SparsityReport:
                     "states": [run.state for run in forward.layers],
                     "reasons": [run.reason for run in forward.layers],
                     "densities": [run.density for run in forward.layers],
+                    "refreshed": [run.refreshed for run in forward.layers],
                 }
                 for forward in self.forwards
             ],

@@ -98,13 +98,33 @@ def _attend_now(
         out = dense_attention(query, key, value, layout, forward.dense_backend)
         slot.state = "dense"
     else:
-        assert slot.threshold is not None
-        out, blocks = forward.operator(query, key, value, slot.threshold, forward)
+        out, blocks = _attend_sparsely(slot, forward, query, key, value)
         slot.state = "sparse"
         slot.kept = None if blocks is None else blocks.counts.sum()
     for observer in forward.observers:
         observer(AttendedLayer(slot.name, forward, query, key, value, blocks))
     return layout.from_canonical(out).contiguous()
+
+
+def _attend_sparsely(
+    slot: LayerSlot, forward: ForwardPass, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, BlockLists | None]:
+    """A sparse layer's output, with its residual where such are kept, and its blocks."""
+    assert slot.threshold is not None
+    decision, residuals = forward.decision, forward.residuals
+    if residuals is None:
+        return forward.operator(query, key, value, slot.threshold, forward)
+    # A layer that a cache skipped at the refresh has nothing to add: it refreshes now.
+    slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
+    if not slot.refreshed:
+        residuals.fetch(slot.name, query.device)
+    out, blocks = forward.operator(query, key, value, slot.threshold, forward)
+    if not slot.refreshed:
+        return residuals.add(slot.name, out), blocks
+    dense = dense_attention(query, key, value, forward.layout, forward.dense_backend)
+    if not decision.last_sparse:
+        residuals.keep(slot.name, dense, out)
+    return dense, blocks
 
 
 def sparse_attention(

@@ -130,7 +130,7 @@ class XAttnProcessor(TransformerBound):
         report, where only the prompt is another.
         """
         if self._session is not None:
-            self._session.tracker.reset()
+            self._session.reset()
 
     def bind(
         self, transformer: Any, num_steps: NumSteps = None, *, pipeline: Any = None
@@ -220,7 +220,7 @@ class XAttnProcessor(TransformerBound):
     def end_forward(self, transformer: nn.Module) -> None:
         """Take up what the layers did; a hook calls this after a forward pass, failed or not."""
         if self._session is not None:
-            self._session.recorder.end_forward()
+            self._session.end_forward()
 
 
 install()

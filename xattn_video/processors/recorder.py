@@ -15,6 +15,7 @@ from xattn_video.policy.decision import Decision, DenseReason
 from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.layout import TokenLayout
+from xattn_video.processors.residual import PassResiduals
 
 SLOT_NAME = "_xattn_slot"
 
@@ -62,6 +63,7 @@ class ForwardPass:
         parallel_config: Diffusers' context parallelism, or None.
         operator: What computes a sparse layer.
         observers: Told of every layer that has attended.
+        residuals: What the layers keep at a refresh and add between; None where nothing refreshes.
     """
 
     settings: SparseSettings
@@ -73,6 +75,7 @@ class ForwardPass:
     parallel_config: Any
     operator: SparseOperator
     observers: tuple[Observer, ...]
+    residuals: PassResiduals | None = None
 
 
 class LayerSlot:
@@ -90,6 +93,7 @@ class LayerSlot:
         reason: Why the layer runs dense; None where it is to run sparse.
         threshold: Tau, a scalar or `[H, 1]`, where it is to run sparse.
         state, kept: What it did, and the number of blocks, a scalar that stays on the device.
+        refreshed: Whether it ran dense as well.
     """
 
     _numbers: ClassVar[Any] = itertools.count()
@@ -104,6 +108,7 @@ class LayerSlot:
         self.threshold: Tensor | None = None
         self.state: State = "skipped"
         self.kept: Tensor | None = None
+        self.refreshed = False
         number = next(self._numbers)
         self.handle = torch.tensor(number, device="cpu")
         self._by_number[number] = self
@@ -131,6 +136,7 @@ class _Record:
     valid_blocks: int
     states: tuple[State, ...] = ()
     reasons: tuple[DenseReason | None, ...] = ()
+    refreshed: tuple[bool, ...] = ()
     kept: Tensor | None = None
 
 
@@ -168,6 +174,7 @@ class Recorder:
             slot.forward = forward
             slot.state = "skipped"
             slot.kept = None
+            slot.refreshed = False
 
     def end_forward(self) -> None:
         """Take over what the slots hold; harmless when done twice."""
@@ -178,6 +185,7 @@ class Recorder:
         latest = self._records[-1]
         latest.states = tuple(slot.state for slot in self.slots)
         latest.reasons = tuple(slot.reason for slot in self.slots)
+        latest.refreshed = tuple(slot.refreshed for slot in self.slots)
         kept = [slot.kept for slot in self.slots if slot.kept is not None]
         # A model spread over devices has its numbers on all of them.
         latest.kept = torch.stack([count.to(kept[0].device) for count in kept]) if kept else None
@@ -195,9 +203,11 @@ class Recorder:
 def _as_run(record: _Record) -> ForwardRun:
     kept = iter([] if record.kept is None else record.kept.tolist())
     layers = []
-    for state, reason in zip(record.states, record.reasons, strict=True):
+    for state, reason, refreshed in zip(
+        record.states, record.reasons, record.refreshed, strict=True
+    ):
         if state == "sparse":
-            layers.append(LayerRun(state, None, int(next(kept)), record.valid_blocks))
+            layers.append(LayerRun(state, None, int(next(kept)), record.valid_blocks, refreshed))
         elif state == "dense":
             # It was to run sparse, and the layer itself found that it needs gradients.
             layers.append(LayerRun(state, reason or "gradients"))

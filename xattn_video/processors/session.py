@@ -24,6 +24,7 @@ from xattn_video.processors.recorder import (
     Recorder,
     SparseOperator,
 )
+from xattn_video.processors.residual import PassResiduals, ResidualStore
 
 NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
 
@@ -54,6 +55,8 @@ class Session:
         self.tracker = StepTracker()
         self.recorder = Recorder(tuple(own), tuple(own.values()), family.attention)
         self._attentions = tuple(own.values())
+        self._residuals = ResidualStore()
+        self._spent: PassResiduals | None = None
         self._num_steps = num_steps
         self._scheduler_step = scheduler_step
         self._num_layers = len(attentions)
@@ -74,6 +77,7 @@ class Session:
         scheduler_step = None if self._scheduler_step is None else self._scheduler_step()
         if self.tracker.observe(inputs, scheduler_step):
             self.recorder.start_generation()
+            self._residuals.clear()
         step = self.tracker.step
         assert step is not None
         config = transformer.config
@@ -112,18 +116,56 @@ class Session:
             parallel_config,
             operator,
             observers,
+            self._residuals_of(inputs, settings, decision, layout),
         )
         self._fill_slots(decision, device)
         self.recorder.begin_forward(
             forward, step, self.tracker.forward_pass, inputs.timestep, config.num_attention_heads
         )
 
+    def end_forward(self) -> None:
+        """Close the record, and free what no later step adds; harmless when done twice."""
+        self.recorder.end_forward()
+        if self._spent is not None:
+            self._residuals.drop(self._spent)
+            self._spent = None
+
+    def reset(self) -> None:
+        """Forget the generation, but not what it reports."""
+        self.tracker.reset()
+        self._residuals.clear()
+
     def close(self) -> None:
         """Take the slots off the transformer."""
-        self.recorder.end_forward()
+        self.end_forward()
+        self._residuals.close()
         for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
             if getattr(attention, SLOT_NAME, None) is slot:
                 delattr(attention, SLOT_NAME)
+
+    def _residuals_of(
+        self,
+        inputs: ForwardInputs,
+        settings: SparseSettings,
+        decision: Decision,
+        layout: TokenLayout,
+    ) -> PassResiduals | None:
+        """What the layers of this pass kept before, or will keep; None where nothing refreshes."""
+        if settings.refresh_every is None or not decision.sparse:
+            return None
+        identity = (
+            inputs.latent_shape,
+            inputs.dtype,
+            inputs.text_lengths,
+            inputs.text_tokens,
+            inputs.text_sample,
+            layout.device,
+        )
+        residuals = self._residuals.of_pass(
+            self.tracker.forward_pass, identity, settings.residual, len(self.recorder.slots)
+        )
+        self._spent = residuals if decision.last_sparse else None
+        return residuals
 
     def _resolve(
         self, settings: SparseSettings, inputs: ForwardInputs, layout: TokenLayout, head_dim: int

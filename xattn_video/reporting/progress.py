@@ -24,7 +24,7 @@ class FinishedStep(Protocol):
     @property
     def total(self) -> int: ...
     @property
-    def sparse(self) -> bool: ...
+    def kind(self) -> str: ...
     @property
     def seconds(self) -> float: ...
     @property
@@ -68,9 +68,9 @@ class GenerationProgress:
 
     def __call__(self, step: FinishedStep) -> None:
         done = step.index + 1
-        phase = "dense"
-        if step.sparse:
-            phase = "sparse" if step.density is None else f"sparse, density {step.density:.2f}"
+        phase = step.kind
+        if phase == "sparse" and step.density is not None:
+            phase = f"sparse, density {step.density:.2f}"
         if self._console.is_terminal:
             phase = "decoding the video" if done == step.total else phase
             self._progress.update(self._task, completed=done, phase=phase)

@@ -1,0 +1,288 @@
+"""What skipped blocks add to a layer's output: kept by a refresh, added by the steps between.
+
+A refresh step computes a layer's approximate and its dense output and keeps their difference, the
+residual, in 8 bits. Until the next one it is added to the layer's approximate output.
+"""
+
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import psutil
+import torch
+from torch import Tensor
+
+from xattn_video.errors import ResidualMemoryError
+from xattn_video.policy.residual_size import residual_bytes
+from xattn_video.policy.settings import ResidualPlace
+
+Place: TypeAlias = Literal["device", "host"]
+
+_LARGEST = 127
+# Tensors of the size of a layer's output that one forward holds at its peak.
+_ACTIVATION_TENSORS = 18
+# Torch gives pinned memory in powers of two; what is longer is cut, to waste little.
+_PIECE_BYTES = 1 << 26
+_GIB = 2**30
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """int8 `[B, S, H, D]` and a scale for each token and head, `[B, S, H, 1]`."""
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def between(cls, dense: Tensor, approximate: Tensor) -> "Residual":
+        """What has to be added to the approximate output, `[B, S, H, D]`, to get the dense one."""
+        residual = dense - approximate
+        largest = torch.linalg.vector_norm(residual, ord=torch.inf, dim=-1, keepdim=True)
+        # Autocast takes norms in float32.
+        scales = (largest / _LARGEST).to(dense.dtype).clamp_min_(torch.finfo(dense.dtype).tiny)
+        scaled = residual.div_(scales).round_().clamp_(-_LARGEST, _LARGEST)
+        return cls(scaled.to(torch.int8), scales)
+
+    @classmethod
+    def empty_like(cls, other: "Residual", device: torch.device) -> "Residual":
+        """Room for another one."""
+        tensors = (other.values, other.scales)
+        return cls(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors))
+
+    def added_to(self, approximate: Tensor) -> Tensor:
+        """The approximate output with the residual."""
+        return torch.addcmul(approximate, self.values.to(approximate.dtype), self.scales)
+
+
+class _Pinned:
+    """A tensor's copy in pinned host memory; made and read on the current stream."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._pieces = [
+            torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(
+                piece, non_blocking=True
+            )
+            for piece in self._cut(tensor)
+        ]
+
+    def copy_to(self, tensor: Tensor) -> None:
+        """Fill a tensor on the device, without waiting for it."""
+        for piece, kept in zip(self._cut(tensor), self._pieces, strict=True):
+            piece.copy_(kept, non_blocking=True)
+
+    @staticmethod
+    def _cut(tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.view(-1).split(_PIECE_BYTES // tensor.itemsize)
+
+
+class _Stage:
+    """Two buffers on a device through which residuals go to host memory and come back.
+
+    The copies run on a stream of their own, beside the layers. Events alone keep the order: the
+    host waits for nothing, however far ahead of the device it is, and needs no third buffer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._buffers: list[Residual] = []
+        self._free = [torch.cuda.Event(), torch.cuda.Event()]
+        self._ready = [torch.cuda.Event(), torch.cuda.Event()]
+        self._turn = 0
+
+    def store(self, residual: Residual) -> tuple[_Pinned, _Pinned]:
+        """A copy in host memory."""
+        turn, buffer = self._next_buffer(residual)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._free[turn])
+        buffer.values.copy_(residual.values)
+        buffer.scales.copy_(residual.scales)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            pinned = _Pinned(buffer.values), _Pinned(buffer.scales)
+            self._free[turn].record(self._stream)
+        return pinned
+
+    def fetch(self, pinned: tuple[_Pinned, _Pinned]) -> int:
+        """Start to copy what `store` kept, all of one shape; the number of its buffer."""
+        turn, buffer = self._next_buffer(None)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._free[turn])
+            pinned[0].copy_to(buffer.values)
+            pinned[1].copy_to(buffer.scales)
+            self._ready[turn].record(self._stream)
+        return turn
+
+    def add(self, turn: int, approximate: Tensor) -> Tensor:
+        """The approximate output with the residual that was fetched."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._ready[turn])
+        out = self._buffers[turn].added_to(approximate)
+        self._free[turn].record(current)
+        return out
+
+    def _next_buffer(self, like: Residual | None) -> tuple[int, Residual]:
+        if like is not None and not self._fits(like):
+            self._buffers = [Residual.empty_like(like, self._device) for _ in range(2)]
+            for buffer in self._buffers:
+                buffer.values.record_stream(self._stream)
+                buffer.scales.record_stream(self._stream)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._turn = 1 - self._turn
+        return self._turn, self._buffers[self._turn]
+
+    def _fits(self, residual: Residual) -> bool:
+        return bool(self._buffers) and self._buffers[0].values.shape == residual.values.shape
+
+
+class PassResiduals:
+    """The residuals of one of a step's forward passes, by layer.
+
+    Args:
+        place: Where they were asked to be kept.
+        num_layers: That may keep one.
+    """
+
+    def __init__(self, place: ResidualPlace, num_layers: int) -> None:
+        self._asked = place
+        self._num_layers = num_layers
+        self._place: Place | None = None
+        self._kept: dict[str, Residual | tuple[_Pinned, _Pinned]] = {}
+        self._fetched: dict[str, int] = {}
+        self._stages: dict[torch.device, _Stage] = {}
+
+    def holds(self, layer: str) -> bool:
+        """Whether a layer has a residual."""
+        return layer in self._kept
+
+    def keep(self, layer: str, dense: Tensor, approximate: Tensor) -> None:
+        """Keep what the approximate output of a layer, `[B, S, H, D]`, lacks.
+
+        Raises:
+            ResidualMemoryError: There is no room for those of all layers.
+        """
+        if self._place is None:
+            self._place = choose_place(self._asked, dense, self._num_layers)
+        # The room of the one before is used again.
+        self._kept.pop(layer, None)
+        residual = Residual.between(dense, approximate)
+        self._kept[layer] = residual
+        if self._place == "host" and dense.is_cuda:
+            self._kept[layer] = self._stage(dense.device).store(residual)
+
+    def fetch(self, layer: str, device: torch.device) -> None:
+        """Bring a layer's residual to its device, beside what the layer computes meanwhile."""
+        kept = self._kept[layer]
+        if isinstance(kept, tuple):
+            self._fetched[layer] = self._stage(device).fetch(kept)
+
+    def add(self, layer: str, approximate: Tensor) -> Tensor:
+        """A layer's approximate output with its residual, which was fetched."""
+        kept = self._kept[layer]
+        if isinstance(kept, Residual):
+            return kept.added_to(approximate)
+        return self._stage(approximate.device).add(self._fetched.pop(layer), approximate)
+
+    def _stage(self, device: torch.device) -> _Stage:
+        if device not in self._stages:
+            self._stages[device] = _Stage(device)
+        return self._stages[device]
+
+
+class ResidualStore:
+    """The residuals of a generation: true classifier-free guidance has two for each layer."""
+
+    def __init__(self) -> None:
+        self._passes: dict[int, tuple[Hashable, PassResiduals]] = {}
+
+    def of_pass(
+        self, number: int, identity: Hashable, place: ResidualPlace, num_layers: int
+    ) -> PassResiduals:
+        """Those of a step's forward pass; none yet where the pass is not what it was.
+
+        Args:
+            number: Of the pass within its step.
+            identity: What must not change: sizes, prompts, dtype, device.
+            place: Where they are to be kept.
+            num_layers: That may keep one.
+        """
+        before = self._passes.get(number)
+        if before is not None and before[0] == identity:
+            return before[1]
+        residuals = PassResiduals(place, num_layers)
+        self._passes[number] = identity, residuals
+        return residuals
+
+    def drop(self, residuals: PassResiduals) -> None:
+        """Free those of one pass."""
+        self._passes = {
+            number: one for number, one in self._passes.items() if one[1] is not residuals
+        }
+
+    def clear(self) -> None:
+        """Free all of them."""
+        self._passes.clear()
+
+    def close(self) -> None:
+        """Free all of them, and the pinned memory that torch would keep for others."""
+        self.clear()
+        # From torch 2.10 on.
+        empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)
+        if empty_host_cache is not None and torch.cuda.is_initialized():
+            empty_host_cache()
+
+
+def choose_place(asked: ResidualPlace, output: Tensor, num_layers: int) -> Place:
+    """Where the residuals of a forward pass are kept; without a GPU there is one place alone.
+
+    Args:
+        asked: By the settings.
+        output: Of a layer, `[B, S, H, D]`.
+        num_layers: That keep one.
+
+    Raises:
+        ResidualMemoryError: They fit nowhere that was asked for.
+    """
+    batch, tokens, heads, head_dim = output.shape
+    needed = residual_bytes(
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        layers=num_layers,
+        scale_bytes=output.element_size(),
+    )
+    host = psutil.virtual_memory().available
+    if not output.is_cuda:
+        room: dict[Place, int] = {"device": host}
+    else:
+        room = {"device": _free_device_bytes(output.device), "host": host}
+        if asked == "auto":
+            # Elsewhere than here the forward holds more.
+            room["device"] -= _ACTIVATION_TENSORS * output.nbytes
+        else:
+            room = {asked: room[asked]}
+    for place, free in room.items():
+        if needed <= free:
+            logger.info(
+                "residuals of %d layers, %.1f GiB, are kept on %s",
+                num_layers,
+                needed / _GIB,
+                output.device if place == "device" else "the host",
+            )
+            return place
+    found = " and ".join(f"{max(free, 0) / _GIB:.1f} on the {name}" for name, free in room.items())
+    raise ResidualMemoryError(
+        f"the residuals that refresh_every keeps for {num_layers} layers take "
+        f"{needed / _GIB:.1f} GiB, and there are {found}; "
+        "make the video smaller, choose another place with residual='host' or 'device', or leave "
+        "refresh_every out."
+    )
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    """What the device has left, torch's own unused memory included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
