@@ -97,6 +97,8 @@ class _Stage:
         turn, buffer = self._next_buffer(residual)
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._free[turn])
+        # Of a layer that failed before it added what it fetched.
+        current.wait_event(self._ready[turn])
         buffer.values.copy_(residual.values)
         buffer.scales.copy_(residual.scales)
         self._stream.wait_stream(current)
