@@ -275,11 +275,23 @@ def test_numbers_are_parsed():
 
 
 def test_the_grid_names_every_setting_once():
-    methods = sparse_methods([0.9, 0.9], [0, 5], [8])
+    methods = sparse_methods({"stride": [8], "warmup_steps": [0, 5], "threshold": [0.9, 0.9]})
     assert [method.name for method in methods] == [
         "tau0.9-warmup0-stride8",
         "tau0.9-warmup5-stride8",
     ]
+
+
+def test_shares_of_blocks_and_refreshes_are_part_of_the_grid():
+    grid = {"warmup_steps": [5], "refresh_every": [0, 5], "threshold": [0.9], "density": [0.1]}
+    methods = sparse_methods(grid)
+    assert [method.label for method in methods] == [
+        "tau 0.9, warm-up 5, stride 8",
+        "density 0.1, warm-up 5, stride 8",
+        "tau 0.9, warm-up 5, stride 8, refresh 5",
+        "density 0.1, warm-up 5, stride 8, refresh 5",
+    ]
+    assert [method.sparse.refresh_every for method in methods] == [None, None, 5, 5]
 
 
 def measurement(method, prompt: str, passed: list[bool], **values) -> Measurement:
@@ -290,7 +302,7 @@ def measurement(method, prompt: str, passed: list[bool], **values) -> Measuremen
 
 def test_the_share_of_prompts_still_followed():
     """Of those that dense attention follows; and the share of all that are followed."""
-    (sparse,) = sparse_methods([0.9], [0], [8])
+    (sparse,) = sparse_methods({"threshold": [0.9], "warmup_steps": [0]})
     similarity = Similarity(30, 0.9, 29, 9, 0)
     rows = summarise(
         [
@@ -312,7 +324,7 @@ def test_the_share_of_prompts_still_followed():
 
 
 def test_a_step_is_as_many_times_faster_as_its_median_is_smaller():
-    (sparse,) = sparse_methods([0.9], [0], [8])
+    (sparse,) = sparse_methods({"threshold": [0.9], "warmup_steps": [0]})
     dense_steps = [
         measurement(DENSE, p, [], dense_step_seconds=s) for p, s in [("a", 6), ("b", 8)]
     ]

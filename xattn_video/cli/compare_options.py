@@ -25,6 +25,8 @@ _SEVERAL = {
     "threshold": ("thresholds", "0.9,0.95"),
     "warmup_steps": ("warmup_steps", "0,5"),
     "stride": ("strides", "8,16"),
+    "density": ("densities", "0.1,0.2"),
+    "refresh_every": ("refresh_every", "0,5,10, of which 0 is never"),
 }
 
 
@@ -135,14 +137,17 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     """
     from xattn_video.measure.methods import DENSE_AGAIN, sparse_methods
 
-    defaults = {source.name: source.default for source in fields(SparseSettings)}
-    numbers = [
-        parse_numbers(values[name], type(defaults[knob_name]), f"--{name.replace('_', '-')}")
+    whole = ("warmup_steps", "stride", "refresh_every")
+    grid = {
+        knob_name: parse_numbers(
+            values[name], int if knob_name in whole else float, f"--{name.replace('_', '-')}"
+        )
         for knob_name, (name, _) in _SEVERAL.items()
-    ]
+        if values[name] is not None
+    }
     several = {name for name, _ in _SEVERAL.values()}
     shared = given_sparse({name: values[name] for name in values if name not in several})
-    methods = sparse_methods(*numbers, **shared)
+    methods = sparse_methods(grid, **shared)
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
 
 
@@ -169,8 +174,9 @@ def _grid() -> Group:
         if source.name in _SEVERAL:
             name, example = _SEVERAL[source.name]
             text = f"{source.metadata['help'].rstrip('.')}; several such as {example}."
+            default = None if source.default is None else str(source.default)
             options[name] = option(
-                source, name=name, kind=str, default=str(source.default), help=text, panel=_GRID
+                source, name=name, kind=str | None, default=default, help=text, panel=_GRID
             )
     options |= group_of(_Ceiling).options | sparse_options(without=tuple(_SEVERAL))
     return Group(options, _compared_methods)

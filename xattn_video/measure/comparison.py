@@ -33,8 +33,8 @@ class Measurement:
         seconds: From the prompt to the frames; of videos made together, an equal share.
         dense_step_seconds, sparse_step_seconds: Medians, likewise; None without such steps.
         peak_memory_gib: Of a CUDA device, of all videos made together; None elsewhere.
-        density: Kept over valid blocks of all that ran sparse, in all videos made together; None
-            if nothing did.
+        density: Kept over valid blocks of all that ran sparse, refreshes counted as 1, in all
+            videos made together; None if nothing did.
         kept_mass: True softmax mass of the kept blocks; None where it was not asked for.
         backends: What computed the sparse layers.
         similarity: To the dense video; None for that one itself.
@@ -160,7 +160,7 @@ class Comparison:
                 # The largest size so far, which is all that a process knows of itself on the
                 # host, says nothing of one video among many.
                 peak_memory_gib=result.peak_memory_gib if on_cuda else None,
-                density=None if result.report is None else result.report.density,
+                density=None if result.report is None else result.report.budget,
                 kept_mass=None if masses is None else masses[number],
                 backends=() if result.report is None else result.report.backends,
                 similarity=similarity,

@@ -1,7 +1,7 @@
 """What is compared: dense attention, dense attention once more, and a grid of sparse settings."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,29 +27,38 @@ DENSE = Method("dense", "dense")
 DENSE_AGAIN = Method("dense-again", "dense again")
 
 
-def sparse_methods(
-    thresholds: Sequence[float],
-    warmup_steps: Sequence[int],
-    strides: Sequence[int],
-    **shared: Any,
-) -> list[Method]:
-    """Every combination, strides outermost, thresholds innermost; none comes twice.
+def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Method]:
+    """Every combination of the grid; none comes twice.
 
     Args:
-        thresholds, warmup_steps, strides: The grid.
+        grid: {field of `SparseSettings`: its values}. Thresholds and densities exclude each
+            other: each of either is combined with the rest. A refresh_every of 0 is never.
         shared: Other arguments of `SparseSettings`.
 
     Raises:
         ValueError: A value is out of range.
     """
-    grid = itertools.product(
-        dict.fromkeys(strides), dict.fromkeys(warmup_steps), dict.fromkeys(thresholds)
-    )
-    return [
-        Method(
-            f"tau{tau:g}-warmup{warmup}-stride{stride}",
-            f"tau {tau:g}, warm-up {warmup}, stride {stride}",
-            SparseSettings(tau, stride=stride, warmup_steps=warmup, **shared),
-        )
-        for stride, warmup, tau in grid
+    shares: list[dict[str, Any]] = [
+        {name: value} for name in ("threshold", "density") for value in grid.get(name, ())
     ]
+    rest = {name: values for name, values in grid.items() if name not in ("threshold", "density")}
+    methods: dict[str, Method] = {}
+    for values in itertools.product(*rest.values()):
+        combined = dict(zip(rest, values, strict=True))
+        combined["refresh_every"] = combined.get("refresh_every") or None
+        for share in shares or [{}]:
+            method = _method(SparseSettings(**share, **combined, **shared))
+            methods.setdefault(method.name, method)
+    return list(methods.values())
+
+
+def _method(sparse: SparseSettings) -> Method:
+    """A method with the name and the words of its settings."""
+    share = (
+        f"tau {sparse.threshold:g}" if sparse.density is None else f"density {sparse.density:g}"
+    )
+    parts = [share, f"warm-up {sparse.warmup_steps}", f"stride {sparse.stride}"]
+    if sparse.refresh_every is not None:
+        parts.append(f"refresh {sparse.refresh_every}")
+    name = "-".join(part.replace(" ", "").replace("-", "") for part in parts)
+    return Method(name, ", ".join(parts), sparse)

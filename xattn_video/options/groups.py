@@ -168,10 +168,7 @@ def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
 def sparse_settings() -> Group:
     """When and how attention is sparse: `SparseSettings`, or None for dense attention."""
     first = fields(SparseSettings)[0]
-    # None tells that it was not given; what is shown is its default all the same.
-    shown = {"kind": float | None, "default": None, "shown_default": str(first.default)}
-    options = {first.name: option(first, panel=SPARSITY, **shown)}
-    options |= group_of(_Instead).options
+    options = {first.name: option(first, panel=SPARSITY)} | group_of(_Instead).options
     return Group(options | sparse_options(without=[first.name]), _make_sparse)
 
 
