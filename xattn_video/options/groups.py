@@ -180,7 +180,7 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
             out of range.
     """
     ways = {"--threshold": values["threshold"], "--schedule": values["schedule"]}
-    ways["--dense"] = values["dense"] or None
+    ways |= {"--dense": values["dense"] or None, "--density": values["density"]}
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; give one of them.")
