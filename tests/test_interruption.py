@@ -148,7 +148,7 @@ def test_every_command_ends_on_a_signal_with_its_code(number, monkeypatch, tmp_p
     monkeypatch.setattr(vbench_report, "load_run", send)
     monkeypatch.setattr(vbench_score, "check_videos", send)
     monkeypatch.setattr(vbench_generate, "SamplingJob", send)
-    monkeypatch.setattr(sys.modules["xattn_video.cli.generate"], "choose_prompts", send)
+    monkeypatch.setattr("xattn_video.cli.outputs.Prompts.read", send)
     monkeypatch.setattr("xattn_video.cli.compare_options.compared_prompts", send)
     runs = {
         "report": lambda: invoke(vbench_report.app, "--dense=a", "--sparse=b"),

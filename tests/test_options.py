@@ -24,12 +24,14 @@ Plain = settings.SparseSettings
 
 @dataclass(frozen=True, slots=True)
 class SparseSettings(Plain):
-    refresh: int = field(default=4, kw_only=True, metadata={"help": "Choose blocks so often."})
+    choose_every: int = field(
+        default=4, kw_only=True, metadata={"help": "Choose blocks so often."}
+    )
 
     def __post_init__(self):
         Plain.__post_init__(self)
-        if self.refresh < 1:
-            raise ValueError(f"refresh must be at least 1, got {self.refresh}; use 4.")
+        if self.choose_every < 1:
+            raise ValueError(f"choose_every must be at least 1, got {self.choose_every}; use 4.")
 
 settings.SparseSettings = SparseSettings
 if sys.argv[1] == "eval_vbench":
@@ -54,12 +56,12 @@ def run_with_a_knob(*words: object) -> tuple[int, str, str]:
 def test_a_new_knob_is_an_option_with_help_default_and_check(command, tmp_path):
     code, out, err = run_with_a_knob(command, "--help")
     assert code == 0, err
-    (line,) = [line for line in out.splitlines() if "--refresh" in line]
+    (line,) = [line for line in out.splitlines() if "--choose-every" in line]
     assert "<int>" in line
     assert "Choose blocks so often. [default: 4]" in line
     given = {"plan": [], "eval_vbench": ["--run", tmp_path / "r"]}.get(command, ["--prompt=a"])
-    code, out, err = run_with_a_knob(command, *given, "--refresh=0", "--device=cpu")
-    assert (code, err) == (2, "error: refresh must be at least 1, got 0; use 4.\n")
+    code, out, err = run_with_a_knob(command, *given, "--choose-every=0", "--device=cpu")
+    assert (code, err) == (2, "error: choose_every must be at least 1, got 0; use 4.\n")
 
 
 def test_a_new_knob_is_in_the_report(tiny_pipeline, tmp_path):
@@ -70,13 +72,13 @@ def test_a_new_knob_is_in_the_report(tiny_pipeline, tmp_path):
         f"--model={tiny_pipeline}",
         *SMALL,
         *SPARSE,
-        "--refresh=7",
+        "--choose-every=7",
         f"--output={tmp_path / 'a.mp4'}",
         f"--report={report}",
     )
     assert code == 0, err
     (run,) = json.loads(report.read_text())["runs"]
-    assert (run["sparse"]["refresh"], run["sparse"]["threshold"]) == (7, 0.8)
+    assert (run["sparse"]["choose_every"], run["sparse"]["threshold"]) == (7, 0.8)
 
 
 @pytest.mark.parametrize("command", ["", "generate", "compare", "plan", "bench", "backends"])

@@ -1,7 +1,6 @@
 """Plan, progress, report and layers agree, whatever the schedule."""
 
 import pytest
-import torch
 from hunyuan import HEADS, NUM_LAYERS, VIDEO_TOKENS, generate, tiny_pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,7 +49,7 @@ def pipe():
 def test_planned_is_what_runs(pipe, sparse):
     with enable_xattention(pipe, sparse) as handle:
         shown = []
-        recorder = _StepRecorder(torch.device("cpu"), STEPS, handle.processor, shown.append)
+        recorder = _StepRecorder(pipe, STEPS, handle.processor, shown.append)
         generate(pipe, STEPS, callback_on_step_end=recorder.step_ends)
     report = handle.processor.report()
     run = Run(NUM_LAYERS, HEADS, VIDEO_TOKENS, "cpu", STEPS)

@@ -32,7 +32,7 @@ def page(tmp_path, script):
 
 def record() -> dict:
     empty = dict.fromkeys(MethodRow.__dataclass_fields__)
-    (method,) = sparse_methods([0.9], [1], [8])
+    (method,) = sparse_methods({"threshold": [0.9], "warmup_steps": [1]})
     shared = {"num_videos": 2, "identical": False, "seconds": 1.5}
     sparse = {"psnr": 31.25, "density": 0.4, "still_followed": 0.75}
     rows = [

@@ -122,7 +122,7 @@ class Comparison:
         strides = {settings.stride: settings for settings in sparse}
         for settings in (None, *strides.values()):
             if settings is not None:
-                settings = replace(settings, warmup_steps=0, cooldown_steps=0)
+                settings = replace(settings, warmup_steps=0, cooldown_steps=0, refresh_every=None)
             with progress("first use, not timed") as on_step:
                 generate_together(
                     self.pipe,
