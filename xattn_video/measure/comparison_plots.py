@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Densities: TypeAlias = Sequence[Sequence[float | None]]
 """`[layers][steps]`, None where a layer was not sparse."""
 
+_Line: TypeAlias = tuple[int, int, int, str]
+"""Stride, warm-up steps, refresh_every or 0, and whether a tau or a density decides."""
+
 
 def write_plots(
     stem: Path, rows: Sequence[MethodRow], densities: Mapping[str, Densities]
@@ -34,8 +37,11 @@ def write_plots(
     if not sparse:
         return []
     noise = [row for row in rows if row.method == DENSE_AGAIN]
-    figures = {"psnr-density": _psnr_over_density(sparse, noise), "psnr-grid": _psnr_grid(sparse)}
-    shown = _rows_to_show([row for row in sparse if row.method.name in densities])
+    figures = {"psnr-density": _psnr_over_density(sparse, noise)}
+    plain = [row for row in sparse if _line(row)[2:] == (0, "tau")]
+    if plain:
+        figures["psnr-grid"] = _psnr_grid(plain)
+    shown = _rows_to_show([row for row in plain if row.method.name in densities])
     if shown:
         figures["density-layers"] = _density_by_layer(
             {row.method.label: densities[row.method.name] for row in shown}
@@ -47,31 +53,32 @@ def write_plots(
 
 
 def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) -> "Figure":
-    """A line for each warm-up and stride, a point for each threshold."""
+    """A line for each warm-up, stride and refresh, a point for each threshold or density."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    lines: dict[tuple[int, int], list[MethodRow]] = {}
+    lines: dict[_Line, list[MethodRow]] = {}
     for row in rows:
-        stride, warmup, _ = _grid_place(row)
-        lines.setdefault((stride, warmup), []).append(row)
-    strides = sorted({stride for stride, _ in lines})
-    warmups = sorted({warmup for _, warmup in lines})
-    for (stride, warmup), points in sorted(lines.items()):
+        lines.setdefault(_line(row), []).append(row)
+    strides = sorted({line[0] for line in lines})
+    colours = sorted({line[1:] for line in lines})
+    for (stride, warmup, refresh, share), points in sorted(lines.items()):
         points = sorted(points, key=lambda row: row.density or 0)
         axes.plot(
             [row.density or 0 for row in points],
             [row.psnr or 0 for row in points],
-            color=f"C{warmups.index(warmup)}",
+            color=f"C{colours.index((warmup, refresh, share))}",
             linestyle=("-", "--", ":", "-.")[strides.index(stride) % 4],
             marker="osD^"[strides.index(stride) % 4],
-            label=f"warm-up {warmup}, stride {stride}",
+            label=f"warm-up {warmup}, stride {stride}"
+            + (f", refresh {refresh}" if refresh else "")
+            + (", density" if share == "density" else ""),
         )
-        # The other lines run near it, with the same thresholds.
-        for row in points if (stride, warmup) == (strides[0], warmups[-1]) else ():
+        # Lines of other strides and warm-ups run near it, with the same shares.
+        for row in points if stride == strides[0] and warmup == colours[-1][0] else ():
             axes.annotate(
-                f"{_grid_place(row)[2]:g}",
+                f"{_share(row):g}",
                 (row.density or 0, row.psnr or 0),
                 textcoords="offset points",
                 xytext=(-4, 6),
@@ -86,7 +93,7 @@ def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) ->
     axes.set(
         xlabel="density of the sparse steps (kept / valid blocks)",
         ylabel="PSNR against dense, dB",
-        title="Nearness to dense attention; numbers at the points are thresholds",
+        title="Nearness to dense; at the points: threshold or density",
     )
     axes.grid(color="0.9")
     figure.legend(loc="outside right upper", frameon=False)
@@ -97,7 +104,7 @@ def _psnr_grid(rows: Sequence[MethodRow]) -> "Figure":
     """A heat map over threshold and warm-up steps, one for each stride."""
     from matplotlib.figure import Figure
 
-    cells = {_grid_place(row): row.psnr or 0 for row in rows}
+    cells = {(*_line(row)[:2], _share(row)): row.psnr or 0 for row in rows}
     strides = sorted({stride for stride, _, _ in cells})
     warmups = sorted({warmup for _, warmup, _ in cells})
     taus = sorted({tau for _, _, tau in cells})
@@ -128,7 +135,7 @@ def _psnr_grid(rows: Sequence[MethodRow]) -> "Figure":
 
 def _rows_to_show(rows: Sequence[MethodRow]) -> list[MethodRow]:
     """Every threshold once, at the smallest stride and warm-up: others differ little or shift."""
-    places = {_grid_place(row): row for row in rows}
+    places = {(*_line(row)[:2], _share(row)): row for row in rows}
     if not places:
         return []
     stride, warmup, _ = min(places)
@@ -153,9 +160,18 @@ def _density_by_layer(grids: Mapping[str, Densities]) -> "Figure":
     return figure
 
 
-def _grid_place(row: MethodRow) -> tuple[int, int, float]:
-    """Stride, warm-up steps and threshold of a sparse row."""
+def _line(row: MethodRow) -> _Line:
+    """What a sparse row shares with those that differ in threshold or density alone."""
     settings = row.method.sparse
     assert settings is not None
-    assert isinstance(settings.threshold, float | int)
-    return settings.stride, settings.warmup_steps, settings.threshold
+    share = "tau" if settings.density is None else "density"
+    return settings.stride, settings.warmup_steps, settings.refresh_every or 0, share
+
+
+def _share(row: MethodRow) -> float:
+    """The threshold or density of a sparse row."""
+    settings = row.method.sparse
+    assert settings is not None
+    share = settings.threshold if settings.density is None else settings.density
+    assert isinstance(share, float | int)
+    return share
