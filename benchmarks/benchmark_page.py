@@ -1,4 +1,4 @@
-"""Turns result files into Markdown: the page of benchmarks, and the tables of the README."""
+"""Turns result files into Markdown: the page of benchmarks, and the table of the README."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +13,7 @@ from xattn_video.reporting.tables import Table, figure
 
 T = TypeVar("T")
 IMAGES = "images/benchmarks"
+README_COLUMNS = ("measured", "on", "density", "dense", "sparse", "faster", "than stock")
 _TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
@@ -38,19 +39,9 @@ def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
 
 
 def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> str:
-    """The best dense kernel against the best backend; then whole steps and videos, if any."""
-    parts = [readme_table(files)]
-    steps = readme_steps(files)
-    if steps.rows:
-        parts += [
-            "A whole denoising step of the transformer, with random weights:",
-            steps.markdown(),
-        ]
-    whole = readme_videos(videos)
-    if whole.rows:
-        title = "A whole video by `xattn-video generate`, decoding included, with random weights:"
-        parts += [title, whole.markdown(), memory_by_offload(videos)]
-    return "\n\n".join(parts)
+    """Attention of one layer, then whole denoising steps, then whole videos."""
+    rows = (*_layer_rows(files), *_step_rows(files), *readme_videos(videos))
+    return Table(README_COLUMNS, rows, num_left=len(README_COLUMNS)).markdown()
 
 
 def figure_names(file: ResultFile) -> dict[str, str]:
@@ -175,25 +166,21 @@ def step_table(steps: list[ResultRow]) -> str:
     return _markdown(steps, columns)
 
 
-def readme_table(files: list[ResultFile]) -> str:
-    """The best dense kernel against the best backend, at every size that stands for itself."""
-    columns: dict[str, Callable[[tuple[ResultFile, ProblemRows, ResultRow]], str]] = {
-        "on": lambda at: at[0].device,
-        "tokens": lambda at: f"{at[2]['n']:,}",
-        "density": lambda at: f"{at[2]['density']:.3f}",
-        "best dense": lambda at: _ms_by(at[1].best_dense),
-        "XAttention": lambda at: _ms_by(at[2]),
-        "faster": lambda at: _over(at[2], at[1].best_dense),
-        "than stock": lambda at: _over(at[2], at[1].find("dense", backend=STOCK)),
-    }
-    chosen = [
-        (file, problem, total)
-        for file in files
-        for problem in [*file.single_problems, *file.sweep[-1:]]
-        if problem.best_dense is not None
-        for total in _best_totals(problem)
-    ]
-    return _markdown(chosen, columns)
+def _layer_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
+    """The fastest dense kernel against the fastest backend, for every problem on its own."""
+    for file in files:
+        for problem in [*file.single_problems, *file.sweep[-1:]]:
+            dense = problem.best_dense
+            for total in _best_totals(problem) if dense is not None else ():
+                yield (
+                    f"attention of one layer, {total['n']:,} tokens",
+                    file.device,
+                    f"{total['density']:.3f}",
+                    _ms_by(dense),
+                    _ms_by(total),
+                    _over(total, dense),
+                    _over(total, problem.find("dense", backend=STOCK)),
+                )
 
 
 def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
@@ -206,28 +193,21 @@ def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
         yield min(same, key=lambda row: (row["stride"], row["latency_ms"]))
 
 
-def readme_steps(files: list[ResultFile]) -> Table:
-    """Whole sparse steps beside the dense ones of their file."""
-    columns: dict[str, Callable[[tuple[str, ResultRow, ResultRow, ResultRow]], str]] = {
-        "on": lambda at: at[0],
-        "video": lambda at: f"{describe_video(at[3])}{_compiled(at[3])}",
-        "density": lambda at: f"{at[3]['density']:.3f}",
-        "stock": lambda at: f"{at[1]['latency_ms'] / 1e3:.1f} s",
-        "dense": lambda at: f"{at[2]['latency_ms'] / 1e3:.1f} s",
-        "sparse": lambda at: f"{at[3]['latency_ms'] / 1e3:.1f} s",
-        "than stock": lambda at: _over(at[3], at[1]),
-        "than dense": lambda at: _over(at[3], at[2]),
-    }
-    chosen = []
+def _step_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
+    """Whole sparse steps against the dense steps of the same file."""
     for file in files:
         phases = {row["phase"]: row for row in file.steps if row["phase"] != "sparse"}
-        if {"stock", "dense"} <= set(phases):
-            chosen += [
-                (file.device, phases["stock"], phases["dense"], row)
-                for row in file.steps
-                if row["phase"] == "sparse" and row["backend"] != AUTHORS
-            ]
-    return Table.of(chosen, columns, num_left=len(columns))
+        for row in file.steps if {"stock", "dense"} <= set(phases) else ():
+            if row["phase"] == "sparse" and row["backend"] != AUTHORS:
+                yield (
+                    f"a denoising step, {describe_video(row)}{_compiled(row)}",
+                    file.device,
+                    f"{row['density']:.3f}",
+                    f"{phases['dense']['latency_ms'] / 1e3:.1f} s",
+                    f"{row['latency_ms'] / 1e3:.1f} s",
+                    _over(row, phases["dense"]),
+                    _over(row, phases["stock"]),
+                )
 
 
 def estimate_of(row: ResultRow) -> str:

@@ -1,8 +1,9 @@
 """Reports of whole videos by `xattn-video generate` at HunyuanVideo's size, and their tables."""
 
+import itertools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,26 +120,20 @@ def videos_table(videos: list[WholeVideo]) -> str:
     return Table.of(videos, columns, num_left=len(columns)).markdown()
 
 
-def readme_videos(videos: list[WholeVideo]) -> Table:
+def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
     """Sparse videos against the dense one of the same size, steps and offloading."""
-    columns: dict[str, Callable[[tuple[WholeVideo, WholeVideo]], str]] = {
-        "on": lambda pair: pair[0].device,
-        "video": lambda pair: pair[0].frames,
-        "sparse steps": lambda pair: (
-            f"{pair[0].count(sparse=True)} of {pair[0].run['num_inference_steps']}"
-        ),
-        "density": lambda pair: f"{pair[0].density:.3f}",
-        "dense": lambda pair: f"{pair[1].seconds:.0f} s",
-        "sparse": lambda pair: f"{pair[0].seconds:.0f} s",
-        "faster": lambda pair: f"{pair[1].seconds / pair[0].seconds:.2f}x",
-    }
-    pairs = [
-        (video, other)
-        for video in videos
-        for other in videos
-        if video.density is not None and other.density is None and _alike(video, other)
-    ]
-    return Table.of(pairs, columns, num_left=len(columns))
+    for video, other in itertools.product(videos, videos):
+        if video.density is not None and other.density is None and _alike(video, other):
+            steps = f"{video.count(sparse=True)} of {video.run['num_inference_steps']}"
+            yield (
+                f"a whole video, {video.frames}, {steps} steps sparse",
+                video.device,
+                f"{video.density:.3f}",
+                f"{other.seconds:.0f} s",
+                f"{video.seconds:.0f} s",
+                f"{other.seconds / video.seconds:.2f}x",
+                "",
+            )
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:

@@ -61,7 +61,7 @@ def test_a_with_block_disables_after_an_error():
 def test_enabling_twice_raises():
     pipe = tiny_pipeline()
     handle = enable_xattention(pipe)
-    with pytest.raises(RuntimeError, match=r"enabled on this transformer already; call disable"):
+    with pytest.raises(RuntimeError, match=r"already enabled on this transformer; call disable"):
         enable_xattention(pipe.transformer)
     handle.disable()
     enable_xattention(pipe)

@@ -105,6 +105,8 @@ def check_supported(source: ModelSource) -> None:
     found = source.read_json("model_index.json").get("_class_name")
     if found != SUPPORTED_PIPELINE:
         raise UnsupportedModelError(
-            f"model {source.name!r} is a {found}; supported is {SUPPORTED_PIPELINE} "
-            f"(text to video), for example {HUNYUAN_VIDEO!r} or {DEMO!r}."
+            f"model {source.name!r} is a {found}; supported is {SUPPORTED_PIPELINE}, for example "
+            f"{HUNYUAN_VIDEO!r} or {DEMO!r}: the command line loads text-to-video pipelines only. "
+            "In your own code XAttnProcessor serves every HunyuanVideoTransformer3DModel: "
+            "HunyuanVideo text-to-video, HunyuanVideo image-to-video and SkyReels-V1."
         )

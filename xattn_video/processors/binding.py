@@ -125,7 +125,7 @@ def family_of(model: Any) -> Family:
         if isinstance(model, family.transformers):
             return family
     known = "; ".join(
-        f"{', '.join(kind.__name__ for kind in family.transformers)} ({family.covers})"
+        f"{', '.join(kind.__name__ for kind in family.transformers)} ({', '.join(family.covers)})"
         for family in FAMILIES
     )
     raise UnsupportedModelError(

@@ -29,7 +29,7 @@ class Family:
 
     name: str
     transformers: tuple[type[nn.Module], ...]
-    covers: str
+    covers: tuple[str, ...]
     attentions: Callable[[Any], dict[str, Any]]
     read_forward: Callable[[nn.Module, Mapping[str, Any]], ForwardInputs]
     forward_arguments: tuple[str, ...]

@@ -149,7 +149,7 @@ def _any_needs_grad(transformer: nn.Module, given: Iterable[object]) -> bool:
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     transformers=(HunyuanVideoTransformer3DModel,),
-    covers="HunyuanVideo text-to-video, image-to-video, SkyReels-V1",
+    covers=("HunyuanVideo text-to-video", "HunyuanVideo image-to-video", "SkyReels-V1"),
     attentions=attentions,
     read_forward=read_forward,
     # Of Diffusers' own class: a derived or patched forward may take *args and **kwargs.
