@@ -68,7 +68,7 @@ class ProblemRows:
 
     @property
     def best_dense(self) -> ResultRow | None:
-        """The fastest dense kernel in the same run that sees every key."""
+        """The fastest dense kernel of the run that uses no mask."""
         return best_dense(self.rows)
 
     def speedups(self) -> list[tuple[ResultRow, float]]:

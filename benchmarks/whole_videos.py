@@ -21,14 +21,14 @@ MODEL = "hunyuan-random"
 
 @dataclass(frozen=True, slots=True)
 class WholeVideo:
-    """What `--report` kept of one video."""
+    """The report that `generate --report` wrote for one video."""
 
     stem: str
     content: dict[str, Any]
 
     @property
     def run(self) -> dict[str, Any]:
-        """The one video of the command."""
+        """The only video of the command."""
         return self.content["runs"][0]
 
     @property
@@ -41,7 +41,7 @@ class WholeVideo:
 
     @property
     def packages(self) -> str:
-        """The versions that it was run with."""
+        """The package versions of the run."""
         return ", ".join(f"{name} {version}" for name, version in self.content["versions"].items())
 
     @property
@@ -54,12 +54,12 @@ class WholeVideo:
 
     @property
     def other_seconds(self) -> float:
-        """Text, decoding, and moving weights between denoising and these."""
+        """Seconds outside denoising: text encoding, decoding, moving weights."""
         return self.seconds - self.run["dense_seconds"] - self.run["sparse_seconds"]
 
     @property
     def density(self) -> float | None:
-        """Of the sparse steps; None where there are none."""
+        """The density of the sparse steps; None if there are none."""
         return self.run["report"]["density"]
 
     @property
@@ -67,11 +67,11 @@ class WholeVideo:
         return self.run["peak_memory_gib"]
 
     def count(self, *, sparse: bool) -> int:
-        """How many steps of a kind there were."""
+        """The number of dense or of sparse steps."""
         return len(self._seconds(sparse))
 
     def step_seconds(self, *, sparse: bool) -> float | None:
-        """The fastest step of a kind; None of a single one, in which kernels were compiled."""
+        """The fastest dense or sparse step; None for a single step, which compiled kernels."""
         seconds = self._seconds(sparse)
         return min(seconds) if len(seconds) > 1 else None
 
@@ -80,7 +80,7 @@ class WholeVideo:
 
     @property
     def command(self) -> str:
-        """The command with the options that were not left at their defaults."""
+        """The command, with only the options that differ from their defaults."""
         words = ["xattn-video", "generate", "--model", MODEL, "--prompt", self.run["prompt"]]
         words += ["--threshold", f"{self.run['sparse']['threshold']:g}"]
         steps, warmup_steps = self.run["num_inference_steps"], self.run["sparse"]["warmup_steps"]
@@ -111,10 +111,10 @@ def videos_table(videos: list[WholeVideo]) -> str:
         "density": lambda v: figure(v.density, ".3f"),
         "by": lambda v: ", ".join(v.run["report"]["backends"]),
         "offload": lambda v: v.offload,
-        "s a dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
-        "s a sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
+        "s per dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
+        "s per sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
         "s for text and decoding": lambda v: f"{v.other_seconds:.0f}",
-        "s in all": lambda v: f"{v.seconds:.0f}",
+        "s in total": lambda v: f"{v.seconds:.0f}",
         "peak GiB": lambda v: f"{v.peak_memory_gib:.1f}",
     }
     return Table.of(videos, columns, num_left=len(columns)).markdown()
@@ -137,7 +137,7 @@ def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:
-    """One sentence: the peak of every way to offload."""
+    """One sentence with the peak memory of every offload."""
     peaks: dict[str, float] = {}
     for video in videos:
         peaks[video.offload] = max(video.peak_memory_gib, peaks.get(video.offload, 0.0))

@@ -84,7 +84,7 @@ def _text_of(page: Path, begin: str, end: str) -> str:
     """What a page holds; one that is not there is new."""
     if page.exists():
         return page.read_text(encoding="utf-8")
-    return f"# Quality, measured\n\n{begin}{end}\n"
+    return f"# Quality\n\n{begin}{end}\n"
 
 
 def run_name(path: Path) -> str:

@@ -33,7 +33,7 @@ class Speedup:
 
     @property
     def best_dense(self) -> Columns | None:
-        """The fastest dense kernel that sees every key."""
+        """The fastest dense kernel that uses no mask."""
         return best_dense(self.rows)
 
     @property
