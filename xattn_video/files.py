@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and paths as people type them."""
+"""Write files completely or not at all, and expand paths as users type them."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The package's own Triton kernel: any GPU of compute capability 8.0 or more, any key lengths."""
+"""This package's Triton kernel: GPUs from compute capability 8.0, any key lengths."""
 
 from torch import Tensor
 

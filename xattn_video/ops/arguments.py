@@ -1,4 +1,4 @@
-"""Checks of the operator's arguments, shared by its parts."""
+"""Checks of the arguments of the public functions."""
 
 import math
 from collections.abc import Sequence

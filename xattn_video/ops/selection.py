@@ -42,12 +42,12 @@ def select_blocks(
     Args:
         scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`; of another
             floating-point type they are summed in float32 at least.
-        threshold: Share of the mass, in (0, 1]; or a tensor of them that broadcasts to
+        threshold: Share of the mass, in (0, 1]; or a tensor of shares that broadcasts to
             `[B, H, Nq]`, for instance `[H, 1]` for one per head. It is copied to the device of
-            the scores. Its values are checked where it is on the CPU. Elsewhere a look at them
-            would make the host wait: there what is not above 0 keeps the best block, and what is
-            not below 1, NaN too, every block.
-        forced: bool, broadcastable to ``scores``, same device; True = keep whatever the score.
+            the scores. Values on the CPU are checked. Values elsewhere are not, because the host
+            would have to wait: a value that is not above 0 keeps the best block, and a value that
+            is not below 1, NaN included, keeps every block.
+        forced: bool, broadcastable to ``scores``, same device; True = keep at any score.
 
     Returns:
         Block mask, bool `[B, H, Nq, Nk]`; True = compute. A row whose scores are not all finite
@@ -120,7 +120,7 @@ def select(
     scale: float | None = None,
     scoring_precision: Precision = "auto",
 ) -> BlockLists:
-    """The blocks that `xattention` computes, as lists for `attend`; arguments as there.
+    """The blocks that `xattention` would compute, as lists for `attend`; same arguments.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
@@ -142,7 +142,7 @@ def select(
 
 
 def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -> BlockLists:
-    """`compute_selection` as an operator."""
+    """`compute_selection` as an opaque operation."""
     counts, indices = torch.ops.xattn_video.select(
         inputs.query,
         inputs.key,
@@ -161,7 +161,7 @@ def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -
 def compute_selection(
     inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int = 0, by_count: bool = False
 ) -> BlockLists:
-    """`select` of what has been checked.
+    """`select` for checked inputs.
 
     The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`. With
     ``by_count`` it is the share of each row's valid blocks to keep.
@@ -180,7 +180,7 @@ def compute_selection(
 def select_block_lists(
     scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks, by_count: bool = False
 ) -> BlockLists:
-    """The choice of `select_blocks` as lists, without a mask in between where a kernel makes it.
+    """The selection of `select_blocks` as lists; the kernel makes them without a mask.
 
     Args:
         scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.

@@ -16,7 +16,7 @@ class XAttentionHandle:
     """XAttention on one transformer, until `disable` or the end of a ``with`` block.
 
     Attributes:
-        processor: The `XAttnProcessor` in use; its report outlives `disable`.
+        processor: The `XAttnProcessor` in use; its report stays available after `disable`.
     """
 
     def __init__(self, transformer: Any, processor: XAttnProcessor) -> None:
