@@ -18,7 +18,7 @@ _TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
 def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
-    """The whole page; what no file holds is left out."""
+    """The whole page, without sections for what was not measured."""
     by_device = itertools.groupby(files, lambda file: file.device)
     return render(
         _TEMPLATE,
@@ -45,7 +45,7 @@ def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> st
 
 
 def figure_names(file: ResultFile) -> dict[str, str]:
-    """{kind or problem: name} of the pictures that a file gives."""
+    """{kind or problem: name} of the pictures made from a file."""
     names = {problem.name: f"{file.stem}-{problem.name}.png" for problem in file.single_problems}
     if file.sweep:
         names["sweep"] = f"{file.stem}-by-length.png"
@@ -64,7 +64,7 @@ def dense_table(problem: ProblemRows) -> str:
 
 
 def sparse_table(problem: ProblemRows) -> str:
-    """XAttention with its parts; a part that was not timed for it stays empty."""
+    """XAttention with its parts; a part that was not timed stays empty."""
     estimates = {row["stride"]: row for row in problem.select("scoring", backend=AUTHORS)}
     rows = problem.select("xattention") + [
         row
@@ -91,7 +91,7 @@ def sparse_table(problem: ProblemRows) -> str:
 
 
 def sweep_table(sweep: list[ProblemRows]) -> str:
-    """XAttention beside the best dense kernel, by size."""
+    """XAttention next to the best dense kernel, by size."""
     columns: dict[str, Callable[[tuple[ResultRow, ResultRow | None]], str]] = {
         "tokens": lambda pair: f"{pair[0]['n']:,}",
         "best dense": lambda pair: _ms_by(pair[1], unit=""),
@@ -106,7 +106,7 @@ def sweep_table(sweep: list[ProblemRows]) -> str:
 
 
 def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
-    """From which measured size on each line of the sweep beats the best dense kernel."""
+    """For each line of the sweep, the size from which it is faster than the best dense kernel."""
     lines: dict[tuple[str, str, float], list[tuple[int, float]]] = {}
     for problem in sweep:
         for row, speedup in problem.speedups():
@@ -121,7 +121,7 @@ def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
 
 
 def selection_table(problems: list[ProblemRows]) -> str:
-    """What selections keep of a model's own attention."""
+    """How much of a model's own attention the selections keep."""
     shares = {
         "density": "density",
         "density of the sample": "sampled_density",
@@ -142,7 +142,7 @@ def selection_table(problems: list[ProblemRows]) -> str:
 
 
 def describe_step(step: ResultRow) -> str:
-    """The video, and what the transformer is."""
+    """A description of the video and of the transformer."""
     return (
         f"{describe_video(step)} ({step['n']:,} tokens), {sum(step['layers'])} layers with random "
         f"weights{_compiled(step)}"
@@ -150,7 +150,7 @@ def describe_step(step: ResultRow) -> str:
 
 
 def step_table(steps: list[ResultRow]) -> str:
-    """Whole steps beside the stock processor's and the best dense one."""
+    """Whole steps next to the stock step and the dense step."""
     phases = {row["phase"]: row for row in steps if row["phase"] in ("stock", "dense")}
     stock, dense = phases.get("stock"), phases.get("dense")
     columns: dict[str, Callable[[ResultRow], str]] = {
@@ -184,7 +184,7 @@ def _layer_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
 
 
 def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
-    """The fastest backend at each density, at the smallest stride: the one that estimates best."""
+    """The fastest backend at each density, at the smallest stride, which estimates best."""
     wanted: dict[float, list[ResultRow]] = {}
     for row in problem.select("xattention"):
         if row["backend"] != AUTHORS:
@@ -211,7 +211,7 @@ def _step_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
 
 
 def estimate_of(row: ResultRow) -> str:
-    """The stride, and the precision of scoring where it is not exact."""
+    """The stride, and the precision of scoring if it is not exact."""
     precision = row.get("precision", "exact")
     return str(row["stride"]) if precision == "exact" else f"{row['stride']} ({precision})"
 
@@ -240,7 +240,7 @@ def _gib(row: ResultRow) -> str:
 
 
 def _over(row: ResultRow, other: ResultRow | None) -> str:
-    """How many times faster than another; a part, or the other itself, is compared with none."""
+    """The speed-up over another row; empty for a part of it and for that row itself."""
     if other is None or other is row or row["name"] == "scoring":
         return ""
     return f"{other['latency_ms'] / row['latency_ms']:.2f}x"

@@ -1,4 +1,4 @@
-"""The dense baselines: every exact kernel that is present, and what stock Diffusers runs."""
+"""The dense baselines: every exact kernel that is installed, and stock Diffusers' call."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext

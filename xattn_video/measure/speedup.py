@@ -71,7 +71,7 @@ def measure_speedup(
     budget: Budget,
     on_row: Callable[[Columns], None],
 ) -> Speedup:
-    """Measure on random tensors; ``on_row`` is told of every row, measured or failed.
+    """Measure on random tensors; ``on_row`` is called for every row, measured or failed.
 
     Raises:
         ValueError: The density is out of range, or no backend has that name.

@@ -168,7 +168,7 @@ def check_precision(precision: str, problem: Problem | None = None, stride: int 
     reasons = triton_unsupported_reasons(problem, stride, float8=True)
     if reasons:
         raise ValueError(
-            f'scoring precision "float8" cannot be honoured: {" ".join(reasons)} Or take "exact".'
+            f'scoring precision "float8" is not available: {" ".join(reasons)} Or use "exact".'
         )
 
 

@@ -84,7 +84,7 @@ def _attend_now(
     forward = slot.forward
     if forward is None:
         raise UnboundProcessorError(
-            f"this XAttnProcessor knows no transformer and no step: {HOW_TO_BIND}"
+            f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
         )
     if forward.decision.reason == "gradients" or forward.parallel_config is not None:
         return _attend_with_gradients(slot, query, key, value, attention_mask)

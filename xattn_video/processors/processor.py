@@ -94,7 +94,7 @@ class XAttnProcessor(TransformerBound):
         slot: LayerSlot | None = getattr(attn, SLOT_NAME, None)
         if slot is None or slot.attention is None:
             raise UnboundProcessorError(
-                f"this XAttnProcessor knows no transformer and no step: {HOW_TO_BIND}"
+                f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
             )
         return slot.attention(
             attn, slot, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
