@@ -170,7 +170,7 @@ def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
         ([PROMPT, "--thresholds=0.9;0.95"], "--thresholds must be numbers separated by commas"),
         ([PROMPT, "--thresholds="], "--thresholds must be numbers separated by commas, got ''"),
         ([PROMPT, "--thresholds=0.9,2"], "threshold must lie in (0, 1], got 2.0"),
-        ([PROMPT, "--warmup-steps=1.5"], "--warmup-steps must be whole numbers separated by commas"),
+        ([PROMPT, "--warmup-steps=1.5"], "--warmup-steps must be whole numbers"),
         ([PROMPT, "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
         ([PROMPT, "--strides=8,12"], "stride must divide block_size, got stride=12"),
         ([PROMPT, "--seeds=a"], "--seeds must be whole numbers separated by commas, got 'a'"),

@@ -36,7 +36,7 @@ def _forced_blocks(
 
 @triton.jit
 def _cut_bits(bits, weights, kept, target):
-    """The bits of the largest score down to which blocks must be kept; inf where none must."""
+    """The bits of the largest score down to which blocks must be kept; inf if none must be."""
     low = tl.full([], 0, dtype=tl.int32)
     high = tl.full([], _INFINITY_BITS, dtype=tl.int32)
     for _ in range(31):
@@ -73,7 +73,7 @@ def _block_selection_kernel(
     if BY_COUNT:
         weights = tl.where(scores != 0.0, 1.0, 0.0)
         target = tl.maximum(tl.floor(threshold * tl.sum(weights, axis=0) + 0.5), 1.0)
-    # A threshold that nobody looked at may be too low; the best block is kept all the same.
+    # An unchecked threshold may be too low; the best block is kept anyway.
     target = tl.where(target > _SMALLEST_TARGET, target, _SMALLEST_TARGET)
     forced = _forced_blocks(
         columns, m, key_length, Sq, Sk, num_video_tokens, BLOCK_SIZE, CAUSAL, TEXT

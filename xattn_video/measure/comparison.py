@@ -35,11 +35,11 @@ class Measurement:
         peak_memory_gib: Of a CUDA device, of all videos made together; None elsewhere.
         density: Kept over valid blocks of all that ran sparse, refreshes counted as 1, in all
             videos made together; None if nothing did.
-        kept_mass: True softmax mass of the kept blocks; None where it was not asked for.
-        backends: What computed the sparse layers.
-        similarity: To the dense video; None for that one itself.
-        latent_error: Of the denoised latents, relative to the dense ones.
-        attributes: Whether the clip shows what its prompt says; of the demo model alone.
+        kept_mass: True softmax mass of the kept blocks; None if it was not measured.
+        backends: The backends of the sparse layers.
+        similarity: Similarity to the dense video; None for the dense video itself.
+        latent_error: Error of the denoised latents, relative to the dense latents.
+        attributes: Whether the clip shows what its prompt says; only for the demo model.
     """
 
     method: Method

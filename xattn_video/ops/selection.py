@@ -77,7 +77,7 @@ def select_blocks(
 def fewest_blocks(
     scores: Tensor, threshold: Tensor, forced: Tensor, by_count: bool = False
 ) -> Tensor:
-    """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq]`."""
+    """`select_blocks` for checked inputs; the threshold broadcasts to `[B, H, Nq]`."""
     threshold = threshold.to(scores.dtype).unsqueeze(-1)
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
     weights = (scores != 0).to(scores.dtype) if by_count else scores
@@ -86,7 +86,7 @@ def fewest_blocks(
     target = threshold * weights.sum(dim=-1, keepdim=True)
     if by_count:
         target = (target + 0.5).floor().clamp(min=1)
-    # A threshold that nobody looked at may be too low; the best block is kept all the same.
+    # An unchecked threshold may be too low; the best block is kept anyway.
     target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
     keep = torch.zeros_like(order, dtype=torch.bool)
     keep.scatter_(-1, order, before < target)
@@ -185,7 +185,7 @@ def select_block_lists(
     Args:
         scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
         threshold: As in `select_blocks`, but not checked.
-        forced: Describes the blocks that are kept whatever they score.
+        forced: Describes the blocks that are kept at any score.
         by_count: The threshold is a share of each row's valid blocks, rounded to whole ones, and
             not of its mass: forced blocks count first, then come the best-scoring ones.
     """

@@ -87,7 +87,7 @@ class GenerationResult:
 
     @property
     def seconds_per_dense_step(self) -> float | None:
-        """The median, which a first step that compiles or moves weights does not bend."""
+        """The median, which a first step that compiles or moves weights does not change."""
         return self._median_seconds("dense")
 
     @property

@@ -116,7 +116,7 @@ def _is_sparse(settings: SparseSettings, step: int, run: Run) -> bool:
 
 
 def _dense_reason(settings: SparseSettings, step: int, run: Run) -> DenseReason | None:
-    """Why every layer of the step runs dense; None where one runs sparse."""
+    """Why every layer of the step runs dense; None if at least one runs sparse."""
     first_cool = math.inf
     if settings.cooldown_steps:
         first_cool = _num_steps(run) - settings.cooldown_steps

@@ -27,16 +27,16 @@ class SparseSettings:
             further from dense attention; 1 is dense. A float, a list (step i uses entry i, the
             last one holds), a mapping {step: tau}, a callable step -> tau, or a
             `ThresholdSchedule`. 0.95 if neither it nor ``density`` is given.
-        stride: Tokens in a group of the estimate; divides ``block_size``. Smaller estimates
-            better and costs more.
+        stride: Tokens in a group of the estimate; must divide ``block_size``. A smaller stride
+            estimates better and costs more.
         block_size: Tokens in a block.
         warmup_steps: Number of first steps that run dense; they settle the layout of the video.
         cooldown_steps: Number of last steps that run dense.
         min_tokens: With fewer video tokens, every step runs dense. None means the length from
             which sparse attention was measured to be faster: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
-        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
-            ``"auto"`` for the faster of them; see `block_scores`.
+        scoring_precision: Precision of the scores: ``"exact"``, ``"float8"`` (8-bit operands, for
+            the scores only), or ``"auto"`` for the faster; see `block_scores`.
         density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones, in
             place of a threshold; None where that decides.
         refresh_every: The first sparse step and then every r-th one run dense as well, and keep
@@ -125,7 +125,7 @@ class SparseSettings:
     def of(
         cls, threshold: "ThresholdLike | SparseSettings | None", **options: Any
     ) -> "SparseSettings":
-        """Settings from the arguments of a constructor, or the settings given instead of them."""
+        """Settings made from the arguments, or the settings given in place of a threshold."""
         if not isinstance(threshold, SparseSettings):
             return cls(threshold, **options)
         if options:

@@ -136,7 +136,7 @@ class Session:
         self._residuals.clear()
 
     def close(self) -> None:
-        """Take the slots off the transformer."""
+        """Remove the slots from the transformer."""
         self.end_forward()
         self._residuals.close()
         for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
