@@ -1,4 +1,4 @@
-"""Types of command-line arguments that the benchmarks share."""
+"""Types of command-line arguments, shared by the benchmarks."""
 
 from collections.abc import Callable
 from typing import TypeVar

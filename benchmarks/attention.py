@@ -3,9 +3,9 @@
     python -m benchmarks.attention --problem hunyuan-720p-129f,sweep --output results.json
     python -m benchmarks.attention --problem cpu-sweep --device cpu --density 0.3
 
-Every row is compared with the formula before it is timed: what differs, or fails in another way,
-is listed as a failure. Options after `--then` make another run in the same process and file, with
-the options before it as defaults.
+Every row is compared with the formula before it is timed; a row that differs or fails is listed as
+a failure. Options after `--then` start another run in the same process and file, with the options
+before it as defaults.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(words: list[str] | None = None) -> None:
 def problems(
     arguments: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], AttentionTensors]]]:
-    """Name and tensors of each problem; the tensors are made when they are first asked for."""
+    """Name and tensors of each problem; the tensors are made on first use."""
     if arguments.inputs is not None:
         for name in input_names(arguments.inputs):
             yield name, partial(load_inputs, arguments.inputs, name, device, arguments.dtype)
@@ -84,7 +84,7 @@ def parse_runs(words: list[str]) -> list[argparse.Namespace]:
 
 
 def complete(run: argparse.Namespace) -> None:
-    """Check what depends on more than one argument, and fill in its defaults."""
+    """Check combinations of arguments, and fill in their defaults."""
     on_gpu = torch.device(run.device).type == "cuda"
     run.dtype = getattr(torch, run.dtype or ("bfloat16" if on_gpu else "float32"))
     if not run.density and not run.threshold:
@@ -101,22 +101,27 @@ def make_parser() -> argparse.ArgumentParser:
     names, numbers = comma_separated(str), comma_separated(float)
     known = ", ".join([*PROBLEMS, *GROUPS])
     add("--problem", type=names, default=["hunyuan-720p-129f"], help=f"any of {known}")
-    add("--inputs", type=user_path, help="a file of benchmarks.demo_inputs, in place of --problem")
+    add("--inputs", type=user_path, help="a file of benchmarks.demo_inputs, instead of --problem")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA")
-    add("--density", type=numbers, default=[], help="of the blocks; it sets the threshold")
+    add("--density", type=numbers, default=[], help="share of blocks; it sets the threshold")
     add("--threshold", type=numbers, default=[], help="share of the estimated mass to keep")
     strides = comma_separated(int)
     add("--stride", type=strides, default=[8], help="the first also times attention apart")
-    add("--precision", type=names, default=["exact"], help="of scoring: exact, float8")
-    add("--backends", type=names, help="if left out, all that can run")
-    add("--dense", type=names, help="baselines by name, or none; if left out, all present")
+    add("--precision", type=names, default=["exact"], help="precision of scoring: exact, float8")
+    add("--backends", type=names, help="default: all that can run")
+    add("--dense", type=names, help="baselines by name, or none; default: all installed")
     checkout = "your checkout of x-attention, or of block_sparse_attn where it was built"
     add("--upstream", type=user_path, action="append", default=[], help=checkout)
-    add("--focus", type=float, default=0.6, help="how unlike the random blocks are")
+    add("--focus", type=float, default=0.6, help="how different the random blocks are")
     add("--repeats", type=int, default=10)
-    add("--max-seconds", type=float, default=20.0, help="for timing one row; compiling adds to it")
-    add("--commit", help="of this repository, where git cannot tell")
+    add(
+        "--max-seconds",
+        type=float,
+        default=20.0,
+        help="limit for timing one row, without compiling",
+    )
+    add("--commit", help="commit of this repository, if git is not available")
     add("--output", type=user_path, help="the JSON file")
     return parser
 
@@ -143,7 +148,7 @@ def cases(
 
 
 def runnable_backends(tensors: AttentionTensors) -> list[str]:
-    """All backends that can run, but for the portable one on a GPU, which is for tests there."""
+    """All backends that can run, except torch_gather on a GPU, where it is only for tests."""
     query = tensors.query
     found = available_backends(query.device, dtype=query.dtype, head_dim=query.shape[-1])
     return [
@@ -171,7 +176,7 @@ def describe_row(row: dict[str, Any]) -> str:
 
 
 def print_table(results: ResultsWriter) -> None:
-    """All rows, a heading for each problem, then all failures."""
+    """Print all rows, with a heading for each problem, then all failures."""
     print(f"{'N':>7} {'part':<10} {'by':<18} {'':<11} density")
     problem = None
     for row in results.rows:

@@ -1,4 +1,4 @@
-"""Turns result files into Markdown: the page of benchmarks, and the tables of the README."""
+"""Turns result files into Markdown: the page of benchmarks, and the table of the README."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,11 +13,12 @@ from xattn_video.reporting.tables import Table, figure
 
 T = TypeVar("T")
 IMAGES = "images/benchmarks"
+README_COLUMNS = ("measured", "on", "density", "dense", "sparse", "faster", "than stock")
 _TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
 def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
-    """The whole page; what no file holds is left out."""
+    """The whole page, without sections for what was not measured."""
     by_device = itertools.groupby(files, lambda file: file.device)
     return render(
         _TEMPLATE,
@@ -38,23 +39,13 @@ def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
 
 
 def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> str:
-    """The best dense kernel against the best backend; then whole steps and videos, if any."""
-    parts = [readme_table(files)]
-    steps = readme_steps(files)
-    if steps.rows:
-        parts += [
-            "A whole denoising step of the transformer, with random weights:",
-            steps.markdown(),
-        ]
-    whole = readme_videos(videos)
-    if whole.rows:
-        title = "A whole video by `xattn-video generate`, decoding included, with random weights:"
-        parts += [title, whole.markdown(), memory_by_offload(videos)]
-    return "\n\n".join(parts)
+    """Attention of one layer, then whole denoising steps, then whole videos."""
+    rows = (*_layer_rows(files), *_step_rows(files), *readme_videos(videos))
+    return Table(README_COLUMNS, rows, num_left=len(README_COLUMNS)).markdown()
 
 
 def figure_names(file: ResultFile) -> dict[str, str]:
-    """{kind or problem: name} of the pictures that a file gives."""
+    """{kind or problem: name} of the pictures made from a file."""
     names = {problem.name: f"{file.stem}-{problem.name}.png" for problem in file.single_problems}
     if file.sweep:
         names["sweep"] = f"{file.stem}-by-length.png"
@@ -73,7 +64,7 @@ def dense_table(problem: ProblemRows) -> str:
 
 
 def sparse_table(problem: ProblemRows) -> str:
-    """XAttention with its parts; a part that was not timed for it stays empty."""
+    """XAttention with its parts; a part that was not timed stays empty."""
     estimates = {row["stride"]: row for row in problem.select("scoring", backend=AUTHORS)}
     rows = problem.select("xattention") + [
         row
@@ -100,7 +91,7 @@ def sparse_table(problem: ProblemRows) -> str:
 
 
 def sweep_table(sweep: list[ProblemRows]) -> str:
-    """XAttention beside the best dense kernel, by size."""
+    """XAttention next to the best dense kernel, by size."""
     columns: dict[str, Callable[[tuple[ResultRow, ResultRow | None]], str]] = {
         "tokens": lambda pair: f"{pair[0]['n']:,}",
         "best dense": lambda pair: _ms_by(pair[1], unit=""),
@@ -115,7 +106,7 @@ def sweep_table(sweep: list[ProblemRows]) -> str:
 
 
 def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
-    """From which measured size on each line of the sweep beats the best dense kernel."""
+    """For each line of the sweep, the size from which it is faster than the best dense kernel."""
     lines: dict[tuple[str, str, float], list[tuple[int, float]]] = {}
     for problem in sweep:
         for row, speedup in problem.speedups():
@@ -130,7 +121,7 @@ def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
 
 
 def selection_table(problems: list[ProblemRows]) -> str:
-    """What selections keep of a model's own attention."""
+    """How much of a model's own attention the selections keep."""
     shares = {
         "density": "density",
         "density of the sample": "sampled_density",
@@ -151,7 +142,7 @@ def selection_table(problems: list[ProblemRows]) -> str:
 
 
 def describe_step(step: ResultRow) -> str:
-    """The video, and what the transformer is."""
+    """A description of the video and of the transformer."""
     return (
         f"{describe_video(step)} ({step['n']:,} tokens), {sum(step['layers'])} layers with random "
         f"weights{_compiled(step)}"
@@ -159,7 +150,7 @@ def describe_step(step: ResultRow) -> str:
 
 
 def step_table(steps: list[ResultRow]) -> str:
-    """Whole steps beside the stock processor's and the best dense one."""
+    """Whole steps next to the stock step and the dense step."""
     phases = {row["phase"]: row for row in steps if row["phase"] in ("stock", "dense")}
     stock, dense = phases.get("stock"), phases.get("dense")
     columns: dict[str, Callable[[ResultRow], str]] = {
@@ -175,29 +166,25 @@ def step_table(steps: list[ResultRow]) -> str:
     return _markdown(steps, columns)
 
 
-def readme_table(files: list[ResultFile]) -> str:
-    """The best dense kernel against the best backend, at every size that stands for itself."""
-    columns: dict[str, Callable[[tuple[ResultFile, ProblemRows, ResultRow]], str]] = {
-        "on": lambda at: at[0].device,
-        "tokens": lambda at: f"{at[2]['n']:,}",
-        "density": lambda at: f"{at[2]['density']:.3f}",
-        "best dense": lambda at: _ms_by(at[1].best_dense),
-        "XAttention": lambda at: _ms_by(at[2]),
-        "faster": lambda at: _over(at[2], at[1].best_dense),
-        "than stock": lambda at: _over(at[2], at[1].find("dense", backend=STOCK)),
-    }
-    chosen = [
-        (file, problem, total)
-        for file in files
-        for problem in [*file.single_problems, *file.sweep[-1:]]
-        if problem.best_dense is not None
-        for total in _best_totals(problem)
-    ]
-    return _markdown(chosen, columns)
+def _layer_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
+    """The fastest dense kernel against the fastest backend, for every problem on its own."""
+    for file in files:
+        for problem in [*file.single_problems, *file.sweep[-1:]]:
+            dense = problem.best_dense
+            for total in _best_totals(problem) if dense is not None else ():
+                yield (
+                    f"attention of one layer, {total['n']:,} tokens",
+                    file.device,
+                    f"{total['density']:.3f}",
+                    _ms_by(dense),
+                    _ms_by(total),
+                    _over(total, dense),
+                    _over(total, problem.find("dense", backend=STOCK)),
+                )
 
 
 def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
-    """The fastest backend at each density, at the smallest stride: the one that estimates best."""
+    """The fastest backend at each density, at the smallest stride, which estimates best."""
     wanted: dict[float, list[ResultRow]] = {}
     for row in problem.select("xattention"):
         if row["backend"] != AUTHORS:
@@ -206,32 +193,25 @@ def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
         yield min(same, key=lambda row: (row["stride"], row["latency_ms"]))
 
 
-def readme_steps(files: list[ResultFile]) -> Table:
-    """Whole sparse steps beside the dense ones of their file."""
-    columns: dict[str, Callable[[tuple[str, ResultRow, ResultRow, ResultRow]], str]] = {
-        "on": lambda at: at[0],
-        "video": lambda at: f"{describe_video(at[3])}{_compiled(at[3])}",
-        "density": lambda at: f"{at[3]['density']:.3f}",
-        "stock": lambda at: f"{at[1]['latency_ms'] / 1e3:.1f} s",
-        "dense": lambda at: f"{at[2]['latency_ms'] / 1e3:.1f} s",
-        "sparse": lambda at: f"{at[3]['latency_ms'] / 1e3:.1f} s",
-        "than stock": lambda at: _over(at[3], at[1]),
-        "than dense": lambda at: _over(at[3], at[2]),
-    }
-    chosen = []
+def _step_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
+    """Whole sparse steps against the dense steps of the same file."""
     for file in files:
         phases = {row["phase"]: row for row in file.steps if row["phase"] != "sparse"}
-        if {"stock", "dense"} <= set(phases):
-            chosen += [
-                (file.device, phases["stock"], phases["dense"], row)
-                for row in file.steps
-                if row["phase"] == "sparse" and row["backend"] != AUTHORS
-            ]
-    return Table.of(chosen, columns, num_left=len(columns))
+        for row in file.steps if {"stock", "dense"} <= set(phases) else ():
+            if row["phase"] == "sparse" and row["backend"] != AUTHORS:
+                yield (
+                    f"a denoising step, {describe_video(row)}{_compiled(row)}",
+                    file.device,
+                    f"{row['density']:.3f}",
+                    f"{phases['dense']['latency_ms'] / 1e3:.1f} s",
+                    f"{row['latency_ms'] / 1e3:.1f} s",
+                    _over(row, phases["dense"]),
+                    _over(row, phases["stock"]),
+                )
 
 
 def estimate_of(row: ResultRow) -> str:
-    """The stride, and the precision of scoring where it is not exact."""
+    """The stride, and the precision of scoring if it is not exact."""
     precision = row.get("precision", "exact")
     return str(row["stride"]) if precision == "exact" else f"{row['stride']} ({precision})"
 
@@ -260,7 +240,7 @@ def _gib(row: ResultRow) -> str:
 
 
 def _over(row: ResultRow, other: ResultRow | None) -> str:
-    """How many times faster than another; a part, or the other itself, is compared with none."""
+    """The speed-up over another row; empty for a part of it and for that row itself."""
     if other is None or other is row or row["name"] == "scoring":
         return ""
     return f"{other['latency_ms'] / row['latency_ms']:.2f}x"

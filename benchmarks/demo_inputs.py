@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo_inputs --height 512 --width 512 --output demo.safetensors
 
-They come from a generation that is dense throughout: what selection would see, at sizes where it
-matters. The demo model was trained at 256x256; larger pictures are worse, their attention is real.
+They come from a dense generation: the input of selection at sizes that matter. The demo model was
+trained at 256x256; larger videos look worse, but their attention is real.
 """
 
 import argparse

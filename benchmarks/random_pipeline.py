@@ -1,11 +1,11 @@
-"""Writes a HunyuanVideo pipeline of full size whose weights are random.
+"""Writes a HunyuanVideo pipeline of full size with random weights.
 
     python -m benchmarks.random_pipeline FOLDER
     xattn-video generate --model FOLDER --prompt "a cat walks on the grass" --report run.json
 
-For where no model hub is reachable: loading, offloading, time and memory are those of
-HunyuanVideo's own weights, the picture is noise. The tokenizers are the demo model's. It takes
-39 GiB of disk, and as much memory, on a CUDA device where there is one.
+Use it if no model hub is reachable. Loading, offloading, time and memory are as with
+HunyuanVideo's own weights; the video is noise. The tokenizers are the demo model's. It takes
+39 GiB of disk, and the same amount of memory, on a CUDA device if there is one.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from xattn_video.pipelines.demo import DEMO_DIR
 
 @dataclass(frozen=True, slots=True)
 class PipelineSizes:
-    """Arguments of the models' configurations; those of HunyuanVideo unless given."""
+    """Arguments of the models' configurations; the defaults are HunyuanVideo's."""
 
     transformer: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def random_pipeline(sizes: PipelineSizes, device: torch.device) -> HunyuanVideoPipeline:
-    """A bfloat16 transformer beside a float16 VAE and text encoders."""
+    """A pipeline with a bfloat16 transformer, and float16 VAE and text encoders."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIR / "tokenizer")
     tokenizer_2 = AutoTokenizer.from_pretrained(DEMO_DIR / "tokenizer_2")
     with new_weights(device, torch.bfloat16):

@@ -34,7 +34,7 @@ class ProblemRows:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it is one of a row of sizes."""
+        """Whether the problem is one of several sizes of a sweep."""
         return _SWEEP.fullmatch(self.name) is not None
 
     @property
@@ -43,7 +43,7 @@ class ProblemRows:
         return bool(self.first["inputs"] == "model")
 
     def select(self, name: str, **columns: object) -> list[ResultRow]:
-        """The rows of a part that have these values."""
+        """The rows of a part with these values."""
         return [
             row
             for row in self.rows
@@ -51,7 +51,7 @@ class ProblemRows:
         ]
 
     def find(self, name: str, **columns: object) -> ResultRow | None:
-        """The first of them."""
+        """The first of these rows, or None."""
         return next(iter(self.select(name, **columns)), None)
 
     def part(self, name: str, total: ResultRow, **columns: object) -> ResultRow | None:
@@ -68,7 +68,7 @@ class ProblemRows:
 
     @property
     def best_dense(self) -> ResultRow | None:
-        """The fastest dense kernel in the same run that sees every key."""
+        """The fastest dense kernel of the run that uses no mask."""
         return best_dense(self.rows)
 
     def speedups(self) -> list[tuple[ResultRow, float]]:
@@ -92,7 +92,7 @@ class ResultFile:
 
     @property
     def device(self) -> str:
-        """The GPU, or what is known of the CPU."""
+        """The name of the GPU or the CPU."""
         if self.on_gpu:
             return str(self.content["gpu"])
         threads = self.content["threads"]
@@ -100,7 +100,7 @@ class ResultFile:
 
     @property
     def packages(self) -> str:
-        """The versions that it was run with."""
+        """The package versions of the run."""
         versions = self.content["versions"].items()
         return ", ".join(f"{k} {v}" for k, v in versions if v and k != "xattn-video")
 
@@ -110,7 +110,7 @@ class ResultFile:
 
     @property
     def problems(self) -> list[ProblemRows]:
-        """In the order in which they were run."""
+        """The problems in the order of the run."""
         rows: dict[str, list[ResultRow]] = {}
         for row in self.content["rows"]:
             if row["name"] != "step":
@@ -124,13 +124,13 @@ class ResultFile:
 
     @property
     def single_problems(self) -> list[ProblemRows]:
-        """Problems on random inputs that stand for themselves."""
+        """Problems on random inputs that are not part of a sweep."""
         sweep = {problem.name for problem in self.sweep}
         return [p for p in self.problems if p.name not in sweep and not p.from_model]
 
     @property
     def sweep(self) -> list[ProblemRows]:
-        """A row of sizes, by size; none where there is only one."""
+        """The problems of the sweep, by size; empty if there is only one size."""
         found = [problem for problem in self.problems if problem.is_sweep]
         return sorted(found, key=lambda p: int(p.first["n"])) if len(found) > 1 else []
 

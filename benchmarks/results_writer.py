@@ -1,4 +1,4 @@
-"""The file that a benchmark writes: where its figures come from, its rows, and what failed."""
+"""Writes the result file of a benchmark: machine and versions, rows, and failures."""
 
 import platform
 import shlex
@@ -18,11 +18,11 @@ PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "block-sparse-attn",
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """The machine, the versions and the commit that a figure belongs to.
+    """The machine, the versions and the commit of a measurement.
 
     Args:
-        device: What computes.
-        commit: Of this repository; asked of git if None.
+        device: The device that was measured.
+        commit: The commit of this repository; None asks git.
     """
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -47,7 +47,7 @@ def _cpu_name() -> str:
 
 
 def _command() -> str:
-    """What was typed, without the place of the output."""
+    """The command as typed, without the output option."""
     module = Path(sys.argv[0]).stem
     words = sys.argv[1:]
     if "--output" in words:
@@ -71,7 +71,7 @@ def _commit() -> str | None:
 
 
 class ResultsWriter:
-    """Rows and failures, written anew after each of them, so that a killed run keeps its rows."""
+    """Rows and failures. The file is rewritten after each, so a killed run keeps its rows."""
 
     def __init__(self, path: Path | None, found: dict[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = []

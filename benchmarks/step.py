@@ -68,16 +68,25 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--valid-text-tokens", type=int, default=60)
     add("--threshold", type=comma_separated(float), default=[0.345, 0.455])
     add("--stride", type=int, default=8)
-    add("--precision", choices=PRECISIONS, default="auto", help="of scoring")
+    add("--precision", choices=PRECISIONS, default="auto", help="precision of scoring")
     add("--backend", default="auto")
     add("--device", default="cuda")
-    add("--layers", type=comma_separated(int), default=[20, 40], help="double, single stream")
-    add("--skip-stock", action="store_true", help="only this package's steps")
-    add("--compile", action="store_true", help="the transformer's blocks, with torch.compile")
+    add(
+        "--layers",
+        type=comma_separated(int),
+        default=[20, 40],
+        help="number of double-stream and single-stream blocks",
+    )
+    add("--skip-stock", action="store_true", help="time only this package's steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks with torch.compile",
+    )
     add("--repeats", type=int, default=1)
     checkout = "your checkout of x-attention; it needs the block_sparse_attn package"
     add("--upstream", type=user_path, action="append", default=[], help=checkout)
-    add("--commit", help="of this repository, where git cannot tell")
+    add("--commit", help="commit of this repository, if git is not available")
     add("--output", type=user_path)
     arguments = parser.parse_args(words)
     try:
@@ -96,9 +105,9 @@ def measure(
     arguments: argparse.Namespace,
     results: ResultsWriter,
 ) -> None:
-    """Add one row: a step of the full size, after one that compiles what it needs.
+    """Add one row: a step of the full size, after a smaller step that compiles the kernels.
 
-    That one has 9 frames, unless torch.compile would compile anew for the full size.
+    The smaller step has 9 frames. With torch.compile it has the full size, to avoid recompiling.
     """
     config, device = transformer.config, torch.device(arguments.device)
     inputs = step_inputs(arguments, config, device)

@@ -1,7 +1,7 @@
-"""Times a user's own checkout of the authors' code (mit-han-lab/x-attention) beside this package.
+"""Times a user's checkout of the authors' code (mit-han-lab/x-attention) next to this package.
 
-Nothing of it is copied here: the checkout is imported from where the user has put it. Its sparse
-attention needs the `block_sparse_attn` package; without it only its estimate is timed.
+Nothing is copied here: the checkout is imported from the user's folder. Its sparse attention needs
+the `block_sparse_attn` package; without the package, only its estimate is timed.
 """
 
 import importlib

@@ -1,8 +1,9 @@
 """Reports of whole videos by `xattn-video generate` at HunyuanVideo's size, and their tables."""
 
+import itertools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ MODEL = "hunyuan-random"
 
 @dataclass(frozen=True, slots=True)
 class WholeVideo:
-    """What `--report` kept of one video."""
+    """The report that `generate --report` wrote for one video."""
 
     stem: str
     content: dict[str, Any]
 
     @property
     def run(self) -> dict[str, Any]:
-        """The one video of the command."""
+        """The only video of the command."""
         return self.content["runs"][0]
 
     @property
@@ -40,7 +41,7 @@ class WholeVideo:
 
     @property
     def packages(self) -> str:
-        """The versions that it was run with."""
+        """The package versions of the run."""
         return ", ".join(f"{name} {version}" for name, version in self.content["versions"].items())
 
     @property
@@ -53,12 +54,12 @@ class WholeVideo:
 
     @property
     def other_seconds(self) -> float:
-        """Text, decoding, and moving weights between denoising and these."""
+        """Seconds outside denoising: text encoding, decoding, moving weights."""
         return self.seconds - self.run["dense_seconds"] - self.run["sparse_seconds"]
 
     @property
     def density(self) -> float | None:
-        """Of the sparse steps; None where there are none."""
+        """The density of the sparse steps; None if there are none."""
         return self.run["report"]["density"]
 
     @property
@@ -66,11 +67,11 @@ class WholeVideo:
         return self.run["peak_memory_gib"]
 
     def count(self, *, sparse: bool) -> int:
-        """How many steps of a kind there were."""
+        """The number of dense or of sparse steps."""
         return len(self._seconds(sparse))
 
     def step_seconds(self, *, sparse: bool) -> float | None:
-        """The fastest step of a kind; None of a single one, in which kernels were compiled."""
+        """The fastest dense or sparse step; None for a single step, which compiled kernels."""
         seconds = self._seconds(sparse)
         return min(seconds) if len(seconds) > 1 else None
 
@@ -79,7 +80,7 @@ class WholeVideo:
 
     @property
     def command(self) -> str:
-        """The command with the options that were not left at their defaults."""
+        """The command, with only the options that differ from their defaults."""
         words = ["xattn-video", "generate", "--model", MODEL, "--prompt", self.run["prompt"]]
         words += ["--threshold", f"{self.run['sparse']['threshold']:g}"]
         steps, warmup_steps = self.run["num_inference_steps"], self.run["sparse"]["warmup_steps"]
@@ -110,39 +111,33 @@ def videos_table(videos: list[WholeVideo]) -> str:
         "density": lambda v: figure(v.density, ".3f"),
         "by": lambda v: ", ".join(v.run["report"]["backends"]),
         "offload": lambda v: v.offload,
-        "s a dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
-        "s a sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
+        "s per dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
+        "s per sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
         "s for text and decoding": lambda v: f"{v.other_seconds:.0f}",
-        "s in all": lambda v: f"{v.seconds:.0f}",
+        "s in total": lambda v: f"{v.seconds:.0f}",
         "peak GiB": lambda v: f"{v.peak_memory_gib:.1f}",
     }
     return Table.of(videos, columns, num_left=len(columns)).markdown()
 
 
-def readme_videos(videos: list[WholeVideo]) -> Table:
+def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
     """Sparse videos against the dense one of the same size, steps and offloading."""
-    columns: dict[str, Callable[[tuple[WholeVideo, WholeVideo]], str]] = {
-        "on": lambda pair: pair[0].device,
-        "video": lambda pair: pair[0].frames,
-        "sparse steps": lambda pair: (
-            f"{pair[0].count(sparse=True)} of {pair[0].run['num_inference_steps']}"
-        ),
-        "density": lambda pair: f"{pair[0].density:.3f}",
-        "dense": lambda pair: f"{pair[1].seconds:.0f} s",
-        "sparse": lambda pair: f"{pair[0].seconds:.0f} s",
-        "faster": lambda pair: f"{pair[1].seconds / pair[0].seconds:.2f}x",
-    }
-    pairs = [
-        (video, other)
-        for video in videos
-        for other in videos
-        if video.density is not None and other.density is None and _alike(video, other)
-    ]
-    return Table.of(pairs, columns, num_left=len(columns))
+    for video, other in itertools.product(videos, videos):
+        if video.density is not None and other.density is None and _alike(video, other):
+            steps = f"{video.count(sparse=True)} of {video.run['num_inference_steps']}"
+            yield (
+                f"a whole video, {video.frames}, {steps} steps sparse",
+                video.device,
+                f"{video.density:.3f}",
+                f"{other.seconds:.0f} s",
+                f"{video.seconds:.0f} s",
+                f"{other.seconds / video.seconds:.2f}x",
+                "",
+            )
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:
-    """One sentence: the peak of every way to offload."""
+    """One sentence with the peak memory of every offload."""
     peaks: dict[str, float] = {}
     for video in videos:
         peaks[video.offload] = max(video.peak_memory_gib, peaks.get(video.offload, 0.0))

@@ -1,10 +1,10 @@
 """Writes docs/benchmarks.md, its pictures and the README's table from benchmarks/results.
 
-    python -m benchmarks.write_page --folder preview    # the page and its pictures, to look at
-    python -m benchmarks.write_page --folder .          # this repository's own, and its README
+    python -m benchmarks.write_page --folder preview    # the page and its pictures, as a preview
+    python -m benchmarks.write_page --folder .          # this repository's page and README
 
-It replaces docs/benchmarks.md below the folder, its pictures, and the table of a README.md that is
-there.
+It replaces docs/benchmarks.md in the folder, its pictures, and the table in README.md if that file
+exists.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def write_pages(folder: Path) -> None:
-    """Write everything below ``folder``, and print what; all is rendered before any is written."""
+    """Write all files in ``folder`` and print their names; render everything before writing."""
     files, videos = read_results(), read_whole_videos()
     pages = {folder / "docs/benchmarks.md": render_page(files, videos)}
     readme = folder / "README.md"

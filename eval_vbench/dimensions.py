@@ -12,13 +12,13 @@ GROUPS = ("quality", "semantic")
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """One of VBench's 16.
+    """One of VBench's 16 dimensions.
 
     Attributes:
-        name: As VBench spells it.
+        name: VBench's name of it.
         group: One of `GROUPS`.
-        weight: Within the group.
-        lowest, highest: What VBench takes as 0 and 1.
+        weight: Its weight within the group.
+        lowest, highest: The values that VBench maps to 0 and 1.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Dimension:
     highest: float
 
     def normalise(self, score: float) -> float:
-        """VBench's linear map; not clipped, as VBench does not."""
+        """VBench's linear map; like VBench, it does not clip."""
         return (score - self.lowest) / (self.highest - self.lowest)
 
 
@@ -49,9 +49,9 @@ def dimensions() -> dict[str, Dimension]:
 
 
 def totals(scores: Mapping[str, float]) -> Totals | None:
-    """Quality, Semantic and Total; None unless all 16 dimensions are there.
+    """Quality, Semantic and Total; None unless all 16 dimensions are present.
 
-    VBench's own script counts a missing dimension as 0 without a word.
+    VBench's own script silently counts a missing dimension as 0.
     """
     if not set(dimensions()) <= set(scores):
         return None
@@ -62,7 +62,7 @@ def totals(scores: Mapping[str, float]) -> Totals | None:
 
 
 def check_dimensions(names: list[str]) -> None:
-    """Raise ValueError, with the known names, unless all are VBench's."""
+    """Raise ValueError, with the known names, unless all names are VBench's."""
     for name in names:
         if name not in dimensions():
             raise ValueError(f"unknown dimension {name!r}; VBench has {', '.join(dimensions())}.")

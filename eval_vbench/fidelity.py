@@ -1,4 +1,4 @@
-"""How near a sparse run's videos are to the dense run's: PSNR, SSIM and what else can be had."""
+"""How close sparse videos are to dense videos: PSNR, SSIM and other available measures."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def fidelity_scorer(device: str) -> "Scorer":
-    """Measures videos against others; tells what it cannot measure.
+    """A scorer that compares videos, and that prints which measures are not available.
 
     Raises:
         MissingPackageError: torchmetrics cannot be used.
@@ -32,12 +32,12 @@ def measure_fidelity(
     scorer: "Scorer",
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """The measures of every pair, by the items' keys; what was measured before is read.
+    """Measure every pair, by the items' keys; earlier measurements are read from files.
 
     Args:
         dense, sparse: Complete runs with lossless copies.
-        items: Their videos.
-        scorer: Of `fidelity_scorer`.
+        items: The videos of both runs.
+        scorer: The scorer of `fidelity_scorer`.
         say: Prints a line of progress.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Generate a run's videos: dense, or sparse at one setting; again to resume.
+"""Generates the videos of a run, dense or sparse with one setting. Run it again to resume.
 
 python -m eval_vbench.generate --run runs/dense --dense
 accelerate launch -m eval_vbench.generate --run runs/xattn-0.95 --threshold 0.95
@@ -31,19 +31,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The run, as asked for."""
+    """The options of the run."""
 
-    run: Path = knob("The run's folder; one that exists is resumed.", ...)
+    run: Path = knob("Folder of the run; an existing run is resumed.", ...)
     suite: str | None = knob(
         f"Prompts: {', '.join(SUITES)}.",
         shown_default=f"{DEFAULT_SUITE}; demo for the demo model",
     )
-    num_prompts: int | None = knob("A part of the suite.", shown_default="all")
+    num_prompts: int | None = knob("Number of prompts of the suite.", shown_default="all")
     videos_per_prompt: int = knob(
-        f"{' or '.join(map(str, VIDEOS_PER_PROMPT))}, which VBench asks for.", 1
+        f"{' or '.join(map(str, VIDEOS_PER_PROMPT))}, as VBench requires.", 1
     )
-    lossless: bool = knob("Keep lossless copies, which PSNR and SSIM are measured on.", True)
-    seed: int = knob("Every video's own seed is derived from it.", 0)
+    lossless: bool = knob("Keep lossless copies, which PSNR and SSIM need.", True)
+    seed: int = knob("Base seed; the seed of every video is derived from it.", 0)
     fps: int = knob("Frames per second of the file.", 24)
 
 
@@ -85,7 +85,7 @@ def main(
 
 
 def _device_of(share: Share) -> str | None:
-    """A GPU for each rank of a host; None, the usual choice, for a process that is alone."""
+    """One GPU for each rank of a host; None (the default device) for a single process."""
     import torch
 
     if share.num_ranks == 1 or not torch.cuda.is_available():

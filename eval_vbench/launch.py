@@ -1,4 +1,4 @@
-"""Which part of a run this process does, as accelerate launch or torchrun told it."""
+"""The part of a run that this process generates, as set by accelerate launch or torchrun."""
 
 import os
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One process of several; alone by default.
+    """One of several processes; by default the only one.
 
     Attributes:
-        rank: This process, counted over all hosts.
-        num_ranks: Processes on all hosts.
-        local_rank: This process on its host, which is its GPU.
+        rank: Number of this process over all hosts.
+        num_ranks: Number of processes on all hosts.
+        local_rank: Number of this process on its host, and of its GPU.
     """
 
     rank: int = 0
@@ -23,12 +23,12 @@ class Share:
     local_rank: int = 0
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """The items that fall to this process."""
+        """The items of this process."""
         return list(items[self.rank :: self.num_ranks])
 
 
 def launched_share() -> Share:
-    """What the launcher set for this process.
+    """The share that the launcher set for this process.
 
     The processes exchange nothing but files, so no process group is opened that could time out
     while one of them works on a long video.

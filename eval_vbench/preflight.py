@@ -1,4 +1,4 @@
-"""What VBench needs for each dimension, and what of it is missing."""
+"""Checks what VBench needs for each dimension, and lists what is missing."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ class Weights:
     """A file or folder that VBench reads.
 
     Attributes:
-        path: Where it goes, within the folder of weights.
-        source: Where it comes from.
+        path: Its place within the folder of weights.
+        source: Where to get it.
     """
 
     path: str
@@ -27,7 +27,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What one dimension needs besides vbench itself."""
+    """What one dimension needs in addition to vbench itself."""
 
     modules: tuple[str, ...] = ()
     weights: tuple[Weights, ...] = ()
@@ -165,7 +165,7 @@ class Environment:
 
     Attributes:
         python: Its interpreter.
-        missing: Modules of those that any dimension needs that it lacks.
+        missing: Modules that some dimension needs and that are not installed.
     """
 
     python: Path
@@ -178,8 +178,8 @@ class Missing:
 
     Attributes:
         what: Its name.
-        where: Where it goes.
-        source: Where it comes from.
+        where: Its place.
+        source: Where to get it.
     """
 
     what: str
@@ -188,10 +188,10 @@ class Missing:
 
 
 def probe_environment(python: Path) -> Environment:
-    """Look at VBench's environment.
+    """Inspect VBench's environment.
 
     Raises:
-        ValueError: There is none, or it holds no vbench or another version of it.
+        ValueError: The environment does not exist, or lacks vbench in the right version.
     """
     remedy = (
         "make it with python -m eval_vbench.setup_vbench DIR and give "
@@ -234,7 +234,7 @@ def missing_modules(dimension: str, environment: Environment) -> list[Missing]:
 
 
 def preflight_table(lacking: dict[str, list[Missing]], scored: Iterable[str]) -> str:
-    """What can be scored, and of the rest what is missing, where it goes, where it comes from."""
+    """What can be scored; for the rest, what is missing, its place, and where to get it."""
     scored = set(scored)
     lines = []
     for dimension, missing in lacking.items():
@@ -249,7 +249,7 @@ def _missing_line(entry: Missing) -> str:
 
 
 def _is_there(path: Path) -> bool:
-    """A file with something in it, or a folder with something in it; wget leaves empty ones."""
+    """Whether a file or folder exists and is not empty; wget leaves empty files."""
     if path.is_dir():
         return any(path.iterdir())
     return path.is_file() and path.stat().st_size > 0

@@ -1,4 +1,4 @@
-"""What is generated: VBench's prompts, in three wordings, or the demo model's own."""
+"""The prompts to generate: VBench's, in three wordings, or the demo model's own."""
 
 import json
 from dataclasses import dataclass, field
@@ -38,10 +38,10 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        index: Its place in the whole suite, whatever part of it is generated.
-        name: What names the files and what VBench scores against.
-        text: What the model is given.
-        entries: VBench's own entries for it; two prompts stand in two dimensions' lists.
+        index: Its place in the whole suite, even if only a part is generated.
+        name: The original prompt, which names the files and which VBench scores against.
+        text: The wording that the model is given.
+        entries: VBench's own entries for it; two prompts are in the lists of two dimensions.
     """
 
     index: int
@@ -56,8 +56,8 @@ class VideoItem:
 
     Attributes:
         prompt: Its prompt.
-        video_index: Which of the prompt's videos.
-        seed: Depends on nothing but these two and the run's base seed.
+        video_index: The number of the video among the prompt's videos.
+        seed: Its seed, which depends only on these two and on the base seed of the run.
     """
 
     prompt: Prompt
@@ -66,12 +66,12 @@ class VideoItem:
 
     @property
     def key(self) -> str:
-        """Short, unique, in the suite's order."""
+        """A short, unique key that sorts in the suite's order."""
         return f"{self.prompt.index:04d}-{self.video_index}"
 
     @property
     def file_name(self) -> str:
-        """As VBench wants it."""
+        """The file name that VBench expects."""
         return f"{self.prompt.name}-{self.video_index}.mp4"
 
 
@@ -79,7 +79,7 @@ def load_suite(name: str) -> list[Prompt]:
     """All prompts of a suite.
 
     Raises:
-        ValueError: No such suite.
+        ValueError: The suite is unknown.
     """
     if name not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}.")
@@ -105,11 +105,11 @@ def load_suite(name: str) -> list[Prompt]:
 def choose_prompts(suite: str, count: int | None) -> list[Prompt]:
     """``count`` prompts of a suite, or all.
 
-    VBench's list goes dimension by dimension, so a part of it is taken at equal distances; the
-    demo model's is in no order, and its first ones are taken.
+    VBench's list is sorted by dimension, so a part of it is taken at equal distances. The demo
+    model's list is in random order, so its first prompts are taken.
 
     Raises:
-        ValueError: No such suite, or not as many prompts in it.
+        ValueError: The suite is unknown, or has fewer prompts.
     """
     prompts = load_suite(suite)
     if count is None:
@@ -124,10 +124,10 @@ def choose_prompts(suite: str, count: int | None) -> list[Prompt]:
 
 
 def video_items(prompts: list[Prompt], videos_per_prompt: int, seed: int) -> list[VideoItem]:
-    """Every video of a run, the first ones of all prompts before the second ones.
+    """Every video of a run: first the first video of each prompt, then the second, and so on.
 
     Raises:
-        ValueError: A number of videos that VBench does not read.
+        ValueError: VBench does not support this number of videos per prompt.
     """
     if videos_per_prompt not in VIDEOS_PER_PROMPT:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Put a dense run and sparse runs side by side.
+"""Compares a dense run with sparse runs.
 
 python -m eval_vbench.report --dense runs/dense --sparse runs/xattn-0.95
 """
@@ -29,14 +29,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @expands_paths
 def main(
     dense: Annotated[Path, typer.Option(help="The run with dense attention.")],
-    sparse: Annotated[list[Path], typer.Option(help="A sparse run; may be given again.")],
+    sparse: Annotated[list[Path], typer.Option(help="A sparse run; can be repeated.")],
     output: Annotated[
         Path, typer.Option(help="Folder for report.md, report.json and report.png.")
     ] = Path("report"),
-    fidelity: Annotated[bool, typer.Option(help="Measure PSNR, SSIM and what else is there.")] = (
+    fidelity: Annotated[bool, typer.Option(help="Measure PSNR, SSIM and the other measures.")] = (
         True
     ),
-    device: Annotated[str, typer.Option(help="Where those are computed: cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device for these measures: cpu or cuda.")] = "cpu",
     verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback.")] = False,
 ) -> None:
     """Compare runs: VBench's dimensions, fidelity, density, time."""
@@ -59,7 +59,7 @@ def _write(
     messages = message_console()
     notes = []
     if not fidelity:
-        notes.append("PSNR, SSIM and LPIPS were not asked for.")
+        notes.append("PSNR, SSIM and LPIPS were not requested.")
     elif not dense.settings["lossless"]:
         notes.append("PSNR, SSIM and LPIPS need lossless copies, which these runs do not keep.")
         fidelity = False

@@ -58,10 +58,10 @@ def report_page(
     """The report as Markdown.
 
     Args:
-        dense: The reference.
-        results: What is beside it.
+        dense: The dense run, which is the reference.
+        results: The results of the sparse runs.
         notes: What could not be measured.
-        plot: Name of the picture below it, if there is one.
+        plot: Name of the plot, if there is one.
     """
     measures = [(dense.label, measures_of(dense))]
     measures += [(result.run.label, result.measures) for result in results]
@@ -97,14 +97,14 @@ def _origin(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
 
 
 def _checks_table(checks: Sequence[tuple[str, dict[str, float]]]) -> Table:
-    """Shares of the demo model's own checks, measured from the pixels."""
+    """The share of the demo model's own checks that are right, measured from the pixels."""
     names = list(checks[0][1])
     rows = [(run, *(figure(shares.get(name), ".1%") for name in names)) for run, shares in checks]
     return Table(("run", *names), tuple(rows))
 
 
 def _dimensions(result: SparseResult) -> str:
-    """A row for each dimension that both runs were scored on; the others are named."""
+    """One row for each dimension that both runs were scored on; the others are listed."""
     table = Table.of(result.dimensions, _DIMENSIONS)
     if result.totals is not None:
         pairs = zip(*(asdict(totals).items() for totals in result.totals), strict=True)
@@ -122,7 +122,7 @@ def _dimensions(result: SparseResult) -> str:
 
 
 def _paper_table(results: Sequence[SparseResult]) -> tuple[Table, str]:
-    """The paper's figures beside those of runs at its settings, and where they are from."""
+    """The paper's figures next to those of runs with its settings, and their source."""
     paper = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
     formats = {"PSNR": ".1f", "SSIM": ".3f", "LPIPS": ".3f", "density": ".1%"}
     rows = []

@@ -1,4 +1,4 @@
-"""A dense run beside sparse ones: what a report says, as plain numbers."""
+"""Compares a dense run with sparse runs; the result is plain numbers for a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ VBENCH_VIDEOS_PER_PROMPT = 5
 
 @dataclass(frozen=True, slots=True)
 class CompleteRun:
-    """A complete run as it lies on the disk."""
+    """A complete run on the disk."""
 
     folder: RunFolder
     settings: dict[str, Any]
@@ -41,7 +41,7 @@ class CompleteRun:
 
 @dataclass(frozen=True, slots=True)
 class DimensionRow:
-    """One dimension; the scores are VBench's, the difference is over the videos that both have."""
+    """One dimension: VBench's scores, and the difference over the videos that both runs have."""
 
     dimension: str
     dense: float
@@ -51,8 +51,9 @@ class DimensionRow:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Means over a run's videos, of seconds the median, which a first video that compiles or loads
-    does not bend; None where nothing was measured."""
+    """Means over the videos of a run; None for what was not measured.
+
+    Seconds are medians, which a first video that compiles or loads does not change."""
 
     videos: int
     psnr: float | None
@@ -72,8 +73,8 @@ class SparseResult:
 
     Attributes:
         run: The run.
-        dimensions: Those that both runs were scored on.
-        totals: Of both, dense first; None unless all dimensions are there.
+        dimensions: The dimensions that both runs were scored on.
+        totals: The totals of both, dense first; None unless all dimensions are present.
         measures: Fidelity and cost.
         checks: The demo model's prompt checks: name -> share right.
     """
@@ -89,7 +90,7 @@ def load_run(path: RunFolder) -> CompleteRun:
     """Read a complete run.
 
     Raises:
-        ValueError: It is none, or videos are missing.
+        ValueError: The folder holds no run, or videos are missing.
     """
     settings, items = path.settings(), path.expected_items()
     records = {item.key: record for item in items if (record := path.record(item)) is not None}
@@ -105,10 +106,10 @@ def load_run(path: RunFolder) -> CompleteRun:
 
 
 def check_comparable(dense: CompleteRun, sparse: CompleteRun) -> None:
-    """Make sure that the two differ in their attention alone.
+    """Check that the two runs differ only in their attention.
 
     Raises:
-        ValueError: They differ in something else, or the first one is not dense.
+        ValueError: They differ in something else, or the first run is not dense.
     """
     if dense.settings["sparse"] is not None:
         raise ValueError(
@@ -160,7 +161,7 @@ def measures_of(
     dense: CompleteRun | None = None,
     fidelity: Mapping[str, dict[str, Any]] | None = None,
 ) -> Measures:
-    """Fidelity and cost of a run; speed-ups and fidelity only beside the dense run."""
+    """Fidelity and cost of a run; speed-ups and fidelity need the dense run."""
     pairs = list((fidelity or {}).values())
     seconds = median(_values(run, "seconds"))
     step = over_measured(median, _values(run, "seconds_per_sparse_step"))
@@ -197,7 +198,7 @@ def shares_right(run: CompleteRun) -> dict[str, float]:
 
 
 def devices(run: CompleteRun) -> set[str]:
-    """What the videos were generated on."""
+    """The devices that generated the videos."""
     return {record["device"] for record in run.records.values()}
 
 
@@ -234,5 +235,5 @@ def caveats(dense: CompleteRun, results: Sequence[SparseResult]) -> list[str]:
 
 
 def _values(run: CompleteRun, name: str) -> list[float]:
-    """What the records state, where they do."""
+    """The values in the records that have them."""
     return [record[name] for record in run.records.values() if record[name] is not None]

@@ -1,10 +1,10 @@
-"""A run's folder: its settings, its videos, and a record of each that is written last.
+"""The folder of a run: its settings, its videos, and a record of each video, written last.
 
 settings.json       what the videos depend on, and its hash
 videos/             {prompt}-{i}.mp4 and nothing else: VBench reads this folder
 lossless/           the same frames as ffv1, for PSNR and SSIM
 items/              one JSON file for each finished video
-failures/           one for each that failed
+failures/           one JSON file for each video that failed
 scores/             one for each VBench dimension
 fidelity/           PSNR, SSIM and the like against a dense run, one file for each video
 unfinished/         videos that are being written
@@ -44,10 +44,10 @@ class RunFolder:
         self._locks = path / "locks"
 
     def adopt(self, settings: dict[str, Any]) -> None:
-        """Make the folder that of these settings, or make sure that it is.
+        """Create the folder for these settings, or check that it belongs to them.
 
         Raises:
-            ValueError: It belongs to others, or holds something else.
+            ValueError: The folder belongs to other settings, or holds something else.
         """
         if not self._settings_file.exists():
             self._require_empty()
@@ -57,14 +57,14 @@ class RunFolder:
         if different:
             raise ValueError(
                 f"{str(self.path)!r} holds a run of other settings: {'; '.join(different)} "
-                "(there and asked for); give another --run, or the same settings."
+                "(in the folder and requested); give another --run, or the same settings."
             )
 
     def settings(self) -> dict[str, Any]:
         """The run's settings.
 
         Raises:
-            ValueError: There is no run, or its settings were changed by hand.
+            ValueError: The folder holds no run, or its settings were edited.
         """
         try:
             content = json.loads(self._settings_file.read_text(encoding="utf-8"))
@@ -87,17 +87,17 @@ class RunFolder:
         return settings
 
     def expected_items(self) -> list[VideoItem]:
-        """Every video that the run's settings ask for."""
+        """Every video of the run according to its settings."""
         settings = self.settings()
         prompts = choose_prompts(settings["suite"], settings["num_prompts"])
         return video_items(prompts, settings["videos_per_prompt"], settings["seed"])
 
     @contextmanager
     def lock(self, rank: int, num_ranks: int) -> Iterator[None]:
-        """Hold a rank's place; the system lets go of it however the process ends.
+        """Lock the place of a rank; the system unlocks it however the process ends.
 
         Raises:
-            ValueError: Another process holds it.
+            ValueError: Another process holds the lock.
         """
         self._locks.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
@@ -112,26 +112,26 @@ class RunFolder:
             yield
 
     def unfinished(self, rank: int, name: str) -> Path:
-        """Where a rank writes a video before it takes its place."""
+        """The place where a rank writes a video before it is finished."""
         folder = self._unfinished / str(rank)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
     def video(self, item: VideoItem) -> Path:
-        """Where a video belongs."""
+        """The place of a video."""
         return self.videos / item.file_name
 
     def lossless_video(self, item: VideoItem) -> Path:
-        """Where its lossless copy belongs."""
+        """The place of the lossless copy of a video."""
         return self.lossless / f"{item.key}.mkv"
 
     def add(self, item: VideoItem, files: dict[Path, Path], record: dict[str, Any]) -> None:
-        """Put finished files in their places; with its record, written last, a video is done.
+        """Move finished files to their places, then write the record, which marks them as done.
 
         Args:
             item: The video.
             files: Unfinished file -> its place.
-            record: What is known of the video.
+            record: The record of the video.
         """
         sums = {self._relative(place): _file_sum(file) for file, place in files.items()}
         for file, place in files.items():
@@ -143,7 +143,7 @@ class RunFolder:
         self._failure_file(item).unlink(missing_ok=True)
 
     def record(self, item: VideoItem) -> dict[str, Any] | None:
-        """What is known of a video; None unless it is done and its files have their sizes."""
+        """The record of a video; None unless it is done and its files have the right sizes."""
         try:
             record = json.loads(self._item_file(item).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -155,7 +155,7 @@ class RunFolder:
         return record
 
     def add_failure(self, item: VideoItem, error: Exception) -> None:
-        """Note that a video failed."""
+        """Record that a video failed."""
         self._failures.mkdir(exist_ok=True)
         write_json(
             self._failure_file(item),
@@ -163,7 +163,7 @@ class RunFolder:
         )
 
     def forget_failures(self, items: Iterable[VideoItem]) -> None:
-        """Before they are tried again."""
+        """Remove the records of failures before the videos are tried again."""
         for item in items:
             self._failure_file(item).unlink(missing_ok=True)
 
@@ -175,7 +175,7 @@ class RunFolder:
             return None
 
     def _require_empty(self) -> None:
-        """Files of unknown origin would be taken for the run's own."""
+        """Refuse a folder with other files, which would be taken for the run's own."""
         found = sorted(file.name for file in self.videos.glob("*")) if self.path.exists() else []
         if found:
             raise ValueError(
@@ -185,14 +185,14 @@ class RunFolder:
             )
 
     def _create(self, settings: dict[str, Any]) -> None:
-        """Write the settings unless another rank did; a link appears whole or not at all."""
+        """Write the settings unless another rank did; a link appears completely or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         content = {"hash": settings_hash(settings), "settings": settings}
         with suppress(FileExistsError):
             write_json(self._settings_file, content, new=True)
 
     def _discard_unfinished(self, rank: int, num_ranks: int) -> None:
-        """What a killed process left: this rank's, and by rank 0 that of ranks no longer there."""
+        """Remove files of killed processes: this rank's own, and on rank 0 those of old ranks."""
         shutil.rmtree(self._unfinished / str(rank), ignore_errors=True)
         if rank == 0 and self._unfinished.is_dir():
             for folder in self._unfinished.iterdir():

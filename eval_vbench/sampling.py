@@ -1,4 +1,4 @@
-"""Generate a rank's part of a run: every video once, whatever was killed before."""
+"""Generates the part of a run that belongs to a rank; every video once, even after a kill."""
 
 import errno
 import time
@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.5
 
 
 class SamplingStoppedError(RuntimeError):
-    """A run could not go on; what it made is kept."""
+    """A run could not continue; its finished videos are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Sampling:
     """What all videos of a run share.
 
     Attributes:
-        run: Where they go.
-        share: Which of them are this process's.
+        run: The folder of the run.
+        share: The part of the videos that this process generates.
         video: Size and sampling.
         sparse: None for dense attention.
         fps: Frames per second of the files.
@@ -56,14 +56,14 @@ class Sampling:
     progress: Callable[[str], AbstractContextManager[Callable[[StepRecord], None]]]
 
     def missing(self, items: Sequence[VideoItem]) -> list[VideoItem]:
-        """Those of this process's items that are not done."""
+        """The items of this process that are not done."""
         return [item for item in self.share.of(items) if self.run.record(item) is None]
 
     def sample(self, pipe: "HunyuanVideoPipeline", items: Sequence[VideoItem]) -> int:
-        """Generate what is missing and return how many failed; each of those is noted.
+        """Generate the missing videos, record failures, and return the number of failures.
 
         Raises:
-            SamplingStoppedError: The disk is full, or one video after the other fails.
+            SamplingStoppedError: The disk is full, or several videos in a row fail.
         """
         begun, failed, in_a_row = time.perf_counter(), 0, 0
         for number, item in enumerate(items):
@@ -121,15 +121,15 @@ def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:
 def wait_for_others(run: RunFolder, items: Sequence[VideoItem]) -> None:
     """Wait until all ranks are done.
 
-    A launcher ends every rank as soon as one returns an error, so a rank whose videos failed waits
-    for the others before it says so.
+    A launcher ends every rank as soon as one returns an error, so a rank with failed videos waits
+    for the others before it reports them.
     """
     while not settled(run, items):
         time.sleep(_POLL_SECONDS)
 
 
 def format_seconds(seconds: float) -> str:
-    """Such as "3 h 05 min" or "12 s"."""
+    """Format seconds, such as "3 h 05 min" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -144,7 +144,7 @@ def _record(
     result: GenerationResult,
     fps: int,
 ) -> dict[str, Any]:
-    """What a report needs of one video."""
+    """The record of one video for the report."""
     return {
         "text": request.prompt,
         "prompt_tokens": [asdict(count) for count in result.prompt_tokens],

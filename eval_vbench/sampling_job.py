@@ -1,4 +1,4 @@
-"""Generate what `eval_vbench.generate` was asked for, once its arguments are sound."""
+"""Runs `eval_vbench.generate` after its arguments have been checked."""
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -30,15 +30,15 @@ class SamplingJob:
     """One rank's part of a run.
 
     Attributes:
-        run: Where the videos go.
-        share: Which of them are this rank's.
+        run: The folder of the run.
+        share: The part of the videos that this rank generates.
         load: How the model is loaded.
-        suite, num_prompts, videos_per_prompt: What is generated; all prompts if None.
-        seed: Every video's own is derived from it.
+        suite, num_prompts, videos_per_prompt: What to generate; None means all prompts.
+        seed: The base seed; the seed of every video is derived from it.
         fps: Frames per second of the files.
         lossless: Whether lossless copies are kept.
         video, sparse: As in a request.
-        verbose: Whether the libraries may speak.
+        verbose: Whether to show the messages of other libraries.
     """
 
     run: RunFolder
@@ -64,11 +64,11 @@ class SamplingJob:
 
     @property
     def items(self) -> list[VideoItem]:
-        """All videos of the run, of whatever rank."""
+        """All videos of the run, on all ranks."""
         return video_items(self.prompts, self.videos_per_prompt, self.seed)
 
     def check(self) -> None:
-        """Find out what would fail, and make the folder this run's.
+        """Check what would fail, and claim the folder for this run.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the

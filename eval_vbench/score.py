@@ -47,17 +47,17 @@ def main(
     ] = None,
     dimensions: Annotated[
         str | None,
-        typer.Option(help="Names with commas.", show_default="all that the prompts belong to"),
+        typer.Option(help="Names, separated by commas.", show_default="all of the prompts"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
     ] = None,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Score what can be scored.")
+        bool, typer.Option("--skip-missing", help="Skip dimensions that cannot be scored.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback.")] = False,
 ) -> None:
-    """Score a run; what was scored before is not scored again."""
+    """Score a run; existing scores are kept."""
     with ErrorsToExitCodes(verbose) as errors:
         folder = RunFolder(run)
         check_videos(folder)

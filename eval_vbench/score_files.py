@@ -1,4 +1,4 @@
-"""The scores that VBench gave a run, as files in its folder."""
+"""Reads and writes VBench's scores of a run, as files in its folder."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from xattn_video.files import write_json
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One dimension of one run.
+    """The score of one dimension of one run.
 
     Attributes:
         dimension: Its name.
         score: VBench's own aggregate.
         videos: File name -> the video's value, 0 to 1.
-        digest: Of the videos that were scored.
-        vbench: Version of the package.
+        digest: Digest of the videos that were scored.
+        vbench: Version of the vbench package.
     """
 
     dimension: str
@@ -37,7 +37,7 @@ def write_score(run: RunFolder, score: Score) -> None:
 
 
 def read_score(run: RunFolder, dimension: str) -> Score | None:
-    """A dimension's score; None if there is none of the videos as they are now.
+    """The score of a dimension; None if the present videos have no score.
 
     Raises:
         ValueError: The file holds something else.
@@ -70,7 +70,7 @@ def scored_items(run: RunFolder, dimension: str) -> list[VideoItem]:
 
 
 def videos_digest(run: RunFolder, items: Sequence[VideoItem]) -> str:
-    """Changes with any of the videos; a video that is not there counts as such."""
+    """A digest that changes with any of the videos; a missing video counts as missing."""
     digest = hashlib.sha256()
     for item in items:
         record = run.record(item)

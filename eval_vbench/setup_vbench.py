@@ -30,7 +30,7 @@ _NEWEST_PYTHON = (3, 11)
 def main(
     folder: Annotated[Path, typer.Argument(help="The environment's folder.")],
     python: Annotated[
-        Path, typer.Option(help="Python 3.11 or older that the environment is made from.")
+        Path, typer.Option(help="Python 3.11 or older to create the environment with.")
     ] = Path(sys.executable),
 ) -> None:
     """Make an environment with VBench in it; several GB, several minutes."""

@@ -1,4 +1,4 @@
-"""Paired differences and how sure they are."""
+"""Paired differences and their confidence intervals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def paired_difference(
 
     Args:
         first, second: Video -> value.
-        prompts: Video -> prompt. Whole prompts are resampled, for their videos are alike.
+        prompts: Video -> prompt. Whole prompts are resampled, because their videos are similar.
     """
     shared = [name for name in first if name in second]
     if not shared:

@@ -1,4 +1,4 @@
-"""Score a run with the real VBench: one process for each dimension, checked before and after."""
+"""Scores a run with the real VBench: one process per dimension, checked before and after."""
 
 import json
 import math
@@ -27,16 +27,16 @@ _NAMED = 3
 
 
 class ScoringError(RuntimeError):
-    """VBench failed, or gave something that is no score."""
+    """VBench failed, or its result is not a score."""
 
 
 def check_videos(run: RunFolder) -> None:
-    """Make sure that the folder holds the run's videos, whole, and nothing else.
+    """Check that the folder holds the complete videos of the run and nothing else.
 
-    VBench takes the suffix of all videos from any file it finds, and answers NaN without an error.
+    VBench takes the suffix of all videos from any file it finds, and returns NaN without an error.
 
     Raises:
-        ValueError: A video is missing or not as it was made, or there is a stray file.
+        ValueError: A video is missing or was changed, or there is a stray file.
     """
     items = run.expected_items()
     found = {path.name for path in run.videos.glob("*")} if run.videos.is_dir() else set()
@@ -83,14 +83,14 @@ def score_dimension(
     """Let VBench score one dimension; its output goes to scores/{dimension}.log.
 
     Args:
-        run: With all its videos.
-        dimension: One that can be scored.
-        environment: VBench's.
-        weights_folder: Holds the weights.
-        device: CUDA where VBench's torch finds one, else the CPU, if None.
+        run: A complete run.
+        dimension: A dimension that can be scored.
+        environment: VBench's environment.
+        weights_folder: The folder of the weights.
+        device: None means CUDA if VBench's torch finds it, else the CPU.
 
     Raises:
-        ScoringError: It failed, or its answer is no score of these videos.
+        ScoringError: VBench failed, or its result is not a score of these videos.
     """
     items = scored_items(run, dimension)
     entries = [
@@ -136,10 +136,10 @@ def score_dimension(
 def read_answer(
     dimension: str, answer: dict[str, Any], items: list[VideoItem]
 ) -> tuple[float, dict[str, float]]:
-    """The aggregate and each video's value in VBench's answer.
+    """The aggregate and the value of each video in VBench's result.
 
     Raises:
-        ScoringError: A value is not finite, or the videos are not those that were given.
+        ScoringError: A value is not finite, or the result is about other videos.
     """
     aggregate, listed = answer[dimension]
     scale = 100 if dimension in _PERCENT else 1

@@ -1,4 +1,4 @@
-"""Runs in VBench's own environment, as a file of its own: nothing of this repository is there.
+"""Runs in VBench's own environment, as a single file: this repository is not installed there.
 
 python vbench_worker.py probe MODULE...               what is installed, as JSON on stdout
 python vbench_worker.py score REQUEST.json            one dimension; VBench writes the result
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Do what the first argument says."""
+    """Run the command that the first argument names."""
     command, *arguments = sys.argv[1:]
     if command == "probe":
         probe(arguments)
@@ -34,8 +34,8 @@ def probe(modules: list[str]) -> None:
 def score(request_file: Path) -> None:
     """Score one dimension through VBench's Python API.
 
-    Its command line would start torch.distributed through a shell, ignore how that ended, and
-    insist on CUDA.
+    Its command line would start torch.distributed through a shell, ignore its exit code, and
+    require CUDA.
     """
     request = json.loads(request_file.read_text(encoding="utf-8"))
     import torch

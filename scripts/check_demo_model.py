@@ -117,7 +117,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="CUDA where there is one, else the CPU, if left out")
+    parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
     parser.add_argument("--output", type=user_path, help="a JSON file")
     return parser.parse_args()
 

@@ -4,9 +4,9 @@
     python -m scripts.write_quality_page benchmarks/results/quality/*.json \\
         --page docs/quality.md --grid README.md
 
-Each file becomes a section, in the order given; a file that is not there is left out and named.
-The plots go to `images` beside the page. A page that is there keeps what stands outside its marks.
-`--grid` also writes the first file's PSNR by threshold and warm-up steps into a page of its own.
+Each file becomes a section, in the given order; a missing file is skipped with a message.
+The plots go to `images` next to the page. An existing page keeps its text outside the marks.
+`--grid` also writes the PSNR of the first file, by threshold and warm-up steps, into another page.
 """
 
 import argparse
@@ -37,8 +37,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=user_path, help="results.json files")
-    parser.add_argument("--page", type=user_path, required=True, help="the page to write or make")
-    parser.add_argument("--grid", type=user_path, help="a page for the first file's PSNR grid")
+    parser.add_argument(
+        "--page", type=user_path, required=True, help="the page to write or create"
+    )
+    parser.add_argument(
+        "--grid", type=user_path, help="another page, for the PSNR grid of the first file"
+    )
     arguments = parser.parse_args()
     present = [path for path in arguments.results if path.is_file()]
     for path in arguments.results:
@@ -55,7 +59,7 @@ def main() -> int:
 
 
 def write_page(page: Path, results: list[Path]) -> None:
-    """Replace what the page holds between its two marks.
+    """Replace the content between the two marks of the page.
 
     Args:
         page: A Markdown file; the plots go to ``images`` beside it.
@@ -75,20 +79,20 @@ def write_page(page: Path, results: list[Path]) -> None:
 
 
 def write_between(page: Path, begin: str, end: str, content: str) -> None:
-    """Replace what a page holds between two marks, and say where."""
+    """Replace the content between two marks of a page, and print the page's name."""
     write_text(page, replace_between(_text_of(page, begin, end), begin, end, content))
     print(f"wrote {page}")
 
 
 def _text_of(page: Path, begin: str, end: str) -> str:
-    """What a page holds; one that is not there is new."""
+    """The text of a page; a new page if it does not exist."""
     if page.exists():
         return page.read_text(encoding="utf-8")
-    return f"# Quality, measured\n\n{begin}{end}\n"
+    return f"# Quality\n\n{begin}{end}\n"
 
 
 def run_name(path: Path) -> str:
-    """The file's own name, or that of its folder where it is the usual results.json."""
+    """The name of the file, or of its folder if the file is called results.json."""
     return path.resolve().parent.name if path.stem == "results" else path.stem
 
 

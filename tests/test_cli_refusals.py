@@ -280,7 +280,7 @@ def test_a_scoring_precision_that_cannot_be_had_says_why_before_the_model_is_loa
     )
     code, _, err = generate("--prompt=a", "--scoring-precision=float8")
     assert code == 2
-    assert 'scoring precision "float8" cannot be honoured: too old a GPU; score exactly.' in err
+    assert 'scoring precision "float8" is not available: too old a GPU; score exactly.' in err
 
 
 def model_errors(tmp_path: Path) -> list[tuple[str, str]]:
@@ -291,7 +291,7 @@ def model_errors(tmp_path: Path) -> list[tuple[str, str]]:
     (broken / "model_index.json").write_text("{")
     return [
         (str(wan), "is a WanPipeline; supported is HunyuanVideoPipeline"),
-        (str(empty), "is no Diffusers pipeline: it has no model_index.json"),
+        (str(empty), "is not a Diffusers pipeline: it has no model_index.json"),
         (str(broken), "is not valid JSON"),
         ("./nowhere", "model './nowhere' is neither a folder nor a hub ID"),
     ]

@@ -61,7 +61,7 @@ def test_a_with_block_disables_after_an_error():
 def test_enabling_twice_raises():
     pipe = tiny_pipeline()
     handle = enable_xattention(pipe)
-    with pytest.raises(RuntimeError, match=r"enabled on this transformer already; call disable"):
+    with pytest.raises(RuntimeError, match=r"already enabled on this transformer; call disable"):
         enable_xattention(pipe.transformer)
     handle.disable()
     enable_xattention(pipe)
@@ -150,7 +150,7 @@ def test_a_scoring_precision_that_cannot_be_had_stops_the_first_step(monkeypatch
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
     pipe = tiny_pipeline()
     handle = enable_xattention(pipe, 0.5, **OPTIONS, scoring_precision="float8")
-    with pytest.raises(ValueError, match='precision "float8" cannot be honoured: no 8 bits'):
+    with pytest.raises(ValueError, match='precision "float8" is not available: no 8 bits'):
         generate(pipe, 3)
     assert handle.processor.report().num_refused == 1
     assert states(handle.processor.report()) == []

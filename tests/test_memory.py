@@ -125,7 +125,7 @@ def test_the_fastest_offload_that_fits_is_chosen(room, offload):
 
 def test_an_offload_that_was_asked_for_is_kept():
     memory = estimate(gpu(offload="group"), room=Room(79, 200))
-    assert (memory.offload, memory.offload_reason) == ("group", "as asked for")
+    assert (memory.offload, memory.offload_reason) == ("group", "as requested")
 
 
 def test_without_a_known_gpu_the_default_stands():
@@ -229,7 +229,7 @@ def test_what_cannot_fit_is_refused_before_the_hub_is_asked(
     assert code == 2, err
     assert "GiB of host memory are needed and this machine has 22 free. " in err
     assert fitting in err
-    assert err.endswith("--force tries it all the same.\n")
+    assert err.endswith("--force runs it anyway.\n")
     assert err.count("\n") == 1
 
 

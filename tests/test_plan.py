@@ -243,4 +243,4 @@ def test_a_scoring_precision_that_cannot_be_had_is_a_warning(monkeypatch):
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
     (warning,) = [w for w in plan(scoring_precision="float8").warnings if "float8" in w]
-    assert warning.startswith('scoring precision "float8" cannot be honoured: no 8 bits.')
+    assert warning.startswith('scoring precision "float8" is not available: no 8 bits.')

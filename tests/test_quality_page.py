@@ -105,8 +105,8 @@ def test_a_missing_run_leaves_its_section_out(script, page, tmp_path, monkeypatc
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("{}", "these are no results of `xattn-video compare`: KeyError 'rows'"),
-        ('{"rows": [{}]}', "these are no results of `xattn-video compare`: KeyError 'method'"),
+        ("{}", "this is not a result of `xattn-video compare`: KeyError 'rows'"),
+        ('{"rows": [{}]}', "this is not a result of `xattn-video compare`: KeyError 'method'"),
     ],
 )
 def test_other_files_are_refused(script, page, tmp_path, monkeypatch, capsys, content, message):

@@ -1,29 +1,33 @@
-"""What the README shows must be there: its code compiles, its commands and files are read.
-
-And the links of every page lead somewhere.
-"""
+"""What the README and docs/usage.md show works: code, commands and files. Links resolve."""
 
 import ast
+import functools
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import HunyuanVideoPipeline
 from typer.testing import CliRunner
 
 import xattn_video
-from xattn_video import ThresholdSchedule
+from xattn_video import ThresholdSchedule, UnsupportedModelError
 from xattn_video.cli import app
+from xattn_video.pipelines.source import check_supported, find_model
+from xattn_video.processors.binding import family_of
+from xattn_video.processors.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "benchmarks").glob("*.md"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, USAGE = ROOT / "README.md", ROOT / "docs/usage.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, *pages: Path) -> list[str]:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages or (README, USAGE))
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -39,6 +43,28 @@ def test_its_code_imports_names_that_exist(code):
                 assert alias.name in xattn_video.__all__
 
 
+@pytest.mark.parametrize("page", [README, USAGE], ids=lambda page: page.name)
+def test_its_snippets_run_one_after_the_other(page, tiny_pipeline, tmp_path, monkeypatch):
+    """As they stand, but on the tiny pipeline and a video of its size."""
+    load = functools.partial(HunyuanVideoPipeline.from_pretrained, tiny_pipeline)
+    run = HunyuanVideoPipeline.__call__
+    small = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 8}
+
+    def from_pretrained(name, dtype):
+        assert (name, dtype) == ("hunyuanvideo-community/HunyuanVideo", torch.bfloat16)
+        return load(dtype=torch.float32)
+
+    monkeypatch.setattr(HunyuanVideoPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(HunyuanVideoPipeline, "__call__", functools.partialmethod(run, **small))
+    # Accelerate offloads to a GPU alone.
+    monkeypatch.setattr(HunyuanVideoPipeline, "enable_model_cpu_offload", lambda pipe: None)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for code in blocks("python", page):
+        exec(compile(code, page.name, "exec"), namespace)
+    assert namespace["processor"].report().steps == tuple(range(8))
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_its_commands_have_the_options(command):
     name, options = command[1], [word for word in command[2:] if word.startswith("--")]
@@ -46,6 +72,22 @@ def test_its_commands_have_the_options(command):
     assert shown.exit_code == 0
     for option in options:
         assert option in shown.stdout
+
+
+def test_readme_and_messages_name_the_same_models(tmp_path):
+    index = tmp_path / "model_index.json"
+    index.write_text('{"_class_name": "HunyuanVideoImageToVideoPipeline"}')
+    with pytest.raises(UnsupportedModelError) as of_the_processor:
+        family_of(torch.nn.Linear(1, 1))
+    with pytest.raises(UnsupportedModelError) as of_the_command_line:
+        check_supported(find_model(str(tmp_path)))
+    (family,) = FAMILIES
+    texts = [str(of_the_processor.value), str(of_the_command_line.value)]
+    for text in [*texts, " ".join(README.read_text(encoding="utf-8").split())]:
+        assert "HunyuanVideoTransformer3DModel" in text
+        for model in family.covers:
+            assert model in text
+    assert "loads text-to-video pipelines only" in texts[1]
 
 
 def test_its_schedule_is_one():

@@ -62,7 +62,7 @@ def test_eight_bits_are_refused_where_no_kernel_runs(monkeypatch):
 
     reasons = ["the device must be CUDA."]
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **options: reasons)
-    with pytest.raises(ValueError, match=r'"float8" cannot be honoured: the device must be CUDA'):
+    with pytest.raises(ValueError, match=r'"float8" is not available: the device must be CUDA'):
         block_scores(*make_pair(1, 1, 64, 64, 16), precision="float8")
 
 

@@ -129,7 +129,7 @@ def test_other_settings_are_refused(finished, tiny_pipeline, option, message):
     before = files_of(finished)
     code, _, messages = make_run(finished, tiny_pipeline, *SPARSE, option)
     assert code == 2
-    assert f"holds a run of other settings: {message} (there and asked for)" in messages
+    assert f"holds a run of other settings: {message} (in the folder and requested)" in messages
     assert "give another --run, or the same settings" in messages
     assert files_of(finished) == before
 

@@ -116,7 +116,7 @@ def test_a_score_of_other_videos_does_not_count(runs):
     item_file.write_text(json.dumps(item))
     _, page, _ = make_report(runs, "--no-fidelity")
     assert "16 of 16 dimensions were not scored" in page
-    assert "PSNR, SSIM and LPIPS were not asked for." in page
+    assert "PSNR, SSIM and LPIPS were not requested." in page
 
 
 def test_other_settings_cannot_be_compared(runs, tiny_pipeline):

@@ -1,4 +1,4 @@
-"""`python -m xattn_video`, and what the script `xattn-video` runs."""
+"""Entry point of `python -m xattn_video` and of the script `xattn-video`."""
 
 import sys
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ _VIDEO_PACKAGES = (
 
 
 def main() -> None:
-    """Run the command line, or say in one line what to install for it."""
+    """Run the command line, or print one line that says what to install for it."""
     missing = [name for name in _VIDEO_PACKAGES if find_spec(name) is None]
     if missing:
         sys.exit(

@@ -1,4 +1,4 @@
-"""The published quick-use call of XAttention, for code written against it."""
+"""The authors' published call `Xattention_prefill`, for code that uses it."""
 
 import math
 from numbers import Real
@@ -42,7 +42,7 @@ def Xattention_prefill(  # noqa: N802  (the published name)
 ) -> Tensor:
     """Attention over the blocks that XAttention selects, with the published argument names.
 
-    Padded keys take no mass here; ``chunk_size`` therefore bounds memory and never changes the
+    Padded keys receive no mass here, so ``chunk_size`` bounds memory and never changes the
     result.
 
     Args:
@@ -51,8 +51,8 @@ def Xattention_prefill(  # noqa: N802  (the published name)
         value_states: `[B, Hkv, Sk, D]`.
         stride: Tokens in a group of the estimate; divides ``block_size``.
         norm: Divides the estimate's softmax scale.
-        threshold: Share of each row's estimated mass to keep; a number, or a tensor `[H]` of one
-            for each query head. Of more dimensions it is as in `select_blocks`.
+        threshold: Share of each row's estimated mass to keep: a number, or a tensor `[H]` with
+            one value per query head. With more dimensions it is used as in `select_blocks`.
         block_size: Tokens in a block.
         use_triton: Score with the Triton kernel (True) or in torch (False); None takes the kernel
             on a GPU where it can run.
@@ -104,7 +104,7 @@ def Xattention_prefill(  # noqa: N802  (the published name)
 
 
 def _by_head(threshold: float | Tensor, query: Tensor) -> float | Tensor:
-    """`[H]` as `[H, 1]`: without it the last dimension would be rows of blocks."""
+    """Turn `[H]` into `[H, 1]`; otherwise the last dimension would mean rows of blocks."""
     if not isinstance(threshold, Tensor) or threshold.dim() != 1:
         return threshold
     if threshold.shape[0] != query.shape[1]:
@@ -137,7 +137,7 @@ def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: in
 def _scores(
     query: Tensor, key: Tensor, use_triton: bool | None, chunk_size: int | None, **options: Any
 ) -> Tensor:
-    """`block_scores` by the path that ``use_triton`` names."""
+    """`block_scores`, computed as ``use_triton`` says."""
     problem = Problem(query.device, query.dtype, query.shape[-1], options["block_size"])
     reasons = triton_unsupported_reasons(problem, options["stride"])
     if use_triton and reasons:

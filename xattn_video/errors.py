@@ -12,7 +12,7 @@ class XAttentionError(Exception):
 
 
 class BackendUnavailableError(XAttentionError, RuntimeError):
-    """A backend was asked for that cannot run the problem.
+    """The requested backend cannot run the problem.
 
     Args:
         name: The backend, or ``"auto"`` when none of them can run.
@@ -30,7 +30,7 @@ class BackendUnavailableError(XAttentionError, RuntimeError):
 
 
 class UnsupportedModelError(XAttentionError, TypeError):
-    """The model is not one whose attention this package knows."""
+    """This package does not support the model."""
 
 
 class UnboundProcessorError(XAttentionError, RuntimeError):
@@ -42,15 +42,15 @@ class ResidualMemoryError(XAttentionError, MemoryError):
 
 
 class PipelineLoadError(XAttentionError, OSError):
-    """A pipeline could not be had from the hub."""
+    """A pipeline could not be loaded from the hub."""
 
 
 class MissingPackageError(XAttentionError, ImportError):
-    """An optional package that is needed cannot be used."""
+    """A required optional package is missing or unusable."""
 
 
 class FileNotWrittenError(XAttentionError, OSError):
-    """A file could not be written; what was in its place is as it was.
+    """A file could not be written; the previous file is unchanged.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and paths as people type them."""
+"""Write files completely or not at all, and expand paths as users type them."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PREFIX = ".xattn-video-"
-# A file takes minutes to write: one of another machine that nobody touched for a day is left over.
+# Writing a file takes minutes, so a day-old temporary file of another machine is left over.
 _STALE_SECONDS = 24 * 3600
 # Not every file system can sync a folder, and one may write in folders that one may not read.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
@@ -44,10 +44,10 @@ def user_path(path: str | Path) -> Path:
 
 
 def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "output") -> None:
-    """Make sure that ``path`` can be written later; missing parent folders are created now.
+    """Check that ``path`` can be written later; missing parent folders are created now.
 
     Raises:
-        ValueError: Wrong suffix, a folder is in its place, or it cannot be written.
+        ValueError: The suffix is wrong, ``path`` is a folder, or it cannot be written.
     """
     if path.suffix.lower() not in suffixes:
         raise ValueError(
@@ -62,10 +62,10 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
 
 
 def check_output_folder(folder: Path, *, what: str = "output") -> None:
-    """Create ``folder`` where it is missing and make sure that files can be written in it.
+    """Create ``folder`` if it is missing, and check that files can be written in it.
 
     Raises:
-        ValueError: It cannot be created or written.
+        ValueError: The folder cannot be created or written.
     """
     with _refused(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,18 +93,18 @@ def _refused(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the place of ``path`` when all went well.
+    """A temporary path in the same folder that replaces ``path`` on success.
 
-    The file is on the disk by then. It has the suffix of ``path``, which tells a library what to
-    write. What killed runs left in the folder is removed first.
+    The file is synced to disk before. It has the suffix of ``path``, which tells a library the
+    format. Temporary files of killed runs are removed from the folder first.
 
     Args:
         path: The file.
-        new: Leave a file that is there by then as it is.
+        new: Do not replace a file that exists by then.
 
     Raises:
-        FileNotWrittenError: Writing failed; what was at ``path`` is still there.
-        FileExistsError: With ``new``, where there is such a file.
+        FileNotWrittenError: Writing failed; the previous file at ``path`` is unchanged.
+        FileExistsError: ``new`` is set and the file exists.
     """
     path = Path(path)
     with _told(path), contextlib.ExitStack() as stack:
@@ -121,7 +121,7 @@ def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Name the file that an error of the system is about, and what to do."""
+    """Turn a system error into one that names the file and says what to do."""
     try:
         yield
     except (FileNotWrittenError, FileExistsError):
@@ -132,9 +132,9 @@ def _told(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_path(folder: Path, suffix: str) -> Iterator[Path]:
-    """An empty file in ``folder`` that is gone afterwards; its lock tells others that it is used.
+    """A temporary empty file in ``folder``, removed afterwards; its lock says that it is in use.
 
-    Its name holds the machine, as long as it is not started anew, and the process.
+    Its name holds the machine (until it restarts) and the process.
     """
     while True:
         token = secrets.token_hex(4)
@@ -155,10 +155,10 @@ def temporary_path(folder: Path, suffix: str) -> Iterator[Path]:
 
 
 def clear_stale(folder: Path) -> None:
-    """Remove the temporary files of killed runs from ``folder``, and surely no others.
+    """Remove the temporary files of killed runs from ``folder``, and no others.
 
-    The system lets go of a lock however its process ends, so a file whose lock is free is left
-    over. A file system may keep locks to one machine: a file of another one must be old as well.
+    The system releases a lock however its process ends, so a file without a lock is left over.
+    Some file systems keep locks within one machine, so a file of another machine must also be old.
     """
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(_PREFIX)]
@@ -181,7 +181,7 @@ def _remove_if_stale(path: Path) -> None:
 
 
 def _lock(file: int, *, wait: bool) -> bool:
-    """Lock a file, and tell whether it is; some file systems have no locks."""
+    """Try to lock a file, and return whether it is locked; some file systems have no locks."""
     if sys.platform == "win32":
         return False
     import fcntl
@@ -194,7 +194,7 @@ def _lock(file: int, *, wait: bool) -> bool:
 
 
 def _machine() -> str:
-    """A kernel, from one start to the next; containers on it are the same machine."""
+    """An ID of the running kernel; all containers on it count as one machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     except OSError:
@@ -202,26 +202,26 @@ def _machine() -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text to ``path``, which holds all of it or stays as it was."""
+    """Write a text to ``path`` completely, or leave the file unchanged."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any, *, indent: int = 2, new: bool = False) -> None:
-    """Write JSON to ``path``, which holds all of it or stays as it was; ``new``: see above."""
+    """Write JSON to ``path`` completely, or leave it unchanged; ``new`` as in `atomic_path`."""
     text = json.dumps(content, indent=indent)
     with atomic_path(path, new=new) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_figure(path: str | Path, figure: "Figure", dpi: int = 150) -> None:
-    """Write a figure to ``path``, which holds all of it or stays as it was."""
+    """Write a figure to ``path`` completely, or leave the file unchanged."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's new names, and hear of what it has not."""
+    """Wait until a file, or the names in a folder, are on the disk; raise if that fails."""
     file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(file)

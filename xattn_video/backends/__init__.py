@@ -1,1 +1,1 @@
-"""Attention backends, one file each. A backend differs from another in time, never in meaning."""
+"""Attention backends, one file each. Backends differ in speed, never in the result."""

@@ -62,7 +62,7 @@ def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, 
 
 @functools.cache
 def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> None:
-    """Hold the kernel to the formula once for each kind of input."""
+    """Check the kernel against the formula, once for each kind of input."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
         return _attend(query, key, value, block_mask, None, head_dim**-0.5)

@@ -1,4 +1,4 @@
-"""The fastest exact dense kernel on a Hopper GPU, for where the user has not chosen one."""
+"""The fastest dense kernel on a Hopper GPU, used if the user has not chosen one."""
 
 import functools
 from typing import Literal
@@ -25,7 +25,7 @@ _SDPA_PRIORITY = [
 def fastest_dense_kernel(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> DenseKernel | None:
-    """The kernel to prefer over PyTorch's choice; None where that one is left alone."""
+    """The kernel to use instead of PyTorch's choice; None to keep PyTorch's choice."""
     if device.type != "cuda" or dtype not in flash_attention_4.DTYPES:
         return None
     if not flash_attention_4.unsupported_reasons(device, dtype, head_dim):

@@ -27,7 +27,7 @@ NAME = "flex"
 
 _BLOCK_SIZES = (64, 128)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Shapes one process may compile for; beyond this torch raises, as the whole graph is asked for.
+# Number of shapes that one process may compile for; with fullgraph, torch raises beyond it.
 _RECOMPILE_LIMIT = 64
 
 
@@ -174,7 +174,7 @@ def _flex_forward(
     kernel_options: Any,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """FlexAttention over the listed blocks; with the log-sum-exp where it is asked for."""
+    """FlexAttention over the listed blocks, with the log-sum-exp if requested."""
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "FlexAttention ignores the block mask unless it is compiled, and torch.compile is "

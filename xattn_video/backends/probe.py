@@ -1,4 +1,4 @@
-"""Holds another package's kernel to the formula before its results are used."""
+"""Checks another package's kernel against the formula before its results are used."""
 
 from collections.abc import Callable
 
@@ -31,13 +31,13 @@ def check_on_small_problem(
         attend: Its attention, from query, key, value `[1, 2, 300, D]` and the block mask.
             Where grouped, key and value are `[1, 1, 300, D]`.
         device: Where it runs.
-        dtype: Of the inputs.
+        dtype: Dtype of the inputs.
         head_dim: D.
-        remedy: What to do where it fails.
+        remedy: What to do if the check fails.
         grouped: Whether both query heads share one key head.
 
     Raises:
-        BackendUnavailableError: It ignores the blocks, or is wrong in another way.
+        BackendUnavailableError: The kernel ignores the blocks, or its result is wrong.
     """
     # The last block holds 44 keys; rows with it, without it, and with no block at all.
     mask = torch.tensor([[[1, 0, 1], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]]])

@@ -1,4 +1,4 @@
-"""The static table of attention backends, and how one is chosen."""
+"""The table of attention backends, and the choice of one."""
 
 import functools
 import importlib
@@ -21,9 +21,9 @@ BACKENDS = {
     "torch_gather": "xattn_video.backends.torch_gather",
 }
 
-# What `auto` tries, in this order. Backends refuse families of GPUs themselves: flash4 all but
-# Hopper. docs/backends.md says what each family comes to, and what was measured. block_sparse_attn
-# is left out, as it has not been run.
+# What `auto` tries, in this order. Each backend itself refuses the GPUs that it does not support:
+# flash4 refuses all but Hopper. docs/backends.md lists the resulting order by GPU family, and what
+# was measured. block_sparse_attn is omitted because it has not been run.
 AUTO_ORDER = {
     "cuda": ("flash4", "triton", "flex", "torch_gather"),
     "cpu": ("torch_gather", "flex"),
@@ -41,7 +41,7 @@ class Backend(Protocol):
     def forward(
         self, inputs: AttentionInputs, return_lse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over the listed blocks, and its log-sum-exp where it is asked for.
+        """Attention over the listed blocks, and its log-sum-exp if requested.
 
         Returns:
             `[B, H, Sq, D]`, stored `[B, Sq, H, D]`, and float32 `[B, H, Sq]` or None: the natural
@@ -62,17 +62,17 @@ def load_backend(name: str) -> Backend:
 
 
 def resolve_backend(name: str, problem: Problem) -> str:
-    """The name of the backend that runs ``problem``; never another than the one asked for.
+    """The name of the backend that runs ``problem``; a named backend is never replaced.
 
     Raises:
         ValueError: No backend has that name.
-        BackendUnavailableError: It cannot run the problem, with every reason.
+        BackendUnavailableError: The backend cannot run the problem; lists every reason.
     """
     return _resolve_auto(problem) if name == "auto" else _resolve_named(name, problem)
 
 
-# What runs is cached, what is refused is not: every layer of every step asks, and looking for a
-# package takes as long as a few launches.
+# A backend that can run is cached, a refusal is not. Every layer of every step asks, and looking
+# for a package takes as long as a few launches.
 @functools.lru_cache(maxsize=256)
 def _resolve_named(name: str, problem: Problem) -> str:
     reasons = load_backend(name).unsupported_reasons(problem)
@@ -81,7 +81,7 @@ def _resolve_named(name: str, problem: Problem) -> str:
     return name
 
 
-# Cached, so that one choice is spoken of once, too.
+# Cached, so that each choice is also logged only once.
 @functools.lru_cache(maxsize=256)
 def _resolve_auto(problem: Problem) -> str:
     refused: list[str] = []
@@ -102,11 +102,11 @@ def available_backends(
     head_dim: int = 128,
     block_size: int = 128,
 ) -> dict[str, list[str]]:
-    """Every backend with its reasons not to run; an empty list means that it can.
+    """Every backend with the reasons why it cannot run; an empty list means that it can.
 
     Args:
-        device: Where to run; a CUDA device where there is one, else the CPU, if None.
-        dtype: bfloat16 on CUDA and float32 elsewhere, if None.
+        device: Where to run. None means a CUDA device if there is one, else the CPU.
+        dtype: None means bfloat16 on CUDA and float32 elsewhere.
         head_dim: Size of a head.
         block_size: Tokens in a block.
     """

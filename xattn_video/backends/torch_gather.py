@@ -1,4 +1,4 @@
-"""Gathers each row's kept blocks and runs SDPA on them: right anywhere, quick on a CPU."""
+"""Gathers the kept blocks of each row and runs SDPA on them: runs anywhere, fast on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,12 @@ _ROWS_AT_ONCE = 2
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """None: it runs on every device, dtype and size."""
+    """No reasons: this backend runs on every device, dtype and size."""
     return []
 
 
 def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Loop over the rows of blocks; reads the lists on the host, so that a GPU waits for it."""
+    """Loop over the rows of blocks. The host reads the lists, so a GPU has to wait."""
     B, H, Sq, _ = inputs.query.shape
     out = empty_output(inputs.query)
     lse = (

@@ -1,4 +1,4 @@
-"""The package's own Triton kernel: any GPU of compute capability 8.0 or more, any key lengths."""
+"""This package's Triton kernel: GPUs from compute capability 8.0, any key lengths."""
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Walk the lists of kept blocks."""
-    # Imported here so that the reasons can be asked for where Triton is missing.
+    # Imported here so that the reasons are available without Triton.
     from xattn_video.kernels.block_sparse_forward import block_sparse_forward
 
     return block_sparse_forward(

@@ -1,4 +1,4 @@
-"""`xattn-video backends`: what can run here, and why not the rest."""
+"""`xattn-video backends`: which backends can run here, and why the others cannot."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ def backends(
     head_dim: Annotated[int, typer.Option(help="Size of an attention head.")] = 128,
     block_size: Annotated[int, typer.Option(help="Tokens in a block.")] = 128,
 ) -> None:
-    """List the sparse attention backends that can run here; for the others, every reason."""
+    """List the backends that can run here, and every reason why the others cannot."""
     import torch
 
     from xattn_video.backends.table import AUTO_ORDER, available_backends
@@ -46,4 +46,4 @@ def backends(
             table.add_row(backend, Text("yes", "green"), "")
     console.print(table)
     order = [b for b in AUTO_ORDER.get(place.type, ("torch_gather",)) if not reasons[b]]
-    console.print(f"auto takes {order[0]}." if order else "auto finds none.")
+    console.print(f"auto takes {order[0]}." if order else "auto finds no backend that can run.")

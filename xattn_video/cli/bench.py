@@ -1,4 +1,4 @@
-"""`xattn-video bench`: what speed-up to expect on this machine at this size."""
+"""`xattn-video bench`: measures the speed-up to expect on this machine at this size."""
 
 import json
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def bench(
     errors: ErrorsToExitCodes,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time dense attention and XAttention here, at a video's size, on random tensors."""
+    """Time dense attention and XAttention on random tensors of a video's size."""
     from xattn_video.measure.attention_problems import AttentionProblem
     from xattn_video.measure.speedup import measure_speedup
     from xattn_video.measure.timing import Budget
@@ -104,7 +104,7 @@ def _progress(row: dict[str, Any]) -> str:
 
 
 def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> None:
-    """Show the rows and what follows from them; failures go to stderr."""
+    """Print the rows and the resulting speed-ups; failures go to stderr."""
     tokens = run_plan.video_tokens + run_plan.text_tokens
     console.print(f"{tokens:,} tokens on {run_plan.device}, {run_plan.dtype}\n")
     table = Table.of(found.rows, _COLUMNS, num_left=2)
@@ -136,7 +136,7 @@ def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> No
 
 
 def _over_stock(found: "Speedup") -> str:
-    """How it compares with the stock processor's call."""
+    """The speed-up over the call of Diffusers' stock processor."""
     stock = found.of_attention(found.stock)
     if stock is None:
         return ""
@@ -144,7 +144,7 @@ def _over_stock(found: "Speedup") -> str:
 
 
 def _of_run(step: float, run_plan: "RunPlan") -> float:
-    """The speed-up of all steps, the dense ones included."""
+    """The speed-up over all steps, including the dense steps."""
     return run_plan.steps / (run_plan.dense_steps + run_plan.sparse_steps / step)
 
 
@@ -160,7 +160,7 @@ def _as_dict(found: "Speedup", run_plan: "RunPlan") -> dict[str, Any]:
 
 
 def _warn_of_waiting(tflop: float, device: str) -> None:
-    """Say so before a CPU works for minutes."""
+    """Warn the user before a CPU works for minutes."""
     seconds = tflop * _CALLS / _CPU_TFLOP_PER_SECOND
     if device == "cpu" and seconds > _PATIENCE_SECONDS:
         print_warning(

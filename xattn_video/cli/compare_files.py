@@ -1,4 +1,4 @@
-"""Compare two video files, for `xattn-video compare --reference a.mkv --candidate b.mkv`."""
+"""Compares two video files: `xattn-video compare --reference a.mkv --candidate b.mkv`."""
 
 import shlex
 import sys
@@ -54,7 +54,7 @@ class FilesJob:
         return cls(reference, candidate, folder)
 
     def check(self) -> None:
-        """Find out what would fail.
+        """Check everything that could fail later.
 
         Raises:
             ValueError: A file is no whole video, the two do not fit each other, or the folder
@@ -80,8 +80,8 @@ class FilesJob:
         for path, clip in zip((self.reference, self.candidate), clips, strict=True):
             if not clip.is_lossless:
                 print_warning(
-                    f"{str(path)!r} is {clip.codec}, which loses detail: the scores count what "
-                    "it lost; compare .mkv files of --output for the method alone."
+                    f"{str(path)!r} is {clip.codec}, which loses detail, and the scores include "
+                    "that loss; to measure attention only, compare the .mkv files of --output."
                 )
         lines = _lines(similarity)
         lines |= {name: f"not measured: {why}" for name, why in scorer.missing.items()}

@@ -1,4 +1,4 @@
-"""Run what `xattn-video compare` was asked to generate, once its arguments are sound."""
+"""Runs `xattn-video compare` after its arguments have been checked."""
 
 import math
 import shlex
@@ -36,15 +36,15 @@ class CompareJob:
 
     Attributes:
         load: How the model is loaded.
-        requests: A prompt and a seed each, dense.
-        methods: What is compared with dense attention.
+        requests: One dense request for each prompt and seed.
+        methods: The methods to compare with dense attention.
         folder: Where everything is written.
         fps: Frames per second of the videos.
         batch_size: Videos generated in one call.
         videos: Whether videos are written and VMAF is measured, both of which need ffmpeg.
         kept_mass: Whether kept mass is measured, for the first batch.
-        verbose: Whether the libraries may speak.
-        force: Whether to run what seems not to fit in memory.
+        verbose: Whether to show the messages of other libraries.
+        force: Whether to run even if the memory seems too small.
     """
 
     load: "LoadOptions"
@@ -64,7 +64,7 @@ class CompareJob:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}; use 1.")
 
     def check(self) -> None:
-        """Find out what would fail or be in vain before the weights are loaded.
+        """Check, before the weights are loaded, what would fail or have no effect.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot

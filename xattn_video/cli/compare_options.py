@@ -1,4 +1,4 @@
-"""Options of `xattn-video compare` alone, and what they add up to."""
+"""The options that only `xattn-video compare` has, and what they mean together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -32,22 +32,22 @@ _SEVERAL = {
 
 @dataclass(frozen=True, slots=True)
 class ComparedPrompts(Prompts):
-    """What the videos show, as given."""
+    """The prompts as given on the command line."""
 
     demo_prompts: int | None = knob(
-        "With --model demo: so many of its held-out prompts, a fixed list."
+        "With --model demo: number of its held-out prompts to use, from a fixed list."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ExistingFiles:
-    """Videos that exist."""
+    """Two existing videos to compare."""
 
     reference: Path | None = knob(
-        "A video to compare another with; nothing is generated.", panel=_EXISTING
+        "Reference video to compare with; nothing is generated.", panel=_EXISTING
     )
     candidate: Path | None = knob(
-        "That other video, of the same size, length and frame rate.", panel=_EXISTING
+        "Video to compare, of the same size, length and frame rate.", panel=_EXISTING
     )
 
 
@@ -56,28 +56,26 @@ class CompareDetails:
     """What else is generated, measured and written."""
 
     seeds: str = knob(
-        "Of the initial noise, such as 0,1; each for every prompt.", "0", panel=_GRID
+        "Seeds of the initial noise, such as 0,1; each for every prompt.", "0", panel=_GRID
     )
     kept_mass: bool = knob(
-        "Also the true softmax mass of the kept blocks, by one more generation of the first "
-        "batch for each setting.",
+        "Also measure the true softmax mass of the kept blocks, in one more generation of the "
+        "first batch for each setting.",
         True,
         panel=_GRID,
     )
     negative_prompt: str | None = knob(
-        "What it must not show; needs --true-cfg-scale above 1.", panel="Video"
+        "What the video must not show; needs --true-cfg-scale above 1.", panel="Video"
     )
     fps: int = knob("Frames per second of the file.", 24, panel="Video")
     batch_size: int = knob("Videos generated in one call.", 1, panel="Video")
-    force: bool = knob(
-        "Run what seems not to fit in memory all the same.", False, "--force", panel="Model"
-    )
+    force: bool = knob("Run even if the memory seems too small.", False, "--force", panel="Model")
     output: Path | None = knob(
         "Folder of the results.", panel="Files", shown_default="compare; existing files: none"
     )
     videos: bool = knob(
-        "Write every video, lossless, and each sparse one beside the dense one. Without, VMAF is "
-        "left out too, and no ffmpeg is needed.",
+        "Write every video losslessly, and each sparse video next to its dense video. Without "
+        "videos, VMAF is not measured and ffmpeg is not needed.",
         True,
         panel="Files",
     )
@@ -86,17 +84,17 @@ class CompareDetails:
 @dataclass(frozen=True, slots=True)
 class _Ceiling:
     noise_ceiling: bool = knob(
-        "Also dense against dense: how far apart two equal runs are.", True, panel=_GRID
+        "Also compare dense with dense: how far apart two equal runs are.", True, panel=_GRID
     )
 
 
 def compared_prompts(
     model: str, prompt: str | None, prompts_file: Path | None, demo_prompts: int | None
 ) -> list[str]:
-    """The prompts of the one option that was given.
+    """The prompts from the option that was given.
 
     Raises:
-        ValueError: Several or none were given, or there are no such prompts.
+        ValueError: Several options or none were given, or there are not so many prompts.
     """
     if demo_prompts is None:
         if prompt is None and prompts_file is None:
@@ -120,20 +118,20 @@ def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[
     """The numbers of a list such as "0.9,0.95".
 
     Raises:
-        ValueError: One of them is none.
+        ValueError: A part of the list is not a number.
     """
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{name} must be {what} with commas between, got {text!r}.") from None
+        raise ValueError(f"{name} must be {what} separated by commas, got {text!r}.") from None
 
 
 def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
-    """What is compared with dense attention.
+    """The methods to compare with dense attention.
 
     Raises:
-        ValueError: A list holds something else, or a value is out of range.
+        ValueError: A list holds something that is not a number, or a value is out of range.
     """
     from xattn_video.measure.methods import DENSE_AGAIN, sparse_methods
 
@@ -157,7 +155,7 @@ def compared_requests(
     """Every prompt with every seed, dense.
 
     Raises:
-        ValueError: The seeds are no list of numbers, or a request is not sound.
+        ValueError: The seeds are not a list of numbers, or a request is invalid.
     """
     numbers = dict.fromkeys(parse_numbers(seeds, int, "--seeds"))
     return tuple(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ResultsFolder:
-    """Keeps every outcome as it comes, so that a run cut short leaves what it did.
+    """Writes every outcome as soon as it exists, so that an interrupted run keeps its results.
 
     Args:
         folder: Exists, and holds no results.
@@ -34,13 +34,13 @@ class ResultsFolder:
 
     @property
     def rows(self) -> "list[MethodRow]":
-        """One for each method."""
+        """One row for each method."""
         from xattn_video.measure.comparison_rows import summarise
 
         return summarise(self._measurements)
 
     def add(self, first: int, outcomes: "Sequence[Outcome]") -> None:
-        """Write the videos of one method, and results.json anew.
+        """Write the videos of one method, and rewrite results.json.
 
         Args:
             first: Number of the first of them among all prompts and seeds, from 1.
@@ -56,7 +56,7 @@ class ResultsFolder:
             self._measurements.append(outcome.measurement)
         report = outcomes[0].result.report
         if report is not None and report.sparse_steps:
-            # It is much the same from prompt to prompt: the first ones stand for all.
+            # It hardly differs between prompts, so the first ones are enough.
             name = outcomes[0].measurement.method.name
             self._densities.setdefault(name, report.layer_densities())
         self._write_json()
@@ -84,7 +84,7 @@ class ResultsFolder:
         return record
 
     def _write_videos(self, number: int, outcome: "Outcome") -> list[Path]:
-        """A lossless copy, and for a sparse video one beside the dense one."""
+        """Write a lossless copy, and a sparse video next to its dense video."""
         from xattn_video.measure.side_by_side import side_by_side
 
         measurement = outcome.measurement
@@ -104,13 +104,13 @@ class ResultsFolder:
 
 
 def check_new_results(folder: Path) -> None:
-    """Make sure that results can be written to a folder which holds none yet.
+    """Check that results can be written to the folder and that it holds none yet.
 
     Raises:
-        ValueError: They cannot, or it does.
+        ValueError: The folder cannot be written, or it holds results.
     """
     check_output_folder(folder)
     if (folder / "results.json").exists():
         raise ValueError(
-            f"{str(folder)!r} holds results.json already; choose another --output, or remove it."
+            f"{str(folder)!r} already holds results.json; choose another --output, or remove it."
         )

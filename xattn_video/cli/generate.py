@@ -19,30 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GenerateDetails:
-    """What else tells how a video looks."""
+    """The remaining settings of a video."""
 
     negative_prompt: str | None = knob(
-        "What it must not show; needs --true-cfg-scale above 1.", panel="Video"
+        "What the video must not show; needs --true-cfg-scale above 1.", panel="Video"
     )
-    seed: int = knob("Of the initial noise, the same for every prompt.", 0, panel="Video")
+    seed: int = knob("Seed of the initial noise, for every prompt.", 0, panel="Video")
     fps: int = knob("Frames per second of the file.", 24, panel="Video")
-    force: bool = knob(
-        "Run what seems not to fit in memory all the same.", False, "--force", panel="Model"
-    )
+    force: bool = knob("Run even if the memory seems too small.", False, "--force", panel="Model")
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Where everything goes."""
+    """The files to write."""
 
     output: Path | None = knob(
-        "The video, .mp4 or .mkv (lossless); a folder with --prompts-file.",
+        "Video file, .mp4 or .mkv (lossless); a folder with --prompts-file.",
         panel="Files",
         shown_default="named after the prompt; folder videos",
     )
-    report: Path | None = knob("JSON: settings, times and what ran.", panel="Files")
+    report: Path | None = knob("JSON file: settings, times and what ran.", panel="Files")
     plot: Path | None = knob(
-        "PNG: density by step and layer; a folder with --prompts-file.", panel="Files"
+        "PNG file: density by step and layer; a folder with --prompts-file.", panel="Files"
     )
 
 
@@ -56,7 +54,7 @@ def generate(
     files: Files,
     errors: ErrorsToExitCodes,
 ) -> None:
-    """Generate a video, or one for each line of a file."""
+    """Generate a video, or one video for each line of a file."""
     from xattn_video.pipelines.memory import settle_offload
 
     refuse_ranks("xattn-video generate")

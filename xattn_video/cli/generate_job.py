@@ -1,4 +1,4 @@
-"""Run what `xattn-video generate` was asked for, once its arguments are sound."""
+"""Runs `xattn-video generate` after its arguments have been checked."""
 
 from dataclasses import dataclass
 from textwrap import shorten
@@ -40,7 +40,7 @@ class GenerateJob:
 
 
 def check_job(job: GenerateJob) -> None:
-    """Find out what would fail or be in vain before the weights are loaded.
+    """Check, before the weights are loaded, what would fail or have no effect.
 
     Raises:
         ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.

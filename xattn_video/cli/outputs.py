@@ -1,4 +1,4 @@
-"""Which prompts to run, and which files they become."""
+"""The prompts to run, and the files to write for them."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _DEFAULT_FOLDER = Path("videos")
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The files of a run: a video and perhaps a plot for each prompt, and perhaps one report."""
+    """The files of a run: a video and optionally a plot for each prompt, optionally a report."""
 
     videos: tuple[Path, ...]
     plots: tuple[Path | None, ...]
@@ -25,7 +25,7 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What the videos show, as given."""
+    """The prompts as given on the command line."""
 
     prompt: str | None = knob("What the video shows.")
     prompts_file: Path | None = knob(
@@ -33,7 +33,7 @@ class Prompts:
     )
 
     def read(self) -> list[str]:
-        """The prompts of the one of both that was given.
+        """The prompts from the option that was given.
 
         Raises:
             ValueError: Both or none were given, or the file holds no prompt.
@@ -53,7 +53,7 @@ def choose_outputs(
     report: Path | None,
     plot: Path | None,
 ) -> Outputs:
-    """Name every file and make sure that it can be written; nothing is overwritten unasked.
+    """Name every file and check that it can be written; nothing is overwritten unless named.
 
     Args:
         requests: One for each video.
@@ -88,7 +88,7 @@ def choose_outputs(
 
 
 def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:
-    """Raise ValueError where a file is named and many will be written."""
+    """Raise ValueError if a file is named but several files will be written."""
     if path is not None and path.suffix.lower() in suffixes:
         raise ValueError(
             f"with --prompts-file the {what} is a folder, got {str(path)!r}; "
@@ -97,10 +97,10 @@ def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) ->
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a file, one a line; blank lines and lines that begin with # do not count.
+    """The prompts of a file, one per line; blank lines and lines that begin with # are skipped.
 
     Raises:
-        ValueError: The file is missing, is no UTF-8 text, or holds no prompt.
+        ValueError: The file is missing, is not UTF-8 text, or holds no prompt.
     """
     try:
         # Windows' editors begin a file with a byte order mark.
@@ -121,7 +121,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def default_name(prompt: str, seed: int) -> str:
-    """A file name, without its suffix, that tells the prompt and the seed."""
+    """A file name without suffix, made from the prompt and the seed."""
     words = re.findall(r"\w+", prompt.lower())
     slug = ""
     for word in words:
@@ -132,7 +132,7 @@ def default_name(prompt: str, seed: int) -> str:
 
 
 def unused_path(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
-    """``name`` in ``folder``, numbered where a file or one of ``taken`` has it already."""
+    """``name`` in ``folder``, with a number if a file or one of ``taken`` has that name."""
     path, number = folder / f"{name}{suffix}", 2
     while path.exists() or path in taken:
         path, number = folder / f"{name}-{number}{suffix}", number + 1

@@ -1,4 +1,4 @@
-"""`xattn-video plan`: what a run will take, before any weight is loaded."""
+"""`xattn-video plan`: estimates a run before any weight is loaded."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def plan(
     sparse: Annotated[SparseSettings | None, sparse_settings()],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Foretell a run without loading any weights: tokens, steps, memory, and whether it pays."""
+    """Estimate a run without loading weights: tokens, steps, memory, and whether it pays."""
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.run_plan import plan_run
     from xattn_video.pipelines.source import find_model
@@ -73,7 +73,9 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
     }
     print_labelled(console, lines)
     if run_plan.speedup_bounds:
-        console.print("\nSpeed-up at most, by density (the share of blocks kept), compute alone:")
+        console.print(
+            "\nLargest possible speed-up by density (share of blocks kept), arithmetic only:"
+        )
         console.print(_bounds_table(run_plan).terminal(console.width), crop=False)
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:

@@ -1,4 +1,4 @@
-"""What `--report` keeps of a command: settings, versions, times, and what attention really did."""
+"""The report of `--report`: settings, versions, times, and what attention really did."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def job_record(load: "LoadOptions", fps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The whole command: what its videos share, and then each of them."""
+    """The record of a command: what all videos share, then each video."""
     return {**run_record(load, fps), "runs": runs}
 
 
 def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
-    """Versions, device, and how the model is loaded."""
+    """Versions, device, and how the model was loaded."""
     return {
         **machine_record(load.resolved_device),
         "model": load.model,
@@ -33,7 +33,7 @@ def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
 def generation_record(
     request: "GenerationRequest", result: "GenerationResult", video: Path
 ) -> dict[str, Any]:
-    """One video."""
+    """The record of one video."""
     return {
         "file": str(video),
         "prompt": request.prompt,

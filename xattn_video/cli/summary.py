@@ -1,4 +1,4 @@
-"""The few lines at the end of a generation."""
+"""The summary that is printed after a generation."""
 
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,13 @@ def print_summary(
     result: "GenerationResult",
     files: dict[str, str],
 ) -> None:
-    """Print what was made and what it took, one labelled line each.
+    """Print the result and its costs, one labelled line each.
 
     Args:
-        console: Where.
-        request: What was asked for.
-        result: What came of it.
-        files: What was written, by kind.
+        console: The console to print to.
+        request: The request.
+        result: The result of the request.
+        files: The written files, by kind.
     """
     lines = {"size": _size(request), "attention": _attention(result)}
     if result.report is not None:
@@ -53,7 +53,7 @@ def _attention(result: "GenerationResult") -> str:
 
 
 def _time(result: "GenerationResult") -> str:
-    """Seconds: total, a step of each kind, and what is not denoising."""
+    """Seconds: the total, a step of each kind, and everything except denoising."""
     parts = [f"{result.seconds:.1f} s"]
     kinds = (
         ("dense", result.seconds_per_dense_step),

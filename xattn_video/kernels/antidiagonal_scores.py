@@ -1,10 +1,10 @@
-"""Antidiagonal block scores: one matrix product, of which only sums over key blocks are stored.
+"""Antidiagonal block scores: one matrix product of which only sums over key blocks are stored.
 
-Groups of `stride` tokens make the product a plain one with `stride * head_dim` as its inner
-dimension. The first kernel computes it tile by tile and keeps, for each row of a tile and each key
-block, the sum of exp2(product - maximum of the row in this tile), and the maximum. The second one
-takes a row of blocks, rescales its sums to the maximum over all keys and adds them up to scores.
-The sums of a few heads at a time are in memory, never the product.
+With groups of `stride` tokens, this is a plain matrix product with the inner dimension `stride *
+head_dim`. The first kernel computes it tile by tile. For each row of a tile and each key block, it
+stores the sum of exp2(product - maximum of the row in this tile), and the maximum. The second
+kernel takes a row of blocks, rescales its sums to the maximum over all keys, and adds them up to
+scores. Memory holds the sums of a few heads at a time, never the product.
 """
 
 import functools
@@ -289,8 +289,8 @@ def antidiagonal_scores(
         causal: Whether query t sees keys up to t + Sk - Sq only.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
         scale: Factor on the products of queries and keys.
-        float8: Whether to round query and key to 8 bits first, with a scale for each group. Keys
-            are taken relative to a mean of theirs, which no softmax over the keys can tell.
+        float8: Whether to round query and key to 8 bits first, with a scale for each group. A mean
+            of the keys is subtracted first, which does not change a softmax over the keys.
 
     Returns:
         float32 `[B, H, Nq, Nk]`. A row sums to 1 over its valid blocks, none of which is 0; it is

@@ -1,4 +1,4 @@
-"""Selection of blocks: from a row of scores straight to the list that attention kernels walk.
+"""Selects blocks: turns a row of scores directly into the list that attention kernels read.
 
 A program holds one row. It finds the score at which the kept mass reaches the threshold without a
 sort, by bisection over the bits of float32, which are ordered as the numbers are where these are
@@ -21,7 +21,7 @@ def _forced_blocks(
     columns, m, key_length, Sq, Sk, num_video_tokens,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of row ``m`` that are kept whatever they score."""
+    """The blocks of row ``m`` that are kept at any score."""
     forced = columns < 0
     if CAUSAL:
         last_query = tl.minimum((m + 1) * BLOCK_SIZE, Sq) - 1
@@ -36,7 +36,7 @@ def _forced_blocks(
 
 @triton.jit
 def _cut_bits(bits, weights, kept, target):
-    """The bits of the largest score down to which blocks must be kept; inf where none must."""
+    """The bits of the largest score down to which blocks must be kept; inf if none must be."""
     low = tl.full([], 0, dtype=tl.int32)
     high = tl.full([], _INFINITY_BITS, dtype=tl.int32)
     for _ in range(31):
@@ -73,7 +73,7 @@ def _block_selection_kernel(
     if BY_COUNT:
         weights = tl.where(scores != 0.0, 1.0, 0.0)
         target = tl.maximum(tl.floor(threshold * tl.sum(weights, axis=0) + 0.5), 1.0)
-    # A threshold that nobody looked at may be too low; the best block is kept all the same.
+    # An unchecked threshold may be too low; the best block is kept anyway.
     target = tl.where(target > _SMALLEST_TARGET, target, _SMALLEST_TARGET)
     forced = _forced_blocks(
         columns, m, key_length, Sq, Sk, num_video_tokens, BLOCK_SIZE, CAUSAL, TEXT
@@ -118,19 +118,19 @@ def block_selection(
 ) -> tuple[Tensor, Tensor]:
     """List, for each row, the fewest blocks whose mass reaches the threshold.
 
-    Forced blocks come first: key block 0 and the diagonal where ``causal``; where there is text,
-    every block that touches a valid text key, and every valid block of the rows that hold a valid
-    text query. Then blocks by falling score, the first of those that score the same.
+    Forced blocks come first. If ``causal``, these are key block 0 and the diagonal. With text,
+    they are every block that touches a valid text key, and every valid block of the rows that hold
+    a valid text query. Then follow blocks by falling score; of equal scores, the first block wins.
 
     Args:
         scores: float32 `[B, H, Nq, Nk]`, not negative.
-        threshold: float32 `[B, H, Nq]`, any strides, on the same device. What is not above 0
-            keeps the best block, what is not below 1, NaN too, every block.
+        threshold: float32 `[B, H, Nq]`, any strides, on the same device. A value that is not above
+            0 keeps the best block; a value that is not below 1, NaN included, keeps every block.
         query_length: Sq.
         key_length: Sk, text included.
         block_size: Tokens in a block.
         causal: Whether query t sees keys up to t + Sk - Sq only.
-        num_text_tokens: The last of the Sk tokens, padding included.
+        num_text_tokens: Number of text tokens, the last of the Sk tokens, padding included.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
         by_count: The threshold is a share of the row's valid blocks, rounded to whole ones.
 

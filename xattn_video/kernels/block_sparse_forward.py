@@ -1,13 +1,14 @@
 """Block-sparse attention from lists of kept blocks.
 
-A program holds one block of queries, walks the row's list of key blocks and touches no other. The
-lists ascend, so the blocks that need a mask (cut by the end of the keys or by the diagonal) come
-last and have a loop of their own; the one before runs without masks.
+A program holds one block of queries and walks the row's list of key blocks; it reads no other
+block. The lists ascend, so the blocks that need a mask (cut by the end of the keys or by the
+diagonal) come last and have their own loop. The loop before them runs without masks.
 
-A softmax may take any number in place of its row's maximum, as long as no exponential leaves the
-range of float32. A product is at most the norms of its query and of the head's longest key; where
-that bound is small enough it is the number, and no maximum is sought and no sum corrected. Other
-rows, and other dtypes than bfloat16, have an online softmax.
+A softmax may subtract any number instead of the maximum of its row, as long as no exponential
+leaves the range of float32. A product is at most the norm of its query times the norm of the
+head's longest key. If this bound is small enough, it is subtracted, and the kernel needs no
+running maximum and no correction of sums. Other rows, and dtypes other than bfloat16, use an
+online softmax.
 """
 
 import math
@@ -75,7 +76,7 @@ def _attend(
 ):  # fmt: skip
     """Steps of TILE_N keys, one after the other; masked, of keys before a query's end only.
 
-    Where the products are bounded ``row_maximum`` stays what it is.
+    If the products are bounded, ``row_maximum`` does not change.
     """
     PADDED_DIM: tl.constexpr = query.shape[1]
     PARTS: tl.constexpr = BLOCK_SIZE // TILE_N
@@ -235,7 +236,7 @@ def block_sparse_forward(
     Returns:
         `[B, H, Sq, D]`, laid out `[B, Sq, H, D]`. A query that sees no key gives 0. And the
         natural logarithm of the softmax's denominator, float32 `[B, H, Sq]`, -inf for a query
-        that sees no key; None unless it is asked for.
+        that sees no key; None unless requested.
     """
     B, H, Sq, D = query.shape
     Sk = key.shape[2]

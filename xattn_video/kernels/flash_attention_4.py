@@ -1,4 +1,4 @@
-"""The kernels of the flash-attn-4 package on Hopper; what they can run is readable without it."""
+"""The kernels of the flash-attn-4 package on Hopper; importable without that package."""
 
 import importlib.metadata
 from functools import partial
@@ -15,7 +15,7 @@ HEAD_DIMS = (64, 128)
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Why neither kernel can run such inputs, each reason with its remedy."""
+    """Why neither kernel can run the inputs, each reason with its remedy."""
     reasons = []
     try:
         importlib.metadata.version("flash-attn-4")

@@ -1,4 +1,4 @@
-"""Groups of tokens in 8 bits (float8 e4m3), each group with a scale of its own."""
+"""Groups of tokens in 8 bits (float8 e4m3); each group has its own scale."""
 
 import torch
 import triton
@@ -63,7 +63,7 @@ def quantize_groups(
         tokens: `[B, H, S, D]`, the last dimension dense.
         stride: Tokens in a group, a power of two.
         lengths: Valid tokens of each item, int32 `[B]` on the same device, or None for all.
-        shift: float32 `[B, H, D]`, taken from every token first, or None.
+        shift: float32 `[B, H, D]`, subtracted from every token first, or None.
 
     Returns:
         float8_e4m3fn `[B, H, G * stride, D]`, contiguous, G = ceil(S / stride), where a group that

@@ -1,7 +1,7 @@
-"""What lies between the projections of a joint text-video attention and the attention itself.
+"""The steps between the projections of joint text-video attention and the attention itself.
 
-RMS normalisation of queries and keys, rotary embedding of the video's, and one tensor each for
-video and text, `[B, S, H, D]`, in a single pass over memory. Values are rounded to the inputs'
+One pass over memory does the RMS normalisation of queries and keys, the rotary embedding of the
+video tokens, and the joining of video and text, `[B, S, H, D]`. Values are rounded to the inputs'
 dtype where Diffusers' RMSNorm and apply_rotary_emb round them.
 
 A program holds the rotary embedding of a few tokens and walks their heads.
@@ -115,7 +115,7 @@ def _qk_norm_rope_kernel(
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors themselves where they share their strides and the last dimension is dense."""
+    """The tensors if they share their strides and the last dimension is dense, else copies."""
     tensors = [with_unit_stride(tensor) for tensor in tensors]
     if len({tensor.stride() for tensor in tensors}) > 1:
         tensors = [tensor.contiguous() for tensor in tensors]
@@ -135,8 +135,8 @@ def qk_norm_rope(
         video: Projected queries, keys and, unless they are joined already, values: each
             `[B, Sv, H, D]`, of one dtype, any strides.
         text: The same of the text, `[B, St, H, D]`.
-        weights: Of the RMS norms of the video's queries and keys and of the text's, each `[D]`,
-            of the same dtype.
+        weights: Weights of the RMS norms: the video's queries and keys, then the text's; each
+            `[D]`, of the same dtype.
         rotary_emb: Cosines and sines, float32 `[Sv, D]`; columns 2i and 2i + 1 are a pair.
         eps: Added to the mean square.
 

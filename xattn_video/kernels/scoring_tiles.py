@@ -61,7 +61,7 @@ def choose_tiles(query: Tensor, key: Tensor, groups: int) -> Tiles:
 
 
 def program_count(device: torch.device, tiles: Tiles) -> int:
-    """As many programs as run at once; two where kernels are interpreted."""
+    """The number of programs that run at once; two if kernels are interpreted."""
     if INTERPRETING:
         return 2
     multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""What the Triton kernels can run and how they take their inputs; readable without Triton."""
+"""What the Triton kernels can run, and how they take inputs; importable without Triton."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ LARGEST_HEAD_DIM = 256
 def kernel_unsupported_reasons(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
 ) -> list[str]:
-    """Why no kernel of this package can run such inputs, each reason with its remedy."""
+    """Why no kernel of this package can run the inputs, each reason with its remedy."""
     reasons = device_unsupported_reasons(device)
     if INTERPRETING and dtype == torch.bfloat16:
         reasons.append(
@@ -43,7 +43,7 @@ def kernel_unsupported_reasons(
 
 @functools.cache
 def is_installed(module: str) -> bool:
-    """Whether a module is there, found out once: every layer of every step asks."""
+    """Whether a module is installed; cached, because every layer of every step asks."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -68,7 +68,7 @@ def _compiler_reasons(device: torch.device) -> list[str]:
 
 
 def c_compiler_reasons() -> list[str]:
-    """Why Triton cannot build what launches its kernels, with the remedy."""
+    """Why Triton cannot build the launchers of its kernels, with the remedy."""
     if has_c_compiler():
         return []
     return ["no C compiler was found; install gcc or clang, or set CC to one."]
@@ -76,12 +76,12 @@ def c_compiler_reasons() -> list[str]:
 
 @functools.cache
 def has_c_compiler() -> bool:
-    """Whether there is one where Triton looks, found out once: every layer of every step asks."""
+    """Whether Triton finds a C compiler; cached, because every layer of every step asks."""
     return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
 
 
 def cuda_unsupported_reasons(device: torch.device) -> list[str]:
-    """Why no CUDA kernel of today can run on the device, with the remedy."""
+    """Why no current CUDA kernel can run on the device, with the remedy."""
     if device.type != "cuda":
         return [f'the device must be CUDA, got {device}; use a CUDA GPU, or backend "auto".']
     if not torch.cuda.is_available():
@@ -96,12 +96,12 @@ def cuda_unsupported_reasons(device: torch.device) -> list[str]:
 
 
 def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA GPU; None of an AMD one, which counts otherwise."""
+    """Compute capability of an NVIDIA GPU; None for an AMD GPU, which numbers differently."""
     return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense, as kernels read it; else a copy."""
+    """The tensor if its last dimension is dense, as the kernels need; else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -1,1 +1,1 @@
-"""Measures the operator's speed, and how far sparse videos are from dense ones."""
+"""Measures the speed of the operator, and how far sparse videos are from dense videos."""

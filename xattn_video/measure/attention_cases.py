@@ -1,4 +1,4 @@
-"""The rows of a benchmark: what is run, how it is checked, and what came out."""
+"""The rows of a benchmark: what each one runs, how it is checked, and its result."""
 
 import gc
 import itertools
@@ -36,14 +36,14 @@ _SECONDS_TO_COMPILE = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row to be measured.
+    """One row to measure.
 
     Attributes:
-        row: Its columns, those that are known before it runs.
-        run: What is timed.
-        check: Compares what it returns with the formula; its error, or an exception.
-        flops: Of matrix products, where the row is about them.
-        more: Further columns, computed after the row was timed.
+        row: The columns that are known before it runs.
+        run: The function that is timed.
+        check: Compares the function's result with the formula; returns the error or raises.
+        flops: Operations of the matrix products, if the row computes them.
+        more: Computes further columns after the row was timed.
     """
 
     row: Columns
@@ -55,10 +55,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class SparseGrid:
-    """Which sparse rows to measure: every combination of what is listed.
+    """The sparse rows to measure: every combination of the listed values.
 
-    A density stands for the threshold that gives it on the tensors at hand. `attention` rows
-    belong to the first stride and precision alone.
+    A density means the threshold that gives it on the given tensors. `attention` rows exist only
+    for the first stride and precision.
     """
 
     densities: tuple[float, ...] = ()
@@ -69,7 +69,7 @@ class SparseGrid:
 
 
 def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
-    """A row for each dense kernel that is present."""
+    """A row for each dense kernel that is installed."""
     for name, run, num_keys in dense_kernels(tensors):
         yield Case(
             _row(tensors, "dense", backend=name, density=1.0),
@@ -80,7 +80,7 @@ def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
 
 
 def sparse_cases(tensors: AttentionTensors, grid: SparseGrid) -> Iterator[Case]:
-    """Scoring, selection and attention apart, then `xattention`, which is all of them."""
+    """Scoring, selection and attention separately, then `xattention`, which does all three."""
     estimates = [*itertools.product(grid.strides, grid.precisions)]
     for estimate in estimates:
         stride, precision = estimate
@@ -109,7 +109,7 @@ def sparse_cases(tensors: AttentionTensors, grid: SparseGrid) -> Iterator[Case]:
 def _thresholds(
     grid: SparseGrid, scores: Tensor, forced: ForcedBlocks
 ) -> Iterator[tuple[float, Columns]]:
-    """Each threshold, and the density that it stands for, if it does."""
+    """Each threshold, with the density that it was chosen for, if any."""
     for tau in grid.thresholds:
         yield tau, {}
     for density in grid.densities:
@@ -171,9 +171,9 @@ def _row(tensors: AttentionTensors, name: Part, **columns: object) -> Columns:
 def measure_cases(
     cases: Iterable[Case], device: torch.device, budget: Budget
 ) -> Iterator[tuple[Columns, bool]]:
-    """Check and time each case: its finished row and True, or its columns, the failure and False.
+    """Check and time each case; yield its row and True, or its columns, the failure and False.
 
-    Nothing that fails keeps the next case from being measured.
+    After a failure, the next case is still measured.
     """
     iterator = iter(cases)
     while True:

@@ -52,7 +52,7 @@ class AttentionTensors:
         return 4.0 * B * H * S**2 * D
 
     def forced_blocks(self) -> ForcedBlocks:
-        """The blocks of the text, which are computed whatever they score."""
+        """The blocks of the text, which are computed at any score."""
         return ForcedBlocks(
             self.length, self.length, BLOCK_SIZE, num_text_tokens=self.num_text_tokens
         )

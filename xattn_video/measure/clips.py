@@ -1,4 +1,4 @@
-"""Videos to compare: raw frames, from files or from a pipeline."""
+"""Videos to compare, as raw frames from files or from a pipeline."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Clip:
     Attributes:
         frames: uint8 `[T, H, W, 3]`, RGB.
         fps: Frames per second.
-        codec: What it was stored with; None if it comes from a pipeline.
+        codec: The codec of the file; None if the video comes from a pipeline.
     """
 
     frames: NDArray[np.uint8]
@@ -38,7 +38,7 @@ class Clip:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the frames are known to be those that were made."""
+        """Whether the frames are known to be stored without loss."""
         return self.codec is None or self.codec in LOSSLESS_CODECS
 
 
@@ -80,10 +80,11 @@ def read_clip(path: Path) -> Clip:
 
 
 def check_pair(reference: Clip, candidate: Clip) -> None:
-    """Make sure that two clips can be compared frame by frame; nothing is resized or cut.
+    """Check that two clips can be compared frame by frame; nothing is resized or cut.
 
     Raises:
-        ValueError: Another number of frames, size or frame rate, or frames too small for SSIM.
+        ValueError: The clips differ in number of frames, size or frame rate, or are too small for
+            SSIM.
     """
     found = {
         "frames": (len(reference.frames), len(candidate.frames)),

@@ -1,4 +1,4 @@
-"""Generate prompts by every method, and measure each video against the dense one."""
+"""Generates prompts with every method, and compares each video with the dense video."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +29,17 @@ class Measurement:
     """One video and what was measured of it.
 
     Attributes:
-        method, prompt, seed: What made it.
-        seconds: From the prompt to the frames; of videos made together, an equal share.
+        method, prompt, seed: How the video was made.
+        seconds: From the prompt to the frames; videos made together share it equally.
         dense_step_seconds, sparse_step_seconds: Medians, likewise; None without such steps.
         peak_memory_gib: Of a CUDA device, of all videos made together; None elsewhere.
         density: Kept over valid blocks of all that ran sparse, refreshes counted as 1, in all
             videos made together; None if nothing did.
-        kept_mass: True softmax mass of the kept blocks; None where it was not asked for.
-        backends: What computed the sparse layers.
-        similarity: To the dense video; None for that one itself.
-        latent_error: Of the denoised latents, relative to the dense ones.
-        attributes: Whether the clip shows what its prompt says; of the demo model alone.
+        kept_mass: True softmax mass of the kept blocks; None if it was not measured.
+        backends: The backends of the sparse layers.
+        similarity: Similarity to the dense video; None for the dense video itself.
+        latent_error: Error of the denoised latents, relative to the dense latents.
+        attributes: Whether the clip shows what its prompt says; only for the demo model.
     """
 
     method: Method
@@ -76,7 +76,7 @@ class Comparison:
         methods: Without `DENSE`, which always comes first.
         scorer: Measures the videos.
         fps: Frames per second of the videos.
-        judge: Tells from a prompt and its frames whether they agree; None where nobody can.
+        judge: Tells whether the frames show what the prompt says; None if that is unknown.
     """
 
     pipe: "HunyuanVideoPipeline"
@@ -113,7 +113,7 @@ class Comparison:
             yield outcomes
 
     def warm_up(self, requests: Sequence[GenerationRequest], progress: Progress) -> None:
-        """Let everything that happens once happen before the first video that is timed.
+        """Do everything that happens only once before the first timed video.
 
         One step of dense attention, and one of sparse attention for each stride.
         """
@@ -188,7 +188,7 @@ def generate_for_kept_mass(
     """Generate once more and return the mean kept mass of each video; None if no layer was sparse.
 
     Args:
-        pipe: Loaded and placed; afterwards its attention processors are those that were there.
+        pipe: The loaded pipeline; its attention processors are restored afterwards.
         requests: With sparse settings.
         on_step: Called after every denoising step.
     """

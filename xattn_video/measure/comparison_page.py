@@ -1,4 +1,4 @@
-"""A comparison's results as Markdown, from what results.json holds of them."""
+"""The results of a comparison as Markdown, made from results.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,13 +22,13 @@ def comparison_rows(record: Mapping[str, Any]) -> list[MethodRow]:
     """The rows that a record holds.
 
     Raises:
-        ValueError: It is no record of a comparison.
+        ValueError: The record is not that of a comparison.
     """
     try:
         return [MethodRow.from_dict(values) for values in record["rows"]]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"these are no results of `xattn-video compare`: {type(error).__name__} {error}; "
+            f"this is not a result of `xattn-video compare`: {type(error).__name__} {error}; "
             "give the results.json of a run that generated videos."
         ) from None
 
@@ -65,7 +65,7 @@ def psnr_grid(record: Mapping[str, Any]) -> str:
     """PSNR and density by threshold and warm-up steps, at the smallest stride, and what made it.
 
     Raises:
-        ValueError: It is no record of a comparison.
+        ValueError: The record is not that of a comparison.
     """
     settings = [(row.method.sparse, row) for row in comparison_rows(record) if row.method.sparse]
     stride = min(sparse.stride for sparse, _ in settings)

@@ -23,7 +23,7 @@ _Line: TypeAlias = tuple[int, int, int, str]
 def write_plots(
     stem: Path, rows: Sequence[MethodRow], densities: Mapping[str, Densities]
 ) -> list[Path]:
-    """Write every plot that something was measured for.
+    """Write every plot that has measurements.
 
     Args:
         stem: Beginning of the files' paths, such as ``plots/demo``.

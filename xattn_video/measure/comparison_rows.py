@@ -1,4 +1,4 @@
-"""Measurements taken together: one row for each method, and its cells as text."""
+"""Summarises measurements: one row for each method, and its cells as text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from xattn_video.reporting.tables import Table, figure
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """The means over a method's videos; None where nothing was measured.
+    """The means over the videos of a method; None for what was not measured.
 
     Attributes:
         method: The method.
@@ -27,7 +27,7 @@ class MethodRow:
         peak_memory_gib: The largest.
         checks_right: Share of the demo model's checks that the videos pass.
         followed: Share of the prompts whose video passes all its checks.
-        still_followed: Of the prompts that dense attention follows, the share followed here too.
+        still_followed: Share of the prompts followed with dense attention that are followed here.
     """
 
     method: Method
@@ -107,7 +107,7 @@ def _checks(measurement: Measurement) -> list[bool]:
 def over_measured(
     statistic: Callable[[list[float]], float], values: Sequence[float | None]
 ) -> float | None:
-    """The statistic of what was measured."""
+    """The statistic over the measured values."""
     measured = [float(value) for value in values if value is not None]
     return statistic(measured) if measured else None
 
@@ -133,5 +133,5 @@ _COLUMNS: dict[str, Callable[[MethodRow], str]] = {
 
 
 def comparison_table(rows: Sequence[MethodRow]) -> Table:
-    """All rows; a column that nothing was measured for is left out."""
+    """The table of all rows; a column without any measurement is omitted."""
     return Table.of(rows, _COLUMNS, keep_empty=False)

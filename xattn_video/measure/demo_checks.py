@@ -1,4 +1,4 @@
-"""What a clip shows, measured from its pixels, and whether that is what its prompt says."""
+"""Measures from the pixels of a clip what it shows, and compares that with its prompt."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The dense baselines: every exact kernel that is present, and what stock Diffusers runs."""
+"""The dense baselines: every exact kernel that is installed, and stock Diffusers' call."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -48,7 +48,7 @@ def dense_kernels(
 
 
 def best_dense(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of measured rows that of the fastest dense kernel that sees every key."""
+    """The row of the fastest dense kernel that uses no mask."""
     dense = [row for row in rows if row["name"] == "dense" and row["backend"] != STOCK]
     return min(dense, key=lambda row: float(row["latency_ms"]), default=None)
 

@@ -18,7 +18,7 @@ _CHUNK_FRAMES = 8
 
 @dataclass(frozen=True, slots=True)
 class FrameScores:
-    """How near the frames are to those of the reference.
+    """How close the frames are to the frames of the reference.
 
     Attributes:
         psnr: dB of each frame, over its RGB values, at most `MAX_PSNR`.
@@ -32,10 +32,10 @@ class FrameScores:
 
 
 def require_torchmetrics() -> None:
-    """Make sure that torchmetrics can be used.
+    """Check that torchmetrics can be used.
 
     Raises:
-        MissingPackageError: It is not installed, or a torchvision of another torch is.
+        MissingPackageError: It is not installed, or torchvision belongs to another torch.
     """
     try:
         import torchmetrics.functional.image  # noqa: F401
@@ -112,7 +112,7 @@ def frame_chunks(
 
 
 def relative_error(reference: Tensor, candidate: Tensor) -> float:
-    """Length of the difference over the length of the reference: 0 for equal tensors.
+    """Norm of the difference divided by the norm of the reference; 0 for equal tensors.
 
     Raises:
         ValueError: The shapes differ.

@@ -1,4 +1,4 @@
-"""LPIPS (AlexNet) through torchmetrics, only where the real AlexNet weights are on disk."""
+"""LPIPS (AlexNet) through torchmetrics, only if the real AlexNet weights are on disk."""
 
 import functools
 from pathlib import Path
@@ -16,7 +16,7 @@ _WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def lpips_missing() -> str | None:
-    """Why LPIPS cannot be measured here; None where it can. Nothing is downloaded."""
+    """Why LPIPS cannot be measured here; None if it can. Nothing is downloaded."""
     weights = Path(torch.hub.get_dir(), "checkpoints", _WEIGHTS)
     if not weights.is_file() or not weights.stat().st_size:
         # Results are shown to others, whom the name of a home folder does not concern.

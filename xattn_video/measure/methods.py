@@ -1,4 +1,4 @@
-"""What is compared: dense attention, dense attention once more, and a grid of sparse settings."""
+"""The methods to compare: dense attention, dense attention again, a grid of sparse settings."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Holds what will be timed to the formula, on rows of blocks that are cheap to compute."""
+"""Checks what will be timed against the formula, on a few rows of blocks."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ _LARGEST_SELECTION_ERROR = 0.05
 
 
 class WrongResultError(XAttentionError):
-    """What was to be timed differs from the formula."""
+    """The result to be timed differs from the formula."""
 
 
 def check_attention(
@@ -34,7 +34,7 @@ def check_attention(
         num_keys: The first ones are valid; all of them if None.
 
     Raises:
-        WrongResultError: It is too large, or not a number.
+        WrongResultError: The error is too large, or not a number.
     """
     heads = _sampled_heads(tensors)
     found, expected = [], []

@@ -1,4 +1,4 @@
-"""What a selection keeps of the true attention, measured on sampled rows of blocks."""
+"""Measures how much of the true attention a selection keeps, on sampled rows of blocks."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Two videos and their difference beside each other, with labels."""
+"""Two videos and their difference side by side, with labels."""
 
 from typing import TYPE_CHECKING
 

@@ -39,7 +39,7 @@ class Similarity:
 
     @property
     def relative_vmaf(self) -> float | None:
-        """In percent of what the reference scores against itself."""
+        """VMAF in percent of the score of the reference against itself."""
         if self.vmaf is None or not self.vmaf_self:
             return None
         return 100 * self.vmaf / self.vmaf_self

@@ -33,7 +33,7 @@ class Speedup:
 
     @property
     def best_dense(self) -> Columns | None:
-        """The fastest dense kernel that sees every key."""
+        """The fastest dense kernel that uses no mask."""
         return best_dense(self.rows)
 
     @property
@@ -71,7 +71,7 @@ def measure_speedup(
     budget: Budget,
     on_row: Callable[[Columns], None],
 ) -> Speedup:
-    """Measure on random tensors; ``on_row`` is told of every row, measured or failed.
+    """Measure on random tensors; ``on_row`` is called for every row, measured or failed.
 
     Raises:
         ValueError: The density is out of range, or no backend has that name.

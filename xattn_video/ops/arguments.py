@@ -1,4 +1,4 @@
-"""Checks of the operator's arguments, shared by its parts."""
+"""Checks of the arguments of the public functions."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check_tensor(name: str, found: object, meaning: str) -> None:
-    """A dense tensor that holds numbers."""
+    """Raise unless the argument is a dense tensor that holds numbers."""
     if not isinstance(found, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor, {meaning}, got {_describe(found)}; "
@@ -29,13 +29,13 @@ def check_tensor(name: str, found: object, meaning: str) -> None:
 
 
 def check_flag(name: str, found: object) -> None:
-    """True or False."""
+    """Raise unless the argument is True or False."""
     if not isinstance(found, bool):
         raise TypeError(f"{name} must be True or False, got {_describe(found)}.")
 
 
 def check_name(name: str, found: object) -> None:
-    """A str; whether it is a known one is found out where it is looked up."""
+    """Raise unless the argument is a str; the lookup later checks that the name is known."""
     if not isinstance(found, str):
         raise TypeError(f'{name} must be a str, such as "auto", got {_describe(found)}.')
 
@@ -52,14 +52,14 @@ def check_scale(scale: float | None, query: Tensor) -> float:
 
 
 def _describe(found: object) -> str:
-    """What was given, for a message: no more of it than fits into a line."""
+    """A description of the argument for a message, at most one line long."""
     if found is None or isinstance(found, bool | int | float | str):
         return repr(found)[:60]
     return f"a {type(found).__module__}.{type(found).__qualname__}".replace(" builtins.", " ")
 
 
 def check_block_size(block_size: int, stride: int = 1) -> None:
-    """A positive block size that ``stride`` divides, both of them integers."""
+    """Raise unless both are positive integers and ``stride`` divides ``block_size``."""
     for name, size in (("block_size", block_size), ("stride", stride)):
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
@@ -143,7 +143,7 @@ def _check_alike(tensors: dict[str, Tensor], causal: bool) -> None:
 
 
 def check_same_device(**tensors: Tensor) -> None:
-    """Tensors that no part moves to each other."""
+    """Raise unless all tensors are on one device; nothing moves them."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(
@@ -152,7 +152,7 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def check_inference(*tensors: Tensor) -> None:
-    """Inputs that need no gradient, which block-sparse attention does not have."""
+    """Raise if an input needs a gradient, which block-sparse attention does not have."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
             "block-sparse attention has no gradient; run under torch.no_grad(), or use "
@@ -161,7 +161,7 @@ def check_inference(*tensors: Tensor) -> None:
 
 
 def check_text(num_text_tokens: int, query: Tensor, key: Tensor, causal: bool) -> None:
-    """Text tokens that are the last of the keys, beside some video."""
+    """Raise unless the text tokens fit in the keys and leave room for video tokens."""
     if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int):
         raise TypeError(
             f"num_text_tokens must be an int of tokens, got {_describe(num_text_tokens)}."
@@ -183,8 +183,8 @@ def check_key_lengths(
 ) -> Tensor | None:
     """Key lengths as int32 `[B]` on the query's device, within 1 to Sk.
 
-    On the CPU a value out of range raises; on another device it is clamped, because a look at it
-    would make the host wait.
+    A value out of range raises if it is on the CPU. On another device it is clamped, because a
+    check would make the host wait.
     """
     if key_lengths is None:
         return None
@@ -211,7 +211,7 @@ def check_thresholds(
 ) -> Tensor:
     """The threshold as a float32 tensor on the device that broadcasts to the rows, `[B, H, Nq]`.
 
-    On the CPU a value out of range raises; on another device nobody looks.
+    A value out of range raises if it is on the CPU; values on other devices are not checked.
     """
     if not isinstance(threshold, Tensor):
         return torch.full((), check_threshold(threshold), device=device, dtype=torch.float32)

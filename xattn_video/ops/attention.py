@@ -39,7 +39,7 @@ def attend(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over the listed blocks alone; the softmax runs over their valid keys.
+    """Attention over the listed blocks only; the softmax runs over their valid keys.
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
@@ -55,14 +55,14 @@ def attend(
         return_lse: Also return the log-sum-exp.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query with no key to see gets 0. With
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query that sees no key gets 0. With
         ``return_lse`` also the natural logarithm of each softmax's denominator, float32
-        `[B, H, Sq]`: log(sum(exp(scale * q . k))), -inf for a query with no key to see.
+        `[B, H, Sq]`: log(sum(exp(scale * q . k))), -inf for a query that sees no key.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
             or devices disagree, or the inputs need gradients.
-        BackendUnavailableError: The backend cannot run this, with every reason.
+        BackendUnavailableError: The backend cannot run this problem; lists every reason.
     """
     check_triple(query, key, value, causal)
     check_block_size(block_size)
@@ -99,7 +99,7 @@ def attend(
 def compute_attention(
     inputs: AttentionInputs, backend: str, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` of what has been checked; the log-sum-exp is None unless it is asked for."""
+    """`attend` for checked inputs; the log-sum-exp is None unless requested."""
     problem = replace(inputs.problem, lse=True) if return_lse else inputs.problem
     return load_backend(resolve_backend(backend, problem)).forward(inputs, return_lse)
 
@@ -116,7 +116,7 @@ def block_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention over the kept blocks alone; the softmax runs over their valid keys.
+    """Attention over the kept blocks only; the softmax runs over their valid keys.
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
@@ -131,11 +131,11 @@ def block_sparse_attention(
         backend: A name from `available_backends`, or ``"auto"``.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query with no key to see gets 0.
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query that sees no key gets 0.
 
     Raises:
         ValueError: Shapes, dtypes or devices disagree, or the inputs need gradients.
-        BackendUnavailableError: The backend cannot run this, with every reason.
+        BackendUnavailableError: The backend cannot run this problem; lists every reason.
     """
     check_triple(query, key, value, causal)
     check_block_size(block_size)
@@ -219,8 +219,8 @@ def xattention(
 
     In joint text-video attention the text tokens come last: every block that touches a valid text
     key is computed for every row, and rows of blocks that hold a valid text query compute every
-    valid block. Queries may go on where the keys have been cut (padded text): their rows are
-    finite and unspecified.
+    valid block. There may be more queries than keys (padded text was cut from the keys only);
+    the output rows of the additional queries are finite but unspecified.
 
     Args:
         query: `[B, H, Sq, D]`, any strides.
@@ -236,8 +236,8 @@ def xattention(
         key_lengths: int `[B]`, valid keys of each item; see `block_scores`.
         scale: Softmax scale, 1 / sqrt(D) if None.
         backend: A name from `available_backends`, or ``"auto"``.
-        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
-            ``"auto"`` for the faster of them; the ``precision`` of `block_scores`.
+        scoring_precision: Precision of the scores: ``"exact"``, ``"float8"`` (8-bit operands, for
+            the scores only), or ``"auto"`` for the faster; the ``precision`` of `block_scores`.
         return_block_mask: Also return the block mask.
 
     Returns:
@@ -247,7 +247,7 @@ def xattention(
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
             or devices disagree.
-        BackendUnavailableError: The backend cannot run this, with every reason.
+        BackendUnavailableError: The backend cannot run this problem; lists every reason.
     """
     check_triple(query, key, value, causal)
     check_block_size(block_size, stride)
@@ -272,7 +272,7 @@ def xattention(
 def run_attend(
     inputs: AttentionInputs, backend: str, return_lse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`compute_attention` as an operator; the log-sum-exp is empty unless it is asked for."""
+    """`compute_attention` as an opaque operation; the log-sum-exp is empty unless requested."""
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.xattn_video.attend(

@@ -1,4 +1,4 @@
-"""A selection of blocks: a value that is kept, reused and measured."""
+"""A selection of blocks as a value that can be kept, reused and measured."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BlockLists:
-    """The key blocks of each row of blocks, as the kernels walk them.
+    """The selected key blocks of each row of blocks, as the kernels read them.
 
-    counts is int32 `[B, H, Nq]`; indices is int32 `[B, H, Nq, Nk]`, of which the first ``counts``
-    of a row are its blocks, ascending; the others follow, each once.
+    counts is int32 `[B, H, Nq]`, the number of selected blocks in each row. indices is int32
+    `[B, H, Nq, Nk]`: first the selected blocks of the row, ascending, then every other block once.
     """
 
     counts: Tensor

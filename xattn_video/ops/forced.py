@@ -1,4 +1,4 @@
-"""Blocks that are computed whatever their score: bool, broadcastable to `[B, H, Nq, Nk]`."""
+"""Blocks that are computed regardless of their score."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ForcedBlocks:
-    """Which blocks of an attention are forced, described rather than written out.
+    """A description of the forced blocks; `to_mask` writes them out.
 
     Causal attention keeps key block 0 and the diagonal. Where the last ``num_text_tokens`` keys
     are text, every block that touches a valid text key is kept, and every valid block of the rows

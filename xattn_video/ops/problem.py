@@ -1,4 +1,4 @@
-"""What an attention backend is given: the problem (no tensors) and the inputs (tensors)."""
+"""The input of an attention backend: the problem (no tensors) and the tensors."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from xattn_video.ops.blocks import BlockLists
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An attention problem without its tensors: all that decides which backend can run it."""
+    """An attention problem without its tensors: everything that decides which backend can run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -18,14 +18,14 @@ class Problem:
     block_size: int
     causal: bool = False
     ragged: bool = False
-    """True where the items of a batch have key lengths of their own."""
+    """True if the items of a batch have different key lengths."""
     lse: bool = False
-    """True where the log-sum-exp is asked for."""
+    """True if the log-sum-exp is requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """What a backend computes from, checked.
+    """The checked inputs of a backend.
 
     query is `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]`, any strides with the last one 1;
     query head h uses key head h // (H / Hkv);

@@ -33,7 +33,7 @@ _DEFAULT_CHUNK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class ScoringInputs:
-    """What blocks are scored from, checked.
+    """The checked inputs of scoring.
 
     query is `[B, H, Sq, D]`, key `[B, Hkv, Sk, D]`; key_lengths is int32 `[B]` on the same
     device, or None where all Sk keys are valid.
@@ -73,24 +73,24 @@ def block_scores(
         block_size: Tokens in a block.
         stride: Tokens in a group; divides ``block_size``.
         causal: Query t sees keys up to t + Sk - Sq.
-        key_lengths: int `[B]`, valid keys of each item, 1 to Sk. Keys beyond take no mass. It is
-            copied to the query's device. Values are checked where the tensor is on the CPU and
-            clamped, with no host synchronisation, where it is on another device.
+        key_lengths: int `[B]`, valid keys of each item, 1 to Sk. Keys beyond receive no mass. It
+            is copied to the query's device. Values on the CPU are checked; values on another
+            device are clamped, without a host synchronisation.
         scale: Softmax scale, 1 / sqrt(D) if None.
-        precision: ``"exact"`` multiplies query and key as they are; ``"float8"`` rounds them to
-            8 bits first (e4m3, one scale for each group of tokens), for speed: the scores are
-            then off by a few percent. Only where the Triton kernel can run, compute capability
-            8.9 or more. ``"auto"`` takes 8 bits where they were measured to be faster, on Hopper
-            from 65,536 tokens on, and is exact elsewhere.
+        precision: ``"exact"`` multiplies query and key as they are. ``"float8"`` first rounds them
+            to 8 bits (e4m3, one scale for each group of tokens), which is faster; the scores are
+            then off by a few percent. It needs the Triton kernel and compute capability 8.9 or
+            more. ``"auto"`` uses 8 bits where they were measured to be faster (on Hopper from
+            65,536 tokens on) and exact scores elsewhere.
 
     Returns:
         float32 `[B, H, Nq, Nk]`, Nq = ceil(Sq / block_size). Every row sums to 1. A block scores 0
-        where it holds no valid key, and only there: smaller masses are raised to the smallest
+        if and only if it holds no valid key: smaller masses are raised to the smallest
         normal float32. NaN or inf in the inputs makes the valid blocks of the rows they reach NaN.
 
     Raises:
         ValueError: Shapes, dtypes or devices disagree, ``stride`` does not divide ``block_size``,
-            a key length is out of range, or 8-bit scores cannot be had here.
+            a key length is out of range, or 8-bit scores are not available here.
     """
     check_pair(query, key, causal)
     check_block_size(block_size, stride)
@@ -110,7 +110,7 @@ def block_scores(
 
 
 def compute_scores(inputs: ScoringInputs) -> Tensor:
-    """`block_scores` of what has been checked."""
+    """`block_scores` for checked inputs."""
     query, key = inputs.query, inputs.key
     scorer = _choose_scorer(
         query.device,
@@ -144,7 +144,7 @@ def _choose_scorer(
     precision: Precision,
     tokens: int,
 ) -> Literal["torch", "triton", "float8"]:
-    """What computes the scores; a precision that cannot be had raises."""
+    """The function that computes the scores; raises if the precision is not available."""
     problem = Problem(device, dtype, head_dim, block_size)
     check_precision(precision, problem, stride)
     if chosen_precision(precision, problem, stride, tokens) == "float8":
@@ -154,10 +154,10 @@ def _choose_scorer(
 
 
 def check_precision(precision: str, problem: Problem | None = None, stride: int = 8) -> None:
-    """Find out whether the precision is known and, with a problem, whether it can be had.
+    """Check that the precision is known and, given a problem, that it is available for it.
 
     Raises:
-        ValueError: It is another one, or 8-bit scores cannot be had for the problem.
+        ValueError: The precision is unknown, or the problem cannot have 8-bit scores.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -168,21 +168,21 @@ def check_precision(precision: str, problem: Problem | None = None, stride: int 
     reasons = triton_unsupported_reasons(problem, stride, float8=True)
     if reasons:
         raise ValueError(
-            f'scoring precision "float8" cannot be honoured: {" ".join(reasons)} Or take "exact".'
+            f'scoring precision "float8" is not available: {" ".join(reasons)} Or use "exact".'
         )
 
 
 def chosen_precision(
     precision: Precision, problem: Problem, stride: int, tokens: int
 ) -> Precision:
-    """What "auto" is for such inputs; any other precision as it stands."""
+    """The precision that "auto" chooses for these inputs; another precision is returned as is."""
     if precision != "auto":
         return precision
     return "float8" if _float8_pays(problem, stride, tokens) else "exact"
 
 
 def _float8_pays(problem: Problem, stride: int, tokens: int) -> bool:
-    """Whether 8-bit scores can be had and were measured to be faster."""
+    """Whether 8-bit scores are available and were measured to be faster."""
     if (
         tokens < _FLOAT8_PAYS_FROM
         or problem.dtype == torch.float32

@@ -42,12 +42,12 @@ def select_blocks(
     Args:
         scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`; of another
             floating-point type they are summed in float32 at least.
-        threshold: Share of the mass, in (0, 1]; or a tensor of them that broadcasts to
+        threshold: Share of the mass, in (0, 1]; or a tensor of shares that broadcasts to
             `[B, H, Nq]`, for instance `[H, 1]` for one per head. It is copied to the device of
-            the scores. Its values are checked where it is on the CPU. Elsewhere a look at them
-            would make the host wait: there what is not above 0 keeps the best block, and what is
-            not below 1, NaN too, every block.
-        forced: bool, broadcastable to ``scores``, same device; True = keep whatever the score.
+            the scores. Values on the CPU are checked. Values elsewhere are not, because the host
+            would have to wait: a value that is not above 0 keeps the best block, and a value that
+            is not below 1, NaN included, keeps every block.
+        forced: bool, broadcastable to ``scores``, same device; True = keep at any score.
 
     Returns:
         Block mask, bool `[B, H, Nq, Nk]`; True = compute. A row whose scores are not all finite
@@ -77,7 +77,7 @@ def select_blocks(
 def fewest_blocks(
     scores: Tensor, threshold: Tensor, forced: Tensor, by_count: bool = False
 ) -> Tensor:
-    """`select_blocks` of what has been checked; the threshold broadcasts to `[B, H, Nq]`."""
+    """`select_blocks` for checked inputs; the threshold broadcasts to `[B, H, Nq]`."""
     threshold = threshold.to(scores.dtype).unsqueeze(-1)
     order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
     weights = (scores != 0).to(scores.dtype) if by_count else scores
@@ -86,7 +86,7 @@ def fewest_blocks(
     target = threshold * weights.sum(dim=-1, keepdim=True)
     if by_count:
         target = (target + 0.5).floor().clamp(min=1)
-    # A threshold that nobody looked at may be too low; the best block is kept all the same.
+    # An unchecked threshold may be too low; the best block is kept anyway.
     target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
     keep = torch.zeros_like(order, dtype=torch.bool)
     keep.scatter_(-1, order, before < target)
@@ -120,7 +120,7 @@ def select(
     scale: float | None = None,
     scoring_precision: Precision = "auto",
 ) -> BlockLists:
-    """The blocks that `xattention` computes, as lists for `attend`; arguments as there.
+    """The blocks that `xattention` would compute, as lists for `attend`; same arguments.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
@@ -142,7 +142,7 @@ def select(
 
 
 def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -> BlockLists:
-    """`compute_selection` as an operator."""
+    """`compute_selection` as an opaque operation."""
     counts, indices = torch.ops.xattn_video.select(
         inputs.query,
         inputs.key,
@@ -161,7 +161,7 @@ def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -
 def compute_selection(
     inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int = 0, by_count: bool = False
 ) -> BlockLists:
-    """`select` of what has been checked.
+    """`select` for checked inputs.
 
     The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`. With
     ``by_count`` it is the share of each row's valid blocks to keep.
@@ -180,12 +180,12 @@ def compute_selection(
 def select_block_lists(
     scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks, by_count: bool = False
 ) -> BlockLists:
-    """The choice of `select_blocks` as lists, without a mask in between where a kernel makes it.
+    """The selection of `select_blocks` as lists; the kernel makes them without a mask.
 
     Args:
         scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
         threshold: As in `select_blocks`, but not checked.
-        forced: Describes the blocks that are kept whatever they score.
+        forced: Describes the blocks that are kept at any score.
         by_count: The threshold is a share of each row's valid blocks, rounded to whole ones, and
             not of its mass: forced blocks count first, then come the best-scoring ones.
     """

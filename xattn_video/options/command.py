@@ -1,4 +1,4 @@
-"""Build a command from a function: dataclasses among its arguments become options."""
+"""Builds a command from a function; dataclasses among its arguments become options."""
 
 import inspect
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Group:
     """Several options that become one argument of a command.
 
     Attributes:
-        options: By name.
+        options: The options by name.
         make: Makes the argument from the values of all options of the command, by name.
     """
 
@@ -30,9 +30,9 @@ def knob(text: str, default: Any = None, *names: str, **metadata: Any) -> Any:
     """A dataclass field that is an option.
 
     Args:
-        text: Its help.
-        default: Its default; ``...`` where it must be given.
-        names: Its names, where they are not the field's own.
+        text: The help text.
+        default: The default; ``...`` if the option must be given.
+        names: The names of the option, if they differ from the field's name.
         metadata: ``panel`` of the help, ``shown_default``.
     """
     metadata |= {"help": text, "names": names}
@@ -40,11 +40,11 @@ def knob(text: str, default: Any = None, *names: str, **metadata: Any) -> Any:
 
 
 def option(source: "Field[Any]", **changes: Any) -> inspect.Parameter:
-    """The option of a dataclass field, which tells its type, default and help.
+    """The option for a dataclass field, with the field's type, default and help.
 
     Args:
         source: The field; its metadata is as in `knob`.
-        changes: Metadata that differs here, and ``name``, ``kind`` or ``default``.
+        changes: Metadata to replace, and ``name``, ``kind`` or ``default``.
     """
     told = {**source.metadata, **changes}
     default = told.get("default", source.default)
@@ -74,9 +74,10 @@ def group_of(cls: Any) -> Group:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
-    An argument that is a dataclass or is annotated with a `Group` stands for several options, one
-    of type `ErrorsToExitCodes` is what the command runs in, and any other is an option by itself.
-    Every command has ``--verbose``, and its errors become one line and an exit code.
+    An argument that is a dataclass or is annotated with a `Group` stands for several options. The
+    argument of type `ErrorsToExitCodes` is the context in which the command runs. Every other
+    argument is one option. Every command has ``--verbose``, and its errors become one line and an
+    exit code.
     """
     groups: dict[str, Group] = {}
     options: dict[str, inspect.Parameter] = {}

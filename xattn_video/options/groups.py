@@ -1,4 +1,4 @@
-"""Options of the model, the video and sparse attention, which several commands share."""
+"""Options for the model, the video and sparse attention, shared by several commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -30,7 +30,7 @@ class _Model:
         shown_default="HunyuanVideo, from the hub",
     )
     dtype: str | None = knob(
-        "Of the transformer: bfloat16, float16 or float32.",
+        "Dtype of the transformer: bfloat16, float16 or float32.",
         panel="Model",
         shown_default="bfloat16 where it is fast",
     )
@@ -38,12 +38,12 @@ class _Model:
         "cpu, cuda or cuda:N.", panel="Model", shown_default="cuda if there is one"
     )
     offload: str | None = knob(
-        "What waits in host memory: none, model, sequential or group.",
+        "What to keep in host memory: none, model, sequential or group.",
         panel="Model",
         shown_default="the fastest that fits",
     )
     vae_tiling: bool | None = knob(
-        "Decode the video in tiles, which takes less memory.",
+        "Decode the video in tiles, which needs less memory.",
         panel="Model",
         shown_default="on; demo off",
     )
@@ -55,28 +55,28 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _PlannedGpu:
-    """What else a plan takes of a GPU that is not here."""
+    """An additional option of `plan`, for a GPU in another machine."""
 
     gpu_memory: float | None = knob(
-        "GiB of a GPU to plan for.", panel="Model", shown_default="what is free here"
+        "Memory of the GPU, in GiB.", panel="Model", shown_default="what is free here"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Instead:
-    """What may be given in place of a threshold."""
+    """Options that can be given instead of a threshold."""
 
     schedule: Path | None = knob("JSON file with a threshold for each step.", panel=SPARSITY)
-    dense: bool = knob("Dense attention throughout.", False, "--dense", panel=SPARSITY)
+    dense: bool = knob("Use dense attention in every step.", False, "--dense", panel=SPARSITY)
 
 
 def loading(*names: str, elsewhere: bool = False, **model: Any) -> Group:
     """How the model is loaded: `LoadOptions`.
 
     Args:
-        names: The options; all of them if none is named.
-        elsewhere: The device may be another machine's.
-        model: What differs in --model.
+        names: The options to include; all of them if none is named.
+        elsewhere: Whether the device may be in another machine.
+        model: Changes to the option --model.
     """
     options = {name: made for name, made in group_of(_Model).options.items() if _in(name, names)}
     if elsewhere:
@@ -90,7 +90,7 @@ def load_options(values: dict[str, Any], elsewhere: bool = False) -> "LoadOption
     """How to load the model.
 
     Raises:
-        ValueError: A value that is not known.
+        ValueError: A value is unknown.
     """
     from xattn_video.pipelines.loading import DTYPES, LoadOptions
 
@@ -103,7 +103,7 @@ def load_options(values: dict[str, Any], elsewhere: bool = False) -> "LoadOption
 
 
 def chosen_model(values: dict[str, Any]) -> str:
-    """The model asked for; where a command leaves it open, a CPU gets the demo."""
+    """The requested model. If a command has no default model, a CPU gets the demo model."""
     model = values.get("model", HUNYUAN_VIDEO)
     if model is not None:
         return str(model)
@@ -115,7 +115,7 @@ def video_settings(*names: str) -> Group:
     """Size and sampling: `VideoSettings`, whose defaults depend on the model.
 
     Args:
-        names: The options; all of them if none is named.
+        names: The options to include; all of them if none is named.
     """
     options = {}
     for source in fields(VideoSettings):
@@ -138,8 +138,8 @@ def sparse_options(*names: str, without: Sequence[str] = ()) -> dict[str, Parame
     """The options of `SparseSettings`.
 
     Args:
-        names: The options; all of them if none is named.
-        without: Options that a command has in another form.
+        names: The options to include; all of them if none is named.
+        without: Options that the command has in another form.
     """
     return {
         source.name: option(source, panel=SPARSITY)
@@ -149,7 +149,7 @@ def sparse_options(*names: str, without: Sequence[str] = ()) -> dict[str, Parame
 
 
 def sparse_subset(*names: str) -> Group:
-    """`SparseSettings` of which a few options are given, sparse however few the tokens."""
+    """`SparseSettings` from a few options; sparse for any number of tokens."""
     options = sparse_options(*names)
 
     def make(values: dict[str, Any]) -> SparseSettings:
@@ -159,8 +159,8 @@ def sparse_subset(*names: str) -> Group:
 
 
 def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `SparseSettings` that were given, and the model's own default."""
-    # The demo is there to show sparse attention.
+    """The arguments of `SparseSettings` that were given, with the demo model's default."""
+    # The demo model is meant to show sparse attention.
     own = {"min_tokens": 0} if chosen_model(values) == DEMO else {}
     return own | _given(fields(SparseSettings), values)
 
@@ -173,21 +173,21 @@ def sparse_settings() -> Group:
 
 
 def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
-    """The sparse settings that were asked for; None for dense attention throughout.
+    """The requested sparse settings; None for dense attention in every step.
 
     Raises:
-        ValueError: Options that exclude each other, no schedule in the file, or a value that is
-            out of range.
+        ValueError: Options exclude each other, the file holds no schedule, or a value is out of
+            range.
     """
     ways = {"--threshold": values["threshold"], "--schedule": values["schedule"]}
     ways |= {"--dense": values["dense"] or None, "--density": values["density"]}
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} exclude each other; give one of them.")
+        raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
     given = given_sparse(values)
     if values["schedule"] is not None:
         given["threshold"] = _read_schedule(values["schedule"])
-    # It checks what is given, which --dense leaves unused but does not make right.
+    # This also checks values that --dense leaves unused.
     sparse = SparseSettings(**given)
     return None if values["dense"] else sparse
 
@@ -200,7 +200,7 @@ def _read_schedule(file: Path) -> ThresholdSchedule:
 
 
 def _given(sources: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The values of those fields that were given."""
+    """The values of the fields that were given."""
     named = {source.name: values.get(source.name) for source in sources}
     return {name: value for name, value in named.items() if value is not None}
 

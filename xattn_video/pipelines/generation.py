@@ -1,4 +1,4 @@
-"""Generate a video and record what it took."""
+"""Generates videos and records their times, memory and attention."""
 
 import statistics
 import sys
@@ -33,7 +33,7 @@ _STEP_REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One denoising step that is over."""
+    """One finished denoising step."""
 
     index: int
     total: int
@@ -54,7 +54,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A video and what it took.
+    """A video, with its times, memory and report.
 
     Attributes:
         frames: uint8 `[T, H, W, 3]`, RGB.
@@ -87,7 +87,7 @@ class GenerationResult:
 
     @property
     def seconds_per_dense_step(self) -> float | None:
-        """The median, which a first step that compiles or moves weights does not bend."""
+        """The median, which a first step that compiles or moves weights does not change."""
         return self._median_seconds("dense")
 
     @property
@@ -102,7 +102,7 @@ class GenerationResult:
 
     @property
     def estimated_seconds_saved(self) -> float | None:
-        """Against dense steps throughout, from the medians; None without steps of both kinds."""
+        """Compared with dense steps only, from the medians; None without steps of both kinds."""
         dense, sparse = self.seconds_per_dense_step, self.seconds_per_sparse_step
         if dense is None or sparse is None:
             return None
@@ -125,7 +125,7 @@ def generate(
     """Generate one video.
 
     Args:
-        pipe: Loaded and placed; afterwards its attention processors are those that were there.
+        pipe: The loaded pipeline; its attention processors are restored afterwards.
         request: What to generate.
         on_step: Called after every denoising step.
     """
@@ -141,8 +141,8 @@ def generate_together(
     """Generate several videos in one call of the pipeline.
 
     Args:
-        pipe: Loaded and placed; afterwards its attention processors are those that were there.
-        requests: What to generate; they differ in nothing but prompt and seed.
+        pipe: The loaded pipeline; its attention processors are restored afterwards.
+        requests: What to generate; they may differ only in prompt and seed.
         on_step: Called after every denoising step of all videos.
         observers: Told of every layer that attends, where the requests have sparse settings.
 
@@ -188,7 +188,7 @@ def generate_together(
 
 
 class _StepRecorder:
-    """Times every step, and asks the processor what it was."""
+    """Times every step, and asks the processor whether it was dense or sparse."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class _StepRecorder:
         """Diffusers' `callback_on_step_end`.
 
         Raises:
-            RuntimeError: The latents are not finite, and no further step would mend them.
+            RuntimeError: The latents are not finite, and no further step would repair them.
         """
         now = self._now()
         if not bool(tensors["latents"].isfinite().all()):
@@ -238,13 +238,13 @@ class _StepRecorder:
         return {}
 
     def _now(self) -> float:
-        """The time when the device has done all that it was given."""
+        """The time after the device has finished all its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
     def _attention_of(self, step: int) -> tuple[bool, float | None]:
-        """Whether any layer of a step ran sparse, and the density of those that did."""
+        """Whether any layer of a step ran sparse, and the density of the sparse layers."""
         density = None if self._processor is None else self._processor.report().step_density(step)
         return density is not None, density
 
@@ -252,7 +252,7 @@ class _StepRecorder:
 def _attention(
     pipe: "HunyuanVideoPipeline", settings: SparseSettings | None
 ) -> AbstractContextManager[Any]:
-    """Sparse attention while it is entered, or nothing at all."""
+    """A context with sparse attention, or without any change."""
     if settings is None:
         return nullcontext()
     return enable_xattention(pipe, settings)
@@ -269,7 +269,7 @@ def _check_shared_settings(requests: Sequence[GenerationRequest]) -> None:
     ]
     if different:
         raise ValueError(
-            "videos of one call differ in nothing but prompt and seed, "
+            "videos of one call may differ only in prompt and seed, "
             f"got different {', '.join(different)}; generate them one after another."
         )
 

@@ -1,4 +1,4 @@
-"""Load a HunyuanVideo pipeline, with the memory advice of the Diffusers documentation applied."""
+"""Loads a HunyuanVideo pipeline, following the memory advice of Diffusers' documentation."""
 
 import contextlib
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load a pipeline. None leaves the choice to the model and the device.
+    """How to load a pipeline. None means a default that depends on the model and the device.
 
     Attributes:
         model: ``"demo"``, a folder written by ``save_pretrained``, or a hub ID.
-        dtype: Of the transformer. On CUDA the text encoders and the VAE are float16 beside a
+        dtype: Dtype of the transformer. On CUDA the text encoders and the VAE are float16 with a
             bfloat16 transformer, as Diffusers advises; elsewhere all parts share it.
-        device: A CUDA device where there is one, else the CPU, if None.
+        device: None means a CUDA device if there is one, else the CPU.
         offload: Which parts wait in host memory: whole models, single layers one after the other
             (slowest, least memory), or groups of layers with their transfers overlapped. If None,
             whole models on CUDA and nothing elsewhere or for the demo model;
@@ -112,7 +112,7 @@ class LoadOptions:
 
     @property
     def resolved_offload(self) -> Offload:
-        """What waits in host memory."""
+        """The offload that will be used."""
         if self.offload is not None:
             return self.offload
         whole_models = self.resolved_device.type == "cuda" and self.model != DEMO
@@ -145,11 +145,11 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
 
 
 def check_loading(options: LoadOptions) -> None:
-    """Find out what would show only once the weights are loaded, or the video decoded.
+    """Check what would otherwise fail only after the weights are loaded or the video decoded.
 
     Raises:
-        ValueError: A dtype that the demo model cannot use, an unknown attention backend, no such
-            model, or a folder whose files are damaged.
+        ValueError: The demo model cannot use the dtype, the attention backend is unknown, the
+            model does not exist, or files of its folder are damaged.
         BackendUnavailableError: The attention backend cannot be used here.
         UnsupportedModelError: The folder's pipeline is not HunyuanVideo's.
     """
@@ -167,10 +167,10 @@ def check_loading(options: LoadOptions) -> None:
 
 
 def _check_attention_backend(name: str) -> None:
-    """Find out whether Diffusers can use the backend ``name``.
+    """Check that Diffusers can use the backend ``name``.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: No backend has this name.
         BackendUnavailableError: Its package is missing or too old.
     """
     from diffusers.models.attention_dispatch import (
@@ -191,7 +191,7 @@ def _check_attention_backend(name: str) -> None:
 
 
 def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
-    """The pipeline on the host, or on its device where it stays there."""
+    """The pipeline, on the host or already on its device."""
     from diffusers import HunyuanVideoPipeline
 
     dtype = options.resolved_dtype
@@ -210,7 +210,7 @@ def _read_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
 
 
 def _place(pipe: "HunyuanVideoPipeline", options: LoadOptions) -> None:
-    """Put the parts where they wait and compute."""
+    """Move the parts to their devices, or set up offloading."""
     device = options.resolved_device
     match options.resolved_offload:
         case "none":

@@ -1,4 +1,4 @@
-"""Foretell the memory of a run, and choose what waits in host memory by what is free."""
+"""Estimates the memory of a run, and chooses the offload by the memory that is free."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """GiB that a run may take; None where that is not known."""
+    """The memory that a run may use, in GiB; None if unknown."""
 
     gpu: float | None
     host: float | None
@@ -44,7 +44,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """GiB. An estimate.
+    """The estimated memory of a run, in GiB.
 
     Attributes:
         transformer, text_encoders, vae: Weights.
@@ -74,13 +74,13 @@ class MemoryEstimate:
     residuals_on_host: bool = False
 
     def fits(self, offload: Offload, room: Room) -> bool:
-        """Whether a way to offload needs no more than there is, as far as that is known."""
+        """Whether an offload fits into the memory, as far as it is known."""
         on_gpu = room.gpu is None or self.peaks[offload] <= room.gpu
         return on_gpu and (room.host is None or self.hosts[offload] <= room.host)
 
 
 def find_room(options: LoadOptions) -> Room:
-    """What is free on the device and the host; of a device elsewhere only what was said of it."""
+    """The free memory of device and host; for a device elsewhere, only what was given."""
     if options.gpu_memory is not None or not options.device_is_here:
         return Room(options.gpu_memory, None)
     host = psutil.virtual_memory().available / _GIB
@@ -95,13 +95,13 @@ def find_room(options: LoadOptions) -> Room:
 def estimate_memory(
     shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room
 ) -> MemoryEstimate:
-    """Weights from their number, activations and frames from the size of the video.
+    """Estimate the memory from the number of weights and the size of the video.
 
     Args:
-        shape: Of the model.
-        video: Its size.
-        options: An offload of None is chosen by ``room``: the fastest that fits.
-        room: What is free.
+        shape: The sizes of the model.
+        video: The size of the video.
+        options: If the offload is None, the fastest that fits into ``room`` is chosen.
+        room: The free memory.
     """
     on_gpu = options.resolved_device.type == "cuda"
     size = options.resolved_dtype.itemsize
@@ -137,7 +137,7 @@ def estimate_memory(
         peaks[offload],
         hosts[offload],
         offload,
-        "as asked for" if options.offload is not None else "the default",
+        "as requested" if options.offload is not None else "the default",
         peaks,
         hosts,
     )
@@ -181,7 +181,7 @@ def describe_residual_shortage(memory: MemoryEstimate, room: Room) -> str | None
 
 
 def settle_offload(options: LoadOptions, video: VideoSettings) -> LoadOptions:
-    """The options with the offload that is best for a video here, unless it was given.
+    """The options with the best offload for the video on this machine, unless one was given.
 
     Raises:
         ValueError, UnsupportedModelError, PipelineLoadError: As `read_model_shape`.
@@ -196,7 +196,7 @@ def settle_offload(options: LoadOptions, video: VideoSettings) -> LoadOptions:
 def describe_shortage(
     shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room
 ) -> str | None:
-    """Why a run cannot fit, and what would; None if it may."""
+    """Why a run cannot fit, and what would fit; None if it may fit."""
     memory = estimate_memory(shape, video, options, room)
     if memory.fits(memory.offload, room):
         return None
@@ -231,7 +231,7 @@ def _choose(memory: MemoryEstimate, room: Room) -> MemoryEstimate:
 
 
 def _decoding_gib(shape: ModelShape, video: VideoSettings, tiling: bool, size: int) -> float:
-    """What the VAE holds beside its weights."""
+    """The memory of the VAE in addition to its weights."""
     values = tile = video.num_frames * video.height * video.width
     if tiling:
         tile = min(video.num_frames, _TILE_FRAMES)
@@ -240,7 +240,7 @@ def _decoding_gib(shape: ModelShape, video: VideoSettings, tiling: bool, size: i
 
 
 def _remedy(shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room) -> str:
-    """What would fit: another way to offload, tiled decoding, or a smaller video."""
+    """What would fit: another offload, tiled decoding, or a smaller video."""
     memory = estimate_memory(shape, video, options, room)
     fitting = [name for name in memory.peaks if memory.fits(name, room)]
     if fitting:

@@ -1,4 +1,4 @@
-"""The files of a model's folder: whether they are there, whole and of one model. No weights."""
+"""Checks that the files of a model's folder are present, complete and from one model."""
 
 import json
 from collections.abc import Iterable
@@ -36,11 +36,11 @@ _SHARED_SIZES = (
 
 
 def check_model_files(folder: Path) -> None:
-    """Find out whether HunyuanVideo's pipeline can be loaded from a folder.
+    """Check that a HunyuanVideo pipeline can be loaded from a folder, without reading weights.
 
     Raises:
-        ValueError: A file is missing, empty, cut short, a git-LFS pointer or no valid JSON; or
-            the parts are not those of one HunyuanVideo pipeline.
+        ValueError: A file is missing, empty, cut short, a git-LFS pointer or not valid JSON, or
+            the parts do not belong to one HunyuanVideo pipeline.
     """
     try:
         _check_parts(folder)
@@ -49,11 +49,11 @@ def check_model_files(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds a JSON object.
+    """Read a file that holds a JSON object.
 
     Raises:
-        FileNotFoundError: It is not there.
-        ValueError: It cannot be read, or holds something else.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file cannot be read, or holds something else.
     """
     _check_content(file)
     try:
@@ -71,8 +71,8 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
     """The shape of every tensor in a safetensors file, from its header.
 
     Raises:
-        FileNotFoundError: It is not there.
-        ValueError: It cannot be read, or is not as long as its header says.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file cannot be read, or is not as long as its header says.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -91,7 +91,7 @@ def weight_files(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
     """The files of a part's weights, and the tensors that an index promises of each.
 
     Raises:
-        ValueError: There are none, or their index is no such thing.
+        ValueError: There are no weights, or their index is invalid.
     """
     for name in names:
         index = folder / f"{name}.index.json"
@@ -104,14 +104,14 @@ def weight_files(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
 
 
 def unreadable(file: Path, error: OSError) -> ValueError:
-    """What to raise where a file of a model cannot be read."""
+    """The error to raise if a file of a model cannot be read."""
     return ValueError(
         f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another model."
     )
 
 
 def _check_content(file: Path) -> None:
-    """Raise ValueError where a file holds nothing, or tells where its content would be."""
+    """Raise ValueError if a file is empty or only a pointer to its content."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_LFS_POINTER))

@@ -1,4 +1,4 @@
-"""What a plan must know of a model, read from its configuration files and tensor headers alone."""
+"""The sizes of a model, read from its configuration files and tensor headers only."""
 
 import math
 from dataclasses import dataclass
@@ -68,8 +68,8 @@ def read_model_shape(source: ModelSource) -> ModelShape:
     """The shape of a model, without its weights; HunyuanVideo's own needs no file.
 
     Raises:
-        ValueError: Its folder lacks a configuration file.
-        UnsupportedModelError: It is not HunyuanVideo.
+        ValueError: The folder lacks a configuration file.
+        UnsupportedModelError: The model is not HunyuanVideo.
         PipelineLoadError: The hub has no such model, or cannot be reached.
     """
     if source.name == HUNYUAN_VIDEO and source.folder is None:
@@ -104,7 +104,7 @@ def count_parameters(folder: Path) -> int:
     """Elements of all tensors in a folder's safetensors files, from the headers of the files.
 
     Raises:
-        ValueError: One of them cannot be read.
+        ValueError: A file cannot be read.
     """
     files = folder.glob("*.safetensors")
     return sum(math.prod(shape) for file in files for shape in read_shapes(file).values())

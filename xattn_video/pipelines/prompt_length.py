@@ -1,4 +1,4 @@
-"""How long prompts are, and what of them the text encoders never read."""
+"""Counts the tokens of prompts, and warns if a text encoder cuts a prompt."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ CLIP_LIMIT = 77
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """Tokens of one prompt, those that end it included.
+    """The number of tokens of one prompt, including the end tokens.
 
     Attributes:
         text: The prompt.
-        llama, clip: As each of the two text encoders counts them.
+        llama, clip: The counts of the two text encoders.
     """
 
     text: str
@@ -32,14 +32,14 @@ class PromptTokens:
 
     @property
     def is_cut(self) -> bool:
-        """Whether a text encoder does not read all of it."""
+        """Whether a text encoder cuts the prompt."""
         return self.llama > self.llama_limit or self.clip > self.clip_limit
 
 
 def count_prompt_tokens(
     pipe: "HunyuanVideoPipeline", request: GenerationRequest
 ) -> tuple[PromptTokens, ...]:
-    """The tokens of a request's prompt, and of its negative prompt where it has one."""
+    """Count the tokens of a request's prompt, and of its negative prompt if it has one."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
     counts = []
@@ -51,7 +51,7 @@ def count_prompt_tokens(
 
 
 def cut_prompts(pipe: "HunyuanVideoPipeline", requests: Iterable[GenerationRequest]) -> list[str]:
-    """A warning of each prompt whose end a text encoder does not read."""
+    """One warning for each prompt that a text encoder cuts."""
     counts = (count for request in requests for count in count_prompt_tokens(pipe, request))
     return [
         f"the prompt {shorten(count.text, 40, placeholder='...')!r} is cut: Llama reads "

@@ -18,7 +18,7 @@ class VideoSettings:
         num_frames: 4k + 1.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance that the model takes as an input.
-        true_cfg_scale: Classifier-free guidance by a second forward; none at 1.
+        true_cfg_scale: Classifier-free guidance with a second forward; 1 means none.
     """
 
     height: int = field(default=720, metadata={"help": "Pixels, a multiple of 16."})
@@ -63,7 +63,7 @@ DEMO_SETTINGS = VideoSettings(height=256, width=256, num_frames=65, num_inferenc
 
 
 def default_settings(model: str) -> VideoSettings:
-    """The settings that a model is meant to run at."""
+    """The default settings of a model."""
     return DEMO_SETTINGS if model == DEMO else VideoSettings()
 
 
@@ -73,8 +73,9 @@ class GenerationRequest:
 
     Attributes:
         prompt: What the video shows.
-        negative_prompt: What it must not show; needs ``video.true_cfg_scale`` above 1.
-        seed: Of the initial noise, which is drawn on the host: the same on every device.
+        negative_prompt: What the video must not show; needs ``video.true_cfg_scale`` above 1.
+        seed: Seed of the initial noise. The noise is drawn on the host, so it is the same on
+            every device.
         video: Size and sampling.
         sparse: When and how attention is sparse; None for dense attention throughout.
     """
@@ -100,7 +101,7 @@ class GenerationRequest:
 
 
 def _check_text(what: str, text: str) -> None:
-    """Raise ValueError unless a tokenizer can read it; a shell hands on whatever bytes it has."""
+    """Raise ValueError unless a tokenizer can read the text; a shell passes on any bytes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -111,6 +112,6 @@ def _check_text(what: str, text: str) -> None:
 
 
 def check_fps(fps: int) -> None:
-    """Raise ValueError unless a video can have so many frames per second."""
+    """Raise ValueError unless a video can have this frame rate."""
     if fps < 1:
         raise ValueError(f"fps must be at least 1, got {fps}; use 24.")

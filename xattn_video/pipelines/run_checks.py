@@ -1,4 +1,4 @@
-"""What can be found out about a run before the weights are loaded."""
+"""Checks of a run before the weights are loaded."""
 
 import os
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 def check_runs(
     load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool = False
 ) -> list[str]:
-    """Find out what would fail; return a warning of each thing that would be in vain.
+    """Check what would fail; return a warning for everything that would have no effect.
 
     Args:
         load: How the model will be loaded.
         requests: One for each kind of run.
-        force: Warn where the run cannot fit in memory, rather than refuse.
+        force: If the run cannot fit in memory, warn instead of refusing it.
 
     Raises:
-        ValueError: The run cannot fit in memory, the scoring precision cannot be had here, the
+        ValueError: The run cannot fit in memory, the scoring precision is not available, the
             schedule is for another model, or the model cannot be used.
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
@@ -46,13 +46,13 @@ def check_runs(
             check_precision(sparse.scoring_precision, problem, sparse.stride)
         plan = plan_run(shape, request.video, sparse, load)
         if plan.shortage is not None and not force:
-            raise ValueError(f"{plan.shortage} --force tries it all the same.")
+            raise ValueError(f"{plan.shortage} --force runs it anyway.")
         warnings += plan.warnings
     return list(dict.fromkeys(warnings))
 
 
 def unknown_words(prompts: Sequence[str]) -> list[str]:
-    """What the demo model, whose language is small, cannot read of the first such prompt."""
+    """A warning for the first prompt that the demo model's grammar does not cover."""
     from xattn_video.pipelines.demo import parse_prompt
 
     for prompt in prompts:
@@ -64,10 +64,10 @@ def unknown_words(prompts: Sequence[str]) -> list[str]:
 
 
 def refuse_ranks(command: str) -> None:
-    """Refuse to be one of several processes, each of which would write the same files.
+    """Refuse to run as one of several processes, which would all write the same files.
 
     Raises:
-        ValueError: A launcher such as torchrun or accelerate started several of them.
+        ValueError: A launcher such as torchrun or accelerate started several processes.
     """
     count = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and count.isdecimal() and int(count) > 1:

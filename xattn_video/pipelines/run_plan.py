@@ -1,4 +1,4 @@
-"""Foretell a run from sizes alone: tokens, blocks, arithmetic, memory, and whether it pays."""
+"""Estimates a run from its sizes: tokens, blocks, arithmetic, memory, and whether it pays."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ _SLOW_CPU_TFLOP = 3600
 
 @dataclass(frozen=True, slots=True)
 class SpeedupBound:
-    """What cannot be exceeded at a density, counting matrix products alone."""
+    """The largest possible speed-up at a density, counting only matrix products."""
 
     density: float
     step: float
@@ -48,7 +48,7 @@ class SpeedupBound:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run will do, as far as sizes tell."""
+    """What a run will do, estimated from its sizes."""
 
     grid: tuple[int, int, int]
     video_tokens: int
@@ -84,10 +84,10 @@ class RunPlan:
 def plan_run(
     shape: ModelShape, video: VideoSettings, sparse: SparseSettings | None, options: LoadOptions
 ) -> RunPlan:
-    """Foretell a run. No weights are read, nothing is computed.
+    """Estimate a run without reading weights or computing anything.
 
     Args:
-        shape: Of the model.
+        shape: The sizes of the model.
         video: Size and sampling.
         sparse: None for dense attention throughout.
         options: Device, dtype and offload.
@@ -196,7 +196,7 @@ def _speedup_bounds(
 def _choose_backend(
     shape: ModelShape, settings: SparseSettings, options: LoadOptions
 ) -> tuple[str | None, list[str]]:
-    """The backend that will run, and why none can, or a faster one or the precision cannot."""
+    """The backend that will run, and the reasons if none, a faster one or 8 bits cannot run."""
     device = options.resolved_device
     problem = Problem(device, options.resolved_dtype, shape.head_dim, settings.block_size)
     backend, warnings = None, []
@@ -228,7 +228,7 @@ def _sparsity_warnings(
         warnings.append(
             f"No step is sparse: {video_tokens:,} video tokens are fewer than "
             f"min_tokens={min_tokens:,}, below which dense attention tends to be faster. "
-            "Set it to 0 for sparse steps all the same."
+            "Set it to 0 to run sparse steps anyway."
         )
     elif dense_steps == steps:
         warnings.append(
@@ -243,8 +243,8 @@ def _sparsity_warnings(
         )
     if share < _SMALL_SHARE:
         warnings.append(
-            f"Attention is {share:.0%} of a step's arithmetic: were it free, a step would be "
-            f"{1 / (1 - share):.2f}x faster. Longer or larger videos gain more."
+            f"Attention is {share:.0%} of a step's arithmetic. If it took no time, a step would "
+            f"be {1 / (1 - share):.2f}x faster. Longer or larger videos gain more."
         )
     return warnings
 

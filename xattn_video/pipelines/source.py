@@ -1,4 +1,4 @@
-"""Where a model comes from: the package, a folder or the hub. Reads JSON files, no weights."""
+"""Finds a model in the package, in a folder or on the hub. Reads JSON files, no weights."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model that was asked for by name, and the folder that holds it unless it is on the hub."""
+    """The name of a model, and its folder unless it is on the hub."""
 
     name: str
     folder: Path | None
@@ -27,7 +27,7 @@ class ModelSource:
         """A JSON file of the model, from its folder or from the hub and its cache.
 
         Raises:
-            ValueError: The folder has no such file, or it cannot be read.
+            ValueError: The folder has no such file, or the file cannot be read.
             PipelineLoadError: The hub has no such model or file, or cannot be reached.
         """
         if self.folder is None:
@@ -36,7 +36,7 @@ class ModelSource:
             return read_json(self.folder / path)
         except FileNotFoundError:
             raise ValueError(
-                f"{self.folder} is no Diffusers pipeline: it has no {path}; "
+                f"{self.folder} is not a Diffusers pipeline: it has no {path}; "
                 "give a folder written by save_pretrained."
             ) from None
 
@@ -62,7 +62,7 @@ class ModelSource:
                 f"connect, give a folder, or use --model {DEMO}, which needs no network"
             )
         except EntryNotFoundError:
-            reason = f"it has no {path}, so it is no Diffusers pipeline"
+            reason = f"it has no {path}, so it is not a Diffusers pipeline"
         except HfHubHTTPError as error:
             reason = f"the hub answered: {error.args[0].splitlines()[0]}"
         raise PipelineLoadError(f"cannot load {self.name!r} from the hub: {reason}.")
@@ -97,14 +97,16 @@ def find_model(name: str) -> ModelSource:
 
 
 def check_supported(source: ModelSource) -> None:
-    """Refuse any pipeline but HunyuanVideo's, from its model_index.json alone.
+    """Refuse every pipeline except HunyuanVideo's, from its model_index.json only.
 
     Raises:
-        UnsupportedModelError: The model is of another kind.
+        UnsupportedModelError: The model is another kind of pipeline.
     """
     found = source.read_json("model_index.json").get("_class_name")
     if found != SUPPORTED_PIPELINE:
         raise UnsupportedModelError(
-            f"model {source.name!r} is a {found}; supported is {SUPPORTED_PIPELINE} "
-            f"(text to video), for example {HUNYUAN_VIDEO!r} or {DEMO!r}."
+            f"model {source.name!r} is a {found}; supported is {SUPPORTED_PIPELINE}, for example "
+            f"{HUNYUAN_VIDEO!r} or {DEMO!r}: the command line loads text-to-video pipelines only. "
+            "In your own code XAttnProcessor serves every HunyuanVideoTransformer3DModel: "
+            "HunyuanVideo text-to-video, HunyuanVideo image-to-video and SkyReels-V1."
         )

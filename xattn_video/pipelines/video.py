@@ -1,4 +1,4 @@
-"""Write videos, and find out beforehand whether they can be written."""
+"""Writes videos, and checks in advance that they can be written."""
 
 import errno
 import os
@@ -33,9 +33,10 @@ _PROBE_FRAMES = 33
 
 
 def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
-    """Write ``frames`` to ``path``, which then holds the whole video, or what it held before.
+    """Write ``frames`` to ``path``. On failure, ``path`` is unchanged.
 
-    The file takes its place only when the encoder has ended well and the file has been read again.
+    The file takes its final name only after the encoder has succeeded and the file has been read
+    back.
 
     Args:
         path: ``.mp4`` (H.264, 4:2:0, plays everywhere) or ``.mkv`` (FFV1, lossless).
@@ -45,7 +46,7 @@ def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
     Raises:
         ValueError: Unknown suffix, or frames of another shape or dtype.
         FileNotWrittenError: The disk is full, or the encoder failed.
-        MissingPackageError: There is no ffmpeg.
+        MissingPackageError: ffmpeg is missing.
     """
     suffix = path.suffix.lower()
     if suffix not in _ENCODERS:
@@ -63,10 +64,10 @@ def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
 
 
 def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
-    """As `write_video`, but where that fails the frames are kept beside or in the system's folder.
+    """Like `write_video`, but keep the frames in the same or a temporary folder if it fails.
 
     Raises:
-        FileNotWrittenError: Says where the frames are.
+        FileNotWrittenError: The video could not be written; the text says where the frames are.
     """
     try:
         write_video(path, frames, fps)
@@ -84,7 +85,7 @@ def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int
 
 
 def _keep_frames(path: Path, frames: "NDArray[np.uint8]") -> Path | None:
-    """Where the frames are now; None where no disk has room."""
+    """Write the frames and return their place; None if no disk has room."""
     import numpy as np
 
     for beside in (True, False):
@@ -108,7 +109,7 @@ def check_encoders(folder: Path, suffixes: Iterable[str], fps: int) -> None:
 
     Raises:
         MissingPackageError: ffmpeg is missing, cannot be run or lacks the encoder.
-        ValueError: The video would not be what it should be, such as at this frame rate.
+        ValueError: The written video would be wrong, for instance at this frame rate.
     """
     import numpy as np
 
@@ -135,10 +136,10 @@ def check_encoders(folder: Path, suffixes: Iterable[str], fps: int) -> None:
 
 
 def find_ffmpeg() -> str:
-    """The ffmpeg that is used, which can be run.
+    """The path of an ffmpeg that can be run.
 
     Raises:
-        MissingPackageError: There is none.
+        MissingPackageError: ffmpeg is missing or cannot be run.
     """
     try:
         import imageio.v3  # noqa: F401
@@ -159,7 +160,7 @@ def _encode(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
     """Let ffmpeg write a file.
 
     Raises:
-        OSError: It failed.
+        OSError: ffmpeg failed.
     """
     import numpy as np
 
@@ -196,10 +197,10 @@ def _raise_failure(code: int, said: str) -> NoReturn:
 
 
 def _check_written(path: Path, frames: "NDArray[np.uint8]") -> None:
-    """Read a video again.
+    """Read a written video back and compare it with the frames.
 
     Raises:
-        OSError: It is not these frames.
+        OSError: The video does not hold these frames.
     """
     import numpy as np
     from imageio_ffmpeg import read_frames
@@ -224,7 +225,7 @@ def _check_written(path: Path, frames: "NDArray[np.uint8]") -> None:
 
 
 def _alike(read: "NDArray[np.uint8]", written: "NDArray[np.uint8]", suffix: str) -> bool:
-    """Equal without loss; else of about the same brightness everywhere."""
+    """Whether the frames are equal (lossless) or have about the same brightness (lossy)."""
     import numpy as np
 
     if suffix == _LOSSLESS:

@@ -1,4 +1,4 @@
-"""What a denoising step does: the one place where dense or sparse is decided."""
+"""Decides what a denoising step does, dense or sparse; nothing else decides."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ DenseReason: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is asked of `decide`: sizes of a model, a video and a generation.
+    """The sizes of a model, a video and a generation, as `decide` needs them.
 
     Attributes:
         num_layers, num_heads: Of the model.
@@ -56,18 +56,18 @@ class Decision:
         return self.reason is None
 
     def layer_reason(self, layer: int) -> DenseReason | None:
-        """Why a layer runs dense; None where it runs sparse."""
+        """Why a layer runs dense; None if it runs sparse."""
         if self.reason is None and all(tau == 1 for tau in self.thresholds[layer]):
             return "threshold 1"
         return self.reason
 
 
 def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
-    """What a denoising step does; plan, progress, report and layers all ask here.
+    """Decide what a denoising step does; plan, progress, report and layers all call this.
 
     Args:
-        settings: Of sparse attention.
-        step: From 0.
+        settings: The settings of sparse attention.
+        step: The step, counted from 0.
         run: Sizes of the model, the video and the generation.
 
     Raises:
@@ -116,7 +116,7 @@ def _is_sparse(settings: SparseSettings, step: int, run: Run) -> bool:
 
 
 def _dense_reason(settings: SparseSettings, step: int, run: Run) -> DenseReason | None:
-    """Why every layer of the step runs dense; None where one runs sparse."""
+    """Why every layer of the step runs dense; None if at least one runs sparse."""
     first_cool = math.inf
     if settings.cooldown_steps:
         first_cool = _num_steps(run) - settings.cooldown_steps

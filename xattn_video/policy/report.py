@@ -17,7 +17,7 @@ class LayerRun:
     """One layer in one forward pass.
 
     Args:
-        state: ``"skipped"`` where a cache did not run the layer.
+        state: ``"dense"``, ``"sparse"``, or ``"skipped"`` if a cache did not run the layer.
         reason: Why the layer ran dense: "warm-up", "cool-down", "threshold 1", "too few tokens"
             or "gradients".
         kept: Blocks computed, over the batch and all heads; None unless sparse.
@@ -44,10 +44,10 @@ class ForwardRun:
     Args:
         step: Denoising step, from 0.
         forward_pass: Pass within the step, from 0: true classifier-free guidance runs two.
-        timestep: What the transformer was given.
-        threshold: Tau of the step where it is one number for all layers and heads, else None.
-        backend: What computed the sparse layers; None where no layer ran sparse.
-        layers: One entry a layer.
+        timestep: The timestep that the transformer was given.
+        threshold: Tau of the step if it is one number for all layers and heads, else None.
+        backend: The backend of the sparse layers; None if no layer ran sparse.
+        layers: One entry per layer.
     """
 
     step: int
@@ -106,12 +106,12 @@ class SparsityReport:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """What computed the sparse layers."""
+        """The backends that computed the sparse layers."""
         return tuple(sorted({forward.backend for forward in self.forwards if forward.backend}))
 
     @property
     def dense_reasons(self) -> dict[str, int]:
-        """{reason: layer runs} of all that ran dense."""
+        """{reason: number of layer runs} for the layers that ran dense."""
         counts: dict[str, int] = {}
         for forward in self.forwards:
             for run in forward.layers:
@@ -150,7 +150,7 @@ class SparsityReport:
         return f"{sparse}, {what}, {self.num_refused} refused"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form; the lists of a forward pass have one entry a layer."""
+        """Plain values for JSON; the lists of a forward pass have one entry per layer."""
         return {
             "summary": self.summary(),
             "num_steps": len(self.steps),
@@ -185,7 +185,7 @@ class SparsityReport:
         write_json(path, self.to_dict())
 
     def plot(self, path: str | Path) -> None:
-        """Draw density by step and layer; the passes of a step are taken together.
+        """Draw density by step and layer; all passes of a step count together.
 
         Raises:
             ValueError: Nothing has run yet.
@@ -230,7 +230,7 @@ class SparsityReport:
                     yield forward, layer, run
 
     def _grid(self) -> list[list[float | Literal["dense", "skipped"]]]:
-        """`[layers][steps]`: a density, or what the layer did instead."""
+        """`[layers][steps]`: a density, or "dense" or "skipped"."""
         dense = {
             (layer, forward.step)
             for forward in self.forwards
@@ -254,7 +254,7 @@ def _density(runs: Iterable[LayerRun]) -> float | None:
 
 
 def require_matplotlib() -> None:
-    """Raise MissingPackageError where matplotlib, and so every plot, is missing."""
+    """Raise MissingPackageError if matplotlib, which every plot needs, is missing."""
     if find_spec("matplotlib") is None:
         raise MissingPackageError(
             "plots need matplotlib, which is not installed; pip install matplotlib."

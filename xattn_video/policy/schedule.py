@@ -19,22 +19,22 @@ ThresholdLike: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class ThresholdSchedule:
-    """The threshold tau of every denoising step, with values of their own for layers and heads.
+    """The threshold tau of every denoising step; layers and heads can have their own values.
 
-    Steps count from 0, warm-up included. Before the first point its tau holds, after the last one
-    the last one's. A step whose every tau is 1 runs dense.
+    Steps count from 0, warm-up included. Before the first point, the first tau holds; after the
+    last point, the last tau. A step runs dense if every tau is 1.
 
     Args:
         points: (step, tau) pairs, steps ascending, 0 < tau <= 1.
-        interpolation: What lies between two points: ``"hold"`` the earlier one's tau, a
-            ``"linear"`` ramp or a ``"cosine"`` ramp, flat at both ends.
-        layers: {layer: points}, instead of ``points`` in that layer. Layers count from 0 through
-            the double-stream, then the single-stream blocks.
-        heads: {(layer, head): points}, instead of either in that head.
+        interpolation: Tau between two points: ``"hold"`` keeps the earlier tau, ``"linear"`` is a
+            straight ramp, ``"cosine"`` a ramp that is flat at both ends.
+        layers: {layer: points} replaces ``points`` in that layer. Layers count from 0, first the
+            double-stream blocks, then the single-stream blocks.
+        heads: {(layer, head): points} replaces both in that head.
 
     Raises:
         ValueError: A tau outside (0, 1], or steps that do not ascend.
-        TypeError: Something that is no number where one belongs.
+        TypeError: A value that should be a number is not.
     """
 
     points: Points
@@ -89,7 +89,7 @@ class ThresholdSchedule:
 
     @classmethod
     def coerce(cls, value: ThresholdLike) -> "ThresholdSchedule | CallableSchedule":
-        """A schedule from whatever says one.
+        """Turn a threshold in any of its forms into a schedule.
 
         Args:
             value: A float, a list (step i uses entry i, the last one holds), a mapping
@@ -141,7 +141,7 @@ class ThresholdSchedule:
         ]
 
     def check_model(self, num_layers: int, num_heads: int) -> None:
-        """Raise ValueError where the schedule names a layer or a head that a model lacks."""
+        """Raise ValueError if the schedule names a layer or a head that the model lacks."""
         for layer in [*self.layers, *(layer for layer, _ in self.heads)]:
             if layer >= num_layers:
                 raise ValueError(
@@ -156,7 +156,7 @@ class ThresholdSchedule:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form; `from_dict` reads it."""
+        """Plain values for JSON; `from_dict` reads them."""
         heads: dict[str, dict[str, Any]] = {}
         for (layer, head), points in self.heads.items():
             heads.setdefault(str(layer), {})[str(head)] = _as_lists(points)
@@ -223,18 +223,18 @@ class ThresholdSchedule:
 
 @dataclass(frozen=True, slots=True)
 class CallableSchedule:
-    """A threshold that a function of the step gives; it has no JSON form."""
+    """A threshold given by a function of the step; it has no JSON form."""
 
     function: Callable[[int], float]
 
     @property
     def is_uniform(self) -> bool:
-        """True: the function knows nothing of layers."""
+        """True: the function depends on the step only."""
         return True
 
     @property
     def is_dense(self) -> bool:
-        """False: nobody knows what the function gives at other steps."""
+        """False: the function's values at other steps are unknown."""
         return False
 
     def threshold(self, step: int, layer: int | None = None, head: int | None = None) -> float:
@@ -247,7 +247,7 @@ class CallableSchedule:
         return [[tau] * num_heads for _ in range(num_layers)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Refused: code is not data."""
+        """Raise TypeError: a function cannot be written as JSON."""
         raise TypeError(
             f"a threshold function ({self.function!r}) has no JSON form; list its values with "
             "ThresholdSchedule.from_list([function(step) for step in range(num_steps)])."

@@ -1,4 +1,4 @@
-"""Every knob of sparse attention: name, default, help and check, each in this one place."""
+"""Every setting of sparse attention: its name, default, help and check, defined once."""
 
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -17,26 +17,26 @@ _MIN_TOKENS_ELSEWHERE = 2048
 
 @dataclass(frozen=True, slots=True)
 class SparseSettings:
-    """When and how attention is sparse: the arguments of `XAttnProcessor`.
+    """When and how attention is sparse; also the arguments of `XAttnProcessor`.
 
-    The processor, the command line, `compare`, `plan` and reports hold this object; options and
-    their help are made from its fields.
+    The processor, the command line, `compare`, `plan` and reports hold this object. Command-line
+    options and their help are made from its fields.
 
     Attributes:
         threshold: Share tau of each row's estimated mass to keep, in (0, 1]. Lower is faster and
             further from dense attention; 1 is dense. A float, a list (step i uses entry i, the
             last one holds), a mapping {step: tau}, a callable step -> tau, or a
             `ThresholdSchedule`. 0.95 if neither it nor ``density`` is given.
-        stride: Tokens in a group of the estimate; divides ``block_size``. Smaller estimates
-            better and costs more.
+        stride: Tokens in a group of the estimate; must divide ``block_size``. A smaller stride
+            estimates better and costs more.
         block_size: Tokens in a block.
-        warmup_steps: First steps that run dense; they settle the layout of the video.
-        cooldown_steps: Last steps that run dense.
-        min_tokens: With fewer video tokens every step runs dense. None for what was measured to
-            pay: 16384 on CUDA, 2048 elsewhere.
+        warmup_steps: Number of first steps that run dense; they settle the layout of the video.
+        cooldown_steps: Number of last steps that run dense.
+        min_tokens: With fewer video tokens, every step runs dense. None means the length from
+            which sparse attention was measured to be faster: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
-        scoring_precision: ``"exact"``, ``"float8"`` for 8-bit operands in the estimate alone, or
-            ``"auto"`` for the faster of them; see `block_scores`.
+        scoring_precision: Precision of the scores: ``"exact"``, ``"float8"`` (8-bit operands, for
+            the scores only), or ``"auto"`` for the faster; see `block_scores`.
         density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones, in
             place of a threshold; None where that decides.
         refresh_every: The first sparse step and then every r-th one run dense as well, and keep
@@ -60,21 +60,25 @@ class SparseSettings:
     _: KW_ONLY
     stride: int = field(default=8, metadata={"help": "Tokens between scored antidiagonals."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
-    warmup_steps: int = field(default=5, metadata={"help": "First steps that stay dense."})
-    cooldown_steps: int = field(default=0, metadata={"help": "Last steps that stay dense."})
+    warmup_steps: int = field(
+        default=5, metadata={"help": "Number of first steps that stay dense."}
+    )
+    cooldown_steps: int = field(
+        default=0, metadata={"help": "Number of last steps that stay dense."}
+    )
     min_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "With fewer video tokens all steps stay dense.",
+            "help": "With fewer video tokens, every step stays dense.",
             "shown_default": f"{_MIN_TOKENS_CUDA} on CUDA, else {_MIN_TOKENS_ELSEWHERE}; demo 0",
         },
     )
     backend: str = field(
-        default="auto", metadata={"help": "One of those that `xattn-video backends` lists."}
+        default="auto", metadata={"help": "auto, or a name that `xattn-video backends` lists."}
     )
     scoring_precision: "Precision" = field(
         default="auto",
-        metadata={"help": "Of the estimate: exact, float8, or auto, the faster of them."},
+        metadata={"help": "Precision of scoring: exact, float8, or auto (the faster)."},
     )
     density: float | None = field(
         default=None,
@@ -121,7 +125,7 @@ class SparseSettings:
     def of(
         cls, threshold: "ThresholdLike | SparseSettings | None", **options: Any
     ) -> "SparseSettings":
-        """Settings from the arguments of a constructor, or the settings given instead of them."""
+        """Settings made from the arguments, or the settings given in place of a threshold."""
         if not isinstance(threshold, SparseSettings):
             return cls(threshold, **options)
         if options:
@@ -143,11 +147,11 @@ class SparseSettings:
         return share
 
     def min_tokens_on(self, device_type: str) -> int:
-        """``min_tokens``, or the default of a device.
+        """``min_tokens``, or the default of the device.
 
-        With half of the blocks kept XAttention beats the best dense kernel from there on: on CUDA
-        by flash4 and triton, as measured on an H100; elsewhere as on a CPU, whose shortest
-        measured length this is. docs/benchmarks.md has the curves.
+        From the default on, XAttention with half of the blocks is faster than the best dense
+        kernel. On CUDA this was measured on an H100 with flash4 and triton. Elsewhere it is the
+        shortest length that was measured on a CPU. docs/benchmarks.md has the curves.
         """
         if self.min_tokens is not None:
             return self.min_tokens

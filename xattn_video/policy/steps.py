@@ -9,18 +9,18 @@ _EXACT_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 @dataclass(frozen=True, slots=True)
 class ForwardInputs:
-    """What is read of a forward pass's arguments, in one transfer from the device.
+    """What is read from the arguments of a forward pass, in one transfer from the device.
 
     Args:
-        timestep: The first item's.
-        timestep_dtype: In bfloat16 several steps share one rounded timestep.
+        timestep: The timestep of the first item.
+        timestep_dtype: Its dtype; in bfloat16 several steps can share one rounded timestep.
         latent_shape: `[C, T, H, W]`.
-        latent_sample: A few latents of the first item: the passes of one step share them.
-        text_sample: A few of its text embedding: the passes of one step differ in them.
+        latent_sample: Some latents of the first item; they are the same in all passes of a step.
+        text_sample: Some values of its text embedding; they differ between the passes of a step.
         text_lengths: Valid text tokens of each item.
         text_tokens: Text tokens of an item, padding included.
-        device: Of the latents.
-        dtype: Of the latents.
+        device: Device of the latents.
+        dtype: Dtype of the latents.
         needs_grad: Whether gradients are on, and an input or a parameter of the model needs them.
     """
 
@@ -38,7 +38,7 @@ class ForwardInputs:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStep:
-    """What a running pipeline's scheduler says of the step that a forward pass belongs to.
+    """The step of a forward pass according to the scheduler of a running pipeline.
 
     Args:
         index: Steps that the scheduler has taken in this generation; None before the first.
@@ -48,17 +48,18 @@ class SchedulerStep:
 
 
 class StepTracker:
-    """Counts steps by the pipeline's scheduler where it tells, else by what the model is given.
+    """Counts denoising steps, by the pipeline's scheduler if known, else by the model's inputs.
 
-    A scheduler that has taken no step yet begins a generation; later its count is the step.
-    Without one the timestep decides: the same is the same step (true classifier-free guidance
-    calls twice), a lower one the next step, a higher one a new generation, and so is another
-    latent shape. Equal timesteps with other latents are the next step: rounded to bfloat16
-    neighbouring steps may share one, and so they may with some schedulers.
+    If the scheduler has taken no step yet, a generation begins; afterwards its count is the step.
+    Without a scheduler, the timestep decides. The same timestep is the same step (true
+    classifier-free guidance calls the model twice), a lower timestep is the next step, and a
+    higher timestep or another latent shape starts a new generation. The same timestep with other
+    latents is the next step, because neighbouring steps can have equal timesteps: after rounding
+    to bfloat16, and with some schedulers.
 
-    Same latents with another text, at the first timestep again, are taken for guidance's second
-    pass. Where they are a new generation instead, after one that stopped at its first step, the
-    steps are right all the same, and the report holds the pass of the one before as well.
+    If a run stops at its first step and the next starts from the same noise with another prompt,
+    it is taken for the guidance pass: steps stay right, but the report also lists the earlier
+    pass. Call `reset()` to avoid this.
     """
 
     def __init__(self) -> None:
@@ -72,11 +73,11 @@ class StepTracker:
         self.forward_pass = 0
 
     def observe(self, inputs: ForwardInputs, scheduler: SchedulerStep | None = None) -> bool:
-        """Count one forward pass; True where a new generation starts with it.
+        """Count one forward pass; return True if it starts a new generation.
 
         Args:
-            inputs: Of the forward pass.
-            scheduler: What the scheduler of a running pipeline says; None where there is none.
+            inputs: The inputs of the forward pass.
+            scheduler: The step according to the scheduler; None if no pipeline is known.
         """
         first, last, self._last = self._first, self._last, inputs
         if first is None or last is None or self.step is None:
@@ -107,7 +108,7 @@ class StepTracker:
 def _stands_still(
     scheduler: SchedulerStep, last: ForwardInputs, inputs: ForwardInputs, step: int
 ) -> bool:
-    """Whether nobody steps the scheduler any more: it stays while timesteps go on."""
+    """Whether the scheduler is no longer in use: its count stays while the timesteps change."""
     if scheduler.index is None:
         return False
     before, now = _comparable(last, inputs)
@@ -115,7 +116,7 @@ def _stands_still(
 
 
 def _is_second_pass(first: ForwardInputs, last: ForwardInputs, inputs: ForwardInputs) -> bool:
-    """Whether ``inputs`` are guidance's second pass of the first step."""
+    """Whether ``inputs`` belong to the second guidance pass of the first step."""
     before, now = _comparable(last, inputs)
     return (
         now == before
@@ -128,7 +129,7 @@ def _is_second_pass(first: ForwardInputs, last: ForwardInputs, inputs: ForwardIn
 def _starts_generation(
     first: ForwardInputs, last: ForwardInputs, inputs: ForwardInputs, step: int
 ) -> bool:
-    """Whether a generation starts here; ``first`` and ``last`` are of the one before."""
+    """Whether a generation starts here; ``first`` and ``last`` belong to the previous one."""
     before, now = _comparable(last, inputs)
     # After a generation of one step; guidance's second pass has another text.
     starts_over = (
@@ -150,20 +151,20 @@ def _starts_generation(
 
 
 def _continues_step(last: ForwardInputs, inputs: ForwardInputs) -> bool:
-    """Whether ``inputs`` are of the same step as ``last``."""
+    """Whether ``inputs`` belong to the same step as ``last``."""
     before, now = _comparable(last, inputs)
     return now == before and inputs.latent_sample == last.latent_sample
 
 
 def _comparable(last: ForwardInputs, inputs: ForwardInputs) -> tuple[float, float]:
-    """Both timesteps in the coarser of their precisions."""
+    """Both timesteps, rounded to the lower of their two precisions."""
     coarser = last if _are_exact(inputs) and not _are_exact(last) else inputs
     dtype = coarser.timestep_dtype
     return _rounded(last.timestep, dtype), _rounded(inputs.timestep, dtype)
 
 
 def _are_exact(*inputs: ForwardInputs) -> bool:
-    """Whether steps of their own have timesteps of their own."""
+    """Whether the dtype gives every step a distinct timestep."""
     return all(one.timestep_dtype in _EXACT_DTYPES for one in inputs)
 
 

@@ -1,4 +1,4 @@
-"""The Diffusers side: the attention processor and how to switch it on."""
+"""The Diffusers side: the attention processor, and how to enable it."""
 
 from xattn_video.processors.enable import XAttentionHandle, enable_xattention
 from xattn_video.processors.processor import XAttnProcessor

@@ -1,8 +1,8 @@
-"""Ties a processor to its transformer when Diffusers sets it, and to each of its forward passes.
+"""Binds a processor to its transformer when Diffusers sets it, and to each forward pass.
 
-Diffusers tells a processor nothing when it is set. Importing this package therefore wraps
-`AttentionMixin.set_attn_processor` of Diffusers: models given any other processor notice nothing;
-a processor that derives from `TransformerBound` is told its transformer, before and after.
+Diffusers does not tell a processor which transformer it is set on. Importing this package
+therefore wraps Diffusers' `AttentionMixin.set_attn_processor`. A processor that derives from
+`TransformerBound` is then told its transformer; other processors work as before.
 """
 
 import abc
@@ -19,19 +19,19 @@ from xattn_video.processors.families import FAMILIES, Family
 
 
 class TransformerBound(abc.ABC):
-    """A processor that has to know the transformer it is set on."""
+    """A processor that must know the transformer it is set on."""
 
     @abc.abstractmethod
     def check_binding(self, transformer: Any) -> None:
-        """Raise where the processor cannot be set on the transformer."""
+        """Raise if the processor cannot be set on the transformer."""
 
     @abc.abstractmethod
     def bind(self, transformer: Any) -> Any:
-        """Take up work on the transformer; harmless when done twice."""
+        """Start to serve the transformer. A second call does no harm."""
 
     @abc.abstractmethod
     def unbind(self, transformer: Any) -> None:
-        """Leave the transformer, which uses another processor now."""
+        """Stop serving the transformer, which now uses another processor."""
 
     @abc.abstractmethod
     def serves(self, transformer: nn.Module) -> bool:
@@ -45,14 +45,14 @@ class TransformerBound(abc.ABC):
 
     @abc.abstractmethod
     def end_forward(self, transformer: nn.Module) -> None:
-        """Clear up after a forward pass, failed or not."""
+        """Clean up after a forward pass, even a failed one."""
 
 
 class ForwardHook:
-    """Tells a processor of a forward pass: before it starts, or after it has ended.
+    """Tells a processor that a forward pass starts, or that it has ended.
 
-    A class, not a closure, so that it pickles, and so that a deep copy of the transformer brings
-    hooks that belong to the copy's processor.
+    This is a class, not a closure, so that it can be pickled, and so that the hooks of a deep
+    copy of the transformer belong to the copy's processor.
     """
 
     def __init__(self, processor: TransformerBound, begins: bool) -> None:
@@ -72,7 +72,7 @@ class ForwardHook:
 
     @classmethod
     def install(cls, processor: TransformerBound, transformer: nn.Module) -> None:
-        """Register both hooks unless they are there."""
+        """Register both hooks unless they are registered already."""
         if any(
             isinstance(hook, cls) and hook.processor is processor
             for hook in transformer._forward_pre_hooks.values()
@@ -85,7 +85,7 @@ class ForwardHook:
 
     @classmethod
     def remove(cls, processor: TransformerBound, transformer: nn.Module) -> None:
-        """Unregister, on a deep copy of the transformer too, which a hook's handle cannot."""
+        """Remove both hooks; unlike a hook's handle, this works on a deep copy too."""
         for hooks in (transformer._forward_pre_hooks, transformer._forward_hooks):
             for number, hook in list(hooks.items()):
                 if isinstance(hook, cls) and hook.processor is processor:
@@ -96,10 +96,10 @@ class ForwardHook:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model itself, out of the wrappers of torch.compile and PEFT.
+    """The model without the wrappers of torch.compile and PEFT.
 
     Raises:
-        UnsupportedModelError: It is wrapped for data parallelism, which copies it.
+        UnsupportedModelError: The model is wrapped for data parallelism, which copies it.
     """
     while True:
         if hasattr(model, "_orig_mod"):
@@ -119,13 +119,13 @@ def family_of(model: Any) -> Family:
     """The family of an unwrapped model.
 
     Raises:
-        UnsupportedModelError: No family knows it.
+        UnsupportedModelError: The model belongs to no family.
     """
     for family in FAMILIES:
         if isinstance(model, family.transformers):
             return family
     known = "; ".join(
-        f"{', '.join(kind.__name__ for kind in family.transformers)} ({family.covers})"
+        f"{', '.join(kind.__name__ for kind in family.transformers)} ({', '.join(family.covers)})"
         for family in FAMILIES
     )
     raise UnsupportedModelError(
@@ -135,7 +135,7 @@ def family_of(model: Any) -> Family:
 
 
 def _bound_processors(model: AttentionMixin) -> list[TransformerBound]:
-    """The distinct processors of the model that want to know it."""
+    """The distinct processors of the model that must know it."""
     found = {id(p): p for p in model.attn_processors.values() if isinstance(p, TransformerBound)}
     return list(found.values())
 
@@ -166,7 +166,7 @@ def _binding(set_attn_processor: Callable[..., None]) -> Callable[..., None]:
 
 
 def install() -> None:
-    """Wrap `set_attn_processor` once, wherever Diffusers defines it."""
+    """Wrap `set_attn_processor` once in each class of Diffusers that defines it."""
     for owner in (AttentionMixin, *(kind for family in FAMILIES for kind in family.transformers)):
         original = vars(owner).get("set_attn_processor")
         if original is not None and not hasattr(original, "_binds_xattn"):

@@ -16,7 +16,7 @@ class XAttentionHandle:
     """XAttention on one transformer, until `disable` or the end of a ``with`` block.
 
     Attributes:
-        processor: The `XAttnProcessor` in use; its report outlives `disable`.
+        processor: The `XAttnProcessor` in use; its report stays available after `disable`.
     """
 
     def __init__(self, transformer: Any, processor: XAttnProcessor) -> None:
@@ -25,7 +25,7 @@ class XAttentionHandle:
         self._previous: dict[str, Any] | None = dict(transformer.attn_processors)
 
     def disable(self) -> None:
-        """Put back the processors that were there before; harmless when done twice."""
+        """Restore the previous processors. A second call does nothing."""
         if self._previous is not None:
             self._transformer.set_attn_processor(self._previous)
             self._previous = None
@@ -50,32 +50,32 @@ def enable_xattention(
     """Set an `XAttnProcessor` on a pipeline's transformer.
 
     Args:
-        pipe_or_transformer: A HunyuanVideo pipeline, or its transformer. Only a pipeline knows the
-            number of steps, which ``cooldown_steps`` needs.
-        threshold: See `XAttnProcessor`; or all of its arguments as a `SparseSettings`.
-        options: Its other arguments.
+        pipe_or_transformer: A pipeline with a HunyuanVideo transformer, or the transformer. Only
+            a pipeline knows the number of steps, which ``cooldown_steps`` needs.
+        threshold: As in `XAttnProcessor`: a threshold, a schedule or a whole `SparseSettings`.
+        options: The other arguments of `XAttnProcessor`.
 
     Returns:
         A handle with ``processor`` and ``disable()``; also a context manager.
 
     Raises:
-        UnsupportedModelError: There is no HunyuanVideo transformer.
-        RuntimeError: XAttention is enabled there already.
+        UnsupportedModelError: The argument has no HunyuanVideo transformer.
+        RuntimeError: XAttention is already enabled on the transformer.
     """
     is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
     if is_pipeline and not hasattr(pipe_or_transformer, "transformer"):
         raise UnsupportedModelError(
-            f"{type(pipe_or_transformer).__name__} has no transformer; supported are pipelines "
-            "with a HunyuanVideoTransformer3DModel."
+            f"{type(pipe_or_transformer).__name__} has no transformer; give a pipeline with a "
+            "HunyuanVideoTransformer3DModel, or the transformer itself."
         )
     pipeline = pipe_or_transformer if is_pipeline else None
     transformer: Any = unwrapped(pipeline.transformer if pipeline else pipe_or_transformer)
     family_of(transformer)
     if any(isinstance(p, XAttnProcessor) for p in transformer.attn_processors.values()):
         raise RuntimeError(
-            "XAttention is enabled on this transformer already; call disable() on its handle "
-            "first, or set another XAttnProcessor with transformer.set_attn_processor. To tell "
-            "the processor that is there of another pipeline, call "
+            "XAttention is already enabled on this transformer; call disable() on its handle "
+            "first, or set another XAttnProcessor with transformer.set_attn_processor. To use the "
+            "present processor with another pipeline, call "
             "processor.bind(pipe.transformer, pipeline=pipe)."
         )
     processor = XAttnProcessor(threshold, **options)

@@ -1,7 +1,7 @@
-"""From a layer's queries, keys and values to its attention: the only place that attends.
+"""Computes the attention of a layer from its queries, keys and values.
 
-Here alone a layer runs dense or sparse, and here alone observers listen. torch.compile sees one
-opaque operation, whatever it chooses: step, prompt and size make no graphs of their own.
+Only this module chooses between dense and sparse for a layer, and only it calls observers.
+torch.compile sees one opaque operation, so steps, prompts and sizes need no graphs of their own.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,12 @@ HOW_TO_BIND = (
 def attend(
     slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
-    """Attention of one layer as its forward pass decided.
+    """Compute the attention of one layer as decided for its forward pass.
 
     Args:
-        slot: The layer's.
+        slot: The slot of the layer.
         query, key, value: `[B, S, H, D]`, in the model's order of tokens.
-        attention_mask: What Diffusers gives its own processor.
+        attention_mask: The mask that Diffusers gives its own processor.
 
     Returns:
         `[B, S, H, D]`, contiguous.
@@ -64,7 +64,7 @@ def attend(
 def _attend_with_gradients(
     slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
-    """As the stock processor does it. Checkpointing calls it after the forward pass is over."""
+    """Attend like the stock processor. Checkpointing also calls this after the forward pass."""
     forward = slot.forward
     slot.state = "dense"
     out: Tensor = dispatch_attention_fn(
@@ -84,7 +84,7 @@ def _attend_now(
     forward = slot.forward
     if forward is None:
         raise UnboundProcessorError(
-            f"this XAttnProcessor knows no transformer and no step: {HOW_TO_BIND}"
+            f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
         )
     if forward.decision.reason == "gradients" or forward.parallel_config is not None:
         return _attend_with_gradients(slot, query, key, value, attention_mask)
@@ -174,9 +174,9 @@ def dense_attention(
 
     Args:
         query, key, value: `[B, S, H, D]` in canonical order.
-        layout: Of the tokens.
-        backend: One of Diffusers' attention backends. If None its active one; where that is
-            the default, the fastest kernel present on a Hopper GPU.
+        layout: The layout of the tokens.
+        backend: One of Diffusers' attention backends. None means the active backend; if that is
+            the default and the GPU is a Hopper, the fastest kernel that is installed.
 
     Returns:
         `[B, S, H, D]`.
@@ -195,11 +195,11 @@ def dense_attention(
 
 
 def _dense_kernel(query: Tensor, backend: Any, causal: bool) -> Callable[..., Tensor]:
-    """Diffusers' dispatch, unless nobody chose a backend and a faster kernel is present."""
+    """Diffusers' dispatch, or a faster kernel if the user has not chosen a backend."""
     if causal:
         return partial(dispatch_attention_fn, backend=backend, is_causal=True)
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    # A kernel that PyTorch was told not to use is a choice too.
+    # If the user has disabled a kernel of PyTorch, that is also a choice.
     unrestricted = torch.backends.cuda.flash_sdp_enabled() and (
         torch.backends.cuda.cudnn_sdp_enabled()
     )

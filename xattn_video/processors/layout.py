@@ -8,17 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """The tokens of a forward pass; the operator sees canonical order: video, then valid text.
+    """The tokens of a forward pass. The operator sees canonical order: video, then valid text.
 
     Args:
-        num_video_tokens: Of an item.
-        num_text_tokens: Of an item, padding included; 0 where the text lies elsewhere.
+        num_video_tokens: Video tokens of one item.
+        num_text_tokens: Text tokens of one item, padding included; 0 if the text is not among
+            the tokens.
         text_lengths: Valid text tokens of each item; they come before the padding.
-        device: Where the layers compute.
-        grid: Frames, rows and columns of the video tokens, where they have them.
-        causal: Whether a token sees those before it alone. Nothing is cut off then.
-        permutation: int64 `[S]`: canonical place p holds the model's token ``permutation[p]``.
-            None where the model's order is canonical.
+        device: The device that runs the layers.
+        grid: Frames, rows and columns of the video tokens, if they form a grid.
+        causal: Whether a token sees only itself and earlier tokens. Padding is then not cut off.
+        permutation: int64 `[S]`: canonical position p holds the model's token ``permutation[p]``.
+            None if the model's order is canonical.
     """
 
     num_video_tokens: int
@@ -33,7 +34,7 @@ class TokenLayout:
     def text_first(
         cls, num_video_tokens: int, num_text_tokens: int, batch: int, device: torch.device
     ) -> "TokenLayout":
-        """Text, all of it valid, followed by the video."""
+        """A layout with the text first, all of it valid, followed by the video."""
         places = torch.arange(num_video_tokens + num_text_tokens, device=device)
         return cls(
             num_video_tokens,
@@ -45,7 +46,7 @@ class TokenLayout:
 
     @property
     def key_lengths(self) -> tuple[int, ...]:
-        """Keys of each item that take part, which come first in canonical order."""
+        """Number of valid keys of each item; they come first in canonical order."""
         if self.causal:
             return (self.num_tokens,) * len(self.text_lengths)
         return tuple(self.num_video_tokens + length for length in self.text_lengths)
@@ -56,11 +57,11 @@ class TokenLayout:
         return self.num_video_tokens + self.num_text_tokens
 
     def to_canonical(self, tokens: Tensor) -> Tensor:
-        """`[B, S, ...]` from the model's order; the same tensor where that is canonical."""
+        """Bring `[B, S, ...]` from the model's order into canonical order."""
         return tokens if self.permutation is None else tokens[:, self.permutation]
 
     def from_canonical(self, tokens: Tensor) -> Tensor:
-        """`[B, S, ...]` back in the model's order."""
+        """Bring `[B, S, ...]` back into the model's order."""
         if self.permutation is None:
             return tokens
         return torch.empty_like(tokens).index_copy_(1, self.permutation, tokens)

@@ -1,4 +1,4 @@
-"""What listens to the layers of a processor: put one into `XAttnProcessor.observers`."""
+"""Observers of the layers of a processor; add one to `XAttnProcessor.observers`."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ _SAMPLED_ROWS = 32
 
 
 class KeptMass:
-    """Kept mass: the softmax mass, over all valid keys, that lies in the computed blocks.
+    """Measures the kept mass: the softmax mass, over all valid keys, in the computed blocks.
 
-    It is measured after every sparse layer on some rows of video tokens, drawn anew each time from
-    a fixed seed; time nothing with it.
+    It is measured after every sparse layer on some rows of video tokens, drawn anew each time
+    from a fixed seed. It slows the run, so do not use it while you measure time.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class KeptMass:
 
     @property
     def means(self) -> list[float] | None:
-        """For each item of the batch, the mean over layers, heads and rows; waits for the device.
+        """The mean over layers, heads and rows for each item of the batch; waits for the device.
 
         None if nothing ran sparse.
         """

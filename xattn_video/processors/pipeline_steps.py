@@ -1,4 +1,4 @@
-"""What a running pipeline knows of its denoising steps."""
+"""Reads the denoising step from a running pipeline and its scheduler."""
 
 import weakref
 from typing import Any
@@ -7,22 +7,22 @@ from xattn_video.policy.steps import SchedulerStep
 
 
 class PipelineSteps:
-    """Steps of the generation that a Diffusers pipeline is running.
+    """The steps of the generation that a Diffusers pipeline is running.
 
-    Another pipeline may share its transformer. One that an exception stopped looks as if it ran
-    on until it runs again. The pipeline is not kept alive.
+    Another pipeline may share the transformer. A pipeline that was stopped by an exception seems
+    to be running until it runs again. This object does not keep the pipeline alive.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
 
     def count(self) -> int | None:
-        """Denoising steps of the generation; None where none runs."""
+        """Number of denoising steps of the generation; None if none is running."""
         num_steps: int | None = getattr(self._running(), "_num_timesteps", None)
         return num_steps
 
     def current(self) -> SchedulerStep | None:
-        """What the pipeline's scheduler says; None where none runs or the scheduler is silent."""
+        """The scheduler's step; None if no generation is running or the scheduler has none."""
         scheduler: Any = getattr(self._running(), "scheduler", None)
         if not hasattr(scheduler, "step_index"):
             return None
@@ -33,7 +33,7 @@ class PipelineSteps:
         return SchedulerStep(index - (getattr(scheduler, "begin_index", None) or 0))
 
     def _running(self) -> Any:
-        """The pipeline; None where it runs no generation."""
+        """The pipeline; None if it is not running a generation."""
         pipeline = self._pipeline()
         # Diffusers' pipelines set it to None before and after their denoising loop.
         return None if getattr(pipeline, "_current_timestep", None) is None else pipeline

@@ -1,4 +1,4 @@
-"""XAttention as an attention processor of Diffusers."""
+"""XAttention as a Diffusers attention processor."""
 
 import inspect
 from typing import Any, ClassVar
@@ -26,12 +26,12 @@ from xattn_video.processors.session import NumSteps, Session
 
 
 class XAttnProcessor(TransformerBound):
-    """Joint text-video attention: dense while warming up, then block-sparse.
+    """Joint text-video attention: dense during the warm-up, then block-sparse.
 
-    Set one instance on a transformer, ``pipe.transformer.set_attn_processor(XAttnProcessor())``;
-    it learns the denoising step from the transformer's own ``timestep``. One processor serves one
-    transformer; a deep copy is independent. The token refiner is computed as ever. How setting it
-    tells it the transformer: `xattn_video.processors.binding`.
+    Set one instance on a transformer: ``pipe.transformer.set_attn_processor(XAttnProcessor())``.
+    The processor reads the denoising step from the transformer's own ``timestep``. One processor
+    serves one transformer; a deep copy is independent. The token refiner runs as usual.
+    `xattn_video.processors.binding` explains how the processor learns its transformer.
 
     Args:
         threshold: Share tau of each row's estimated mass to keep, in (0, 1], 0.95 if not given;
@@ -43,12 +43,13 @@ class XAttnProcessor(TransformerBound):
             `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
 
     Attributes:
-        settings: Its `SparseSettings`.
-        observers: Functions that are told of every layer that has attended; see `AttendedLayer`.
-        operator: What computes a sparse layer; XAttention unless another is put here.
+        settings: The `SparseSettings` in use.
+        observers: Functions that are called after the attention of every layer; see
+            `AttendedLayer`.
+        operator: The function that computes a sparse layer; XAttention by default.
 
-    The first forward pass raises where a backend that was asked for by name cannot run, 8 bits
-    cannot be had, or ``cooldown_steps`` has no number of steps.
+    The first forward pass raises if a named backend cannot run, if 8-bit scoring was requested
+    and is not available, or if ``cooldown_steps`` has no number of steps.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
@@ -75,7 +76,7 @@ class XAttnProcessor(TransformerBound):
         return f"{type(self).__name__}{given}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy serves no transformer yet; that of a copied transformer is bound by its hook.
+        # A copy serves no transformer yet. If the transformer was copied too, a hook binds it.
         return {**self.__dict__, "observers": [], "_session": None, "_parallel_config": None}
 
     def __call__(
@@ -93,7 +94,7 @@ class XAttnProcessor(TransformerBound):
         slot: LayerSlot | None = getattr(attn, SLOT_NAME, None)
         if slot is None or slot.attention is None:
             raise UnboundProcessorError(
-                f"this XAttnProcessor knows no transformer and no step: {HOW_TO_BIND}"
+                f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
             )
         return slot.attention(
             attn, slot, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
@@ -124,10 +125,10 @@ class XAttnProcessor(TransformerBound):
     def reset(self) -> None:
         """Start a new generation with the next forward pass.
 
-        Needed only where nothing else can tell: after an interrupted generation, when the next
-        one starts at a lower timestep than the last one that ran and the processor does not know
-        the pipeline. After one that stopped at its first step it keeps that step out of the next
-        report, where only the prompt is another.
+        This is needed only if the processor does not know the pipeline and an interrupted
+        generation is followed by one that starts at a lower timestep. It also helps if a run stops
+        at its first step and the next differs only in the prompt: without `reset`, the next report
+        lists the earlier pass too.
         """
         if self._session is not None:
             self._session.reset()
@@ -135,17 +136,18 @@ class XAttnProcessor(TransformerBound):
     def bind(
         self, transformer: Any, num_steps: NumSteps = None, *, pipeline: Any = None
     ) -> "XAttnProcessor":
-        """Serve a transformer whose layers have this processor; `set_attn_processor` does it.
+        """Serve a transformer whose layers use this processor; `set_attn_processor` calls this.
 
         Args:
-            transformer: Of a supported family.
-            num_steps: Denoising steps of a generation, or what tells them; for cooldown_steps.
-            pipeline: The Diffusers pipeline that runs the transformer; it tells steps and their
-                number, unless ``num_steps`` is given.
+            transformer: A transformer of a supported family.
+            num_steps: Denoising steps of a generation, or a function that returns them; needed
+                for ``cooldown_steps``.
+            pipeline: The Diffusers pipeline that runs the transformer. The step is then read from
+                its scheduler, and so is the number of steps unless ``num_steps`` is given.
 
         Raises:
-            UnsupportedModelError: The model is another one.
-            ValueError: The model does not use this processor, or another one does.
+            UnsupportedModelError: The model is not supported.
+            ValueError: The model does not use this processor, or the processor serves another.
         """
         transformer = unwrapped(transformer)
         self.check_binding(transformer)
@@ -171,7 +173,7 @@ class XAttnProcessor(TransformerBound):
         return self
 
     def check_binding(self, transformer: Any) -> None:
-        """Raise where the processor cannot serve the transformer."""
+        """Raise if the processor cannot serve the transformer."""
         transformer = unwrapped(transformer)
         num_layers = len(family_of(transformer).attentions(transformer))
         self.settings.schedule.per_head(0, num_layers, transformer.config.num_attention_heads)
@@ -183,7 +185,7 @@ class XAttnProcessor(TransformerBound):
             )
 
     def unbind(self, transformer: Any) -> None:
-        """Leave the transformer; the report of its latest generation stays."""
+        """Stop serving the transformer; the report of its latest generation stays."""
         ForwardHook.remove(self, transformer)
         if self._session is not None and self._session.transformer() is transformer:
             self._session.close()
@@ -195,7 +197,7 @@ class XAttnProcessor(TransformerBound):
     def begin_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Settle what the layers do in a forward pass; a hook calls this before it starts."""
+        """Settle what the layers do in a forward pass; a hook calls this before the pass."""
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 "torch.export is not supported: which steps are sparse is settled while the "
@@ -218,7 +220,7 @@ class XAttnProcessor(TransformerBound):
         )
 
     def end_forward(self, transformer: nn.Module) -> None:
-        """Take up what the layers did; a hook calls this after a forward pass, failed or not."""
+        """Record what the layers did; a hook calls this after the pass, even a failed one."""
         if self._session is not None:
             self._session.end_forward()
 

@@ -1,4 +1,4 @@
-"""What the layers are to do in a forward pass, and what they did."""
+"""Holds what each layer must do in a forward pass, and records what it did."""
 
 import collections
 import itertools
@@ -25,13 +25,13 @@ _MAX_FORWARDS = 4096
 
 @dataclass(frozen=True, slots=True)
 class AttendedLayer:
-    """What an observer sees of a layer: tensors in canonical order, `[B, S, H, D]`.
+    """What an observer receives for a layer: tensors in canonical order, `[B, S, H, D]`.
 
     Args:
-        layer: The layer's name.
+        layer: The name of the layer.
         forward: The forward pass.
-        query, key, value: Padded text included.
-        blocks: What was computed; None where the layer ran dense.
+        query, key, value: The tensors, padded text included.
+        blocks: The blocks that were computed; None if the layer ran dense.
     """
 
     layer: str
@@ -54,12 +54,13 @@ class ForwardPass:
     """What all layers share in one forward pass.
 
     Args:
-        settings: Of sparse attention.
+        settings: The settings of sparse attention.
         decision: Which layers run dense, and why.
-        layout: Of the tokens.
-        device_key_lengths: int32 `[B]` on the layers' device where items differ, else None.
-        backend: What computes sparse attention; None where all layers run dense.
-        dense_backend: Diffusers' attention backend for dense layers; None if nobody chose one.
+        layout: The layout of the tokens.
+        device_key_lengths: int32 `[B]` on the layers' device if the items differ, else None.
+        backend: The backend of sparse attention; None if all layers run dense.
+        dense_backend: The Diffusers attention backend that the user chose for dense layers, or
+            None.
         parallel_config: Diffusers' context parallelism, or None.
         operator: What computes a sparse layer.
         observers: Told of every layer that has attended.
@@ -79,15 +80,15 @@ class ForwardPass:
 
 
 class LayerSlot:
-    """One layer's part in the forward pass that runs, and what the layer did.
+    """What one layer must do in the current forward pass, and what it did.
 
-    It hangs on the layer's attention module, so that compiled code finds it without knowing the
-    layer's number, for which torch.compile would compile every layer anew.
+    The slot is an attribute of the layer's attention module. Compiled code therefore finds it
+    without the number of the layer, which would make torch.compile compile every layer anew.
 
     Attributes:
-        name: The layer's.
-        attention: Its family's processor; None in a copy, until that is bound.
-        forward: The forward pass; None between two of them.
+        name: The name of the layer.
+        attention: The processor of its family; None in a copy until the copy is bound.
+        forward: The current forward pass; None between passes.
         handle: int64, on the CPU: stands for the slot in a compiled graph.
         fuses: Whether one kernel prepares queries and keys on the layers' device.
         reason: Why the layer runs dense; None where it is to run sparse.
@@ -119,14 +120,14 @@ class LayerSlot:
 
     @classmethod
     def of_handle(cls, handle: Tensor) -> "LayerSlot":
-        """The slot that a compiled graph was given the handle of."""
+        """The slot that belongs to a handle in a compiled graph."""
         slot: LayerSlot = cls._by_number[int(handle)]
         return slot
 
 
 @dataclass(slots=True)
 class _Record:
-    """A forward pass as recorded, the numbers of kept blocks still on the device."""
+    """The record of a forward pass; the numbers of kept blocks are still on the device."""
 
     step: int
     forward_pass: int
@@ -157,7 +158,7 @@ class Recorder:
         self._records: collections.deque[_Record] = collections.deque(maxlen=_MAX_FORWARDS)
 
     def start_generation(self) -> None:
-        """Forget the generation before."""
+        """Forget the previous generation."""
         self._records.clear()
         self.num_refused = 0
 
@@ -177,7 +178,7 @@ class Recorder:
             slot.refreshed = False
 
     def end_forward(self) -> None:
-        """Take over what the slots hold; harmless when done twice."""
+        """Copy the results from the slots into the record. A second call does no harm."""
         for slot in self.slots:
             slot.forward = None
         if not self._records:
@@ -191,7 +192,7 @@ class Recorder:
         latest.kept = torch.stack([count.to(kept[0].device) for count in kept]) if kept else None
 
     def report(self) -> SparsityReport:
-        """The latest generation up to now; waits for the device."""
+        """The report of the latest generation so far; waits for the device."""
         for record in self._records:
             if record.kept is not None:
                 # Kept there: a report after every step copies each number once.
@@ -209,7 +210,7 @@ def _as_run(record: _Record) -> ForwardRun:
         if state == "sparse":
             layers.append(LayerRun(state, None, int(next(kept)), record.valid_blocks, refreshed))
         elif state == "dense":
-            # It was to run sparse, and the layer itself found that it needs gradients.
+            # The layer should have run sparse, but found at run time that it needs gradients.
             layers.append(LayerRun(state, reason or "gradients"))
         else:
             layers.append(LayerRun(state))

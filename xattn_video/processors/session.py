@@ -1,4 +1,4 @@
-"""A processor's work on one transformer: what the layers do in each forward pass."""
+"""The work of a processor on one transformer: settles what the layers do in each pass."""
 
 import weakref
 from collections.abc import Callable
@@ -33,11 +33,11 @@ class Session:
     """Follows the steps of one transformer, settles each forward pass and records what ran.
 
     Args:
-        transformer: Of a supported family.
+        transformer: A transformer of a supported family.
         family: Its family.
-        serves: Whether the processor is the one of an attention module.
-        num_steps: Denoising steps of a generation, or what tells them.
-        scheduler_step: What tells the step of a running pipeline, or None.
+        serves: Tells whether an attention module uses the processor.
+        num_steps: Denoising steps of a generation, or a function that returns them.
+        scheduler_step: A function that returns the step of the running pipeline, or None.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Session:
         backend = None
         few_tokens = layout.num_video_tokens < settings.min_tokens_on(device.type)
         if not (few_tokens or inputs.needs_grad or settings.schedule.is_dense):
-            # In a dense step too: what cannot run is refused before the warm-up, not after it.
+            # In dense steps too, so that a refusal comes before the warm-up and not after it.
             backend = self._resolve(settings, inputs, layout, config.attention_head_dim)
         lengths = None
         if len(set(layout.key_lengths)) > 1:
@@ -136,7 +136,7 @@ class Session:
         self._residuals.clear()
 
     def close(self) -> None:
-        """Take the slots off the transformer."""
+        """Remove the slots from the transformer."""
         self.end_forward()
         self._residuals.close()
         for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
@@ -170,7 +170,7 @@ class Session:
     def _resolve(
         self, settings: SparseSettings, inputs: ForwardInputs, layout: TokenLayout, head_dim: int
     ) -> str:
-        """The backend's name, outside of compiled code, before any layer has run."""
+        """Choose the backend, outside compiled code and before any layer runs."""
         device, dtype = layout.device, inputs.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -207,7 +207,7 @@ class Session:
 
 
 def _layer_device(transformer: nn.Module, input_device: torch.device) -> torch.device:
-    """Where the layers compute: accelerate's offloading moves the inputs there later."""
+    """The device that runs the layers; accelerate's offloading moves the inputs there later."""
     for module in transformer.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:

@@ -1,1 +1,1 @@
-"""Shows what was measured: consoles, tables, pages, and the machine it belongs to."""
+"""Shows what was measured: consoles, tables, pages, and the machine that was used."""

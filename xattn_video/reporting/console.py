@@ -1,4 +1,4 @@
-"""Where the command line writes, and how it reports what went wrong."""
+"""The consoles of the command line, and its reports of errors."""
 
 import functools
 import logging
@@ -49,23 +49,23 @@ def message_console() -> Console:
 
 
 def print_warning(text: str) -> None:
-    """One warning on stderr."""
+    """Print one warning on stderr."""
     message_console().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
 
 def print_warnings(texts: Iterable[str]) -> None:
-    """Each of them."""
+    """Print each warning on stderr."""
     for text in texts:
         print_warning(text)
 
 
 def print_error(text: str) -> None:
-    """What went wrong, on stderr."""
+    """Print an error on stderr."""
     message_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
 def print_interruption(done: str = "", by: str = "") -> None:
-    """That Ctrl-C was pressed or a signal came, and what was done until then, on stderr."""
+    """Print on stderr that the run was interrupted, and what was done until then."""
     text = f"interrupted{by and f' by {by}'}{done and f'; {done}'}."
     message_console().print(text, soft_wrap=True)
 
@@ -133,7 +133,7 @@ def _describe_usage(error: Any) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal asked the command to end; it stops as for Ctrl-C, and leaves nothing half done."""
+    """A signal asked the command to end. It stops as on Ctrl-C and leaves nothing half done."""
 
     number = signal.SIGTERM
 
@@ -155,17 +155,17 @@ def _say_again(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class ErrorsToExitCodes:
-    """Within it an exception becomes one line on stderr and an exit code.
+    """Turns an exception into one line on stderr and an exit code.
 
-    Ctrl-C, SIGTERM (of slurm, docker and the like) and SIGHUP (a closed terminal) do too.
-
-    The text of a KeyboardInterrupt, where it has one, is what was done until then.
+    The same holds for Ctrl-C, SIGTERM (sent by slurm, docker and others) and SIGHUP (a closed
+    terminal). The text of a KeyboardInterrupt, if any, says what was done until then.
 
     Args:
         verbose: Print the traceback too.
 
     Attributes:
-        running: Set it once the arguments have proved sound: a ValueError is then a failure.
+        running: Set this when all arguments have been checked: from then on a ValueError is a
+            failure of the run, not a wrong argument.
     """
 
     def __init__(self, verbose: bool) -> None:
@@ -208,7 +208,7 @@ class ErrorsToExitCodes:
 
 
 def describe(error: Exception) -> str:
-    """What to tell a user: our own words as they are, another library's on one line."""
+    """The text of an error for the user: our own as it is, another library's on one line."""
     text = str(error)
     if isinstance(error, XAttentionError):
         # A backend names its remedy as Python has it; here it is an option.
@@ -220,7 +220,7 @@ def describe(error: Exception) -> str:
 
 
 def log_choices(verbose: bool) -> None:
-    """Log what this package chooses if ``verbose``; else not even the hub's retries."""
+    """If ``verbose``, log the choices of this package; else hide even the hub's retries."""
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("xattn_video").setLevel(logging.INFO)
@@ -232,7 +232,7 @@ def log_choices(verbose: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep Diffusers' and Transformers' advice and bars off the terminal; downloads still show."""
+    """Hide the advice and progress bars of Diffusers and Transformers, except downloads."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure belongs to."""
+"""The machine and the package versions of a measurement."""
 
 import contextlib
 import importlib.metadata
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def machine_record(device: "torch.device") -> dict[str, Any]:
-    """Versions, and the name of what computes."""
+    """The package versions and the name of the device."""
     import diffusers
     import torch
 
@@ -31,7 +31,7 @@ def machine_record(device: "torch.device") -> dict[str, Any]:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """The versions of the packages that are installed."""
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Pages out of templates, and pages of which a part is generated."""
+"""Pages made from templates, and pages with a generated part."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def render(template: Path, **values: object) -> str:
 
 
 def replace_between(text: str, begin: str, end: str, content: str) -> str:
-    """A page with other content between two marks, which stay.
+    """Replace the content between two marks of a page and keep the marks.
 
     Raises:
-        ValueError: The page does not hold each mark once.
+        ValueError: The page does not hold each mark exactly once.
     """
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(

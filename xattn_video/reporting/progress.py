@@ -17,7 +17,7 @@ from rich.table import Column
 
 
 class FinishedStep(Protocol):
-    """What is shown of a denoising step that is over: its number, from 0, and what it was."""
+    """A finished denoising step: its number, from 0, and whether it was dense or sparse."""
 
     @property
     def index(self) -> int: ...
@@ -32,7 +32,7 @@ class FinishedStep(Protocol):
 
 
 class GenerationProgress:
-    """Shows the steps of one generation; call it with each step that is over."""
+    """Shows the steps of one generation; call it with each finished step."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""One table with three faces: on a terminal, in Markdown, in HTML."""
+"""One table that can be shown on a terminal, in Markdown and in HTML."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ _HTML = """<table>
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Headings, and rows of as many cells.
+    """A table of text cells.
 
     Attributes:
         columns: The headings.
-        rows: The cells, as text.
-        num_left: Columns aligned to the left; figures, to their right, are aligned to the right.
+        rows: The cells, as text; each row has one cell per column.
+        num_left: Number of first columns that are aligned left; the others are aligned right.
     """
 
     columns: tuple[str, ...]
@@ -53,11 +53,11 @@ class Table:
         num_left: int = 1,
         keep_empty: bool = True,
     ) -> "Table":
-        """A row for each item, its cells made by the columns' functions; None is an empty cell.
+        """Make one row for each item with the function of each column; None is an empty cell.
 
         Args:
-            items: What the rows are about.
-            columns: Heading -> the cell of an item.
+            items: The items, one per row.
+            columns: Heading -> function from an item to its cell.
             num_left: See the class.
             keep_empty: Whether a column that has no text in any row stays.
         """
@@ -85,7 +85,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """As GitHub reads it."""
+        """The table in GitHub's Markdown."""
         marks = ["---" if side == "left" else "---:" for _, side in self._sided(self.columns)]
         return "\n".join(
             f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |"
@@ -109,7 +109,7 @@ class Table:
 
 
 def figure(value: float | None, form: str, unit: str = "") -> str:
-    """A figure as a table shows it; empty where there is none."""
+    """A figure as text for a table; empty if it is None."""
     return "" if value is None else f"{value:{form}}{unit}"
 
 

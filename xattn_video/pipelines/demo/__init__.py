@@ -1,4 +1,4 @@
-"""A small, really trained HunyuanVideo pipeline that ships with the package."""
+"""A small, trained HunyuanVideo pipeline that ships with the package."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +44,8 @@ def load_demo_pipeline(
     """Load the demo model from the package's own files; no network is used.
 
     Args:
-        dtype: `default_dtype(device)` if None.
-        device: A CUDA device where there is one, else the CPU, if None.
+        dtype: None means `default_dtype(device)`.
+        device: None means a CUDA device if there is one, else the CPU.
 
     Raises:
         FileNotFoundError: The installation holds no model files.
@@ -65,7 +65,7 @@ def load_demo_pipeline(
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the device computes in it natively, else float32."""
+    """bfloat16 if the device supports it natively, else float32."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16
     # Older torch cannot be asked; float32 is right everywhere.

@@ -1,4 +1,4 @@
-"""The families of models that XAttention knows, one file each."""
+"""The supported families of models, one file each."""
 
 from xattn_video.processors.families.family import Family
 from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO

@@ -1,4 +1,4 @@
-"""What XAttention has to know of a family of transformers."""
+"""What XAttention must know about a family of transformers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,23 +13,24 @@ from xattn_video.processors.layout import TokenLayout
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One record a family; a new model is a new file with one of these.
+    """The record of one family. To support a new model, add a file with such a record.
 
     Attributes:
-        name: As people call it.
-        transformers: Diffusers' classes.
-        covers: Which models these are, for messages.
-        attentions: transformer -> {layer name: attention module} of layers that can be sparse.
-        read_forward: transformer and its forward's arguments by name -> what is read of them.
-        forward_arguments: The names of the forward's arguments, in their order.
-        layout: config, inputs and the layers' device -> where the tokens lie.
-        attention: The processor of a layer, in Diffusers' own numbered steps: attention module,
-            its slot, and what Diffusers gives a processor.
+        name: The usual name of the family.
+        transformers: The transformer classes of Diffusers.
+        covers: The models of the family, for messages.
+        attentions: Function (transformer) -> {layer name: attention module}, for the layers that
+            can run sparse.
+        read_forward: Function (transformer, arguments of its forward by name) -> `ForwardInputs`.
+        forward_arguments: The names of the forward's arguments, in order.
+        layout: Function (config, inputs, device of the layers) -> `TokenLayout`.
+        attention: The processor of a layer in Diffusers' own numbered steps. It takes the
+            attention module, its slot, and the arguments that Diffusers gives a processor.
     """
 
     name: str
     transformers: tuple[type[nn.Module], ...]
-    covers: str
+    covers: tuple[str, ...]
     attentions: Callable[[Any], dict[str, Any]]
     read_forward: Callable[[nn.Module, Mapping[str, Any]], ForwardInputs]
     forward_arguments: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""HunyuanVideo: joint attention, the video first and its text behind it."""
+"""HunyuanVideo: joint attention over the video tokens followed by the text tokens."""
 
 import inspect
 import itertools
@@ -33,7 +33,7 @@ def attention(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Diffusers' HunyuanVideoAttnProcessor2_0; it differs in step 5, and in 2 to 4 on a GPU."""
+    """Diffusers' HunyuanVideoAttnProcessor2_0, except step 5, and steps 2 to 4 on a GPU."""
     num_text_tokens = encoder_hidden_states.shape[1]
     if attn.add_q_proj is None:
         hidden_states = join(hidden_states, encoder_hidden_states)
@@ -81,7 +81,7 @@ def attention(
 
 
 def attentions(transformer: Any) -> dict[str, Any]:
-    """{block name: attention module} of all joint-attention layers, double-stream blocks first."""
+    """{layer name: attention module} of all joint-attention layers, double-stream first."""
     return {
         f"{stack}.{number}": block.attn
         for stack in ("transformer_blocks", "single_transformer_blocks")
@@ -90,7 +90,7 @@ def attentions(transformer: Any) -> dict[str, Any]:
 
 
 def read_forward(transformer: nn.Module, given: Mapping[str, Any]) -> ForwardInputs:
-    """What a forward pass was called with, in one transfer from the device.
+    """Read the arguments of a forward pass, in one transfer from the device.
 
     Raises:
         TypeError: An argument is missing.
@@ -149,7 +149,7 @@ def _any_needs_grad(transformer: nn.Module, given: Iterable[object]) -> bool:
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     transformers=(HunyuanVideoTransformer3DModel,),
-    covers="HunyuanVideo text-to-video, image-to-video, SkyReels-V1",
+    covers=("HunyuanVideo text-to-video", "HunyuanVideo image-to-video", "SkyReels-V1"),
     attentions=attentions,
     read_forward=read_forward,
     # Of Diffusers' own class: a derived or patched forward may take *args and **kwargs.

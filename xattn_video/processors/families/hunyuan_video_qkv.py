@@ -1,8 +1,8 @@
-"""Queries, keys and values of joint text-video attention, from their projections on.
+"""Prepares queries, keys and values of joint text-video attention after their projections.
 
-`prepare_eagerly` follows Diffusers' processor step by step. `prepare_fused` gives the same from
-one kernel, where `can_fuse` allows it. Projections stay calls of their modules in both, so that
-adapters and quantised layers work as ever.
+`prepare_eagerly` follows Diffusers' processor step by step. `prepare_fused` computes the same
+with one kernel if `can_fuse` allows it. Both call projections as modules, so adapters and
+quantised layers work as usual.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def join(video: Tensor, text: Tensor) -> Tensor:
-    """Video and text in one tensor, `[B, Sv + St, C]`.
+    """Join video and text in one tensor, `[B, Sv + St, C]`.
 
-    No copy where they are slices of one that holds them so, which single-stream blocks have cut
-    just before. A compiled graph sees to that itself.
+    Single-stream blocks have just cut both from one tensor; that tensor is then used again
+    without a copy. A compiled graph avoids the copy itself.
     """
     if (
         not torch.compiler.is_compiling()
@@ -44,20 +44,20 @@ def join(video: Tensor, text: Tensor) -> Tensor:
 
 
 def kernel_runs_on(device: torch.device) -> bool:
-    """Whether the fused kernel runs on the device; asked once a forward, not by its layers."""
+    """Whether the fused kernel runs on the device; asked once per forward, not per layer."""
     return device.type == "cuda" and not device_unsupported_reasons(device)
 
 
 def can_fuse(
     attn: Attention, video: Heads, encoder_hidden_states: Tensor, image_rotary_emb: RotaryEmb
 ) -> bool:
-    """Whether the fused kernel computes what the layer's own modules would.
+    """Whether the fused kernel computes the same as the layer's own modules.
 
     Args:
-        attn: The layer.
-        video: As `prepare_eagerly` takes it.
-        encoder_hidden_states: Likewise.
-        image_rotary_emb: Likewise.
+        attn: The attention module of the layer.
+        video: As in `prepare_eagerly`.
+        encoder_hidden_states: As in `prepare_eagerly`.
+        image_rotary_emb: As in `prepare_eagerly`.
     """
     query = video[0]
     head_dim = query.shape[-1]
@@ -88,7 +88,7 @@ def can_fuse(
 def prepare_fused(
     attn: Attention, video: Heads, encoder_hidden_states: Tensor, image_rotary_emb: RotaryEmb
 ) -> Heads:
-    """What `prepare_eagerly` gives, from one kernel; only where `can_fuse` allows it."""
+    """Compute the result of `prepare_eagerly` with one kernel; only if `can_fuse` allows it."""
     norms = _norms(attn)
     weights = [norm.weight for norm in norms]
     if attn.add_q_proj is not None:
@@ -186,10 +186,10 @@ def _norms(attn: Attention) -> list[nn.Module]:
 
 
 def _is_plain(norm: nn.Module, rows: Tensor) -> bool:
-    """Whether the module's weight, on the rows' device and of their dtype, is all there is to it.
+    """Whether the norm is a plain weight with the device and dtype of the rows.
 
-    What replaces ``forward`` or hangs hooks on the module, such as offloading, may also move the
-    weight when the module is called, which the kernel does not do.
+    Code that replaces ``forward`` or registers hooks, such as offloading, may move the weight
+    when the module is called. The kernel does not do that.
     """
     return (
         type(norm) is RMSNorm
