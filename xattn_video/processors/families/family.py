@@ -25,6 +25,9 @@ class Family:
         layout: config, inputs and the layers' device -> where the tokens lie.
         attention: The processor of a layer, in Diffusers' own numbered steps: attention module,
             its slot, and what Diffusers gives a processor.
+        context_parallel_plan: Where Diffusers splits the video tokens among ranks and gathers
+            them; the text stays whole.
+        unsplit_reason: config -> why the model's tokens cannot be split so, or None.
     """
 
     name: str
@@ -35,3 +38,5 @@ class Family:
     forward_arguments: tuple[str, ...]
     layout: Callable[[Any, ForwardInputs, torch.device], TokenLayout]
     attention: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    context_parallel_plan: dict[str, Any]
+    unsplit_reason: Callable[[Any], str | None]
