@@ -100,8 +100,7 @@ def is_split(transformer: nn.Module) -> bool:
 
 def offer_plan(transformer: Any, family: Family) -> None:
     """Make Diffusers' `enable_parallelism` work without a plan, also after it has failed."""
-    if transformer._cp_plan is None:
-        transformer._cp_plan = family.context_parallel_plan
+    transformer._cp_plan = family.context_parallel_plan
     if not is_split(transformer):
         disable_context_parallel(transformer)
 
@@ -129,11 +128,11 @@ def exchange_of(transformer: Any, family: Family, layout: TokenLayout) -> HeadEx
         )
     degree, num_video = config.ulysses_degree, layout.num_video_tokens
     check_splits(transformer, family, degree)
-    if num_video < degree or (num_video % degree and not config.ulysses_anything):
+    if num_video % degree and not config.ulysses_anything:
         raise ValueError(
             f"{num_video} video tokens do not divide among {degree} ranks; use "
-            f"{_or(_divisors(num_video)[1:16])} ranks, or "
-            "enable_context_parallel(transformer), which also splits them unevenly."
+            "ContextParallelConfig(ulysses_degree=..., ulysses_anything=True), or "
+            "enable_context_parallel(transformer)."
         )
     group = config._ulysses_mesh.get_group()
     return HeadExchange(
