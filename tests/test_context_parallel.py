@@ -131,11 +131,19 @@ def compiled(processor: Any) -> tuple[Any, Any]:
     return transformer, processor
 
 
+def offloaded(processor: Any) -> tuple[Any, Any]:
+    transformer, processor = ours(processor)
+    cpu = torch.device("cpu")
+    transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, num_blocks_per_group=1)
+    return transformer, processor
+
+
 WAYS = {
     "as Diffusers documents it": (as_diffusers_documents_it, "padded"),
     "before the processor": (before_the_processor, "padded"),
     "with enable_xattention": (with_enable_xattention, "padded"),
     "compiled": (compiled, "batch"),
+    "with group offloading": (offloaded, "uneven"),
 }
 
 

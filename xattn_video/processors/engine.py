@@ -1,7 +1,8 @@
 """From a layer's queries, keys and values to its attention: the only place that attends.
 
-Here alone a layer runs dense or sparse, and here alone observers listen. torch.compile sees one
-opaque operation, whatever it chooses: step, prompt and size make no graphs of their own.
+Here alone a layer runs dense or sparse, ranks trade tokens for heads, and observers listen.
+torch.compile sees one opaque operation, whatever it chooses: step, prompt and size make no graphs
+of their own.
 """
 
 from collections.abc import Callable
