@@ -42,15 +42,17 @@ HEADS = 6
 BY_HEAD = ThresholdSchedule(
     ((0, 0.5),), heads={(1, 0): ((0, 0.9),), (1, 5): ((0, 0.2),), (3, 4): ((0, 0.8),)}
 )
-# Frames, rows and columns of latents; tau; valid text tokens; dense steps.
-CASES: dict[str, tuple[tuple[int, int, int], Any, tuple[int, ...], int]] = {
-    "even": ((3, 8, 8), 0.5, (16,), 0),
-    "padded": ((3, 8, 8), 0.5, (5,), 0),
-    "uneven": ((5, 10, 14), 0.5, (5,), 0),
-    "batch": ((5, 10, 14), 0.6, (10, 3), 0),
-    "by head": ((5, 10, 14), BY_HEAD, (9,), 0),
-    "dense": ((5, 10, 14), 0.5, (5,), 9),
-    "dense batch": ((3, 8, 8), 0.5, (10, 3), 9),
+# Frames, rows and columns of latents; valid text tokens; options of the processor.
+CASES: dict[str, tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]] = {
+    "even": ((3, 8, 8), (16,), {"threshold": 0.5}),
+    "padded": ((3, 8, 8), (5,), {"threshold": 0.5}),
+    "uneven": ((5, 10, 14), (5,), {"threshold": 0.5}),
+    "batch": ((5, 10, 14), (10, 3), {"threshold": 0.6}),
+    "by head": ((5, 10, 14), (9,), {"threshold": BY_HEAD}),
+    "dense": ((5, 10, 14), (5,), {"threshold": 0.5, "warmup_steps": 9}),
+    "dense batch": ((3, 8, 8), (10, 3), {"threshold": 0.5, "warmup_steps": 9}),
+    "by density": ((5, 10, 14), (5,), {"threshold": None, "density": 0.3}),
+    "refreshed": ((5, 10, 14), (10, 3), {"threshold": 0.5, "refresh_every": 2}),
 }
 
 
@@ -76,12 +78,13 @@ def kept(processor: Any) -> list[list[int | None]]:
 
 def compare(split: Any, case: str) -> dict[str, Any]:
     """Two steps of one process beside those of a transformer that `split` gives."""
-    size, tau, lengths, warmup_steps = CASES[case]
+    size, lengths, given = CASES[case]
+    options = {"warmup_steps": 0} | given
     inputs = latents_of(size, lengths)
-    alone, alone_processor = six_heads(), tiny_processor(tau, warmup_steps=warmup_steps)
+    alone, alone_processor = six_heads(), tiny_processor(**options)
     alone.set_attn_processor(alone_processor)
     expected = two_steps(alone, inputs)
-    transformer, processor = split(tiny_processor(tau, warmup_steps=warmup_steps))
+    transformer, processor = split(tiny_processor(**options))
     shapes = set()
     processor.observers.append(lambda seen: shapes.add(tuple(seen.query.shape)))
     found = two_steps(transformer, inputs)
@@ -181,7 +184,7 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def assert_same(ranks: list[Any], case: str) -> None:
-    size, _, lengths, _ = CASES[WAYS[case][1] if case in WAYS else case]
+    size, lengths, _ = CASES[WAYS[case][1] if case in WAYS else case]
     for rank in ranks:
         found = rank[case]
         assert found["difference"] == 0
