@@ -119,8 +119,9 @@ class ResultFile:
 
     @property
     def steps(self) -> list[ResultRow]:
-        """Whole denoising steps."""
-        return [row for row in self.content["rows"] if row["name"] == "step"]
+        """Whole denoising steps on one GPU."""
+        rows = self.content["rows"]
+        return [row for row in rows if row["name"] == "step" and row.get("gpus", 1) == 1]
 
     @property
     def single_problems(self) -> list[ProblemRows]:

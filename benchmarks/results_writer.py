@@ -1,5 +1,6 @@
 """Writes the result file of a benchmark: machine and versions, rows, and failures."""
 
+import os
 import platform
 import shlex
 import shutil
@@ -53,7 +54,9 @@ def _command() -> str:
     if "--output" in words:
         place = words.index("--output")
         del words[place : place + 2]
-    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if num_ranks == "1" else ["torchrun", "--nproc-per-node", num_ranks]
+    return shlex.join([*launcher, "-m", f"benchmarks.{module}", *words])
 
 
 def _commit() -> str | None:

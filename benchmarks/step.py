@@ -1,62 +1,70 @@
 """Times whole denoising steps of a full-size HunyuanVideo transformer with random weights.
 
     python -m benchmarks.step --threshold 0.345,0.455 --output results.json
+    torchrun --nproc-per-node 2 -m benchmarks.step --skip-stock --output results.json
+
+The second measures every step on one GPU, which all do at a time, and then on all of them
+together, with context parallelism. ``exchange_ms`` is the part of a step in which ranks trade
+tokens for heads: its all-to-alls and their copies, timed by themselves.
 
 Random weights prove speed and memory, never quality: their attention is nearly uniform, so the
 density comes out near the threshold. Scoring and selection are included.
 """
 
 import argparse
+import math
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from torch import Tensor
 
 from benchmarks.argument_types import comma_separated
+from benchmarks.launched_ranks import LaunchedRanks, launched_ranks
 from benchmarks.random_pipeline import new_weights
 from benchmarks.results_files import AUTHORS
 from benchmarks.results_writer import ResultsWriter, environment
 from benchmarks.upstream import find_checkouts, has_kernel
 from benchmarks.upstream_step import authors_processor
-from xattn_video import XAttnProcessor, enable_xattention
+from xattn_video import XAttnProcessor, enable_context_parallel, enable_xattention
 from xattn_video.backends.dense import fastest_dense_kernel
 from xattn_video.files import user_path
 from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import PRECISIONS, chosen_precision
+from xattn_video.processors.context_parallel import exchange_of
+from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
 
 TEXT_TOKENS = 256
+# Tokens or heads in wrong places differ by more than the whole norm.
+LARGEST_DIFFERENCE = 0.25
 
 
 def main(words: list[str] | None = None) -> None:
     arguments = parse_arguments(words)
-    device = torch.device(arguments.device)
-    transformer = random_transformer(device, arguments.layers)
-    if arguments.compile:
-        transformer.compile_repeated_blocks(fullgraph=True)
-    results = ResultsWriter(arguments.output, environment(device, arguments.commit))
-    with torch.no_grad():
+    with launched_ranks(torch.device(arguments.device)) as ranks, torch.no_grad():
+        # The same weights on every rank.
+        torch.manual_seed(0)
+        transformer = random_transformer(ranks.device, arguments.layers)
+        if arguments.compile:
+            transformer.compile_repeated_blocks(fullgraph=True)
+        path = arguments.output if ranks.is_first else None
+        results = ResultsWriter(path, environment(ranks.device, arguments.commit))
+        bench = StepBench(transformer, arguments, results, ranks)
         if not arguments.skip_stock:
-            measure(transformer, None, {"phase": "stock", "backend": "stock"}, arguments, results)
-        for tau in [1.0, *arguments.threshold]:
-            options = {
-                "warmup_steps": 0,
-                "stride": arguments.stride,
-                "backend": arguments.backend,
-                "min_tokens": 0,
-                "scoring_precision": arguments.precision,
-            }
-            with enable_xattention(transformer, tau, **options) as handle:
-                row = {"phase": "dense", "stride": arguments.stride}
-                if tau != 1:
-                    row |= {"phase": "sparse", "threshold": tau}
-                    row |= {"precision": arguments.precision}
-                measure(transformer, handle.processor, row, arguments, results)
+            bench.measure(None, {"phase": "stock", "backend": "stock"})
+        bench.measure_steps({})
         for tau in arguments.threshold if arguments.time_upstream else []:
             transformer.set_attn_processor(authors_processor(tau, arguments.stride))
             row = {"phase": "sparse", "threshold": tau, "stride": arguments.stride}
-            measure(transformer, None, row | {"backend": AUTHORS}, arguments, results)
+            bench.measure(None, row | {"backend": AUTHORS})
+        if ranks.count > 1:
+            enable_context_parallel(transformer)
+            inputs = step_inputs(arguments, transformer.config, ranks.device)
+            exchange_ms = time_exchanges(transformer, inputs)
+            bench.measure_steps({"gpus": ranks.count, "exchange_ms": exchange_ms})
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -98,57 +106,130 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def measure(
-    transformer: HunyuanVideoTransformer3DModel,
-    processor: XAttnProcessor | None,
-    row: dict[str, Any],
-    arguments: argparse.Namespace,
-    results: ResultsWriter,
-) -> None:
-    """Add one row: a step of the full size, after a smaller step that compiles the kernels.
+@dataclass(slots=True)
+class StepBench:
+    """Measures steps of a transformer and records them.
 
-    The smaller step has 9 frames. With torch.compile it has the full size, to avoid recompiling.
+    Args:
+        transformer: Its weights are those of every rank.
+        arguments: From the command line.
+        results: Of all rows.
+        ranks: Which all measure; the first records.
+        samples: {kind of step: its output on one GPU}.
     """
-    config, device = transformer.config, torch.device(arguments.device)
-    inputs = step_inputs(arguments, config, device)
-    grid = inputs["hidden_states"].shape[2:]
-    common = {
-        "name": "step",
-        "height": arguments.height,
-        "width": arguments.width,
-        "num_frames": arguments.num_frames,
-        "layers": arguments.layers,
-        "compiled": arguments.compile,
-        "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
-        "valid_text_tokens": arguments.valid_text_tokens,
-        "batch": 1,
-        "heads": config.num_attention_heads,
-        "head_dim": config.attention_head_dim,
-        "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
-    }
-    row = common | row
-    if "precision" in row:
-        problem = Problem(device, transformer.dtype, config.attention_head_dim, block_size=128)
-        row["precision"] = chosen_precision(row["precision"], problem, row["stride"], row["n"])
-    try:
-        # What is compiled for a sparse step, or by torch.compile, depends on its size.
-        by_size = arguments.compile or row["phase"] == "sparse"
-        small = step_inputs(arguments, config, device, frames=9)
-        time_step(transformer, inputs if by_size else small, processor, 1)
-        row |= time_step(transformer, inputs, processor, arguments.repeats)
-    # What one kind of step may raise keeps no other from being measured.
-    except Exception as failure:
-        results.add(row | {"failure": f"{type(failure).__name__}: {failure}"}, False)
-        print(f"{row['phase']} failed: {' '.join(str(failure).split())}", flush=True)
-        return
-    results.add(row, True)
+
+    transformer: HunyuanVideoTransformer3DModel
+    arguments: argparse.Namespace
+    results: ResultsWriter
+    ranks: LaunchedRanks
+    samples: dict[tuple[str, float | None], Tensor] = field(default_factory=dict)
+
+    def measure_steps(self, common: dict[str, Any]) -> None:
+        """Add rows of this package's dense step and sparse ones."""
+        arguments = self.arguments
+        options = {
+            "warmup_steps": 0,
+            "stride": arguments.stride,
+            "backend": arguments.backend,
+            "min_tokens": 0,
+            "scoring_precision": arguments.precision,
+        }
+        for tau in [1.0, *arguments.threshold]:
+            with enable_xattention(self.transformer, tau, **options) as handle:
+                row = common | {"phase": "dense", "stride": arguments.stride}
+                if tau != 1:
+                    row |= {"phase": "sparse", "threshold": tau}
+                    row |= {"precision": arguments.precision}
+                self.measure(handle.processor, row)
+
+    def measure(self, processor: XAttnProcessor | None, row: dict[str, Any]) -> None:
+        """Add one row: a step of the full size, after one that compiles what it needs.
+
+        That one has 9 frames, unless torch.compile would compile anew for the full size.
+        """
+        arguments, ranks = self.arguments, self.ranks
+        config, device = self.transformer.config, ranks.device
+        inputs = step_inputs(arguments, config, device)
+        row = {"gpus": 1} | self._sizes(inputs) | row
+        if "precision" in row:
+            problem = Problem(device, self.transformer.dtype, config.attention_head_dim, 128)
+            row["precision"] = chosen_precision(row["precision"], problem, row["stride"], row["n"])
+        try:
+            # What is compiled for a sparse step, or by torch.compile, depends on its size.
+            by_size = arguments.compile or row["phase"] == "sparse"
+            small = step_inputs(arguments, config, device, frames=9)
+            time_step(self.transformer, inputs if by_size else small, processor, ranks)
+            for _ in range(arguments.repeats):
+                found, sample = time_step(self.transformer, inputs, processor, ranks)
+                if found["latency_ms"] < row.get("latency_ms", math.inf):
+                    row |= found
+            row |= self._beside_one_gpu(row, sample)
+        # What one kind of step may raise keeps no other from being measured.
+        except Exception as failure:
+            if ranks.count > 1:
+                # The others may be waiting for this one.
+                raise
+            self.results.add(row | {"failure": f"{type(failure).__name__}: {failure}"}, False)
+            print(f"{row['phase']} failed: {' '.join(str(failure).split())}", flush=True)
+            return
+        self.results.add(row, True)
+        if ranks.is_first:
+            print(describe(row), flush=True)
+
+    def _sizes(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        arguments, config = self.arguments, self.transformer.config
+        grid = inputs["hidden_states"].shape[2:]
+        return {
+            "name": "step",
+            "height": arguments.height,
+            "width": arguments.width,
+            "num_frames": arguments.num_frames,
+            "layers": arguments.layers,
+            "compiled": arguments.compile,
+            "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
+            "valid_text_tokens": arguments.valid_text_tokens,
+            "batch": 1,
+            "heads": config.num_attention_heads,
+            "head_dim": config.attention_head_dim,
+            "dtype": str(inputs["hidden_states"].dtype).removeprefix("torch."),
+        }
+
+    def _beside_one_gpu(self, row: dict[str, Any], sample: Tensor) -> dict[str, float]:
+        """How far the output of several GPUs is from that of one, by their norms.
+
+        Raises:
+            WrongResultError: Too far.
+        """
+        if self.ranks.count == 1:
+            return {}
+        kind = (row["phase"], row.get("threshold"))
+        if row["gpus"] == 1:
+            self.samples[kind] = sample.float().cpu()
+            return {}
+        expected = self.samples[kind]
+        difference = float((sample.float().cpu() - expected).norm() / expected.norm())
+        if difference > LARGEST_DIFFERENCE:
+            raise WrongResultError(
+                f"the output of {row['gpus']} GPUs differs from that of one by {difference:.3f} "
+                f"of its norm, at most {LARGEST_DIFFERENCE} is rounding; nothing is recorded."
+            )
+        return {"difference": difference}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line."""
     density = f"density {row['density']:.3f}" if row.get("density") is not None else ""
     memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f} GiB"
-    print(
+    line = (
         f"{row['phase']:<7} {row['backend'] or '':<8} {density:<14} "
-        f"{row['latency_ms'] / 1e3:8.2f} s  {memory}",
-        flush=True,
+        f"{row['latency_ms'] / 1e3:8.2f} s  {memory}"
     )
+    if row["gpus"] > 1:
+        line += (
+            f"  {row['gpus']} GPUs, exchange {row['exchange_ms'] / 1e3:.2f} s, "
+            f"{row['difference']:.1e} from one"
+        )
+    return line
 
 
 def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoTransformer3DModel:
@@ -162,14 +243,15 @@ def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoT
 
 def step_inputs(
     arguments: argparse.Namespace, config: Any, device: torch.device, frames: int | None = None
-) -> dict[str, torch.Tensor]:
-    """The keyword arguments of one forward at the problem's size."""
+) -> dict[str, Tensor]:
+    """The keyword arguments of one forward at the problem's size, the same every time."""
+    torch.manual_seed(1)
     latent_frames = ((frames or arguments.num_frames) - 1) // 4 + 1
     size = (1, config.in_channels, latent_frames, arguments.height // 8, arguments.width // 8)
     mask = torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device=device)
     mask[:, : arguments.valid_text_tokens] = 1
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
     return {
@@ -184,32 +266,59 @@ def step_inputs(
 
 def time_step(
     transformer: HunyuanVideoTransformer3DModel,
-    inputs: dict[str, torch.Tensor],
+    inputs: dict[str, Tensor],
     processor: XAttnProcessor | None,
-    repeats: int,
-) -> dict[str, Any]:
-    """The fastest of ``repeats`` forwards, peak memory, and what the report says."""
-    device = inputs["hidden_states"].device
+    ranks: LaunchedRanks,
+) -> tuple[dict[str, Any], Tensor]:
+    """One forward's latency, peak memory, what the report says; and its output."""
+    device = ranks.device
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        sample = transformer(**inputs, return_dict=False)[0]
-        # Waits for the device too.
-        if not bool(sample.isfinite().all()):
-            raise WrongResultError("the step's output is not finite; nothing is recorded.")
-        seconds.append(time.perf_counter() - start)
+    ranks.wait()
+    start = time.perf_counter()
+    sample = transformer(**inputs, return_dict=False)[0]
+    # Waits for the device too.
+    if not bool(sample.isfinite().all()):
+        raise WrongResultError("the step's output is not finite; nothing is recorded.")
+    seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
-    row: dict[str, Any] = {"latency_ms": min(seconds) * 1e3, "peak_memory_gib": peak}
+    row: dict[str, Any] = {"latency_ms": seconds * 1e3, "peak_memory_gib": peak}
     if processor is not None:
         report = processor.report()
         row["density"] = report.density
         kind = (device, inputs["hidden_states"].dtype, transformer.config.attention_head_dim)
         row["backend"] = report.backends[0] if report.backends else fastest_dense_kernel(*kind)
         row["report"] = report.summary()
-    return row
+    return row, sample
+
+
+def time_exchanges(
+    transformer: HunyuanVideoTransformer3DModel, inputs: dict[str, Tensor], repeats: int = 5
+) -> float:
+    """Milliseconds that a step's layers take to trade tokens for heads, and back."""
+    read = HUNYUAN_VIDEO.read_forward(transformer, inputs)
+    layout = HUNYUAN_VIDEO.layout(transformer.config, read, read.device)
+    exchange = exchange_of(transformer, HUNYUAN_VIDEO, layout)
+    assert exchange is not None
+    num_tokens = exchange.rows[exchange.rank] + layout.num_text_tokens
+    query = torch.zeros(
+        (1, num_tokens, exchange.num_heads, transformer.config.attention_head_dim),
+        device=read.device,
+        dtype=read.dtype,
+    )
+
+    def trade() -> None:
+        out = exchange.to_tokens(exchange.to_heads(query, query, query)[0])
+        # Waits for the device.
+        float(out[0, 0, 0, 0])
+
+    trade()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        trade()
+    num_layers = len(HUNYUAN_VIDEO.attentions(transformer))
+    return (time.perf_counter() - start) / repeats * num_layers * 1e3
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """The whole-step benchmark, on a tiny transformer."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from hunyuan import TEXT_DIM, tiny_transformer
 
 from benchmarks import step, upstream
 
+TESTS = Path(__file__).parent
 SMALL = [
     "--height",
     "256",
@@ -98,3 +103,38 @@ def test_the_inputs_fit_the_transformer():
     assert inputs["encoder_hidden_states"].shape == (1, 256, TEXT_DIM)
     assert inputs["hidden_states"].shape == (1, 4, 5, 8, 8)
     assert inputs["encoder_attention_mask"].sum() == 60
+
+
+RANK_OF_TINY_STEPS = """
+import sys
+import torch
+from benchmarks import step
+from hunyuan import tiny_transformer
+
+torch.set_num_threads(1)
+step.random_transformer = lambda device, layers: tiny_transformer().to(torch.bfloat16)
+step.main(sys.argv[1:])
+"""
+
+
+def test_ranks_are_compared_with_one_of_them(tmp_path):
+    script, output = tmp_path / "rank.py", tmp_path / "step.json"
+    script.write_text(RANK_OF_TINY_STEPS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [sys.executable, *torchrun, script, *SMALL, "--skip-stock", "--output", output],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["gpus"], row["phase"]) for row in rows] == [
+        (gpus, phase) for gpus in (1, 2) for phase in ("dense", "sparse")
+    ]
+    assert [row["difference"] for row in rows[2:]] == [0, 0]
+    assert all(row["exchange_ms"] > 0 for row in rows[2:])
+    assert rows[1]["density"] == rows[3]["density"]
+    # The first rank speaks for both.
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["dense", "sparse"] * 2

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,22 +180,6 @@ def test_a_backend_that_cannot_run_is_refused_before_the_warm_up(monkeypatch):
         transformer, processor = with_processor(backend="torch_gather", **options)
         run(transformer)
         assert states(processor.report()) == ["dense"]
-
-
-def test_sparse_steps_refuse_context_parallelism():
-    config = SimpleNamespace(context_parallel_config=object())
-    transformer, processor = with_processor()
-    # What enable_parallelism does to the processors that are there ...
-    processor._parallel_config = config
-    with pytest.raises(NotImplementedError, match="context parallelism"):
-        run(transformer)
-    # ... and what a processor finds that comes later.
-    transformer = tiny_transformer()
-    transformer._parallel_config = config
-    transformer, processor = with_processor(model=transformer)
-    assert processor._parallel_config is config
-    with pytest.raises(NotImplementedError, match="context parallelism"):
-        run(transformer)
 
 
 def test_cooling_down_needs_the_number_of_steps():

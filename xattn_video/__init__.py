@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from xattn_video.ops.selection import select, select_blocks
     from xattn_video.policy.report import SparsityReport
     from xattn_video.policy.schedule import ThresholdSchedule
-    from xattn_video.processors import XAttnProcessor, enable_xattention
+    from xattn_video.processors import (
+        XAttnProcessor,
+        disable_context_parallel,
+        enable_context_parallel,
+        enable_xattention,
+    )
 
 __version__ = "0.1.0"
 
@@ -34,6 +39,8 @@ _MODULES = {
     "available_backends": "backends.table",
     "block_scores": "ops.scoring",
     "block_sparse_attention": "ops.attention",
+    "disable_context_parallel": "processors",
+    "enable_context_parallel": "processors",
     "enable_xattention": "processors",
     "select": "ops.selection",
     "select_blocks": "ops.selection",
@@ -53,6 +60,8 @@ __all__ = [
     "available_backends",
     "block_scores",
     "block_sparse_attention",
+    "disable_context_parallel",
+    "enable_context_parallel",
     "enable_xattention",
     "select",
     "select_blocks",

@@ -1,6 +1,16 @@
 """The Diffusers side: the attention processor, and how to enable it."""
 
+from xattn_video.processors.context_parallel import (
+    disable_context_parallel,
+    enable_context_parallel,
+)
 from xattn_video.processors.enable import XAttentionHandle, enable_xattention
 from xattn_video.processors.processor import XAttnProcessor
 
-__all__ = ["XAttentionHandle", "XAttnProcessor", "enable_xattention"]
+__all__ = [
+    "XAttentionHandle",
+    "XAttnProcessor",
+    "disable_context_parallel",
+    "enable_context_parallel",
+    "enable_xattention",
+]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionMixin
 from torch import nn
 
@@ -113,6 +114,22 @@ def unwrapped(model: Any) -> Any:
             )
         else:
             return model
+
+
+def transformer_of(pipe_or_transformer: Any) -> Any:
+    """The unwrapped transformer of a pipeline, or the one that was given.
+
+    Raises:
+        UnsupportedModelError: The pipeline has none.
+    """
+    if not isinstance(pipe_or_transformer, DiffusionPipeline):
+        return unwrapped(pipe_or_transformer)
+    if not hasattr(pipe_or_transformer, "transformer"):
+        raise UnsupportedModelError(
+            f"{type(pipe_or_transformer).__name__} has no transformer; supported are pipelines "
+            "with a HunyuanVideoTransformer3DModel."
+        )
+    return unwrapped(pipe_or_transformer.transformer)
 
 
 def family_of(model: Any) -> Family:

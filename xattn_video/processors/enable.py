@@ -5,10 +5,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from xattn_video.errors import UnsupportedModelError
 from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.processors.binding import family_of, unwrapped
+from xattn_video.processors.binding import family_of, transformer_of
 from xattn_video.processors.processor import XAttnProcessor
 
 
@@ -62,14 +61,7 @@ def enable_xattention(
         UnsupportedModelError: The argument has no HunyuanVideo transformer.
         RuntimeError: XAttention is already enabled on the transformer.
     """
-    is_pipeline = isinstance(pipe_or_transformer, DiffusionPipeline)
-    if is_pipeline and not hasattr(pipe_or_transformer, "transformer"):
-        raise UnsupportedModelError(
-            f"{type(pipe_or_transformer).__name__} has no transformer; give a pipeline with a "
-            "HunyuanVideoTransformer3DModel, or the transformer itself."
-        )
-    pipeline = pipe_or_transformer if is_pipeline else None
-    transformer: Any = unwrapped(pipeline.transformer if pipeline else pipe_or_transformer)
+    transformer = transformer_of(pipe_or_transformer)
     family_of(transformer)
     if any(isinstance(p, XAttnProcessor) for p in transformer.attn_processors.values()):
         raise RuntimeError(
@@ -81,6 +73,6 @@ def enable_xattention(
     processor = XAttnProcessor(threshold, **options)
     handle = XAttentionHandle(transformer, processor)
     transformer.set_attn_processor(processor)
-    if pipeline is not None:
-        processor.bind(transformer, pipeline=pipeline)
+    if isinstance(pipe_or_transformer, DiffusionPipeline):
+        processor.bind(transformer, pipeline=pipe_or_transformer)
     return handle

@@ -1,7 +1,8 @@
 """Computes the attention of a layer from its queries, keys and values.
 
-Only this module chooses between dense and sparse for a layer, and only it calls observers.
-torch.compile sees one opaque operation, so steps, prompts and sizes need no graphs of their own.
+Only this module chooses between dense and sparse for a layer, exchanges heads for tokens between
+ranks, and calls observers. torch.compile sees one opaque operation, so steps, prompts and sizes
+need no graphs of their own.
 """
 
 from collections.abc import Callable
@@ -73,7 +74,6 @@ def _attend_with_gradients(
         value,
         attn_mask=attention_mask,
         backend=None if forward is None else forward.dense_backend,
-        parallel_config=None if forward is None else forward.parallel_config,
     )
     return out
 
@@ -86,11 +86,13 @@ def _attend_now(
         raise UnboundProcessorError(
             f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
         )
-    if forward.decision.reason == "gradients" or forward.parallel_config is not None:
+    if forward.decision.reason == "gradients":
         return _attend_with_gradients(slot, query, key, value, attention_mask)
     # Under autocast the normalised queries and keys are float32, the values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    layout = forward.layout
+    layout, exchange = forward.layout, forward.exchange
+    if exchange is not None:
+        query, key, value = exchange.to_heads(query, key, value)
     if layout.permutation is not None:
         query, key, value = map(layout.to_canonical, (query, key, value))
     blocks: BlockLists | None = None
@@ -101,24 +103,30 @@ def _attend_now(
         out, blocks = _attend_sparsely(slot, forward, query, key, value)
         slot.state = "sparse"
         slot.kept = None if blocks is None else blocks.counts.sum()
+        if slot.kept is not None and exchange is not None:
+            slot.kept = exchange.sum_over_ranks(slot.kept)
     for observer in forward.observers:
         observer(AttendedLayer(slot.name, forward, query, key, value, blocks))
-    return layout.from_canonical(out).contiguous()
+    out = layout.from_canonical(out)
+    return out.contiguous() if exchange is None else exchange.to_tokens(out)
 
 
 def _attend_sparsely(
     slot: LayerSlot, forward: ForwardPass, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, BlockLists | None]:
     """A sparse layer's output, with its residual where such are kept, and its blocks."""
-    assert slot.threshold is not None
+    threshold = slot.threshold
+    assert threshold is not None
+    if forward.exchange is not None:
+        threshold = forward.exchange.of_own_heads(threshold)
     decision, residuals = forward.decision, forward.residuals
     if residuals is None:
-        return forward.operator(query, key, value, slot.threshold, forward)
+        return forward.operator(query, key, value, threshold, forward)
     # A layer that a cache skipped at the refresh has nothing to add: it refreshes now.
     slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
     if not slot.refreshed:
         residuals.fetch(slot.name, query.device)
-    out, blocks = forward.operator(query, key, value, slot.threshold, forward)
+    out, blocks = forward.operator(query, key, value, threshold, forward)
     if not slot.refreshed:
         return residuals.add(slot.name, out), blocks
     dense = dense_attention(query, key, value, forward.layout, forward.dense_backend)

@@ -19,6 +19,7 @@ from xattn_video.processors.binding import (
     install,
     unwrapped,
 )
+from xattn_video.processors.context_parallel import offer_plan, withdraw_plan
 from xattn_video.processors.engine import HOW_TO_BIND, sparse_attention
 from xattn_video.processors.pipeline_steps import PipelineSteps
 from xattn_video.processors.recorder import SLOT_NAME, LayerSlot, Observer, SparseOperator
@@ -55,9 +56,8 @@ class XAttnProcessor(TransformerBound):
         ValueError, TypeError: An argument is out of range or of a wrong type.
     """
 
-    # Diffusers' set_attention_backend and enable_parallelism set these.
+    # Diffusers' set_attention_backend sets it.
     _attention_backend = None
-    _parallel_config = None
 
     _refiner_processor: ClassVar[AttnProcessor2_0] = AttnProcessor2_0()
 
@@ -77,7 +77,7 @@ class XAttnProcessor(TransformerBound):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy serves no transformer yet. If the transformer was copied too, a hook binds it.
-        return {**self.__dict__, "observers": [], "_session": None, "_parallel_config": None}
+        return {**self.__dict__, "observers": [], "_session": None}
 
     def __call__(
         self,
@@ -167,9 +167,7 @@ class XAttnProcessor(TransformerBound):
             num_steps,
             None if steps is None else steps.current,
         )
-        parallel_config = getattr(transformer, "_parallel_config", None)
-        if getattr(parallel_config, "context_parallel_config", None) is not None:
-            self._parallel_config = parallel_config
+        offer_plan(transformer, self._session.family)
         return self
 
     def check_binding(self, transformer: Any) -> None:
@@ -189,6 +187,7 @@ class XAttnProcessor(TransformerBound):
         ForwardHook.remove(self, transformer)
         if self._session is not None and self._session.transformer() is transformer:
             self._session.close()
+            withdraw_plan(transformer, self._session.family)
 
     def serves(self, transformer: nn.Module) -> bool:
         """Whether a layer of the transformer uses this processor."""
@@ -214,7 +213,6 @@ class XAttnProcessor(TransformerBound):
             inputs,
             self.settings,
             dense_backend=getattr(self._attention_backend, "value", self._attention_backend),
-            parallel_config=self._parallel_config,
             operator=self.operator,
             observers=tuple(self.observers),
         )

@@ -14,6 +14,7 @@ from xattn_video.ops.blocks import BlockLists
 from xattn_video.policy.decision import Decision, DenseReason
 from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
 from xattn_video.policy.settings import SparseSettings
+from xattn_video.processors.head_exchange import HeadExchange
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.residual import PassResiduals
 
@@ -26,6 +27,8 @@ _MAX_FORWARDS = 4096
 @dataclass(frozen=True, slots=True)
 class AttendedLayer:
     """What an observer receives for a layer: tensors in canonical order, `[B, S, H, D]`.
+
+    Under context parallelism these are all tokens of the heads of this rank.
 
     Args:
         layer: The name of the layer.
@@ -61,7 +64,7 @@ class ForwardPass:
         backend: The backend of sparse attention; None if all layers run dense.
         dense_backend: The Diffusers attention backend that the user chose for dense layers, or
             None.
-        parallel_config: Diffusers' context parallelism, or None.
+        exchange: What ranks trade under context parallelism, else None.
         operator: What computes a sparse layer.
         observers: Told of every layer that has attended.
         residuals: What the layers keep at a refresh and add between; None where nothing refreshes.
@@ -73,7 +76,7 @@ class ForwardPass:
     device_key_lengths: Tensor | None
     backend: str | None
     dense_backend: Any
-    parallel_config: Any
+    exchange: HeadExchange | None
     operator: SparseOperator
     observers: tuple[Observer, ...]
     residuals: PassResiduals | None = None

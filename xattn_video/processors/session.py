@@ -14,6 +14,7 @@ from xattn_video.ops.scoring import check_precision
 from xattn_video.policy.decision import Decision, Run, decide
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.policy.steps import ForwardInputs, SchedulerStep, StepTracker
+from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families import Family
 from xattn_video.processors.families.hunyuan_video_qkv import kernel_runs_on
 from xattn_video.processors.layout import TokenLayout
@@ -68,7 +69,6 @@ class Session:
         settings: SparseSettings,
         *,
         dense_backend: Any,
-        parallel_config: Any,
         operator: SparseOperator,
         observers: tuple[Observer, ...],
     ) -> None:
@@ -92,10 +92,11 @@ class Session:
             inputs.needs_grad,
         )
         decision = decide(settings, step, run)
-        if decision.sparse and parallel_config is not None:
+        exchange = exchange_of(transformer, self.family, layout)
+        if exchange is not None and inputs.needs_grad:
             raise NotImplementedError(
-                "sparse steps do not run under context parallelism yet; use a threshold of 1, or "
-                "run without transformer.enable_parallelism."
+                "gradients are not computed under context parallelism; run within "
+                "torch.no_grad(), or call disable_context_parallel(transformer)."
             )
         backend = None
         few_tokens = layout.num_video_tokens < settings.min_tokens_on(device.type)
@@ -113,7 +114,7 @@ class Session:
             lengths,
             backend if decision.sparse else None,
             dense_backend,
-            parallel_config,
+            exchange,
             operator,
             observers,
             self._residuals_of(inputs, settings, decision, layout),

@@ -26,6 +26,9 @@ class Family:
         layout: Function (config, inputs, device of the layers) -> `TokenLayout`.
         attention: The processor of a layer in Diffusers' own numbered steps. It takes the
             attention module, its slot, and the arguments that Diffusers gives a processor.
+        context_parallel_plan: Where Diffusers splits the video tokens among ranks and gathers
+            them; the text stays whole.
+        unsplit_reason: Function (config) -> why the model's tokens cannot be split, or None.
     """
 
     name: str
@@ -36,3 +39,5 @@ class Family:
     forward_arguments: tuple[str, ...]
     layout: Callable[[Any, ForwardInputs, torch.device], TokenLayout]
     attention: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    context_parallel_plan: dict[str, Any]
+    unsplit_reason: Callable[[Any], str | None]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -21,6 +22,16 @@ from xattn_video.processors.families.hunyuan_video_qkv import (
 )
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import LayerSlot
+
+_ROTARY_ROWS = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+HUNYUAN_VIDEO_PLAN: dict[str, Any] = {
+    "rope": {0: _ROTARY_ROWS, 1: _ROTARY_ROWS},
+    "transformer_blocks.0": {
+        "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
+    },
+    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
+"""For `enable_parallelism(cp_plan=...)`; only with an `XAttnProcessor`."""
 
 _READ = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
 
@@ -141,6 +152,16 @@ def layout(config: Any, inputs: ForwardInputs, device: torch.device) -> TokenLay
     return TokenLayout(num_video_tokens, inputs.text_tokens, inputs.text_lengths, device, grid)
 
 
+def unsplit_reason(config: Any) -> str | None:
+    """Why the video tokens cannot be split among ranks; None where they can."""
+    if config.image_condition_type == "token_replace":
+        return (
+            'image_condition_type="token_replace" treats the tokens of the first frame apart, '
+            "and counts them from the first row of each rank; run on one GPU."
+        )
+    return None
+
+
 def _any_needs_grad(transformer: nn.Module, given: Iterable[object]) -> bool:
     tensors = (one for one in given if isinstance(one, Tensor))
     return any(one.requires_grad for one in itertools.chain(tensors, transformer.parameters()))
@@ -158,4 +179,6 @@ HUNYUAN_VIDEO = Family(
     ],
     layout=layout,
     attention=attention,
+    context_parallel_plan=HUNYUAN_VIDEO_PLAN,
+    unsplit_reason=unsplit_reason,
 )

@@ -1,0 +1,392 @@
+"""Several ranks share a video: exact, and refused where it cannot be."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import (
+    ContextParallelConfig,
+    FirstBlockCacheConfig,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.hooks import apply_context_parallel
+from hunyuan import (
+    CHANNELS,
+    HEAD_DIM,
+    TEXT_TOKENS,
+    forward_inputs,
+    generate,
+    prompt,
+    run,
+    tiny_pipeline,
+    tiny_processor,
+    tiny_transformer,
+    with_processor,
+)
+from ranks import run_ranks
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from xattn_video import (
+    ThresholdSchedule,
+    UnsupportedModelError,
+    disable_context_parallel,
+    enable_context_parallel,
+    enable_xattention,
+)
+from xattn_video.processors import context_parallel
+from xattn_video.processors.context_parallel import HUNYUAN_VIDEO_PLAN, is_split
+
+HEADS = 6
+BY_HEAD = ThresholdSchedule(
+    ((0, 0.5),), heads={(1, 0): ((0, 0.9),), (1, 5): ((0, 0.2),), (3, 4): ((0, 0.8),)}
+)
+# Frames, rows and columns of latents; valid text tokens; options of the processor.
+CASES: dict[str, tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]] = {
+    "even": ((3, 8, 8), (16,), {"threshold": 0.5}),
+    "padded": ((3, 8, 8), (5,), {"threshold": 0.5}),
+    "uneven": ((5, 10, 14), (5,), {"threshold": 0.5}),
+    "batch": ((5, 10, 14), (10, 3), {"threshold": 0.6}),
+    "by head": ((5, 10, 14), (9,), {"threshold": BY_HEAD}),
+    "dense": ((5, 10, 14), (5,), {"threshold": 0.5, "warmup_steps": 9}),
+    "dense batch": ((3, 8, 8), (10, 3), {"threshold": 0.5, "warmup_steps": 9}),
+    "by density": ((5, 10, 14), (5,), {"threshold": None, "density": 0.3}),
+    "refreshed": ((5, 10, 14), (10, 3), {"threshold": 0.5, "refresh_every": 2}),
+}
+
+
+def six_heads() -> torch.nn.Module:
+    return tiny_transformer(num_attention_heads=HEADS)
+
+
+def latents_of(size: tuple[int, int, int], lengths: tuple[int, ...]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(len(lengths), CHANNELS, *size, generator=generator)
+    return forward_inputs(lengths=lengths) | {"hidden_states": latents}
+
+
+def two_steps(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    steps = [inputs | {"timestep": inputs["timestep"] - less} for less in (0, 100)]
+    with torch.no_grad():
+        return torch.cat([model(**step).sample for step in steps])
+
+
+def kept(processor: Any) -> list[list[int | None]]:
+    return [[layer.kept for layer in forward.layers] for forward in processor.report().forwards]
+
+
+def compare(split: Any, case: str) -> dict[str, Any]:
+    """Two steps of one process beside those of a transformer that `split` gives."""
+    size, lengths, given = CASES[case]
+    options = {"warmup_steps": 0} | given
+    inputs = latents_of(size, lengths)
+    alone, alone_processor = six_heads(), tiny_processor(**options)
+    alone.set_attn_processor(alone_processor)
+    expected = two_steps(alone, inputs)
+    transformer, processor = split(tiny_processor(**options))
+    shapes = set()
+    processor.observers.append(lambda seen: shapes.add(tuple(seen.query.shape)))
+    found = two_steps(transformer, inputs)
+    return {
+        "difference": (found - expected).abs().max().item(),
+        "kept": kept(processor),
+        "expected kept": kept(alone_processor),
+        "summary": processor.report().summary(),
+        "expected summary": alone_processor.report().summary(),
+        "shapes": [list(shape) for shape in shapes],
+    }
+
+
+def ours(processor: Any) -> tuple[Any, Any]:
+    transformer = six_heads()
+    transformer.set_attn_processor(processor)
+    enable_context_parallel(transformer)
+    return transformer, processor
+
+
+def as_diffusers_documents_it(processor: Any) -> tuple[Any, Any]:
+    transformer = six_heads()
+    transformer.set_attn_processor(processor)
+    config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
+    transformer.enable_parallelism(config=config)
+    return transformer, processor
+
+
+def before_the_processor(processor: Any) -> tuple[Any, Any]:
+    transformer = six_heads()
+    config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
+    transformer.enable_parallelism(config=config, cp_plan=HUNYUAN_VIDEO_PLAN)
+    transformer.set_attn_processor(processor)
+    return transformer, processor
+
+
+def with_enable_xattention(processor: Any) -> tuple[Any, Any]:
+    pipe = tiny_pipeline(six_heads())
+    enable_context_parallel(pipe)
+    handle = enable_xattention(pipe, processor.settings)
+    return pipe.transformer, handle.processor
+
+
+def compiled(processor: Any) -> tuple[Any, Any]:
+    transformer, processor = ours(processor)
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    return transformer, processor
+
+
+def offloaded(processor: Any) -> tuple[Any, Any]:
+    transformer, processor = ours(processor)
+    cpu = torch.device("cpu")
+    transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, num_blocks_per_group=1)
+    return transformer, processor
+
+
+WAYS = {
+    "as Diffusers documents it": (as_diffusers_documents_it, "padded"),
+    "before the processor": (before_the_processor, "padded"),
+    "with enable_xattention": (with_enable_xattention, "padded"),
+    "compiled": (compiled, "batch"),
+    "with group offloading": (offloaded, "uneven"),
+}
+
+
+def pipeline_latents(split: bool) -> torch.Tensor:
+    pipe = tiny_pipeline(six_heads())
+    if split:
+        enable_context_parallel(pipe)
+    enable_xattention(pipe, tiny_processor(0.6, warmup_steps=1, cooldown_steps=1).settings)
+    options = {"negative_" + name: value for name, value in prompt((4, 9), seed=1).items()}
+    return generate(pipe, lengths=(10, 3), true_cfg_scale=2.0, **options)
+
+
+def all_cases() -> dict[str, Any]:
+    return {case: compare(ours, case) for case in CASES}
+
+
+def all_cases_and_ways() -> dict[str, Any]:
+    found = all_cases()
+    found |= {way: compare(split, case) for way, (split, case) in WAYS.items()}
+    difference = pipeline_latents(True) - pipeline_latents(False)
+    found["pipeline"] = difference.abs().max().item()
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two ranks found."""
+    return run_ranks(all_cases_and_ways, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of three ranks found."""
+    return run_ranks(all_cases, 3, tmp_path_factory.mktemp("ranks"))
+
+
+def assert_same(ranks: list[Any], case: str) -> None:
+    size, lengths, _ = CASES[WAYS[case][1] if case in WAYS else case]
+    for rank in ranks:
+        found = rank[case]
+        assert found["difference"] == 0
+        assert found["kept"] == found["expected kept"]
+        assert found["summary"] == found["expected summary"]
+        num_tokens = size[0] * size[1] * size[2] // 4 + TEXT_TOKENS
+        assert found["shapes"] == [[len(lengths), num_tokens, HEADS // len(ranks), HEAD_DIM]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_compute_what_one_process_does(two_ranks, case):
+    assert_same(two_ranks, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_ranks_compute_what_one_process_does(three_ranks, case):
+    assert_same(three_ranks, case)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_switch_it_on_is_exact(two_ranks, way):
+    assert_same(two_ranks, way)
+
+
+def test_a_pipeline_with_guidance_gives_the_same_latents(two_ranks):
+    assert [rank["pipeline"] for rank in two_ranks] == [0, 0]
+
+
+def one_video_for_each_pair() -> float:
+    inputs = forward_inputs(seed=dist.get_rank() // 2)
+    alone, transformer = tiny_transformer(), tiny_transformer()
+    alone.set_attn_processor(tiny_processor(warmup_steps=0))
+    transformer.set_attn_processor(tiny_processor(warmup_steps=0))
+    enable_context_parallel(transformer, 2)
+    return (two_steps(transformer, inputs) - two_steps(alone, inputs)).abs().max().item()
+
+
+def test_pairs_of_ranks_each_have_a_video_of_their_own(tmp_path):
+    assert run_ranks(one_video_for_each_pair, 4, tmp_path) == [0, 0, 0, 0]
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Makes this process rank 0 of a group whose other ranks do not exist."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+
+    def make(num_ranks: int) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+
+    yield make
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_on(transformer: Any) -> bool:
+    return is_split(transformer) or transformer._parallel_config is not None
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_numbers_that_do(group):
+    group(4)
+    transformer = tiny_transformer(num_attention_heads=6)
+    with pytest.raises(ValueError, match=r"6 heads do not divide among 4 ranks; use 2, 3 or 6 r"):
+        enable_context_parallel(transformer)
+    assert not is_on(transformer)
+    # Diffusers asks nobody; the first forward pass does.
+    transformer.set_attn_processor(tiny_processor())
+    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=4))
+    with pytest.raises(ValueError, match="6 heads do not divide among 4 ranks"):
+        run(transformer)
+
+
+def test_a_degree_that_does_not_divide_the_ranks_is_refused(group):
+    group(4)
+    with pytest.raises(ValueError, match=r"degree=3 with 4 ranks; use 2 or 4\."):
+        enable_context_parallel(tiny_transformer(), 3)
+
+
+def test_without_torch_distributed_the_launcher_is_named():
+    with pytest.raises(RuntimeError, match="start the script with torchrun"):
+        enable_context_parallel(tiny_transformer())
+
+
+def test_enabling_twice_is_refused(group):
+    group(2)
+    transformer = tiny_transformer()
+    enable_context_parallel(transformer)
+    with pytest.raises(RuntimeError, match="enabled on this transformer already"):
+        enable_context_parallel(transformer)
+
+
+def test_a_transformer_that_is_switched_off_computes_whole_videos(group):
+    group(2)
+    transformer, _ = with_processor()
+    expected = run(transformer)
+    enable_context_parallel(transformer)
+    assert is_on(transformer)
+    disable_context_parallel(transformer)
+    assert not is_on(transformer)
+    assert torch.equal(run(transformer), expected)
+
+
+def fail_as_diffusers_does(transformer: Any) -> None:
+    with pytest.raises(ValueError, match="`cp_plan` must be provided"):
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    with pytest.raises(RuntimeError, match="already applied"):
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+
+
+def test_what_a_failed_attempt_left_is_cleared_up(group):
+    group(2)
+    transformer = tiny_transformer()
+    fail_as_diffusers_does(transformer)
+    enable_context_parallel(transformer)
+    assert is_split(transformer)
+    # Setting a processor clears up too, and brings the plan that was missing.
+    transformer = tiny_transformer()
+    fail_as_diffusers_does(transformer)
+    transformer.set_attn_processor(tiny_processor())
+    assert not is_on(transformer)
+    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    assert is_split(transformer)
+
+
+def test_an_attempt_that_fails_half_way_leaves_nothing(group, monkeypatch):
+    group(2)
+    transformer = tiny_transformer()
+
+    def fail_half_way(model: Any, config: Any, plan: dict[str, Any]) -> None:
+        apply_context_parallel(model, config, {"rope": plan["rope"]})
+        raise OSError("the network is down")
+
+    monkeypatch.setattr(context_parallel, "apply_context_parallel", fail_half_way)
+    with pytest.raises(OSError, match="the network is down"):
+        enable_context_parallel(transformer)
+    assert not is_on(transformer)
+
+
+def test_the_plan_leaves_with_the_processor(group):
+    """Diffusers' own processor would be wrong with it."""
+    group(2)
+    transformer = tiny_transformer()
+    with enable_xattention(transformer):
+        assert transformer._cp_plan == HUNYUAN_VIDEO_PLAN
+    assert transformer._cp_plan is None
+    assert HunyuanVideoTransformer3DModel._cp_plan is None
+
+
+def test_a_ring_is_refused(group):
+    group(2)
+    transformer, _ = with_processor()
+    transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(NotImplementedError, match=r"ring attention .* ring_degree=2: blocks are"):
+        run(transformer)
+
+
+def test_tokens_that_diffusers_does_not_split_evenly_are_refused_with_the_way(group):
+    group(2)
+    transformer, _ = with_processor()
+    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    with pytest.raises(ValueError, match=r"75 video tokens .* 2 ranks; .*ulysses_anything=True"):
+        run(transformer, size=10)
+
+
+def test_another_split_of_the_tokens_is_refused(group):
+    group(2)
+    transformer, _ = with_processor()
+    rows = HUNYUAN_VIDEO_PLAN["transformer_blocks.0"]["hidden_states"]
+    both = {"hidden_states": rows, "encoder_hidden_states": rows}
+    transformer.enable_parallelism(
+        config=ContextParallelConfig(ulysses_degree=2),
+        cp_plan=HUNYUAN_VIDEO_PLAN | {"transformer_blocks.0": both},
+    )
+    with pytest.raises(ValueError, match=r"all 16 text tokens with 2 heads, got 32 tokens with"):
+        run(transformer)
+
+
+def test_gradients_are_refused(group):
+    group(2)
+    transformer, _ = with_processor()
+    enable_context_parallel(transformer)
+    inputs = forward_inputs()
+    inputs["hidden_states"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"run within torch\.no_grad"):
+        transformer(**inputs)
+
+
+def test_a_cache_that_ranks_would_decide_differently_is_refused(group):
+    group(2)
+    transformer, _ = with_processor()
+    enable_context_parallel(transformer)
+    transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(NotImplementedError, match=r"FirstBlockCacheConfig.*disable_cache\(\)"):
+        run(transformer)
+
+
+def test_replaced_tokens_of_the_first_frame_are_refused(group):
+    group(2)
+    transformer = tiny_transformer(image_condition_type="token_replace")
+    with pytest.raises(UnsupportedModelError, match=r"token_replace.* first frame"):
+        enable_context_parallel(transformer)
+
+
+def test_what_has_no_transformer_is_refused():
+    with pytest.raises(UnsupportedModelError, match="does not know the attention of Linear"):
+        enable_context_parallel(torch.nn.Linear(2, 2))

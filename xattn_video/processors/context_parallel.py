@@ -1,0 +1,201 @@
+"""Context parallelism: several GPUs share one video, through Diffusers' own hooks.
+
+Diffusers splits the video tokens among the ranks before the first block and gathers them after
+the last; in between, the layers trade tokens for heads (`xattn_video.processors.head_exchange`).
+The text stays whole on every rank, because a mask of joint attention lies behind the video.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.hooks import apply_context_parallel
+from diffusers.models._modeling_parallel import ParallelConfig
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from xattn_video.errors import UnsupportedModelError
+from xattn_video.processors.binding import family_of, transformer_of
+from xattn_video.processors.families import Family
+from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO_PLAN
+from xattn_video.processors.head_exchange import HeadExchange
+from xattn_video.processors.layout import TokenLayout
+
+__all__ = ["HUNYUAN_VIDEO_PLAN", "disable_context_parallel", "enable_context_parallel"]
+
+# Each rank would decide by its own tokens whether to skip the blocks that exchange them.
+_DECIDING_CACHES = {"FirstBlockCacheConfig", "SeaCacheConfig"}
+_HOOK_NAMES = ("cp_input---", "cp_output---")
+
+
+def enable_context_parallel(pipe_or_transformer: Any, degree: int | None = None) -> None:
+    """Let the ranks of `torch.distributed` share each video; call it on every rank.
+
+    An `XAttnProcessor` computes the attention; set it before or after. Any number of video tokens
+    can be split. What a failed `enable_parallelism` of Diffusers left is cleared up.
+
+    Args:
+        pipe_or_transformer: A HunyuanVideo pipeline, or its transformer.
+        degree: Ranks that share a video, all of them if None. It divides the number of ranks:
+            each ``degree`` neighbouring ranks share one.
+
+    Raises:
+        RuntimeError: `torch.distributed` is not initialised, or context parallelism is on already.
+        ValueError: The degree does not divide the ranks or the heads.
+        UnsupportedModelError: The model cannot be split.
+    """
+    transformer = transformer_of(pipe_or_transformer)
+    family = family_of(transformer)
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "context parallelism needs torch.distributed; start the script with torchrun "
+            '--nproc-per-node N and call torch.distributed.init_process_group("nccl") first.'
+        )
+    if is_split(transformer):
+        raise RuntimeError(
+            "context parallelism is enabled on this transformer already; call "
+            "disable_context_parallel(transformer) first."
+        )
+    num_ranks = dist.get_world_size()
+    degree = num_ranks if degree is None else degree
+    if degree < 2 or num_ranks % degree:
+        raise ValueError(
+            f"degree must be at least 2 and divide the number of ranks, got degree={degree} with "
+            f"{num_ranks} ranks; use {_or(_divisors(num_ranks)[1:]) or 'more ranks'}."
+        )
+    check_splits(transformer, family, degree)
+    config = _parallel_config(degree)
+    disable_context_parallel(transformer)
+    with ExitStack() as undo:
+        undo.callback(disable_context_parallel, transformer)
+        transformer._parallel_config = config
+        apply_context_parallel(
+            transformer, config.context_parallel_config, family.context_parallel_plan
+        )
+        undo.pop_all()
+
+
+def disable_context_parallel(pipe_or_transformer: Any) -> None:
+    """Let every rank compute whole videos again; harmless where context parallelism is off."""
+    transformer = transformer_of(pipe_or_transformer)
+    if getattr(transformer._parallel_config, "context_parallel_config", None) is None:
+        return
+    transformer._parallel_config = None
+    for processor in transformer.attn_processors.values():
+        # Diffusers tells those that were there.
+        if getattr(processor, "_parallel_config", None) is not None:
+            processor._parallel_config = None
+    for module in transformer.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        for name in _split_hooks(module):
+            registry.remove_hook(name, recurse=False)
+
+
+def is_split(transformer: nn.Module) -> bool:
+    """Whether tokens are split: not after an `enable_parallelism` that failed."""
+    return any(_split_hooks(module) for module in transformer.modules())
+
+
+def offer_plan(transformer: Any, family: Family) -> None:
+    """Make Diffusers' `enable_parallelism` work without a plan, also after it has failed."""
+    transformer._cp_plan = family.context_parallel_plan
+    if not is_split(transformer):
+        disable_context_parallel(transformer)
+
+
+def withdraw_plan(transformer: Any, family: Family) -> None:
+    """Undo `offer_plan`: Diffusers' own processor is wrong with this plan."""
+    if vars(transformer).get("_cp_plan") == family.context_parallel_plan:
+        del transformer._cp_plan
+
+
+def exchange_of(transformer: Any, family: Family, layout: TokenLayout) -> HeadExchange | None:
+    """What the layers trade in a forward pass; None without context parallelism.
+
+    Raises:
+        ValueError, UnsupportedModelError, NotImplementedError: It cannot be computed so.
+    """
+    config = getattr(transformer._parallel_config, "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree > 1:
+        raise NotImplementedError(
+            "ring attention is not supported, got ring_degree="
+            f"{config.ring_degree}: blocks are selected from all keys of a row, and a ring sees a "
+            "part of them at a time; use ContextParallelConfig(ulysses_degree=N)."
+        )
+    degree, num_video = config.ulysses_degree, layout.num_video_tokens
+    check_splits(transformer, family, degree)
+    if num_video % degree and not config.ulysses_anything:
+        raise ValueError(
+            f"{num_video} video tokens do not divide among {degree} ranks; use "
+            "ContextParallelConfig(ulysses_degree=..., ulysses_anything=True), or "
+            "enable_context_parallel(transformer)."
+        )
+    group = config._ulysses_mesh.get_group()
+    return HeadExchange(
+        group,
+        dist.get_rank(group),
+        degree,
+        transformer.config.num_attention_heads,
+        num_video,
+        layout.num_text_tokens,
+    )
+
+
+def check_splits(transformer: Any, family: Family, degree: int) -> None:
+    """Raise where the model's tokens or heads cannot be split over so many ranks."""
+    reason = family.unsplit_reason(transformer.config)
+    if reason is not None:
+        raise UnsupportedModelError(f"context parallelism is not supported: {reason}")
+    num_heads = transformer.config.num_attention_heads
+    if num_heads % degree:
+        raise ValueError(
+            f"{num_heads} heads do not divide among {degree} ranks; use "
+            f"{_or(_divisors(num_heads)[1:])} ranks."
+        )
+    cache = type(getattr(transformer, "_cache_config", None)).__name__
+    if cache in _DECIDING_CACHES:
+        raise NotImplementedError(
+            f"context parallelism does not go with {cache}: each rank would skip blocks by its "
+            "own tokens, and the others would wait for it; call transformer.disable_cache()."
+        )
+
+
+def _parallel_config(degree: int) -> ParallelConfig:
+    """Diffusers' own, set up over groups of neighbouring ranks."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    accelerator = torch.accelerator.current_accelerator()
+    device = torch.device("cpu")
+    if accelerator is not None:
+        device = torch.device(accelerator.type, torch.accelerator.current_device_index())
+    mesh = init_device_mesh(
+        device.type,
+        (num_ranks // degree, 1, degree),
+        mesh_dim_names=("videos", "ring", "ulysses"),
+    )
+    config = ParallelConfig(
+        context_parallel_config=ContextParallelConfig(
+            ulysses_degree=degree, ulysses_anything=True, mesh=mesh
+        )
+    )
+    config.setup(rank, num_ranks, device, mesh=mesh)
+    return config
+
+
+def _split_hooks(module: nn.Module) -> list[str]:
+    """Diffusers' hooks on the module that split or gather tokens."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return [name for name in hooks if name.startswith(_HOOK_NAMES)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [part for part in range(1, number + 1) if number % part == 0]
+
+
+def _or(numbers: list[int]) -> str:
+    """Such as "2, 3 or 4"."""
+    words = [str(number) for number in numbers]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
