@@ -34,6 +34,7 @@ from xattn_video.files import user_path
 from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import PRECISIONS, chosen_precision
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
 
@@ -56,6 +57,7 @@ def main(words: list[str] | None = None) -> None:
         if not arguments.skip_stock:
             bench.measure(None, {"phase": "stock", "backend": "stock"})
         bench.measure_steps({})
+        bench.measure_refreshes()
         for tau in arguments.threshold if arguments.time_upstream else []:
             transformer.set_attn_processor(authors_processor(tau, arguments.stride))
             row = {"phase": "sparse", "threshold": tau, "stride": arguments.stride}
@@ -75,6 +77,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--num-frames", type=int, default=129)
     add("--valid-text-tokens", type=int, default=60)
     add("--threshold", type=comma_separated(float), default=[0.345, 0.455])
+    add("--density", type=comma_separated(float), default=[], help="steps with refreshes too")
+    add("--residual", choices=("device", "host"), default="device", help="what refreshes keep")
     add("--stride", type=int, default=8)
     add("--precision", choices=PRECISIONS, default="auto", help="precision of scoring")
     add("--backend", default="auto")
@@ -141,6 +145,32 @@ class StepBench:
                     row |= {"phase": "sparse", "threshold": tau}
                     row |= {"precision": arguments.precision}
                 self.measure(handle.processor, row)
+
+    def measure_refreshes(self) -> None:
+        """Add rows of a step that refreshes residuals, and of the next one, which adds them."""
+        arguments, ranks = self.arguments, self.ranks
+        inputs = step_inputs(arguments, self.transformer.config, ranks.device)
+        for density in arguments.density:
+            settings = SparseSettings(
+                density=density,
+                refresh_every=2,
+                residual=arguments.residual,
+                stride=arguments.stride,
+                warmup_steps=0,
+                min_tokens=0,
+            )
+            with enable_xattention(self.transformer, settings) as handle:
+                common = {"gpus": 1, "asked_density": density, "residual": arguments.residual}
+                # The first round compiles what it needs.
+                for is_timed in (False, True):
+                    for phase, timestep in (("refresh", 900.0), ("residual", 500.0)):
+                        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+                        found, _ = time_step(self.transformer, inputs, handle.processor, ranks)
+                        row = common | self._sizes(inputs) | {"phase": phase} | found
+                        if is_timed:
+                            self.results.add(row, True)
+                        if is_timed and ranks.is_first:
+                            print(describe(row), flush=True)
 
     def measure(self, processor: XAttnProcessor | None, row: dict[str, Any]) -> None:
         """Add one row: a step of the full size, after one that compiles what it needs.
