@@ -111,7 +111,9 @@ def withdraw_plan(transformer: Any, family: Family) -> None:
         del transformer._cp_plan
 
 
-def exchange_of(transformer: Any, family: Family, layout: TokenLayout) -> HeadExchange | None:
+def exchange_of(
+    transformer: Any, family: Family, layout: TokenLayout, needs_grad: bool = False
+) -> HeadExchange | None:
     """What the layers trade in a forward pass; None without context parallelism.
 
     Raises:
@@ -120,6 +122,11 @@ def exchange_of(transformer: Any, family: Family, layout: TokenLayout) -> HeadEx
     config = getattr(transformer._parallel_config, "context_parallel_config", None)
     if config is None:
         return None
+    if needs_grad:
+        raise NotImplementedError(
+            "gradients are not computed under context parallelism; run within "
+            "torch.no_grad(), or call disable_context_parallel(transformer)."
+        )
     if config.ring_degree > 1:
         raise NotImplementedError(
             "ring attention is not supported, got ring_degree="

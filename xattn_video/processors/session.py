@@ -92,12 +92,7 @@ class Session:
             inputs.needs_grad,
         )
         decision = decide(settings, step, run)
-        exchange = exchange_of(transformer, self.family, layout)
-        if exchange is not None and inputs.needs_grad:
-            raise NotImplementedError(
-                "gradients are not computed under context parallelism; run within "
-                "torch.no_grad(), or call disable_context_parallel(transformer)."
-            )
+        exchange = exchange_of(transformer, self.family, layout, inputs.needs_grad)
         backend = None
         few_tokens = layout.num_video_tokens < settings.min_tokens_on(device.type)
         if not (few_tokens or inputs.needs_grad or settings.schedule.is_dense):
