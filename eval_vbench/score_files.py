@@ -73,7 +73,7 @@ def videos_digest(run: RunFolder, items: Sequence[VideoItem]) -> str:
     """Changes with any of the videos; a video that is not there counts as such."""
     digest = hashlib.sha256()
     for item in items:
-        record = run.record(item)
+        record = run.record(item.key)
         content = record["files"][f"videos/{item.file_name}"]["sha256"] if record else "missing"
         digest.update(f"{item.key} {content}\n".encode())
     return digest.hexdigest()
