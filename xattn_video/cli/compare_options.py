@@ -75,6 +75,9 @@ class CompareDetails:
     output: Path | None = knob(
         "Folder of the results.", panel="Files", shown_default="compare; existing files: none"
     )
+    overwrite: bool = knob(
+        "Start anew, whatever results the folder holds.", False, "--overwrite", panel="Files"
+    )
     videos: bool = knob(
         "Write every video, lossless, and each sparse one beside the dense one. Without, VMAF is "
         "left out too, and no ffmpeg is needed.",
