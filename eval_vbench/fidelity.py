@@ -1,14 +1,14 @@
 """How close sparse videos are to dense videos: PSNR, SSIM and other available measures."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_vbench.prompts import VideoItem
-from eval_vbench.run_folder import RunFolder, settings_hash
-from xattn_video.files import write_json
+from eval_vbench.run_folder import RunFolder
+from xattn_video.files import read_record, write_json
+from xattn_video.pipelines.item_folder import settings_hash
 
 if TYPE_CHECKING:
     from xattn_video.measure.similarity import Scorer
@@ -67,15 +67,14 @@ def measure_fidelity(
 
 def _digest(run: RunFolder, item: VideoItem) -> str:
     """Of a lossless copy, as its record states it."""
-    record = run.record(item)
+    record = run.record(item.key)
     assert record is not None
-    return record["files"][f"lossless/{item.key}.mkv"]["sha256"]
+    return str(record["files"][f"lossless/{item.key}.mkv"]["sha256"])
 
 
 def _read(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     """The measures in a file, if they are of these two videos and of all that can be measured."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    content = read_record(file, "measures", *key)
+    if content is None or any(content[name] != key[name] for name in key):
         return None
-    return content["measures"] if all(content[name] == key[name] for name in key) else None
+    return dict(content["measures"])

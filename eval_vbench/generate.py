@@ -79,7 +79,7 @@ def main(
         errors.verbose,
     )
     job.check()
-    with job.run.lock(share.rank, share.num_ranks):
+    with job.run.lock_rank(share.rank, share.num_ranks):
         errors.running = True
         job.generate()
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from eval_vbench.dimensions import Totals, totals
 from eval_vbench.prompts import DEMO_SUITE, VideoItem, load_suite
-from eval_vbench.run_folder import RunFolder, describe_differences
+from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, read_scores
 from eval_vbench.statistics import Difference, paired_difference
 from xattn_video.measure.comparison_rows import over_measured
+from xattn_video.pipelines.item_folder import describe_differences
 
 # Plain VBench is made for videos shorter than this.
 VBENCH_SECONDS = 5.0
@@ -93,10 +94,10 @@ def load_run(path: RunFolder) -> CompleteRun:
         ValueError: The folder holds no run, or videos are missing.
     """
     settings, items = path.settings(), path.expected_items()
-    records = {item.key: record for item in items if (record := path.record(item)) is not None}
+    records = {item.key: record for item in items if (record := path.record(item.key)) is not None}
     missing = [item for item in items if item.key not in records]
     if missing:
-        failed = sum(path.failure(item) is not None for item in missing)
+        failed = sum(path.failure(item.key) is not None for item in missing)
         raise ValueError(
             f"{str(path.path)!r} lacks {len(missing)} of {len(items)} videos, {failed} of them "
             f"failed, such as {missing[0].file_name!r}; run eval_vbench.generate again with the "

@@ -1,11 +1,9 @@
 """Generates the part of a run that belongs to a rank; every video once, even after a kill."""
 
-import errno
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_vbench.launch import Share
@@ -14,6 +12,7 @@ from eval_vbench.run_folder import RunFolder
 from xattn_video.measure.clips import Clip
 from xattn_video.measure.comparison import judge_demo_clip
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
+from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.video import write_video
 from xattn_video.policy.settings import SparseSettings
@@ -22,13 +21,7 @@ from xattn_video.reporting.machine import machine_record
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
-# A GPU that has failed fails in everything that follows.
-_FAILURES_IN_A_ROW = 3
 _POLL_SECONDS = 0.5
-
-
-class SamplingStoppedError(RuntimeError):
-    """A run could not continue; its finished videos are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,40 +49,27 @@ class Sampling:
     progress: Callable[[str], AbstractContextManager[Callable[[StepRecord], None]]]
 
     def missing(self, items: Sequence[VideoItem]) -> list[VideoItem]:
-        """The items of this process that are not done."""
-        return [item for item in self.share.of(items) if self.run.record(item) is None]
+        """Those of this process's items that are not done."""
+        return [item for item in self.share.of(items) if self.run.record(item.key) is None]
 
-    def sample(self, pipe: "HunyuanVideoPipeline", items: Sequence[VideoItem]) -> int:
-        """Generate the missing videos, record failures, and return the number of failures.
+    def sample(self, pipe: "HunyuanVideoPipeline", items: Sequence[VideoItem]) -> Attempts:
+        """Generate what is missing and return how that went; what failed is noted.
 
         Raises:
-            SamplingStoppedError: The disk is full, or several videos in a row fail.
+            RunStoppedError: The disk is full, or one video after the other fails.
         """
-        begun, failed, in_a_row = time.perf_counter(), 0, 0
+        begun, attempts = time.perf_counter(), Attempts(self.run, self.say)
         for number, item in enumerate(items):
             title = f"{number + 1}/{len(items)} {item.file_name}"
-            try:
-                with self.progress(title) as on_step:
-                    self._sample_one(pipe, item, on_step)
-                in_a_row = 0
-            except (RuntimeError, OSError, ValueError, MemoryError) as error:
-                _stop_if_full(error, self.run.path)
-                self.run.add_failure(item, error)
-                failed, in_a_row = failed + 1, in_a_row + 1
-                self.say(f"failed: {item.file_name}: {self.run.failure(item)}")
-                if in_a_row == _FAILURES_IN_A_ROW:
-                    raise SamplingStoppedError(
-                        f"{in_a_row} videos failed one after the other, the last with "
-                        f"{self.run.failure(item)}; find the cause, then run the same command "
-                        "again: it keeps what is done."
-                    ) from error
+            with attempts.item(item.key, item.file_name), self.progress(title) as on_step:
+                self._sample_one(pipe, item, on_step)
             mean = (time.perf_counter() - begun) / (number + 1)
             left = len(items) - number - 1
             self.say(
                 f"{number + 1}/{len(items)} videos, {mean:.1f} s each, "
                 f"{format_seconds(mean * left)} left"
             )
-        return failed
+        return attempts
 
     def _sample_one(
         self,
@@ -110,12 +90,14 @@ class Sampling:
         }
         for file in files:
             write_video(file, result.frames, self.fps)
-        self.run.add(item, files, _record(pipe, item, request, result, self.fps))
+        self.run.add_video(item, files, _record(pipe, item, request, result, self.fps))
 
 
 def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:
     """Whether every video is done or has failed."""
-    return all(run.record(item) is not None or run.failure(item) is not None for item in items)
+    return all(
+        run.record(item.key) is not None or run.failure(item.key) is not None for item in items
+    )
 
 
 def wait_for_others(run: RunFolder, items: Sequence[VideoItem]) -> None:
@@ -159,11 +141,3 @@ def _record(
         "flow_shift": pipe.scheduler.config.get("shift"),
         **machine_record(pipe._execution_device),
     }
-
-
-def _stop_if_full(error: Exception, folder: Path) -> None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise SamplingStoppedError(
-            f"the disk of {str(folder)!r} is full; nothing that was made is lost: free space, "
-            "then run the same command again."
-        ) from error

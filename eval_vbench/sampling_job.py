@@ -127,24 +127,19 @@ class SamplingJob:
         missing = sampling.missing(items)
         ours = len(share.of(items))
         self._say(f"{ours - len(missing)} of {ours} videos are there")
-        failed = 0
         if missing:
             if not self.verbose:
                 quiet_libraries()
-            self.run.forget_failures(missing)
+            self.run.forget_failures(item.key for item in missing)
             self._say(f"loading {self.load.model}")
             pipe = load_pipeline(self.load)
             pipe.set_progress_bar_config(disable=True)
             requests = [GenerationRequest(item.prompt.text, video=self.video) for item in missing]
             print_warnings(cut_prompts(pipe, requests))
-            failed = sampling.sample(pipe, missing)
-        if failed:
-            wait_for_others(self.run, items)
-            raise RuntimeError(
-                f"{failed} of {len(missing)} videos failed, as listed above and in "
-                f"{self.run.path / 'failures'}; the same command tries them again and keeps the "
-                "others."
-            )
+            attempts = sampling.sample(pipe, missing)
+            if attempts.failed:
+                wait_for_others(self.run, items)
+            attempts.conclude(len(missing))
         output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
 
     @property

@@ -73,7 +73,7 @@ def videos_digest(run: RunFolder, items: Sequence[VideoItem]) -> str:
     """A digest that changes with any of the videos; a missing video counts as missing."""
     digest = hashlib.sha256()
     for item in items:
-        record = run.record(item)
+        record = run.record(item.key)
         content = record["files"][f"videos/{item.file_name}"]["sha256"] if record else "missing"
         digest.update(f"{item.key} {content}\n".encode())
     return digest.hexdigest()

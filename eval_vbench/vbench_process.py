@@ -16,8 +16,9 @@ from eval_vbench.preflight import (
     Environment,
 )
 from eval_vbench.prompts import VideoItem
-from eval_vbench.run_folder import RunFolder, file_digest
+from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, scored_items, videos_digest
+from xattn_video.pipelines.item_folder import file_digest
 
 # VBench leaves a video out of this one when it finds no object in it.
 _MAY_DROP_VIDEOS = {"color"}
@@ -46,7 +47,7 @@ def check_videos(run: RunFolder) -> None:
             f"{str(run.videos)!r} holds {len(stray)} files that are no videos of this run: "
             f"{_some(stray)}; move them away."
         )
-    records = {item: run.record(item) for item in items}
+    records = {item: run.record(item.key) for item in items}
     missing = [item.file_name for item, record in records.items() if record is None]
     if missing:
         raise ValueError(

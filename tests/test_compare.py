@@ -154,7 +154,8 @@ def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "generate_together", fail_at_last)
     code, _, err = compare(PROMPT, "--thresholds=0.3,0.6", "--no-videos", "--no-kept-mass")
     assert code == 1
-    assert "error: CUDA out of memory" in err
+    assert "failed: 1/1 a red circle: RuntimeError: CUDA out of memory" in err
+    assert "error: 1 of 1 videos failed, as listed above and in compare/resume/failures" in err
     record = json.loads((tmp_path / "compare/results.json").read_text())
     assert [row["method"]["name"] for row in record["rows"]][-1] == "tau0.3-warmup1-stride8"
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import imageio.v3 as imageio
 import pytest
 from vbench_runs import SPARSE, files_of, make_run
 
-from eval_vbench import run_folder, sampling
+from eval_vbench import sampling
 from eval_vbench.run_folder import RunFolder
+from xattn_video.pipelines import item_folder
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_a_run_holds_its_videos_and_what_they_took(finished):
     names = [item.file_name for item in RunFolder(finished).expected_items()]
     assert sorted(path.name for path in (finished / "videos").iterdir()) == sorted(names)
     for item in RunFolder(finished).expected_items():
-        record = RunFolder(finished).record(item)
+        record = RunFolder(finished).record(item.key)
         assert record["seed"] == 100 * item.prompt.index
         assert 0 < record["density"] < 1
         assert record["shape"] == [9, 64, 64, 3]
@@ -65,7 +67,7 @@ class Killed(BaseException):
         (sampling, "write_video", False),
         (RunFolder, "add", True),
         (RunFolder, "add", False),
-        (run_folder, "write_json", True),
+        (item_folder, "write_json", True),
     ],
     ids=["sampling", "first file written", "all written", "video done", "record not written"],
 )
@@ -103,6 +105,18 @@ def test_a_lost_or_cut_video_is_made_again(finished, tiny_pipeline, tmp_path):
     assert code == 0
     assert "0 of 2 videos are there" in messages
     assert files_of(folder) == files_of(finished)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"key": "0000-0"}'])
+def test_a_video_whose_record_is_broken_is_made_again(content, finished, tiny_pipeline, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "items/0000-0.json").write_bytes(content)
+    code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
+    assert code == 0, messages
+    assert "1 of 2 videos are there" in messages
+    assert files_of(folder) == files_of(finished)
+    assert RunFolder(folder).record("0000-0")["prompt"]
 
 
 def test_one_rank_of_two_makes_the_same_videos(finished, tiny_pipeline, tmp_path, monkeypatch):
@@ -148,7 +162,7 @@ def test_changed_settings_are_found(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"was changed: its hash does not fit its settings"):
         run.settings()
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"is not what eval_vbench.generate writes"):
+    with pytest.raises(ValueError, match=r"is not what a run writes"):
         run.settings()
 
 
@@ -185,12 +199,12 @@ def test_failures_are_listed_and_tried_again(finished, tiny_pipeline, tmp_path, 
     first, second = run.expected_items()
     assert f"failed: {first.file_name}: RuntimeError: CUDA out of memory" in messages
     assert "1 of 2 videos failed, as listed above and in" in messages
-    assert run.failure(first) == "RuntimeError: CUDA out of memory"
-    assert run.record(second) is not None
+    assert run.failure(first.key) == "RuntimeError: CUDA out of memory"
+    assert run.record(second.key) is not None
     code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
     assert code == 0
     assert "1 of 2 videos are there" in messages
-    assert run.failure(first) is None
+    assert run.failure(first.key) is None
     assert files_of(folder) == files_of(finished)
 
 
@@ -203,9 +217,9 @@ def test_a_rank_that_failed_waits_for_the_others(tiny_pipeline, tmp_path, monkey
 
     def wait(seconds):
         waits.append(seconds)
-        assert run.failure(run.expected_items()[0]) is not None
+        assert run.failure(run.expected_items()[0].key) is not None
         if len(waits) == 2:
-            run.add_failure(run.expected_items()[1], RuntimeError("of the other rank"))
+            run.add_failure(run.expected_items()[1].key, "", RuntimeError("of the other rank"))
 
     monkeypatch.setattr(sampling, "generate", fail)
     clock = SimpleNamespace(sleep=wait, perf_counter=time.perf_counter)

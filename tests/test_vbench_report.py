@@ -13,9 +13,10 @@ from eval_vbench import report
 from eval_vbench.dimensions import dimensions, totals
 from eval_vbench.report_page import report_page
 from eval_vbench.run_comparison import caveats, compare, load_run
-from eval_vbench.run_folder import RunFolder, settings_hash
+from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, scored_items, videos_digest, write_score
 from eval_vbench.statistics import paired_difference
+from xattn_video.pipelines.item_folder import settings_hash
 
 
 @pytest.fixture(scope="module")

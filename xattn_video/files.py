@@ -214,6 +214,15 @@ def write_json(path: str | Path, content: Any, *, indent: int = 2, new: bool = F
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
+def read_record(path: Path, *names: str) -> dict[str, Any] | None:
+    """The JSON object of a file; None where it is missing, broken or lacks one of ``names``."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= set(names) else None
+
+
 def write_figure(path: str | Path, figure: "Figure", dpi: int = 150) -> None:
     """Write a figure to ``path`` completely, or leave the file unchanged."""
     with atomic_path(path) as temporary:

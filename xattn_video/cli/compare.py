@@ -13,6 +13,7 @@ from xattn_video.cli.compare_options import (
     compared_prompts,
     compared_requests,
 )
+from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.options.command import command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
@@ -34,28 +35,35 @@ def compare(
     details: CompareDetails,
     errors: ErrorsToExitCodes,
 ) -> None:
-    """Measure how far sparse videos are from dense ones, and what they save."""
+    """Measure how far sparse videos are from dense ones; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
 
     refuse_ranks("xattn-video compare")
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)
-    job: CompareJob | FilesJob
     if files.reference is not None or files.candidate is not None:
-        job = FilesJob.of(files.reference, files.candidate, asked, details.output)
-    else:
-        texts = compared_prompts(load.model, *asked)
-        job = CompareJob(
-            settle_offload(load, video),
-            compared_requests(texts, details.seeds, details.negative_prompt, video),
-            methods,
-            details.output or Path("compare"),
-            details.fps,
-            details.batch_size,
-            details.videos,
-            details.kept_mass,
-            errors.verbose,
-            details.force,
+        existing = FilesJob.of(
+            files.reference, files.candidate, asked, details.output, details.overwrite
         )
-    job.check()
-    errors.running = True
-    job.run()
+        existing.check()
+        errors.running = True
+        existing.run()
+        return
+    texts = compared_prompts(load.model, *asked)
+    job = CompareJob(
+        settle_offload(load, video),
+        compared_requests(texts, details.seeds, details.negative_prompt, video),
+        methods,
+        details.output or Path("compare"),
+        details.fps,
+        details.batch_size,
+        details.videos,
+        details.kept_mass,
+        errors.verbose,
+        details.force,
+    )
+    job.check(details.overwrite)
+    folder = ResumableFolder(job.folder)
+    with folder.lock():
+        folder.adopt(job.settings(), details.overwrite)
+        errors.running = True
+        job.run(folder)

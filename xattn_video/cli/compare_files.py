@@ -24,11 +24,13 @@ class FilesJob:
     Attributes:
         reference, candidate: The files.
         folder: Where results.json and the videos side by side are written; None for nowhere.
+        overwrite: Whether it may hold results.
     """
 
     reference: Path
     candidate: Path
     folder: Path | None
+    overwrite: bool
 
     @classmethod
     def of(
@@ -37,6 +39,7 @@ class FilesJob:
         candidate: Path | None,
         prompts: tuple[object, ...],
         folder: Path | None,
+        overwrite: bool,
     ) -> "FilesJob":
         """From the options as they were given.
 
@@ -51,7 +54,7 @@ class FilesJob:
                 "--reference and --candidate compare files that exist; "
                 "leave out the prompts, or the files to generate videos."
             )
-        return cls(reference, candidate, folder)
+        return cls(reference, candidate, folder, overwrite)
 
     def check(self) -> None:
         """Check everything that could fail later.
@@ -67,7 +70,7 @@ class FilesJob:
         require_torchmetrics()
         check_pair(*self._read())
         if self.folder is not None:
-            check_new_results(self.folder)
+            check_new_results(self.folder, self.overwrite)
             check_encoders(self.folder, [".mp4"], fps=24)
 
     def run(self) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.cli.compare_results import ResultsFolder, check_new_results
-from xattn_video.cli.record import run_record
+from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_results
+from xattn_video.cli.outputs import ResumableFolder
+from xattn_video.cli.record import run_record, shaping_record
+from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
@@ -63,8 +65,11 @@ class CompareJob:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}; use 1.")
 
-    def check(self) -> None:
-        """Check, before the weights are loaded, what would fail or have no effect.
+    def check(self, overwrite: bool) -> None:
+        """Find out what would fail or be in vain before the weights are loaded.
+
+        Args:
+            overwrite: Whether the folder may hold results of other settings.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot
@@ -77,7 +82,8 @@ class CompareJob:
 
         require_torchmetrics()
         require_matplotlib()
-        check_new_results(self.folder)
+        if not ResumableFolder(self.folder).settings_file.exists():
+            check_new_results(self.folder, overwrite)
         if self.videos:
             check_encoders(self.folder, VIDEO_SUFFIXES, self.fps)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
@@ -87,50 +93,91 @@ class CompareJob:
             warnings += unknown_words([request.prompt for request in self.requests])
         print_warnings(warnings)
 
-    def run(self) -> None:
-        """Load the model, generate and measure every video, write the files, print the table."""
-        from xattn_video.measure.comparison import Comparison, judge_demo_clip
+    def settings(self) -> dict[str, Any]:
+        """All that the results depend on; their seconds depend on the device too."""
+        record = self._record()
+        names = ("device", "video", "negative_prompt", "seeds", "batch_size")
+        return {
+            **shaping_record(self.load, self.fps),
+            **{name: record[name] for name in names},
+            "prompts": list(dict.fromkeys(request.prompt for request in self.requests)),
+            "methods": {
+                method.name: None if method.sparse is None else method.sparse.to_dict()
+                for method in self.methods
+            },
+            "videos": self.videos,
+            "kept_mass": self.kept_mass,
+        }
+
+    def run(self, folder: ResumableFolder) -> None:
+        """Make what is missing in the folder, write the files, print the table.
+
+        Raises:
+            RuntimeError: Videos failed.
+        """
         from xattn_video.measure.comparison_rows import comparison_table
+        from xattn_video.measure.methods import DENSE
+
+        if not self.verbose:
+            quiet_libraries()
+        results = ResultsFolder(folder, (DENSE, *self.methods), self.videos, self._record())
+        missing = {first: batch for first, batch in self._batches() if not results.resume(first)}
+        count = sum(len(batch) for batch in missing.values())
+        total = len(self.requests)
+        if count < total:
+            _say(f"{total - count} of {total} prompts and seeds are there")
+        folder.forget_failures(batch_key(first) for first in missing)
+        attempts = Attempts(folder, _say)
+        if missing:
+            self._generate(missing, results, attempts)
+        if results.rows:
+            results.finish()
+            console = output_console()
+            table = comparison_table(results.rows)
+            console.print(table.terminal(console.width), crop=False)
+            print_labelled(console, {"results": str(self.folder)})
+        attempts.conclude(len(missing))
+
+    def _generate(
+        self,
+        missing: dict[int, tuple[GenerationRequest, ...]],
+        results: ResultsFolder,
+        attempts: Attempts,
+    ) -> None:
+        """Load the model, generate and measure what is missing."""
+        from xattn_video.measure.comparison import Comparison, judge_demo_clip
         from xattn_video.measure.similarity import Scorer
         from xattn_video.pipelines.loading import load_pipeline
         from xattn_video.pipelines.prompt_length import cut_prompts
 
-        if not self.verbose:
-            quiet_libraries()
-        messages = message_console()
         scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.videos)
         for name, why in scorer.missing.items():
-            messages.print(f"{name} is not measured: {why}", soft_wrap=True)
-        messages.print(f"loading {self.load.model}", soft_wrap=True)
+            _say(f"{name} is not measured: {why}")
+        _say(f"loading {self.load.model}")
         pipe = load_pipeline(self.load)
         pipe.set_progress_bar_config(disable=True)
         print_warnings(cut_prompts(pipe, self.requests))
         judge = judge_demo_clip if self.load.model == DEMO else None
         comparison = Comparison(pipe, self.methods, scorer, self.fps, judge)
-        results = ResultsFolder(self.folder, self.videos, self._record(scorer.missing))
         comparison.warm_up(self.requests[: self.batch_size], partial(_show_steps, "", 1))
-        for first, batch in self._batches():
-            title = shorten(batch[0].prompt, 40, placeholder="...")
-            progress = partial(
-                _show_steps,
-                f"{first}/{len(self.requests)} {title}: ",
-                batch[0].video.num_inference_steps,
+        for first, batch in missing.items():
+            title = (
+                f"{first}/{len(self.requests)} {shorten(batch[0].prompt, 40, placeholder='...')}"
             )
-            measure_kept_mass = self.kept_mass and first == 1
-            for outcomes in comparison.run(batch, progress, measure_kept_mass=measure_kept_mass):
-                results.add(first, outcomes)
-        results.finish()
-        console = output_console()
-        table = comparison_table(results.rows)
-        console.print(table.terminal(console.width), crop=False)
-        print_labelled(console, {"results": str(self.folder)})
+            progress = partial(_show_steps, f"{title}: ", batch[0].video.num_inference_steps)
+            with attempts.item(batch_key(first), title):
+                for outcomes in comparison.run(
+                    batch, progress, measure_kept_mass=self.kept_mass and first == 1
+                ):
+                    results.add(first, outcomes, scorer.missing)
+                results.finish_batch(first)
 
     def _batches(self) -> Iterator[tuple[int, tuple[GenerationRequest, ...]]]:
         """The requests that are generated together, and the number of the first, from 1."""
         for first in range(0, len(self.requests), self.batch_size):
             yield first + 1, self.requests[first : first + self.batch_size]
 
-    def _record(self, missing: dict[str, str]) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """What all videos share."""
         from xattn_video.pipelines.model_shape import read_model_shape
         from xattn_video.pipelines.source import find_model
@@ -146,10 +193,13 @@ class CompareJob:
             "num_prompts": len({request.prompt for request in self.requests}),
             "seeds": list(dict.fromkeys(request.seed for request in self.requests)),
             "batch_size": self.batch_size,
-            "missing": missing,
         }
 
 
 def _show_steps(title: str, steps: int, label: str) -> GenerationProgress:
     """A display for one generation."""
     return GenerationProgress(message_console(), f"{title}{label}", steps)
+
+
+def _say(text: str) -> None:
+    message_console().print(text, soft_wrap=True)

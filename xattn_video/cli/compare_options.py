@@ -73,6 +73,9 @@ class CompareDetails:
     output: Path | None = knob(
         "Folder of the results.", panel="Files", shown_default="compare; existing files: none"
     )
+    overwrite: bool = knob(
+        "Start anew, whatever results the folder holds.", False, "--overwrite", panel="Files"
+    )
     videos: bool = knob(
         "Write every video losslessly, and each sparse video next to its dense video. Without "
         "videos, VMAF is not measured and ffmpeg is not needed.",

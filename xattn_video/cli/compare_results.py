@@ -1,65 +1,92 @@
 """The folder of a comparison: results.json and results.md, videos and plots."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.cli.outputs import default_name
+from xattn_video.cli.outputs import ResumableFolder, default_name
 from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.pipelines.video import write_video, write_video_or_keep_frames
 
 if TYPE_CHECKING:
-    from xattn_video.measure.comparison import Outcome
-    from xattn_video.measure.comparison_plots import Densities
+    from xattn_video.measure.comparison import Measurement, Outcome
     from xattn_video.measure.comparison_rows import MethodRow
+    from xattn_video.measure.methods import Method
 
 
 class ResultsFolder:
     """Writes every outcome as soon as it exists, so that an interrupted run keeps its results.
 
+    Prompts and seeds that are generated together are one item of the folder.
+
     Args:
-        folder: Exists, and holds no results.
+        folder: Holds no results but those of these settings.
+        methods: What is compared.
         videos: Whether videos are written.
         common: What all videos share, for results.json.
     """
 
-    def __init__(self, folder: Path, videos: bool, common: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: ResumableFolder,
+        methods: "Sequence[Method]",
+        videos: bool,
+        common: dict[str, Any],
+    ) -> None:
+        self.folder = folder.path
+        self._items = folder
+        self._methods = {method.name: method for method in methods}
         self._videos = videos
         self._common = common
-        self._measurements: list[Any] = []
-        self._records: list[dict[str, Any]] = []
-        self._densities: dict[str, Densities] = {}
+        self._batches: dict[int, dict[str, Any]] = {}
 
     @property
     def rows(self) -> "list[MethodRow]":
         """One row for each method."""
         from xattn_video.measure.comparison_rows import summarise
 
-        return summarise(self._measurements)
+        return summarise(self._measurement(record) for record in self._records)
 
-    def add(self, first: int, outcomes: "Sequence[Outcome]") -> None:
-        """Write the videos of one method, and rewrite results.json.
+    @property
+    def _records(self) -> list[dict[str, Any]]:
+        """Of all videos, in the order of their prompts and seeds."""
+        return [record for _, batch in sorted(self._batches.items()) for record in batch["videos"]]
+
+    def resume(self, first: int) -> bool:
+        """Take up what an earlier run kept of a batch, and tell whether it is finished."""
+        batch = self._items.record(batch_key(first))
+        if batch is not None:
+            self._batches[first] = batch
+        return batch is not None
+
+    def add(self, first: int, outcomes: "Sequence[Outcome]", missing: dict[str, str]) -> None:
+        """Write the videos of one method, and results.json anew.
 
         Args:
             first: Number of the first of them among all prompts and seeds, from 1.
             outcomes: Generated together.
+            missing: What cannot be measured, and why.
         """
+        empty = {"videos": [], "layer_densities": {}, "missing": missing}
+        batch = self._batches.setdefault(first, empty)
         for number, outcome in enumerate(outcomes, first):
             files = self._write_videos(number, outcome) if self._videos else []
             record = asdict(outcome.measurement) | {"method": outcome.measurement.method.name}
             record["prompt_tokens"] = [asdict(count) for count in outcome.result.prompt_tokens]
-            self._records.append(
-                record | {"files": [str(file.relative_to(self.folder)) for file in files]}
-            )
-            self._measurements.append(outcome.measurement)
+            record["files"] = [file.relative_to(self.folder).as_posix() for file in files]
+            batch["videos"].append(record)
         report = outcomes[0].result.report
         if report is not None and report.sparse_steps:
-            # It hardly differs between prompts, so the first ones are enough.
-            name = outcomes[0].measurement.method.name
-            self._densities.setdefault(name, report.layer_densities())
+            densities = report.layer_densities()
+            batch["layer_densities"][outcomes[0].measurement.method.name] = densities
         self._write_json()
+
+    def finish_batch(self, first: int) -> None:
+        """Keep a batch that all methods have made."""
+        batch = self._batches[first]
+        files = [self.folder / name for record in batch["videos"] for name in record["files"]]
+        self._items.add(batch_key(first), files, batch)
 
     def finish(self) -> None:
         """Draw the plots and write results.md."""
@@ -67,21 +94,36 @@ class ResultsFolder:
         from xattn_video.measure.comparison_plots import write_plots
 
         record = self._write_json()
-        plots = write_plots(self.folder / "plot", self.rows, self._densities)
+        plots = write_plots(self.folder / "plot", self.rows, record["layer_densities"])
         text = comparison_text(record, [path.name for path in plots])
         write_text(self.folder / "results.md", f"# {comparison_title(record)}\n\n{text}")
 
     def _write_json(self) -> dict[str, Any]:
-        backends = {name for m in self._measurements for name in m.backends}
+        batches = [batch for _, batch in sorted(self._batches.items(), reverse=True)]
+        records = self._records
         record = {
             **self._common,
-            "backends": sorted(backends),
+            "missing": {name: why for b in batches for name, why in b["missing"].items()},
+            "backends": sorted({name for record in records for name in record["backends"]}),
             "rows": [asdict(row) for row in self.rows],
-            "layer_densities": self._densities,
-            "videos": self._records,
+            # They are much the same from prompt to prompt: the first ones stand for all.
+            "layer_densities": {k: v for b in batches for k, v in b["layer_densities"].items()},
+            "videos": records,
         }
         write_json(self.folder / "results.json", record)
         return record
+
+    def _measurement(self, record: dict[str, Any]) -> "Measurement":
+        """Of a video, from its record."""
+        from xattn_video.measure.comparison import Measurement
+        from xattn_video.measure.similarity import Similarity
+
+        values = {field.name: record[field.name] for field in fields(Measurement)}
+        values["method"] = self._methods[record["method"]]
+        values["backends"] = tuple(record["backends"])
+        if record["similarity"] is not None:
+            values["similarity"] = Similarity(**record["similarity"])
+        return Measurement(**values)
 
     def _write_videos(self, number: int, outcome: "Outcome") -> list[Path]:
         """Write a lossless copy, and a sparse video next to its dense video."""
@@ -103,14 +145,20 @@ class ResultsFolder:
         return files
 
 
-def check_new_results(folder: Path) -> None:
-    """Check that results can be written to the folder and that it holds none yet.
+def batch_key(first: int) -> str:
+    """What names the batch whose first prompt and seed has that number."""
+    return f"{first:03}"
+
+
+def check_new_results(folder: Path, overwrite: bool) -> None:
+    """Make sure that results can be written to a folder which holds none of unknown settings.
 
     Raises:
         ValueError: The folder cannot be written, or it holds results.
     """
     check_output_folder(folder)
-    if (folder / "results.json").exists():
+    if (folder / "results.json").exists() and not overwrite:
         raise ValueError(
-            f"{str(folder)!r} already holds results.json; choose another --output, or remove it."
+            f"{str(folder)!r} holds results.json already; choose another --output, "
+            "or give --overwrite."
         )

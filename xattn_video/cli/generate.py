@@ -1,11 +1,12 @@
 """`xattn-video generate`: one video or many, with one load of the model."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from xattn_video.cli.generate_job import GenerateJob, check_job, run_job
-from xattn_video.cli.outputs import Prompts, choose_outputs
+from xattn_video.cli.outputs import Prompts, PromptsFolder, choose_outputs
 from xattn_video.options.command import command, knob
 from xattn_video.options.groups import loading, sparse_settings, video_settings
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
@@ -42,6 +43,12 @@ class Files:
     plot: Path | None = knob(
         "PNG file: density by step and layer; a folder with --prompts-file.", panel="Files"
     )
+    overwrite: bool = knob(
+        "With --prompts-file: make every video anew, whatever is there.",
+        False,
+        "--overwrite",
+        panel="Files",
+    )
 
 
 @command
@@ -54,7 +61,7 @@ def generate(
     files: Files,
     errors: ErrorsToExitCodes,
 ) -> None:
-    """Generate a video, or one video for each line of a file."""
+    """Generate a video, or one for each line of a file; the same command resumes the latter."""
     from xattn_video.pipelines.memory import settle_offload
 
     refuse_ranks("xattn-video generate")
@@ -63,9 +70,14 @@ def generate(
         GenerationRequest(prompt, details.negative_prompt, details.seed, video, sparse)
         for prompt in prompts.read()
     )
-    many = prompts.prompts_file is not None
-    outputs = choose_outputs(requests, many, files.output, files.report, files.plot)
-    job = GenerateJob(load, requests, outputs, details.fps, errors.verbose, details.force)
-    check_job(job)
-    errors.running = True
-    run_job(job)
+    folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
+    with nullcontext() if folder is None else folder.lock():
+        outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
+        job = GenerateJob(
+            load, requests, outputs, details.fps, errors.verbose, details.force, folder
+        )
+        check_job(job)
+        if folder is not None:
+            folder.adopt(job.settings(), files.overwrite)
+        errors.running = True
+        run_job(job)

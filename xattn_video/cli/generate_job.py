@@ -1,13 +1,14 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.cli.outputs import Outputs
-from xattn_video.cli.record import generation_record, job_record
+from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
+from xattn_video.cli.record import generation_record, job_record, shaping_record
 from xattn_video.cli.summary import print_summary
 from xattn_video.files import write_json
+from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
@@ -21,12 +22,21 @@ from xattn_video.reporting.console import (
 from xattn_video.reporting.progress import GenerationProgress
 
 if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
     from xattn_video.pipelines.loading import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateJob:
-    """All videos of one command; they share everything but the prompt."""
+    """All videos of one command; they share everything but the prompt.
+
+    Attributes:
+        load, requests, outputs, fps: What is made.
+        verbose: Whether the libraries may speak.
+        force: Whether to run what seems not to fit in memory.
+        folder: Of the videos of a prompts file; None for a video by itself.
+    """
 
     load: "LoadOptions"
     requests: tuple[GenerationRequest, ...]
@@ -34,9 +44,22 @@ class GenerateJob:
     fps: int
     verbose: bool
     force: bool = False
+    folder: PromptsFolder | None = None
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
+
+    def settings(self) -> dict[str, Any]:
+        """All that a prompt's video depends on."""
+        first = self.requests[0]
+        return {
+            **shaping_record(self.load, self.fps),
+            "negative_prompt": first.negative_prompt,
+            "seed": first.seed,
+            "video": asdict(first.video),
+            "sparse": None if first.sparse is None else first.sparse.to_dict(),
+            "suffix": self.outputs.videos[0].suffix,
+        }
 
 
 def check_job(job: GenerateJob) -> None:
@@ -63,50 +86,104 @@ def check_job(job: GenerateJob) -> None:
 
 
 def run_job(job: GenerateJob) -> None:
-    """Load the model, generate every video and write the files.
+    """Load the model, generate every video that is not there and write the files.
 
     Raises:
         KeyboardInterrupt: With the number of videos that are written.
+        RuntimeError: Videos of a prompts file failed.
     """
     if not job.verbose:
         quiet_libraries()
-    runs: list[dict[str, Any]] = []
+    runs = _finished(job)
     try:
-        _generate_all(job, runs)
+        _generate_missing(job, runs)
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None
 
 
-def _generate_all(job: GenerateJob, runs: list[dict[str, Any]]) -> None:
-    """Append the record of every video to ``runs`` once it is written."""
-    from xattn_video.pipelines.generation import generate
+def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
+    """The records of the videos that earlier runs made, by the number of the prompt."""
+    found: dict[int, dict[str, Any]] = {}
+    if job.folder is None:
+        return found
+    job.folder.keep_names(job.requests, job.outputs.videos)
+    for number, key in enumerate(prompt_keys(job.requests)):
+        record = job.folder.record(key)
+        if record is not None:
+            found[number] = record["run"]
+            plot = job.outputs.plots[number]
+            lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
+            _say(f"{job.outputs.videos[number]} is there{lacks}")
+    return found
+
+
+def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+    """Add the record of every video to ``runs`` once it is written."""
     from xattn_video.pipelines.loading import load_pipeline
     from xattn_video.pipelines.prompt_length import cut_prompts
-    from xattn_video.pipelines.video import write_video_or_keep_frames
 
-    messages = message_console()
+    missing = [number for number in range(len(job.requests)) if number not in runs]
+    keys, folder = prompt_keys(job.requests), job.folder
+    _write_report(job, runs)
+    if not missing:
+        return
     # A plain line: a spinner would hide the bars of a download.
-    messages.print(f"loading {job.load.model}", soft_wrap=True)
+    _say(f"loading {job.load.model}")
     pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
-    print_warnings(cut_prompts(pipe, job.requests))
-    for number, request in enumerate(job.requests):
-        video, plot = job.outputs.videos[number], job.outputs.plots[number]
-        title = shorten(request.prompt, 50, placeholder="...")
-        if len(job.requests) > 1:
-            title = f"{number + 1}/{len(job.requests)} {title}"
-        with GenerationProgress(messages, title, request.video.num_inference_steps) as progress:
-            result = generate(pipe, request, progress)
-        replaced = video.exists()
-        write_video_or_keep_frames(video, result.frames, job.fps)
-        runs.append(generation_record(request, result, video))
-        if plot is not None and result.report is not None:
-            result.report.plot(plot)
-        if job.outputs.report is not None:
-            # Rewritten after every video, so that a run cut short leaves what it did.
-            write_json(job.outputs.report, job_record(job.load, job.fps, runs))
-        files = {"video": f"{video} (replaced)" if replaced else str(video)}
-        files |= {"plot": str(plot)} if plot is not None else {}
-        files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
-        print_summary(output_console(), request, result, files)
+    print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
+    if folder is None:
+        _generate_one(job, pipe, 0, runs)
+        return
+    folder.forget_failures(keys[number] for number in missing)
+    attempts = Attempts(folder, _say)
+    for number in missing:
+        video = job.outputs.videos[number]
+        with attempts.item(keys[number], video.name):
+            _generate_one(job, pipe, number, runs)
+            folder.add(keys[number], [video], {"run": runs[number]})
+    attempts.conclude(len(missing))
+
+
+def _generate_one(
+    job: GenerateJob,
+    pipe: "HunyuanVideoPipeline",
+    number: int,
+    runs: dict[int, dict[str, Any]],
+) -> None:
+    from xattn_video.pipelines.generation import generate
+    from xattn_video.pipelines.video import write_video_or_keep_frames
+
+    request, video, plot = (
+        job.requests[number],
+        job.outputs.videos[number],
+        job.outputs.plots[number],
+    )
+    title = shorten(request.prompt, 50, placeholder="...")
+    if len(job.requests) > 1:
+        title = f"{number + 1}/{len(job.requests)} {title}"
+    steps = request.video.num_inference_steps
+    with GenerationProgress(message_console(), title, steps) as progress:
+        result = generate(pipe, request, progress)
+    replaced = video.exists()
+    write_video_or_keep_frames(video, result.frames, job.fps)
+    runs[number] = generation_record(request, result, video)
+    if plot is not None and result.report is not None:
+        result.report.plot(plot)
+    _write_report(job, runs)
+    files = {"video": f"{video} (replaced)" if replaced else str(video)}
+    files |= {"plot": str(plot)} if plot is not None else {}
+    files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
+    print_summary(output_console(), request, result, files)
+
+
+def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+    """Rewritten after every video, so that a run cut short leaves what it did."""
+    if job.outputs.report is not None and runs:
+        ordered = [runs[number] for number in sorted(runs)]
+        write_json(job.outputs.report, job_record(job.load, job.fps, ordered))
+
+
+def _say(text: str) -> None:
+    message_console().print(text, soft_wrap=True)

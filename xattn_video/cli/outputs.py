@@ -1,12 +1,15 @@
 """The prompts to run, and the files to write for them."""
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xattn_video.files import check_output_folder, check_output_path
+from xattn_video.files import check_output_folder, check_output_path, read_record, write_json
 from xattn_video.options.command import knob
+from xattn_video.pipelines.item_folder import ItemFolder
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.video import VIDEO_SUFFIXES
 
@@ -46,9 +49,68 @@ class Prompts:
         )
 
 
+class ResumableFolder(ItemFolder):
+    """A folder of the command line, whose records stand in its folder ``resume``.
+
+    Args:
+        path: Made where it is missing.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_output_folder(path)
+        remedy = "give another --output, the same settings, or --overwrite to start anew"
+        super().__init__(path, path / "resume", remedy)
+
+
+class PromptsFolder(ResumableFolder):
+    """The videos of a prompts file; a prompt keeps its file's name from run to run.
+
+    Args:
+        output: As it was given.
+
+    Raises:
+        ValueError: It is no folder, or cannot be written.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        _check_is_folder(output, VIDEO_SUFFIXES, "output")
+        super().__init__(output or _DEFAULT_FOLDER)
+        self._names_file = self.settings_file.with_name("names.json")
+
+    def videos(self, requests: Sequence[GenerationRequest]) -> list[Path]:
+        """The file of each request, new or that of an earlier run."""
+        names = read_record(self._names_file) or {}
+        taken = {self.path / name for name in names.values()}
+        for key, request in zip(prompt_keys(requests), requests, strict=True):
+            if key not in names:
+                name = default_name(request.prompt, request.seed)
+                taken.add(path := unused_path(self.path, name, ".mp4", taken))
+                names[key] = path.name
+        return [self.path / names[key] for key in prompt_keys(requests)]
+
+    def keep_names(self, requests: Sequence[GenerationRequest], videos: Sequence[Path]) -> None:
+        """A video that a killed run wrote and did not note is then replaced, not numbered."""
+        names = zip(prompt_keys(requests), (video.name for video in videos), strict=True)
+        write_json(self._names_file, (read_record(self._names_file) or {}) | dict(names))
+
+
+def prompt_keys(requests: Sequence[GenerationRequest]) -> list[str]:
+    """One for each request; a prompt that comes twice has two."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for request in requests:
+        digest = hashlib.sha256(request.prompt.encode()).hexdigest()[:16]
+        seen[digest] += 1
+        keys.append(f"{digest}-{seen[digest]}")
+    return keys
+
+
 def choose_outputs(
     requests: Sequence[GenerationRequest],
-    many: bool,
+    folder: PromptsFolder | None,
     output: Path | None,
     report: Path | None,
     plot: Path | None,
@@ -57,30 +119,27 @@ def choose_outputs(
 
     Args:
         requests: One for each video.
-        many: ``output`` and ``plot`` are folders.
+        folder: Of the videos of a prompts file; ``plot`` is a folder then.
         output, report, plot: As they were given.
 
     Raises:
         ValueError: A file could not be written.
     """
-    if many:
-        _check_is_folder(output, VIDEO_SUFFIXES, "output")
+    if folder is not None:
         _check_is_folder(plot, (".png",), "plot")
-    videos: list[Path] = []
-    if many or output is None:
-        folder = (output or _DEFAULT_FOLDER) if many else Path()
-        check_output_folder(folder)
-        for request in requests:
-            name = default_name(request.prompt, request.seed)
-            videos.append(unused_path(folder, name, ".mp4", set(videos)))
-            check_output_path(videos[-1], VIDEO_SUFFIXES)
+        videos = folder.videos(requests)
+    elif output is None:
+        check_output_folder(Path())
+        first = requests[0]
+        videos = [unused_path(Path(), default_name(first.prompt, first.seed), ".mp4", set())]
     else:
-        check_output_path(output, VIDEO_SUFFIXES)
-        videos.append(output)
+        videos = [output]
+    for video in videos:
+        check_output_path(video, VIDEO_SUFFIXES)
     if report is not None:
         check_output_path(report, (".json",), what="report")
     plots: list[Path | None] = [plot] * len(videos)
-    if plot is not None and many:
+    if plot is not None and folder is not None:
         plots = [plot / f"{video.stem}.png" for video in videos]
     for path in filter(None, plots):
         check_output_path(path, (".png",), what="plot")

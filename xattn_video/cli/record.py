@@ -30,6 +30,13 @@ def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
     }
 
 
+def shaping_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
+    """What of these a video depends on."""
+    names = ("model", "dtype", "vae_tiling", "attention_backend", "fps")
+    record = run_record(load, fps)
+    return {name: record[name] for name in names}
+
+
 def generation_record(
     request: "GenerationRequest", result: "GenerationResult", video: Path
 ) -> dict[str, Any]:

@@ -1,0 +1,273 @@
+"""A folder that several runs of one command fill, each going on where the last one ended.
+
+settings.json  what the files depend on, and its hash
+items/         one JSON file for each item that is finished, written last
+failures/      one for each that failed
+locks/         one file for each process that may write at a time
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from xattn_video.errors import FileNotWrittenError
+from xattn_video.files import read_record, write_json
+
+# A GPU that has failed fails in everything that follows.
+_FAILURES_IN_A_ROW = 3
+_SHOWN_LENGTH = 200
+
+
+class RunStoppedError(RuntimeError):
+    """A run could not go on; what it made is kept."""
+
+
+class ItemFolder:
+    """Reads and writes what is known of a folder's files.
+
+    Args:
+        path: Where the files are; it need not exist yet.
+        state: Where settings.json and the records are.
+        remedy: What to do where the folder is of other settings.
+        shared: What to add where another process writes into it.
+    """
+
+    def __init__(self, path: Path, state: Path, remedy: str, shared: str = "") -> None:
+        self.path = path
+        self.failures = state / "failures"
+        self.settings_file = state / "settings.json"
+        self._state = state
+        self._items = state / "items"
+        self._remedy = remedy
+        self._shared = shared
+
+    def adopt(self, settings: dict[str, Any], overwrite: bool = False) -> None:
+        """Make the folder that of these settings, or make sure that it is.
+
+        Args:
+            settings: All that the files depend on.
+            overwrite: Remove what runs made, whatever their settings.
+
+        Raises:
+            ValueError: It belongs to others.
+        """
+        settings = json.loads(json.dumps(settings))
+        if overwrite:
+            self._remove_items()
+        if not self.settings_file.exists():
+            self._create(settings)
+        different = describe_differences(self.settings(), settings)
+        if different:
+            raise ValueError(
+                f"{str(self.path)!r} holds a run of other settings: {'; '.join(different)} "
+                f"(there and asked for); {self._remedy}."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The run's settings.
+
+        Raises:
+            ValueError: They were changed by hand.
+        """
+        try:
+            content = json.loads(self.settings_file.read_text(encoding="utf-8"))
+            settings, stated = content["settings"], content["hash"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.settings_file} is not what a run writes ({error}); "
+                "restore it, or start a run in another folder."
+            ) from None
+        if settings_hash(settings) != stated:
+            raise ValueError(
+                f"{self.settings_file} was changed: its hash does not fit its settings; "
+                "restore it, or start a run in another folder."
+            )
+        return settings
+
+    @contextmanager
+    def lock(self, name: str = "run") -> Iterator[None]:
+        """Hold a process's place; the system lets go of it however the process ends.
+
+        Raises:
+            ValueError: Another process holds it.
+        """
+        locks = self._state / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(FileLock(locks / name, timeout=0))
+            except Timeout:
+                raise ValueError(
+                    f"another process is generating into {str(self.path)!r} already; "
+                    f"wait for it{self._shared}."
+                ) from None
+            yield
+
+    def add(self, key: str, files: Iterable[Path], record: dict[str, Any]) -> None:
+        """Note that an item is finished.
+
+        Args:
+            key: The item's.
+            files: Its files, in their places.
+            record: What is known of it.
+        """
+        sums = {file.relative_to(self.path).as_posix(): _file_sum(file) for file in files}
+        self._items.mkdir(exist_ok=True)
+        write_json(self._item_file(key), {"key": key, "files": sums, **record})
+        self.forget_failures([key])
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """What is known of an item; None unless it is finished and its files have their sizes."""
+        record = read_record(self._item_file(key), "key", "files")
+        if record is None or record["key"] != key:
+            return None
+        for name, stated in record["files"].items():
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != stated["bytes"]:
+                return None
+        return record
+
+    def add_failure(self, key: str, name: str, error: Exception) -> None:
+        """Note that an item failed."""
+        self.failures.mkdir(exist_ok=True)
+        content = {"key": key, "prompt": name, "error": describe_error(error)}
+        write_json(self._failure_file(key), content)
+
+    def forget_failures(self, keys: Iterable[str]) -> None:
+        """Before they are tried again."""
+        for key in keys:
+            self._failure_file(key).unlink(missing_ok=True)
+
+    def failure(self, key: str) -> str | None:
+        """Why an item failed; None if it did not."""
+        file = self._failure_file(key)
+        if not file.exists():
+            return None
+        return str((read_record(file, "error") or {"error": "unknown"})["error"])
+
+    def _create(self, settings: dict[str, Any]) -> None:
+        """Write the settings unless another rank did; a link appears whole or not at all."""
+        self._state.mkdir(parents=True, exist_ok=True)
+        content = {"hash": settings_hash(settings), "settings": settings}
+        with suppress(FileExistsError):
+            write_json(self.settings_file, content, new=True)
+
+    def _remove_items(self) -> None:
+        """Remove finished items with their files, what failed, and the settings."""
+        for item in self._items.glob("*.json"):
+            for name in (read_record(item, "files") or {"files": ()})["files"]:
+                (self.path / name).unlink(missing_ok=True)
+        for folder in (self._items, self.failures):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.settings_file.unlink(missing_ok=True)
+
+    def _item_file(self, key: str) -> Path:
+        return self._items / f"{key}.json"
+
+    def _failure_file(self, key: str) -> Path:
+        return self.failures / f"{key}.json"
+
+
+class Attempts:
+    """Makes one item after another, goes on where one fails, and stops where that is in vain.
+
+    Args:
+        folder: Where the items go.
+        say: Prints a line.
+    """
+
+    def __init__(self, folder: ItemFolder, say: Callable[[str], None]) -> None:
+        self.failed = 0
+        self._folder = folder
+        self._say = say
+        self._in_a_row = 0
+        self._last: Exception | None = None
+
+    @contextmanager
+    def item(self, key: str, name: str) -> Iterator[None]:
+        """Note it if what is done within it fails.
+
+        Raises:
+            RunStoppedError: The disk is full, or one item after the other fails.
+        """
+        try:
+            yield
+            self._in_a_row = 0
+        except (RuntimeError, OSError, ValueError, MemoryError) as error:
+            _stop_if_full(error, self._folder.path)
+            self._folder.add_failure(key, name, error)
+            self.failed, self._in_a_row, self._last = self.failed + 1, self._in_a_row + 1, error
+            self._say(f"failed: {name}: {describe_error(error)}")
+            if self._in_a_row == _FAILURES_IN_A_ROW:
+                raise RunStoppedError(
+                    f"{self._in_a_row} videos failed one after the other, the last with "
+                    f"{describe_error(error)}; find the cause, then run the same command again: "
+                    "it keeps what is done."
+                ) from error
+
+    def conclude(self, total: int) -> None:
+        """Raise RuntimeError if any of the ``total`` items failed."""
+        if self.failed:
+            raise RuntimeError(
+                f"{self.failed} of {total} videos failed, as listed above and in "
+                f"{self._folder.failures}; the same command tries them again and keeps the "
+                "others."
+            ) from self._last
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """The same for equal settings, whatever their order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def describe_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """One entry for each setting that differs, such as "seed 0 and 1"."""
+    found = []
+    for name in dict.fromkeys((*ours, *theirs)):
+        first, second = ours.get(name), theirs.get(name)
+        if isinstance(first, dict) and isinstance(second, dict):
+            found += describe_differences(first, second)
+        elif first != second:
+            found.append(f"{name} {_plain(first)} and {_plain(second)}")
+    return found
+
+
+def describe_error(error: Exception) -> str:
+    """One line, with the kind of error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _file_sum(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _plain(value: object) -> str:
+    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return shorten(text, _SHOWN_LENGTH, placeholder=" ...")
+
+
+def _stop_if_full(error: Exception, folder: Path) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # Where the frames of the video are.
+        more = f" {error.more}" if isinstance(error, FileNotWrittenError) and error.more else ""
+        raise RunStoppedError(
+            f"the disk of {str(folder)!r} is full; nothing that was made is lost: free space, "
+            f"then run the same command again.{more}"
+        ) from error
