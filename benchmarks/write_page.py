@@ -3,8 +3,8 @@
     python -m benchmarks.write_page --folder preview    # the page and its pictures, as a preview
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
-It replaces docs/benchmarks.md in the folder, its pictures, and the table in README.md if that file
-exists.
+It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
+docs/fewer-blocks.md and docs/multi_gpu.md if those files exist.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
+from benchmarks.step_tables import render_step_pages
 from benchmarks.whole_videos import read_whole_videos
 from xattn_video.files import user_path, write_text
 from xattn_video.reporting.pages import replace_between
@@ -40,6 +41,7 @@ def write_pages(folder: Path) -> None:
         pages[readme] = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
+    pages |= render_step_pages(folder / "docs")
     for picture in set(pictures.glob("*.png")) - set(drawn):
         picture.unlink()
     for path, text in pages.items():

@@ -10,6 +10,7 @@ from benchmarks import results_writer, write_page
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
+from benchmarks.step_tables import render_step_pages
 from benchmarks.whole_videos import read_whole_videos
 from benchmarks.write_page import BEGIN, END
 from xattn_video.reporting.pages import replace_between
@@ -288,3 +289,10 @@ def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_pa
     write_page.write_pages(tmp_path)
     assert "old" not in readme.read_text()
     assert not (pictures / "gone.png").exists()
+
+
+def test_the_tables_of_steps_are_what_the_files_say():
+    pages = render_step_pages(ROOT / "docs")
+    assert [path.name for path in pages] == ["fewer-blocks.md", "multi_gpu.md"]
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.write_page"

@@ -404,13 +404,13 @@ def test_no_layer_waits_for_the_device(device):
         for _ in range(2):
             # Pinned memory is made once; later it is reused.
             residuals.keep("layer", dense, approximate)
-            residuals.fetch("layer", device)
+            residuals.fetch("layer", dense.device)
             residuals.add("layer", approximate)
             torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             residuals.keep("layer", dense, approximate)
-            residuals.fetch("layer", device)
+            residuals.fetch("layer", dense.device)
             residuals.add("layer", approximate)
         finally:
             torch.cuda.set_sync_debug_mode("default")

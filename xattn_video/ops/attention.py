@@ -100,6 +100,9 @@ def compute_attention(
     inputs: AttentionInputs, backend: str, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` for checked inputs; the log-sum-exp is None unless requested."""
+    if inputs.scale < 0:
+        # Fused kernels scale after they take a row's maximum, which a negative scale turns round.
+        inputs = replace(inputs, query=-inputs.query, scale=-inputs.scale)
     problem = replace(inputs.problem, lse=True) if return_lse else inputs.problem
     return load_backend(resolve_backend(backend, problem)).forward(inputs, return_lse)
 
