@@ -73,7 +73,7 @@ from command_line import SMALL, run_cli
         (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
         (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
         (
-            ["--prompt=a", f"--output={'a' * 247}.mp4"],
+            ["--prompt=a", f"--output={'a' * 252}.mp4"],
             ".mp4': File name too long; use another",
         ),
         (["--prompt=a", "--report=a.txt"], "report must end in .json"),

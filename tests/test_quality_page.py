@@ -143,7 +143,11 @@ def test_the_committed_pages_are_what_the_committed_results_give(
     for copy in copies:
         copy.write_text((ROOT / copy.relative_to(tmp_path)).read_text())
     assert run(script, monkeypatch, *results, "--page", copies[0], "--grid", copies[1]) == 0
-    for copy in copies:
+    fewer = tmp_path / "docs" / "fewer-blocks.md"
+    fewer.write_text((ROOT / "docs/fewer-blocks.md").read_text())
+    results = sorted((ROOT / "benchmarks/results/quality_fewer").glob("*.json"))
+    assert run(script, monkeypatch, *results, "--page", fewer) == 0
+    for copy in (*copies, fewer):
         assert copy.read_text() == (ROOT / copy.relative_to(tmp_path)).read_text()
     drawn = {path.name for path in (copies[0].parent / "images").iterdir()}
     assert drawn == {path.name for path in (ROOT / "docs/images").glob("quality-*")}

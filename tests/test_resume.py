@@ -163,7 +163,7 @@ def test_other_settings_are_refused(generate, tmp_path, monkeypatch):
     before = bytes_of(tmp_path / "videos")
     monkeypatch.setattr(loading, "load_pipeline", lambda options: pytest.fail("loaded"))
     for words, difference in (
-        ([*SPARSE, "--num-inference-steps=3"], "num_inference_steps 4 and 3 (there and asked"),
+        ([*SPARSE, "--num-inference-steps=3"], "num_inference_steps 4 and 3 (in the folder"),
         ([*SPARSE, "--seed=1"], "seed 0 and 1 (there"),
         ([*SPARSE, "--fps=12"], "fps 24 and 12 (there"),
         ([*SPARSE, "--threshold=0.9"], "threshold 0.8 and 0.9 (there"),
@@ -298,7 +298,7 @@ def test_results_of_unknown_settings_are_overwritten_only_when_asked(compare, tm
     (tmp_path / "compare/results.json").write_text("old")
     code, _, err = compare("--prompt=first", "--no-videos")
     assert code == 2
-    assert "'compare' holds results.json already" in err
+    assert "'compare' already holds results.json" in err
     code, _, err = compare("--prompt=first", "--no-videos", "--overwrite")
     assert code == 0, err
     assert results(tmp_path / "compare")["rows"]

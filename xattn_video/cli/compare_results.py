@@ -159,6 +159,6 @@ def check_new_results(folder: Path, overwrite: bool) -> None:
     check_output_folder(folder)
     if (folder / "results.json").exists() and not overwrite:
         raise ValueError(
-            f"{str(folder)!r} holds results.json already; choose another --output, "
+            f"{str(folder)!r} already holds results.json; choose another --output, "
             "or give --overwrite."
         )

@@ -68,7 +68,7 @@ class ItemFolder:
         if different:
             raise ValueError(
                 f"{str(self.path)!r} holds a run of other settings: {'; '.join(different)} "
-                f"(there and asked for); {self._remedy}."
+                f"(in the folder and requested); {self._remedy}."
             )
 
     def settings(self) -> dict[str, Any]:
