@@ -164,9 +164,9 @@ def test_other_settings_are_refused(generate, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda options: pytest.fail("loaded"))
     for words, difference in (
         ([*SPARSE, "--num-inference-steps=3"], "num_inference_steps 4 and 3 (in the folder"),
-        ([*SPARSE, "--seed=1"], "seed 0 and 1 (there"),
-        ([*SPARSE, "--fps=12"], "fps 24 and 12 (there"),
-        ([*SPARSE, "--threshold=0.9"], "threshold 0.8 and 0.9 (there"),
+        ([*SPARSE, "--seed=1"], "seed 0 and 1 (in the folder"),
+        ([*SPARSE, "--fps=12"], "fps 24 and 12 (in the folder"),
+        ([*SPARSE, "--threshold=0.9"], "threshold 0.8 and 0.9 (in the folder"),
         ([*SPARSE[:-1], "--dense"], "sparse {"),
     ):
         code, _, err = generate("--prompts-file=p.txt", *words)
