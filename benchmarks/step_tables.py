@@ -1,9 +1,10 @@
 """Tables of whole steps, for the pages on refreshes and on several GPUs."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_files import RESULTS, ResultFile, read_results
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
 from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table
 
@@ -24,23 +25,9 @@ def render_step_pages(docs: Path) -> dict[Path, str]:
 
 
 def _refreshes(files: list[ResultFile]) -> str:
-    """Steps that refresh, steps that add residuals, and plain ones beside them."""
-    steps = [file for file in files if "gpu" in file.content]
-    rows = [row | {"file": file} for file in steps for row in file.content["rows"]]
-    # Every fifth or tenth step refreshes; the others add.
-    for file in steps:
-        for row in file.content["rows"]:
-            if row["phase"] == "residual":
-                (refresh,) = (
-                    one["latency_ms"]
-                    for one in file.content["rows"]
-                    if one["phase"] == "refresh" and one["asked_density"] == row["asked_density"]
-                )
-                means = [(refresh + (r - 1) * row["latency_ms"]) / r for r in (5, 10)]
-                rows += [
-                    row | {"file": file, "phase": f"mean, every {r}", "latency_ms": mean}
-                    for r, mean in zip((5, 10), means, strict=True)
-                ]
+    """Plain steps, steps that refresh or add residuals, and the mean of those two."""
+    rows = [row for file in files for row in file.content["rows"]]
+    means = [mean for file in files for mean in _mean_steps(file.content["rows"])]
     columns = {
         "residual kept on": lambda row: row.get("residual"),
         "density": lambda row: _number(row["density"], ".3f"),
@@ -48,7 +35,19 @@ def _refreshes(files: list[ResultFile]) -> str:
         "seconds": lambda row: f"{row['latency_ms'] / 1e3:.2f}",
         "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
     }
-    return _section(steps, Table.of(rows, columns, num_left=3))
+    return _section(files, Table.of(rows + means, columns, num_left=3))
+
+
+def _mean_steps(rows: list[ResultRow]) -> Iterator[ResultRow]:
+    """A row for each density and distance of refreshes: one step refreshes, the others add."""
+    refreshes = {
+        row["asked_density"]: row["latency_ms"] for row in rows if row["phase"] == "refresh"
+    }
+    for row in rows:
+        if row["phase"] == "residual":
+            for every in (5, 10):
+                total_ms = refreshes[row["asked_density"]] + (every - 1) * row["latency_ms"]
+                yield row | {"phase": f"mean, every {every}", "latency_ms": total_ms / every}
 
 
 def _several_gpus(files: list[ResultFile]) -> str:
