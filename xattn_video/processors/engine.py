@@ -62,6 +62,13 @@ def attend(
     return _attend_now(slot, query, key, value, attention_mask)
 
 
+def unbound_error() -> UnboundProcessorError:
+    """The error of a layer that runs outside a forward pass of its transformer."""
+    return UnboundProcessorError(
+        f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
+    )
+
+
 def _attend_with_gradients(
     slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
@@ -83,9 +90,7 @@ def _attend_now(
 ) -> Tensor:
     forward = slot.forward
     if forward is None:
-        raise UnboundProcessorError(
-            f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
-        )
+        raise unbound_error()
     if forward.decision.reason == "gradients":
         return _attend_with_gradients(slot, query, key, value, attention_mask)
     # Under autocast the normalised queries and keys are float32, the values are not.
@@ -191,7 +196,7 @@ def dense_attention(
     """
     kernel = _dense_kernel(query, backend, layout.causal)
     lengths = layout.key_lengths
-    if len(set(lengths)) == 1:
+    if not layout.ragged:
         return kernel(query, key[:, : lengths[0]], value[:, : lengths[0]])
     items = [slice(number, number + 1) for number in range(len(lengths))]
     return torch.cat(

@@ -52,6 +52,11 @@ class TokenLayout:
         return tuple(self.num_video_tokens + length for length in self.text_lengths)
 
     @property
+    def ragged(self) -> bool:
+        """Whether the items of the batch have key lengths of their own."""
+        return len(set(self.key_lengths)) > 1
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of an item, padding included."""
         return self.num_video_tokens + self.num_text_tokens

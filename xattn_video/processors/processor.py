@@ -20,7 +20,7 @@ from xattn_video.processors.binding import (
     unwrapped,
 )
 from xattn_video.processors.context_parallel import offer_plan, withdraw_plan
-from xattn_video.processors.engine import HOW_TO_BIND, sparse_attention
+from xattn_video.processors.engine import HOW_TO_BIND, sparse_attention, unbound_error
 from xattn_video.processors.pipeline_steps import PipelineSteps
 from xattn_video.processors.recorder import SLOT_NAME, LayerSlot, Observer, SparseOperator
 from xattn_video.processors.session import NumSteps, Session
@@ -93,9 +93,7 @@ class XAttnProcessor(TransformerBound):
             return refined
         slot: LayerSlot | None = getattr(attn, SLOT_NAME, None)
         if slot is None or slot.attention is None:
-            raise UnboundProcessorError(
-                f"this XAttnProcessor is not bound to a running transformer: {HOW_TO_BIND}"
-            )
+            raise unbound_error()
         return slot.attention(
             attn, slot, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
         )

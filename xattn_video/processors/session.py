@@ -99,7 +99,7 @@ class Session:
             # In dense steps too, so that a refusal comes before the warm-up and not after it.
             backend = self._resolve(settings, inputs, layout, config.attention_head_dim)
         lengths = None
-        if len(set(layout.key_lengths)) > 1:
+        if layout.ragged:
             lengths = torch.tensor(layout.key_lengths, dtype=torch.int32)
             lengths = lengths.to(device, non_blocking=True)
         forward = ForwardPass(
@@ -176,7 +176,7 @@ class Session:
             head_dim=head_dim,
             block_size=settings.block_size,
             causal=layout.causal,
-            ragged=len(set(layout.key_lengths)) > 1,
+            ragged=layout.ragged,
         )
         try:
             check_precision(settings.scoring_precision, problem, settings.stride)
