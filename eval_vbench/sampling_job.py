@@ -15,6 +15,7 @@ from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     message_console,
     output_console,
+    print_message,
     print_warnings,
     quiet_libraries,
 )
@@ -147,7 +148,7 @@ class SamplingJob:
         return f"[{self.share.rank}] " if self.share.num_ranks > 1 else ""
 
     def _say(self, text: str) -> None:
-        message_console().print(self._prefix + text, soft_wrap=True)
+        print_message(self._prefix + text)
 
     def _progress(self, title: str) -> Any:
         """Shows a video's steps; those of several ranks would run into one another."""

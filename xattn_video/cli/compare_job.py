@@ -22,6 +22,7 @@ from xattn_video.reporting.console import (
     message_console,
     output_console,
     print_labelled,
+    print_message,
     print_warnings,
     quiet_libraries,
 )
@@ -125,9 +126,9 @@ class CompareJob:
         count = sum(len(batch) for batch in missing.values())
         total = len(self.requests)
         if count < total:
-            _say(f"{total - count} of {total} prompts and seeds are there")
+            print_message(f"{total - count} of {total} prompts and seeds are there")
         folder.forget_failures(batch_key(first) for first in missing)
-        attempts = Attempts(folder, _say)
+        attempts = Attempts(folder, print_message)
         if missing:
             self._generate(missing, results, attempts)
         if results.rows:
@@ -152,8 +153,8 @@ class CompareJob:
 
         scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.videos)
         for name, why in scorer.missing.items():
-            _say(f"{name} is not measured: {why}")
-        _say(f"loading {self.load.model}")
+            print_message(f"{name} is not measured: {why}")
+        print_message(f"loading {self.load.model}")
         pipe = load_pipeline(self.load)
         pipe.set_progress_bar_config(disable=True)
         print_warnings(cut_prompts(pipe, self.requests))
@@ -199,7 +200,3 @@ class CompareJob:
 def _show_steps(title: str, steps: int, label: str) -> GenerationProgress:
     """A display for one generation."""
     return GenerationProgress(message_console(), f"{title}{label}", steps)
-
-
-def _say(text: str) -> None:
-    message_console().print(text, soft_wrap=True)

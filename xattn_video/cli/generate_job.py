@@ -16,6 +16,7 @@ from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
     output_console,
+    print_message,
     print_warnings,
     quiet_libraries,
 )
@@ -114,7 +115,7 @@ def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
             found[number] = record["run"]
             plot = job.outputs.plots[number]
             lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
-            _say(f"{job.outputs.videos[number]} is there{lacks}")
+            print_message(f"{job.outputs.videos[number]} is there{lacks}")
     return found
 
 
@@ -129,7 +130,7 @@ def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None
     if not missing:
         return
     # A plain line: a spinner would hide the bars of a download.
-    _say(f"loading {job.load.model}")
+    print_message(f"loading {job.load.model}")
     pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
     print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
@@ -137,7 +138,7 @@ def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None
         _generate_one(job, pipe, 0, runs)
         return
     folder.forget_failures(keys[number] for number in missing)
-    attempts = Attempts(folder, _say)
+    attempts = Attempts(folder, print_message)
     for number in missing:
         video = job.outputs.videos[number]
         with attempts.item(keys[number], video.name):
@@ -183,7 +184,3 @@ def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     if job.outputs.report is not None and runs:
         ordered = [runs[number] for number in sorted(runs)]
         write_json(job.outputs.report, job_record(job.load, job.fps, ordered))
-
-
-def _say(text: str) -> None:
-    message_console().print(text, soft_wrap=True)

@@ -48,6 +48,11 @@ def message_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+def print_message(text: str) -> None:
+    """Print a line of progress on stderr, uncut."""
+    message_console().print(text, soft_wrap=True)
+
+
 def print_warning(text: str) -> None:
     """Print one warning on stderr."""
     message_console().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
