@@ -5,6 +5,7 @@ from torch import Tensor
 
 from benchmarks import upstream
 from xattn_video import XAttnProcessor
+from xattn_video.ops.blocks import BlockLists
 from xattn_video.processors.recorder import ForwardPass
 
 
@@ -16,7 +17,12 @@ def authors_processor(threshold: float, stride: int) -> XAttnProcessor:
     module = upstream.load()
 
     def operator(
-        query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, forward: ForwardPass
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        threshold: Tensor,
+        forward: ForwardPass,
+        blocks: BlockLists | None,
     ) -> tuple[Tensor, None]:
         length = forward.layout.key_lengths[0]
         attended = module.Xattention_prefill(

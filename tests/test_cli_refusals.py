@@ -33,6 +33,15 @@ from command_line import SMALL, run_cli
             ["--prompt=a", "--threshold=0.95", "--density=0.1"],
             "--threshold and --density exclude each other",
         ),
+        (
+            ["--preset=fast", "--threshold=0.9"],
+            "--threshold and --preset exclude each other",
+        ),
+        (["--preset=best"], "preset must be one of quality, balanced, fast, got 'best'"),
+        (
+            ["--preset=fast", "--token-order=hilbert"],
+            "preset='fast' sets threshold, density, token_order",
+        ),
         (["--prompt=a", "--density=1.5"], "density must lie in (0, 1], got 1.5"),
         (["--prompt=a", "--refresh-every=0"], "refresh_every must be at least 1 step, got 0"),
         (["--prompt=a", "--refresh-every=60"], "at most the number of denoising steps, got 60"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command_line import run_cli
 
-from xattn_video.cli.compare_options import compared_prompts, parse_numbers
+from xattn_video.cli.compare_options import GRID, compared_prompts, parse_numbers
 from xattn_video.measure.clips import read_clip
 from xattn_video.measure.comparison import Measurement, judge_demo_clip
 from xattn_video.measure.comparison_rows import MethodRow, summarise
@@ -160,6 +160,22 @@ def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
     assert [row["method"]["name"] for row in record["rows"]][-1] == "tau0.3-warmup1-stride8"
 
 
+def test_whole_settings_are_compared_alone_or_beside_a_grid():
+    def names(**values):
+        given = {"noise_ceiling": False, "model": "demo", "warmup_steps": "4", "strides": "8"}
+        given = dict.fromkeys(GRID.options) | given | values
+        return [method.name for method in GRID.make(given)]
+
+    preset, other = "preset=fast", "density=0.2,token-order=hilbert,mask_every=4"
+    alone = names(setting=[preset, other])
+    assert alone == [
+        "density0.1-warmup4-stride8-hilbert-firstorder-refresh20",
+        "density0.2-warmup4-stride8-hilbert-mask4",
+    ]
+    assert names(thresholds="0.9", setting=[other])[0] == "tau0.9-warmup4-stride8"
+    assert len(names(thresholds="0.9", setting=[other])) == 2
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -174,6 +190,11 @@ def test_a_run_cut_short_leaves_what_it_did(compare, monkeypatch, tmp_path):
         ([PROMPT, "--warmup-steps=1.5"], "--warmup-steps must be whole numbers"),
         ([PROMPT, "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
         ([PROMPT, "--strides=8,12"], "stride must divide block_size, got stride=12"),
+        ([PROMPT, "--setting=speed=2"], "--setting must be NAME=VALUE,... with the names preset,"),
+        ([PROMPT, "--setting=density"], "got 'density'"),
+        ([PROMPT, "--setting=preset=best"], "preset must be one of quality, balanced, fast"),
+        ([PROMPT, "--setting=preset=fast,density=0.3"], "sets threshold, density,"),
+        ([PROMPT, "--setting=density=2"], "density must lie in (0, 1], got 2"),
         ([PROMPT, "--seeds=a"], "--seeds must be whole numbers separated by commas, got 'a'"),
         ([PROMPT, "--seeds=-1"], "seed must lie between 0 and 2**63 - 1, got -1"),
         ([PROMPT, "--fps=0"], "fps must be at least 1, got 0"),

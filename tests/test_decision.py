@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from xattn_video import ThresholdSchedule
-from xattn_video.policy.decision import Run, count_dense_steps, count_refreshes, decide
+from xattn_video.policy.decision import Run, StepCounts, count_steps, decide
 from xattn_video.policy.settings import SparseSettings
 
 LONG = Run(num_layers=2, num_heads=2, num_video_tokens=20_000, device_type="cuda", num_steps=6)
@@ -19,7 +19,7 @@ def test_a_step_is_dense_while_every_tau_of_every_layer_is_1():
     schedule = ThresholdSchedule(((0, 1.0),), layers={0: ((0, 1.0), (3, 0.5))})
     settings = SparseSettings(schedule, warmup_steps=0)
     assert reasons(settings) == ["threshold 1"] * 3 + [None] * 3
-    assert count_dense_steps(settings, LONG) == 3
+    assert count_steps(settings, LONG).dense == 3
 
 
 def test_a_layer_whose_every_tau_is_1_stays_dense_in_a_sparse_step():
@@ -62,12 +62,46 @@ def refreshes(settings, run=LONG, steps=6):
     return [step for step in range(steps) if decide(settings, step, run).refreshes]
 
 
-def test_the_first_sparse_step_and_every_rth_after_it_refresh():
+def test_the_last_warm_up_step_and_every_rth_after_it_refresh():
     settings = SparseSettings(0.9, warmup_steps=1, refresh_every=2)
-    assert refreshes(settings) == [1, 3, 5]
-    assert count_refreshes(settings, LONG) == 3
-    assert refreshes(settings, replace(LONG, num_steps=None), 9) == [1, 3, 5, 7]
+    assert refreshes(settings) == [0, 2, 4]
+    assert count_steps(settings, LONG) == StepCounts(2, 4, refreshes=2, primes=1, choices=3)
+    assert refreshes(settings, replace(LONG, num_steps=None), 9) == [0, 2, 4, 6, 8]
+    assert refreshes(replace(settings, warmup_steps=0)) == [0, 2, 4]
     assert refreshes(SparseSettings(0.9, warmup_steps=1)) == []
+
+
+def test_with_refreshes_the_last_step_is_dense():
+    settings = SparseSettings(0.9, warmup_steps=1, refresh_every=3)
+    assert reasons(settings) == ["warm-up", None, None, None, None, "last step"]
+    assert decide(settings, 5, replace(LONG, num_steps=None)).sparse
+    assert reasons(replace(settings, cooldown_steps=1))[5] == "cool-down"
+
+
+def test_a_warm_up_that_no_sparse_step_follows_refreshes_nothing():
+    assert refreshes(SparseSettings(0.9, warmup_steps=5, refresh_every=2)) == []
+    assert refreshes(SparseSettings(0.9, warmup_steps=9, refresh_every=2)) == []
+    settings = SparseSettings([1, 1, 1, 0.9, 0.9, 0.9], warmup_steps=1, refresh_every=2)
+    assert refreshes(settings) == [3]
+
+
+def test_a_refresh_in_the_warm_up_takes_the_thresholds_of_the_step_after_it():
+    decision = decide(SparseSettings([1, 0.9, 0.8], warmup_steps=2, refresh_every=2), 1, LONG)
+    assert decision.reason == "warm-up"
+    assert decision.thresholds[0] == (0.8, 0.8)
+    assert decision.computes_sparsely(0)
+
+
+def test_blocks_are_chosen_at_every_mth_sparse_step_or_at_refreshes():
+    def chooses(**options):
+        settings = SparseSettings(0.9, warmup_steps=1, **options)
+        decisions = [decide(settings, step, LONG) for step in range(1, 5)]
+        return [decision.chooses for decision in decisions]
+
+    assert chooses() == [True] * 4
+    assert chooses(mask_every=2) == [True, False, True, False]
+    assert chooses(mask_every=3) == [True, False, False, True]
+    assert chooses(refresh_every=3) == [False, False, True, False]
 
 
 def test_dense_steps_among_sparse_ones_do_not_count():
@@ -118,6 +152,11 @@ def test_a_refresh_after_more_steps_than_there_are_is_refused():
         ({"refresh_every": 2.0}, "refresh_every must be a whole number of steps, got 2.0"),
         ({"refresh_every": True}, "refresh_every must be a whole number of steps, got True"),
         ({"residual": "host"}, "residual='host' says where .* give it too"),
+        ({"mask_every": 0}, "mask_every must be at least 1 step, got 0"),
+        ({"mask_every": None}, "mask_every must be a whole number of steps, got None"),
+        ({"mask_every": 4, "refresh_every": 5}, "leave mask_every out beside refresh_every"),
+        ({"token_order": "morton"}, "token_order must be one of raster, hilbert, got 'morton'"),
+        ({"compensation": "mean"}, "compensation must be one of none, means, first-order"),
         ({"residual": "disk", "refresh_every": 2}, "residual must be one of auto, device, host"),
     ],
 )

@@ -20,7 +20,7 @@ from xattn_video.pipelines.generation import (
 )
 from xattn_video.pipelines.loading import LoadOptions, load_pipeline
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
-from xattn_video.policy.decision import Run, count_dense_steps
+from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.settings import SparseSettings
 
 SMALL = VideoSettings(height=64, width=64, num_frames=9, num_inference_steps=4)
@@ -228,7 +228,7 @@ def test_a_schedule_is_followed(pipe):
     settings = SparseSettings(schedule, block_size=16, warmup_steps=0, min_tokens=0)
     result = generate(pipe, request(sparse=settings))
     assert [step.sparse for step in result.steps] == [True, False, True, True]
-    assert count_dense_steps(settings, Run(4, 2, 48, "cpu", 4)) == 1
+    assert count_steps(settings, Run(4, 2, 48, "cpu", 4)).dense == 1
 
 
 def test_saved_seconds_come_from_the_medians():

@@ -1,80 +1,62 @@
 """A refresh keeps what the skipped blocks add to a layer's output, and later steps add it."""
 
-import copy
-import pickle
-import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from hunyuan import (
-    NUM_LAYERS,
-    generate,
-    prompt,
-    run,
-    tiny_pipeline,
-    tiny_transformer,
-    with_processor,
-)
-from torch._dynamo.testing import CompileCounter
 
-from xattn_video import enable_xattention
 from xattn_video.errors import ResidualMemoryError
 from xattn_video.policy.decision import Decision
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import engine
+from xattn_video.processors.kept import KeptByPass
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import ForwardPass, LayerSlot
-from xattn_video.processors.residual import PassResiduals, Residual, ResidualStore, choose_place
+from xattn_video.processors.residual import PassResiduals, Residual, choose_place
 
-SMALL = {"stride": 4, "block_size": 8, "min_tokens": 0}
-OPTIONS = SMALL | {"warmup_steps": 1, "density": 0.2, "refresh_every": 3}
-
-
-def store_of(processor) -> ResidualStore:
-    return processor._session._residuals
+SETTINGS = SparseSettings(
+    density=0.5, stride=4, block_size=8, min_tokens=0, warmup_steps=1, refresh_every=3
+)
 
 
-def tensors_of(store) -> list[weakref.ref]:
-    """Weak references to all that is kept."""
-    passes = [residuals for _, residuals in store._passes.values()]
-    return [weakref.ref(one.values) for kept in passes for one in kept._kept.values()]
+def keeping(place="auto") -> KeptByPass:
+    return KeptByPass(replace(SETTINGS, residual=place), 1)
 
 
-def attend(tensors, residuals, refreshes, sparse=True, last=False, device="cpu"):
+def attend(tensors, kept, refreshes, sparse=True, last=False):
     """The engine on its own, on a batch of two with uneven text."""
-    settings = SparseSettings(**OPTIONS)
     slot = LayerSlot("layer")
     slot.reason = None if sparse else "warm-up"
-    slot.threshold = torch.tensor(settings.density, device=device)
+    slot.threshold = torch.tensor(SETTINGS.density) if sparse or refreshes else None
     slot.forward = ForwardPass(
-        settings,
-        Decision(slot.reason, ((0.2, 0.2),), None, refreshes, last),
-        TokenLayout(48, 16, (10, 3), torch.device(device)),
-        torch.tensor([58, 51], dtype=torch.int32, device=device),
+        SETTINGS,
+        Decision(slot.reason, ((0.2, 0.2),), None, refreshes, refreshes, last),
+        TokenLayout(48, 16, (10, 3), torch.device("cpu")),
+        torch.tensor([58, 51], dtype=torch.int32),
         "torch_gather",
         None,
         None,
         engine.sparse_attention,
         (),
-        residuals,
+        kept,
     )
     with torch.no_grad():
         return engine.attend(slot, *tensors, None)
 
 
-def three_tensors(device="cpu", dtype=torch.float32):
-    return torch.randn(3, 2, 64, 2, 16).mul(2).to(device, dtype).unbind()
+def three_tensors():
+    return torch.randn(3, 2, 64, 2, 16).mul(2).unbind()
 
 
 def test_a_refresh_gives_dense_attention_and_the_next_step_too_within_8_bits():
     tensors = three_tensors()
     dense = attend(tensors, None, False, sparse=False)
     approximate = attend(tensors, None, False)
-    residuals = PassResiduals("auto", 1)
-    assert torch.equal(attend(tensors, residuals, True), dense)
-    found = attend(tensors, residuals, False)
+    kept = keeping()
+    assert torch.equal(attend(tensors, kept, True), dense)
+    found = attend(tensors, kept, False)
     largest = (dense - approximate).abs().amax(-1, keepdim=True)
     assert ((found - dense).abs() <= largest / 127 * 0.501 + 1e-6).all()
     # The residual is no trifle, and it is far more than what 8 bits lose.
@@ -82,26 +64,46 @@ def test_a_refresh_gives_dense_attention_and_the_next_step_too_within_8_bits():
 
 
 def test_other_inputs_get_the_residual_of_the_refresh():
-    before, now = three_tensors(), three_tensors()
+    before = three_tensors()
+    # The blocks that are kept are those of the same queries and keys.
+    now = (*before[:2], three_tensors()[2])
     residual = attend(before, None, False, sparse=False) - attend(before, None, False)
-    residuals = PassResiduals("device", 1)
-    attend(before, residuals, True)
-    error = attend(now, residuals, False) - attend(now, None, False) - residual
+    kept = keeping("device")
+    attend(before, kept, True)
+    error = attend(now, kept, False) - attend(now, None, False) - residual
     assert (error.abs() <= residual.abs().amax(-1, keepdim=True) / 127 * 0.501 + 1e-6).all()
 
 
 def test_a_layer_without_a_residual_refreshes_at_any_step():
     tensors = three_tensors()
-    residuals = PassResiduals("auto", 1)
+    kept = keeping()
     dense = attend(tensors, None, False, sparse=False)
-    assert torch.equal(attend(tensors, residuals, False), dense)
-    assert residuals.holds("layer")
+    assert torch.equal(attend(tensors, kept, False), dense)
+    assert kept.residuals.holds("layer")
+
+
+def test_the_last_warm_up_step_is_dense_and_keeps_a_residual():
+    tensors, kept = three_tensors(), keeping()
+    dense = attend(tensors, None, False, sparse=False)
+    assert torch.equal(attend(tensors, kept, True, sparse=False), dense)
+    found = attend(tensors, kept, False)
+    assert (found - dense).norm() < 0.01 * (attend(tensors, None, False) - dense).norm()
+
+
+def test_steps_between_use_the_blocks_of_the_refresh():
+    kept, now = keeping(), three_tensors()
+    attend(three_tensors(), kept, True)
+    blocks = kept.blocks("layer")
+    attend(now, kept, False)
+    assert torch.equal(kept.blocks("layer").to_mask(), blocks.to_mask())
+    attend(now, kept, True)
+    assert not torch.equal(kept.blocks("layer").to_mask(), blocks.to_mask())
 
 
 def test_the_last_sparse_step_keeps_nothing():
-    residuals = PassResiduals("auto", 1)
-    attend(three_tensors(), residuals, True, last=True)
-    assert not residuals.holds("layer")
+    kept = keeping()
+    attend(three_tensors(), kept, True, last=True)
+    assert not kept.residuals.holds("layer")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -131,203 +133,6 @@ def test_autocast_changes_no_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         kept = Residual.between(dense, approximate)
         assert kept.added_to(approximate).dtype == kept.scales.dtype == torch.bfloat16
-
-
-def test_a_refresh_at_every_step_is_dense_attention():
-    sparse, dense = tiny_pipeline(), tiny_pipeline()
-    processor = enable_xattention(sparse, **OPTIONS | {"refresh_every": 1}).processor
-    enable_xattention(dense, 1.0, **SMALL)
-    assert torch.equal(generate(sparse), generate(dense))
-    assert processor.report().refresh_steps == (1, 2, 3)
-    assert processor.report().budget == 1
-
-
-def test_steps_between_two_refreshes_are_nearer_to_dense_ones():
-    outputs = {}
-    for name, options in {
-        "dense": {"threshold": 1.0},
-        "sparse": {"density": 0.2},
-        "refreshed": {"density": 0.2, "refresh_every": 2},
-    }.items():
-        transformer, _ = with_processor(**{"threshold": None} | options)
-        run(transformer, timestep=500.0)
-        outputs[name] = run(transformer, timestep=490.0)
-    error = {name: (out - outputs["dense"]).norm() for name, out in outputs.items()}
-    assert error["refreshed"] < error["sparse"] / 4
-
-
-def test_the_report_and_its_budget_count_refreshes():
-    pipe = tiny_pipeline()
-    processor = enable_xattention(pipe, **OPTIONS).processor
-    generate(pipe, 6)
-    report = processor.report()
-    assert report.refresh_steps == (1, 4)
-    refreshed = [run.refreshed for forward in report.forwards for run in forward.layers]
-    expected = [step in (1, 4) for step in range(6)]
-    assert refreshed == [one for one in expected for _ in range(NUM_LAYERS)]
-    density = report.forwards[2].layers[0].density
-    # By hand: 48 video and 10 text tokens make 8 rows of 8 blocks, 2 of them of text. Of the six
-    # video rows two text blocks are forced and fill the share of round(0.2 * 8) = 2.
-    assert density == (6 * 2 + 2 * 8) / 64
-    assert report.density == density
-    assert report.budget == pytest.approx((3 * density + 2) / 5)
-    assert "budget 0.66 with 2 refreshed" in report.summary()
-
-
-def test_true_guidance_keeps_a_residual_for_each_of_its_passes():
-    """The second step repeats the first one's inputs, nearly: both passes are nearly dense."""
-    dense, _ = with_processor(1.0)
-    sparse, processor = with_processor(None, density=0.2, refresh_every=3)
-    texts = [prompt((10,), seed=1), prompt((7,), seed=2)]
-
-    def step(transformer, timestep):
-        outs = []
-        for text in texts:
-            inputs = {
-                "encoder_hidden_states": text["prompt_embeds"],
-                "encoder_attention_mask": text["prompt_attention_mask"],
-                "pooled_projections": text["pooled_prompt_embeds"],
-                "hidden_states": LATENTS,
-                "timestep": torch.tensor([timestep]),
-                "guidance": torch.tensor([6000.0]),
-            }
-            with torch.no_grad():
-                outs.append(transformer(**inputs).sample)
-        return outs
-
-    step(sparse, 500.0)
-    found = step(sparse, 499.9)
-    assert processor.report().refresh_steps == (0,)
-    assert len(tensors_of(store_of(processor))) == 2 * NUM_LAYERS
-    for one, expected in zip(found, step(dense, 499.9), strict=True):
-        torch.testing.assert_close(one, expected, rtol=0, atol=0.01 * expected.abs().max().item())
-
-
-LATENTS = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.mark.parametrize(
-    "other", [{"lengths": (7,)}, {"lengths": (10, 10)}, {"dtype": torch.bfloat16}], ids=str
-)
-def test_other_inputs_in_the_middle_of_a_generation_drop_it(other):
-    transformer, processor = with_processor(None, density=0.2, refresh_every=5)
-    run(transformer, timestep=500.0)
-    kept = tensors_of(store_of(processor))
-    run(transformer, timestep=400.0)
-    if "dtype" in other:
-        transformer.to(other["dtype"])
-    run(transformer, timestep=300.0, **other)
-    assert processor.report().refresh_steps == (0, 2)
-    assert all(one() is None for one in kept)
-
-
-def test_another_size_is_another_generation():
-    transformer, processor = with_processor(None, density=0.2, refresh_every=5)
-    run(transformer, timestep=500.0)
-    kept = tensors_of(store_of(processor))
-    run(transformer, timestep=400.0, size=10)
-    assert processor.report().refresh_steps == (0,)
-    assert all(one() is None for one in kept)
-
-
-def test_the_end_of_a_pipelines_generation_frees_all():
-    pipe = tiny_pipeline()
-    processor = enable_xattention(pipe, **OPTIONS).processor
-    held = []
-
-    def callback(pipe, step, timestep, tensors):
-        held.append(len(tensors_of(store_of(processor))))
-        return tensors
-
-    negative = prompt((4,), seed=7, prefix="negative_")
-    generate(pipe, 5, callback_on_step_end=callback, true_cfg_scale=3.0, **negative)
-    assert held == [0, 2 * NUM_LAYERS, 2 * NUM_LAYERS, 2 * NUM_LAYERS, 0]
-    assert store_of(processor)._passes == {}
-
-
-@pytest.mark.parametrize("end", ["reset", "disable", "another processor", "a generation"])
-def test_what_is_kept_is_freed(end):
-    transformer = tiny_transformer()
-    handle = enable_xattention(transformer, **OPTIONS)
-    run(transformer, timestep=900.0)
-    run(transformer, timestep=500.0)
-    kept = tensors_of(store_of(handle.processor))
-    assert len(kept) == NUM_LAYERS
-    assert all(one() is not None for one in kept)
-    if end == "reset":
-        handle.processor.reset()
-    elif end == "disable":
-        handle.disable()
-    elif end == "another processor":
-        with_processor(model=transformer)
-    else:
-        run(transformer, timestep=900.0, seed=1)
-    assert all(one() is None for one in kept)
-    assert handle.processor.report().refresh_steps == (() if end == "a generation" else (1,))
-
-
-@pytest.mark.parametrize("stop", ["interrupt", "exception"])
-def test_an_interrupted_generation_leaves_nothing_to_the_next(stop):
-    def callback(pipe, step, timestep, tensors):
-        if step == 2 and stop == "exception":
-            raise InterruptedError
-        pipe._interrupt = step == 2
-        return tensors
-
-    fresh = tiny_pipeline()
-    enable_xattention(fresh, **OPTIONS)
-    expected = generate(fresh, 5, seed=1)
-    pipe = tiny_pipeline()
-    processor = enable_xattention(pipe, **OPTIONS).processor
-    try:
-        generate(pipe, 6, callback_on_step_end=callback)
-    except InterruptedError:
-        assert stop == "exception"
-    assert torch.equal(generate(pipe, 5, seed=1), expected)
-    assert processor.report().refresh_steps == (1, 4)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
-def test_a_copy_has_no_residual(duplicate):
-    transformer, processor = with_processor(None, density=0.2, refresh_every=5)
-    run(transformer, timestep=500.0)
-    copied = duplicate(transformer)
-    run(copied, timestep=400.0)
-    (other,) = {
-        id(p): p for p in copied.attn_processors.values() if hasattr(p, "settings")
-    }.values()
-    assert other is not processor
-    assert other.report().refresh_steps == (0,)
-    assert len(tensors_of(store_of(processor))) == NUM_LAYERS
-
-
-def test_compiled_layers_make_no_more_graphs_and_the_same_output():
-    def outputs(**options):
-        model, _ = with_processor(None, density=0.2, warmup_steps=1, **options)
-        counter = CompileCounter()
-        if compiled:
-            torch.compiler.reset()
-            model.compile(backend=counter, fullgraph=True)
-        outs = [run(model, timestep=timestep) for timestep in (900.0, 800.0, 700.0, 600.0)]
-        return counter.frame_count, outs
-
-    compiled = True
-    expected_count, _ = outputs()
-    count, found = outputs(refresh_every=2)
-    compiled = False
-    _, expected = outputs(refresh_every=2)
-    assert count == expected_count
-    torch.testing.assert_close(found, expected)
-    torch.compiler.reset()
-
-
-def test_on_a_cpu_both_places_are_one():
-    latents = []
-    for residual in ("device", "host"):
-        pipe = tiny_pipeline()
-        enable_xattention(pipe, residual=residual, **OPTIONS)
-        latents.append(generate(pipe, 5))
-    assert torch.equal(*latents)
 
 
 # A layer of HunyuanVideo at 720x1280x129 on a GPU: 20.8 GiB of residuals, 12.3 of activations.
@@ -363,16 +168,6 @@ def test_the_place_is_where_there_is_room(monkeypatch, asked, device_gib, host_g
     else:
         with pytest.raises(ResidualMemoryError, match=expected):
             choose_place(asked, LAYER, 60)
-
-
-def test_too_little_host_memory_is_refused_on_a_cpu(monkeypatch):
-    transformer, processor = with_processor(None, density=0.2, refresh_every=5)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(ResidualMemoryError, match="for 4 layers take"):
-        run(transformer)
-    monkeypatch.undo()
-    run(transformer)
-    assert processor.report().refresh_steps == (0,)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The options that only `xattn-video compare` has, and what they mean together."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xattn_video.cli.outputs import Prompts
 from xattn_video.options.command import Group, group_of, knob, option
-from xattn_video.options.groups import given_sparse, sparse_options
+from xattn_video.options.groups import given_sparse, sparse_of, sparse_options
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
@@ -85,6 +86,15 @@ class CompareDetails:
 
 
 @dataclass(frozen=True, slots=True)
+class _Wholes:
+    setting: list[str] | None = knob(
+        "One more setting, such as preset=fast or density=0.2,refresh_every=5; may be given "
+        "several times. Without --thresholds and --densities only these are compared.",
+        panel=_GRID,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class _Ceiling:
     noise_ceiling: bool = knob(
         "Also compare dense with dense: how far apart two equal runs are.", True, panel=_GRID
@@ -136,7 +146,7 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     Raises:
         ValueError: A list holds something that is not a number, or a value is out of range.
     """
-    from xattn_video.measure.methods import DENSE_AGAIN, sparse_methods
+    from xattn_video.measure.methods import DENSE_AGAIN, method_of, sparse_methods
 
     whole = ("warmup_steps", "stride", "refresh_every")
     grid = {
@@ -148,8 +158,43 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     }
     several = {name for name, _ in _SEVERAL.values()}
     shared = given_sparse({name: values[name] for name in values if name not in several})
-    methods = sparse_methods(grid, **shared)
+    whole_settings = values["setting"] or []
+    methods = []
+    if not whole_settings or "threshold" in grid or "density" in grid:
+        methods = sparse_methods(grid, **shared)
+    # A list of one value is no grid, and holds for these as well.
+    single = {
+        name: numbers[0]
+        for name, numbers in grid.items()
+        if name in ("warmup_steps", "stride") and len(numbers) == 1
+    }
+    methods += [method_of(_parse_setting(text, shared | single)) for text in whole_settings]
+    methods = list({method.name: method for method in methods}.values())
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
+
+
+def _parse_setting(text: str, shared: dict[str, Any]) -> SparseSettings:
+    """The settings of a text such as "density=0.2,refresh_every=5".
+
+    Raises:
+        ValueError: It names something else, or a value is out of range.
+    """
+    names = [source.name for source in fields(SparseSettings)]
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        name = name.replace("-", "_")
+        if name not in (*names, "preset") or not value:
+            raise ValueError(
+                f"--setting must be NAME=VALUE,... with the names preset, {', '.join(names)}, "
+                f"got {part!r}."
+            )
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+    preset = given.pop("preset", None)
+    return sparse_of(shared | given, preset)
 
 
 def compared_requests(
@@ -179,7 +224,8 @@ def _grid() -> Group:
             options[name] = option(
                 source, name=name, kind=str | None, default=default, help=text, panel=_GRID
             )
-    options |= group_of(_Ceiling).options | sparse_options(without=tuple(_SEVERAL))
+    options |= group_of(_Wholes).options | group_of(_Ceiling).options
+    options |= sparse_options(without=tuple(_SEVERAL))
     return Group(options, _compared_methods)
 
 

@@ -47,17 +47,23 @@ def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Met
         combined = dict(zip(rest, values, strict=True))
         combined["refresh_every"] = combined.get("refresh_every") or None
         for share in shares or [{}]:
-            method = _method(SparseSettings(**share, **combined, **shared))
+            method = method_of(SparseSettings(**share, **combined, **shared))
             methods.setdefault(method.name, method)
     return list(methods.values())
 
 
-def _method(sparse: SparseSettings) -> Method:
+def method_of(sparse: SparseSettings) -> Method:
     """A method with the name and the words of its settings."""
     share = (
         f"tau {sparse.threshold:g}" if sparse.density is None else f"density {sparse.density:g}"
     )
     parts = [share, f"warm-up {sparse.warmup_steps}", f"stride {sparse.stride}"]
+    if sparse.token_order != "raster":
+        parts.append(sparse.token_order)
+    if sparse.compensation != "none":
+        parts.append(sparse.compensation)
+    if sparse.mask_every != 1:
+        parts.append(f"mask {sparse.mask_every}")
     if sparse.refresh_every is not None:
         parts.append(f"refresh {sparse.refresh_every}")
     name = "-".join(part.replace(" ", "").replace("-", "") for part in parts)

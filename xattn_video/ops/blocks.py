@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +24,20 @@ class BlockLists:
         counts = block_mask.sum(dim=-1, dtype=torch.int32)
         indices = torch.argsort(~block_mask, dim=-1, stable=True).to(torch.int32)
         return cls(counts, indices)
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, columns: int) -> "BlockLists":
+        """The lists of what `to_bits` returned for ``columns`` key blocks."""
+        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        mask = (bits[..., None] >> places & 1).flatten(-2)
+        return cls.from_mask(mask[..., :columns].bool())
+
+    def to_bits(self) -> Tensor:
+        """The block mask with 8 blocks in a byte, uint8 `[B, H, Nq, ceil(Nk / 8)]`."""
+        columns = self.indices.shape[-1]
+        mask = F.pad(self.to_mask(), (0, -columns % 8)).unflatten(-1, (-1, 8))
+        places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+        return (mask.to(torch.uint8) << places).sum(dim=-1, dtype=torch.uint8)
 
     def to_mask(self) -> Tensor:
         """The block mask, bool `[B, H, Nq, Nk]`; True = compute."""

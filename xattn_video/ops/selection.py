@@ -159,12 +159,17 @@ def run_select(inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int) -
 
 
 def compute_selection(
-    inputs: ScoringInputs, threshold: Tensor, num_text_tokens: int = 0, by_count: bool = False
+    inputs: ScoringInputs,
+    threshold: Tensor,
+    num_text_tokens: int = 0,
+    by_count: bool = False,
+    weights: Tensor | None = None,
 ) -> BlockLists:
     """`select` for checked inputs.
 
     The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`. With
-    ``by_count`` it is the share of each row's valid blocks to keep.
+    ``by_count`` it is the share of each row's valid blocks to keep, and the scores may be
+    weighted by key block, float32 `[B, H, Nk]`.
     """
     forced = ForcedBlocks(
         inputs.query.shape[2],
@@ -174,7 +179,10 @@ def compute_selection(
         num_text_tokens,
         inputs.key_lengths,
     )
-    return select_block_lists(compute_scores(inputs), threshold, forced, by_count)
+    scores = compute_scores(inputs)
+    if weights is not None:
+        scores *= weights[:, :, None]
+    return select_block_lists(scores, threshold, forced, by_count)
 
 
 def select_block_lists(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.options.command import Group, group_of, knob, option
 from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings, default_settings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
+from xattn_video.policy.presets import preset_settings
 from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
@@ -66,6 +67,9 @@ class _PlannedGpu:
 class _Instead:
     """Options that can be given instead of a threshold."""
 
+    preset: str | None = knob(
+        "quality, balanced or fast: density, order, compensation and refreshes.", panel=SPARSITY
+    )
     schedule: Path | None = knob("JSON file with a threshold for each step.", panel=SPARSITY)
     dense: bool = knob("Use dense attention in every step.", False, "--dense", panel=SPARSITY)
 
@@ -181,6 +185,7 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
     """
     ways = {"--threshold": values["threshold"], "--schedule": values["schedule"]}
     ways |= {"--dense": values["dense"] or None, "--density": values["density"]}
+    ways |= {"--preset": values["preset"]}
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
@@ -188,8 +193,22 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
     if values["schedule"] is not None:
         given["threshold"] = _read_schedule(values["schedule"])
     # This also checks values that --dense leaves unused.
-    sparse = SparseSettings(**given)
+    sparse = sparse_of(given, values["preset"])
     return None if values["dense"] else sparse
+
+
+def sparse_of(given: dict[str, Any], preset: str | None = None) -> SparseSettings:
+    """The settings of the arguments that were given, a preset's where one is named.
+
+    Raises:
+        ValueError: A value is out of range, or contradicts the preset.
+    """
+    if preset is None:
+        return SparseSettings(**given)
+    # What is left at its default contradicts nothing.
+    defaults = {source.name: source.default for source in fields(SparseSettings)}
+    chosen = {name: value for name, value in given.items() if value != defaults[name]}
+    return preset_settings(preset, **chosen)
 
 
 def _read_schedule(file: Path) -> ThresholdSchedule:

@@ -21,7 +21,7 @@ from xattn_video.pipelines.memory import (
 )
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.policy.decision import Run, count_dense_steps, count_refreshes
+from xattn_video.policy.decision import Run, StepCounts, count_steps
 from xattn_video.policy.residual_size import residual_bytes
 from xattn_video.policy.settings import SparseSettings
 
@@ -40,7 +40,7 @@ class SpeedupBound:
 
     density: float
     step: float
-    """A sparse step against a dense one."""
+    """A sparse step that chooses its blocks against a dense one."""
     run: float
     """All steps, the dense ones included."""
     from_paper: bool
@@ -101,12 +101,12 @@ def plan_run(
     video_tokens = math.prod(grid)
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
-    steps = dense_steps = video.num_inference_steps
-    refresh_steps = 0
+    steps = video.num_inference_steps
+    counts = StepCounts(dense=steps)
     device = options.resolved_device
     if sparse:
         run = Run(shape.layers, shape.heads, video_tokens, device.type, steps)
-        dense_steps, refresh_steps = count_dense_steps(sparse, run), count_refreshes(sparse, run)
+        counts = count_steps(sparse, run)
     forwards = 2 if video.true_cfg_scale > 1 else 1
     flop, share = _arithmetic(shape, tokens)
     tflop = forwards * flop / 1e12
@@ -115,7 +115,7 @@ def plan_run(
     room = find_room(options)
     shortage = describe_shortage(shape, video, options, room)
     memory = estimate_memory(shape, video, options, room)
-    if refresh_steps:
+    if counts.refreshes or counts.primes:
         kept = _residual_bytes(shape, tokens, forwards, options)
         memory = with_residuals(memory, kept, settings.residual, room, device.type == "cuda")
         shortage = shortage or describe_residual_shortage(memory, room)
@@ -123,7 +123,7 @@ def plan_run(
     backend = None
     if sparse:
         warnings += _sparsity_warnings(
-            sparse, dense_steps, steps, video_tokens, share, device.type
+            sparse, counts.dense, steps, video_tokens, share, device.type
         )
         if options.device_is_here:
             backend, found = _choose_backend(shape, settings, options)
@@ -140,15 +140,13 @@ def plan_run(
         layers=shape.layers,
         forwards_per_step=forwards,
         steps=steps,
-        dense_steps=dense_steps,
-        sparse_steps=steps - dense_steps,
-        refresh_steps=refresh_steps,
+        dense_steps=counts.dense,
+        sparse_steps=counts.sparse,
+        refresh_steps=counts.refreshes,
         dense_step_tflop=tflop,
         attention_share=share,
         scoring_share=share * scoring,
-        speedup_bounds=(
-            _speedup_bounds(share, scoring, steps, dense_steps, refresh_steps) if sparse else ()
-        ),
+        speedup_bounds=_speedup_bounds(share, scoring, counts) if sparse else (),
         memory=memory,
         shortage=shortage,
         device=str(device),
@@ -178,15 +176,16 @@ def _residual_bytes(shape: ModelShape, tokens: int, forwards: int, options: Load
     )
 
 
-def _speedup_bounds(
-    share: float, scoring: float, steps: int, dense_steps: int, refresh_steps: int
-) -> tuple[SpeedupBound, ...]:
+def _speedup_bounds(share: float, scoring: float, counts: StepCounts) -> tuple[SpeedupBound, ...]:
     """Amdahl's bound for a row of densities."""
     bounds = []
     for density in DENSITIES:
         sparse_cost = 1 - share + share * (density + scoring)
-        # A refresh computes the approximate attention and the dense one.
-        run_cost = dense_steps + (steps - dense_steps) * sparse_cost + refresh_steps * share
+        # Attentions of the whole run, in those of a dense step.
+        attentions = counts.dense + counts.refreshes + counts.choices * scoring
+        attentions += (counts.sparse + counts.primes) * density
+        steps = counts.dense + counts.sparse
+        run_cost = steps * (1 - share) + attentions * share
         bounds.append(
             SpeedupBound(density, 1 / sparse_cost, steps / run_cost, density in PAPER_DENSITIES)
         )

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from xattn_video.policy.settings import SparseSettings
 
 DenseReason: TypeAlias = Literal[
-    "warm-up", "cool-down", "threshold 1", "density 1", "too few tokens", "gradients"
+    "warm-up", "cool-down", "threshold 1", "density 1", "too few tokens", "gradients", "last step"
 ]
 
 
@@ -39,7 +39,8 @@ class Decision:
         reason: Why every layer runs dense; None where at least one runs sparse.
         thresholds: Tau of every head, `[num_layers][num_heads]`, or the density in its place.
         threshold: Tau where it is one number for all layers and heads.
-        refreshes: Whether the sparse layers run dense as well and keep the residual.
+        refreshes: Whether layers compute the dense and the sparse output and keep the residual.
+        chooses: Whether sparse layers choose their blocks anew.
         last_sparse: Whether no later step runs sparse; False where that is not known, or not asked
             because nothing is kept.
     """
@@ -48,12 +49,18 @@ class Decision:
     thresholds: tuple[tuple[float, ...], ...]
     threshold: float | None
     refreshes: bool = False
+    chooses: bool = True
     last_sparse: bool = False
 
     @property
     def sparse(self) -> bool:
         """Whether at least one layer runs sparse."""
         return self.reason is None
+
+    def computes_sparsely(self, layer: int) -> bool:
+        """Whether a layer's sparse output is computed, as its output or for the residual."""
+        skips = any(tau != 1 for tau in self.thresholds[layer])
+        return skips and (self.sparse or self.refreshes)
 
     def layer_reason(self, layer: int) -> DenseReason | None:
         """Why a layer runs dense; None if it runs sparse."""
@@ -80,35 +87,60 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
             f"refresh_every must be at most the number of denoising steps, got {every} and "
             f"{num_steps} steps; lower it, or run more steps."
         )
-    taus = settings.schedule.per_head(step, run.num_layers, run.num_heads)
     reason = _dense_reason(settings, step, run)
-    by_mass = settings.density is None
-    refreshes = last_sparse = False
-    if every is not None and reason is None:
-        sparse_before = sum(_is_sparse(settings, earlier, run) for earlier in range(step))
-        refreshes = sparse_before % every == 0
+    primes = _primes(settings, step, run)
+    refreshes, chooses, last_sparse = primes, True, False
+    if reason is None and settings.keeps_between_steps:
+        number = sum(_is_sparse(settings, earlier, run) for earlier in range(step))
         last_sparse = num_steps is not None and not any(
             _is_sparse(settings, later, run) for later in range(step + 1, num_steps)
         )
+        if every is None:
+            chooses = number % settings.mask_every == 0
+        else:
+            number += _primes(settings, settings.warmup_steps - 1, run)
+            refreshes = chooses = number % every == 0
+    # What primes prepares the step after it.
+    taus = settings.schedule.per_head(step + primes, run.num_layers, run.num_heads)
+    by_mass = settings.density is None
     return Decision(
         reason,
         tuple(map(tuple, taus)),
         taus[0][0] if by_mass and settings.schedule.is_uniform else None,
         refreshes,
+        chooses,
         last_sparse,
     )
 
 
-def count_dense_steps(settings: SparseSettings, run: Run) -> int:
-    """Steps of a generation in which every layer runs dense; ``run.num_steps`` must be known."""
-    assert run.num_steps is not None
-    return sum(not decide(settings, step, run).sparse for step in range(run.num_steps))
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """How many steps of a generation do what.
+
+    Attributes:
+        dense: Steps in which every layer runs dense.
+        sparse: All others.
+        refreshes: Of the sparse ones, those that run dense as well.
+        primes: Of the dense ones, those that run sparse as well; 1 or 0.
+        choices: Steps that choose blocks.
+    """
+
+    dense: int = 0
+    sparse: int = 0
+    refreshes: int = 0
+    primes: int = 0
+    choices: int = 0
 
 
-def count_refreshes(settings: SparseSettings, run: Run) -> int:
-    """Steps of a generation that refresh the residual; ``run.num_steps`` must be known."""
+def count_steps(settings: SparseSettings, run: Run) -> StepCounts:
+    """Count the steps of a generation; ``run.num_steps`` must be known."""
     assert run.num_steps is not None
-    return sum(decide(settings, step, run).refreshes for step in range(run.num_steps))
+    decisions = [decide(settings, step, run) for step in range(run.num_steps)]
+    sparse = [decision for decision in decisions if decision.sparse]
+    refreshes = sum(decision.refreshes for decision in sparse)
+    primes = sum(decision.refreshes for decision in decisions) - refreshes
+    choices = primes + sum(decision.chooses for decision in sparse)
+    return StepCounts(len(decisions) - len(sparse), len(sparse), refreshes, primes, choices)
 
 
 def _is_sparse(settings: SparseSettings, step: int, run: Run) -> bool:
@@ -131,7 +163,19 @@ def _dense_reason(settings: SparseSettings, step: int, run: Run) -> DenseReason 
         reason = "too few tokens"
     elif run.needs_grad:
         reason = "gradients"
+    elif settings.refresh_every is not None and step + 1 == run.num_steps:
+        reason = "last step"
     return reason
+
+
+def _primes(settings: SparseSettings, step: int, run: Run) -> bool:
+    """Whether the step is the warm-up's last and keeps a residual for the sparse one after it."""
+    return (
+        settings.refresh_every is not None
+        and 0 <= step == settings.warmup_steps - 1
+        and step + 1 != run.num_steps
+        and _is_sparse(settings, step + 1, run)
+    )
 
 
 def _keeps_all(settings: SparseSettings, step: int, run: Run) -> bool:

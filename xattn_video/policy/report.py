@@ -18,11 +18,11 @@ class LayerRun:
 
     Args:
         state: ``"dense"``, ``"sparse"``, or ``"skipped"`` if a cache did not run the layer.
-        reason: Why the layer ran dense: "warm-up", "cool-down", "threshold 1", "too few tokens"
-            or "gradients".
+        reason: Why the layer ran dense: "warm-up", "cool-down", "threshold 1", "too few tokens",
+            "gradients" or "last step", with refreshes.
         kept: Blocks computed, over the batch and all heads; None unless sparse.
-        valid: Blocks that dense attention computes; None unless sparse.
-        refreshed: Whether the layer ran dense as well, and that is its output.
+        valid: Blocks that dense attention computes; None if skipped.
+        refreshed: Whether the layer computed both outputs; the dense one counted.
     """
 
     state: State
@@ -94,15 +94,29 @@ class SparsityReport:
 
     @property
     def budget(self) -> float | None:
-        """The density with every refresh counted as 1; None if nothing ran sparse."""
-        runs = (run for _, _, run in self._sparse_runs())
-        return _density(replace(run, kept=run.valid) if run.refreshed else run for run in runs)
+        """The density with every refresh, and a last step that is dense for their sake, counted
+        as 1; None if nothing ran sparse."""
+        if self.density is None:
+            return None
+        runs = (run for forward in self.forwards for run in forward.layers)
+        counted = (run for run in runs if run.state == "sparse" or run.reason == "last step")
+        return _density(
+            replace(run, kept=run.valid) if run.refreshed or run.kept is None else run
+            for run in counted
+        )
 
     @property
     def refresh_steps(self) -> tuple[int, ...]:
         """The steps in which at least one layer refreshed its residual, ascending."""
-        runs = self._sparse_runs()
-        return tuple(sorted({forward.step for forward, _, run in runs if run.refreshed}))
+        return tuple(
+            sorted(
+                {
+                    forward.step
+                    for forward in self.forwards
+                    if any(run.refreshed for run in forward.layers)
+                }
+            )
+        )
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -248,7 +262,7 @@ class SparsityReport:
 
 def _density(runs: Iterable[LayerRun]) -> float | None:
     """Kept over valid blocks of all the runs that were sparse."""
-    counts = [(run.kept or 0, run.valid or 0) for run in runs]
+    counts = [(run.kept, run.valid or 0) for run in runs if run.kept is not None]
     valid = sum(of for _, of in counts)
     return sum(kept for kept, _ in counts) / valid if valid else None
 

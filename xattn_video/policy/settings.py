@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from xattn_video.ops.scoring import Precision
 
 ResidualPlace: TypeAlias = Literal["auto", "device", "host"]
+TokenOrder: TypeAlias = Literal["raster", "hilbert"]
+Compensation: TypeAlias = Literal["none", "means", "first-order"]
 
 DEFAULT_THRESHOLD = 0.95
 _MIN_TOKENS_CUDA = 16384
@@ -39,11 +41,18 @@ class SparseSettings:
             the scores only), or ``"auto"`` for the faster; see `block_scores`.
         density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones, in
             place of a threshold; None where that decides.
-        refresh_every: The first sparse step and then every r-th one run dense as well, and keep
-            what the skipped blocks add; the steps between add it. None never does; see
-            docs/fewer-blocks.md.
-        residual: Where that is kept, in 8 bits: on the layers' ``"device"``, in ``"host"``
-            memory, or ``"auto"``, by what is free.
+        token_order: Order of the video tokens in sparse layers: ``"raster"`` (frame by frame, row
+            by row), or ``"hilbert"``, in which a block is a compact piece of the video.
+        compensation: What stands for the skipped blocks: ``"none"``, the mean key and value of
+            each (``"means"``), or these and a linear term (``"first-order"``).
+        mask_every: The blocks are chosen at every m-th sparse step and used until the next one.
+        refresh_every: The last warm-up step and then every r-th step compute the dense and the
+            sparse output of each layer and keep the difference, which the steps between add. They
+            use the blocks of the latest such step. The last step runs dense. None never does.
+        residual: Where the difference is kept, in 8 bits: on the layers' ``"device"``, in
+            ``"host"`` memory, or ``"auto"``, by what is free.
+
+    docs/fewer-blocks.md explains and measures the last six.
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type.
@@ -84,10 +93,21 @@ class SparseSettings:
         default=None,
         metadata={"help": "Share of the blocks to keep, in (0, 1], in place of a threshold."},
     )
+    token_order: TokenOrder = field(
+        default="raster",
+        metadata={"help": "Order of the video tokens in sparse layers: raster or hilbert."},
+    )
+    compensation: Compensation = field(
+        default="none",
+        metadata={"help": "What stands for skipped blocks: none, means or first-order."},
+    )
+    mask_every: int = field(
+        default=1, metadata={"help": "Every how many sparse steps to choose the blocks."}
+    )
     refresh_every: int | None = field(
         default=None,
         metadata={
-            "help": "Every how many sparse steps to run dense too and keep what was skipped.",
+            "help": "Every how many steps to run dense too and keep what sparse layers lack.",
             "shown_default": "never",
         },
     )
@@ -102,7 +122,7 @@ class SparseSettings:
         elif self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
         ThresholdSchedule.coerce(self._share)
-        self._check_refresh()
+        self._check_reuse()
         # It brings torch, which a command line that only shows its help need not wait for.
         from xattn_video.backends.table import load_backend
         from xattn_video.ops.arguments import check_block_size
@@ -146,6 +166,11 @@ class SparseSettings:
         assert share is not None
         return share
 
+    @property
+    def keeps_between_steps(self) -> bool:
+        """Whether a step uses what an earlier one kept."""
+        return self.refresh_every is not None or self.mask_every != 1
+
     def min_tokens_on(self, device_type: str) -> int:
         """``min_tokens``, or the default of the device.
 
@@ -175,22 +200,33 @@ class SparseSettings:
                 f"density={density}, threshold={self.threshold}; give one of them."
             )
 
-    def _check_refresh(self) -> None:
-        every = self.refresh_every
-        if self.residual not in get_args(ResidualPlace):
-            raise ValueError(
-                f"residual must be one of {', '.join(get_args(ResidualPlace))}, "
-                f"got {self.residual!r}."
-            )
-        if every is None:
-            if self.residual != "auto":
+    def _check_reuse(self) -> None:
+        for name, kinds in (
+            ("token_order", TokenOrder),
+            ("compensation", Compensation),
+            ("residual", ResidualPlace),
+        ):
+            if getattr(self, name) not in get_args(kinds):
                 raise ValueError(
-                    f"residual={self.residual!r} says where to keep what a refresh finds, and "
-                    "refresh_every is not given; give it too, such as refresh_every=5."
+                    f"{name} must be one of {', '.join(get_args(kinds))}, "
+                    f"got {getattr(self, name)!r}."
                 )
-        elif isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(
-                f"refresh_every must be a whole number of steps, got {every!r}; try 5."
+        for name in ("mask_every", "refresh_every"):
+            every = getattr(self, name)
+            if every is None and name == "refresh_every":
+                continue
+            if isinstance(every, bool) or not isinstance(every, int):
+                raise TypeError(f"{name} must be a whole number of steps, got {every!r}; try 5.")
+            if every < 1:
+                raise ValueError(f"{name} must be at least 1 step, got {every}; try 5.")
+        if self.refresh_every is None and self.residual != "auto":
+            raise ValueError(
+                f"residual={self.residual!r} says where to keep what a refresh finds, and "
+                "refresh_every is not given; give it too, such as refresh_every=5."
             )
-        elif every < 1:
-            raise ValueError(f"refresh_every must be at least 1 step, got {every}; try 5.")
+        if self.refresh_every is not None and self.mask_every != 1:
+            raise ValueError(
+                "blocks are chosen at refreshes alone: leave mask_every out beside "
+                f"refresh_every, got mask_every={self.mask_every} and "
+                f"refresh_every={self.refresh_every}."
+            )

@@ -21,6 +21,7 @@ from xattn_video.backends.dense import attend_with, fastest_dense_kernel
 from xattn_video.errors import UnboundProcessorError
 from xattn_video.ops.attention import compute_attention
 from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.compensation import compensate, error_weights
 from xattn_video.ops.problem import AttentionInputs
 from xattn_video.ops.scoring import ScoringInputs
 from xattn_video.ops.selection import compute_selection
@@ -101,14 +102,16 @@ def _attend_now(
     if layout.permutation is not None:
         query, key, value = map(layout.to_canonical, (query, key, value))
     blocks: BlockLists | None = None
-    if slot.reason is not None:
+    slot.state = "sparse" if slot.reason is None else "dense"
+    if slot.threshold is None:
         out = dense_attention(query, key, value, layout, forward.dense_backend)
-        slot.state = "dense"
     else:
         out, blocks = _attend_sparsely(slot, forward, query, key, value)
-        slot.state = "sparse"
-        slot.kept = None if blocks is None else blocks.counts.sum()
-        if slot.kept is not None and exchange is not None:
+    if slot.state == "dense":
+        blocks = None
+    if blocks is not None:
+        slot.kept = blocks.counts.sum()
+        if exchange is not None:
             slot.kept = exchange.sum_over_ranks(slot.kept)
     for observer in forward.observers:
         observer(AttendedLayer(slot.name, forward, query, key, value, blocks))
@@ -120,18 +123,16 @@ def _attend_sparsely(
     slot: LayerSlot, forward: ForwardPass, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, BlockLists | None]:
     """A sparse layer's output, with its residual where such are kept, and its blocks."""
-    threshold = slot.threshold
-    assert threshold is not None
-    if forward.exchange is not None:
-        threshold = forward.exchange.of_own_heads(threshold)
-    decision, residuals = forward.decision, forward.residuals
+    decision, kept = forward.decision, forward.kept
+    residuals = None if kept is None else kept.residuals
+    if residuals is not None:
+        # A layer that a cache skipped at the refresh has nothing to add: it refreshes now.
+        slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
+        if not slot.refreshed:
+            residuals.fetch(slot.name, query.device)
+    out, blocks = _choose_and_compute(slot, forward, query, key, value)
     if residuals is None:
-        return forward.operator(query, key, value, threshold, forward)
-    # A layer that a cache skipped at the refresh has nothing to add: it refreshes now.
-    slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
-    if not slot.refreshed:
-        residuals.fetch(slot.name, query.device)
-    out, blocks = forward.operator(query, key, value, threshold, forward)
+        return out, blocks
     if not slot.refreshed:
         return residuals.add(slot.name, out), blocks
     dense = dense_attention(query, key, value, forward.layout, forward.dense_backend)
@@ -140,31 +141,59 @@ def _attend_sparsely(
     return dense, blocks
 
 
+def _choose_and_compute(
+    slot: LayerSlot, forward: ForwardPass, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, BlockLists | None]:
+    """The operator's output, over the blocks that the layer kept where it is not to choose."""
+    threshold, kept = slot.threshold, forward.kept
+    assert threshold is not None
+    if forward.exchange is not None:
+        threshold = forward.exchange.of_own_heads(threshold)
+    blocks = None
+    if kept is not None and not (forward.decision.chooses or slot.refreshed):
+        blocks = kept.blocks(slot.name)
+    out, computed = forward.operator(query, key, value, threshold, forward, blocks)
+    if kept is not None and blocks is None and computed is not None:
+        kept.keep_blocks(slot.name, computed)
+    return out, computed
+
+
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, threshold: Tensor, forward: ForwardPass
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
+    forward: ForwardPass,
+    blocks: BlockLists | None = None,
 ) -> tuple[Tensor, BlockLists]:
-    """XAttention of one layer in canonical order, `[B, S, H, D]`, and the blocks it computed."""
+    """XAttention of one layer in canonical order, `[B, S, H, D]`, and the blocks it computed.
+
+    It chooses them unless they are given.
+    """
     settings, layout = forward.settings, forward.layout
     longest = max(layout.key_lengths)
     query = query.transpose(1, 2)
     key, value = key[:, :longest].transpose(1, 2), value[:, :longest].transpose(1, 2)
     scale = query.shape[-1] ** -0.5
-    scoring = ScoringInputs(
-        query,
-        key,
-        settings.block_size,
-        settings.stride,
-        layout.causal,
-        forward.device_key_lengths,
-        scale,
-        settings.scoring_precision,
-    )
-    blocks = compute_selection(
-        scoring,
-        threshold,
-        longest - layout.num_video_tokens,
-        by_count=settings.density is not None,
-    )
+    video_blocks = layout.num_video_tokens // settings.block_size
+    by_count, first_order = settings.density is not None, settings.compensation == "first-order"
+    if blocks is None:
+        scoring = ScoringInputs(
+            query,
+            key,
+            settings.block_size,
+            settings.stride,
+            layout.causal,
+            forward.device_key_lengths,
+            scale,
+            settings.scoring_precision,
+        )
+        weights = None
+        if by_count and first_order:
+            weights = error_weights(key, value, settings.block_size, video_blocks)
+        blocks = compute_selection(
+            scoring, threshold, longest - layout.num_video_tokens, by_count, weights
+        )
     inputs = AttentionInputs(
         query,
         key,
@@ -176,7 +205,10 @@ def sparse_attention(
         scale,
     )
     assert forward.backend is not None
-    out, _ = compute_attention(inputs, forward.backend)
+    compensates = settings.compensation != "none"
+    out, lse = compute_attention(inputs, forward.backend, return_lse=compensates)
+    if lse is not None:
+        out = compensate(inputs, out, lse, video_blocks, first_order)
     return out.transpose(1, 2), blocks
 
 

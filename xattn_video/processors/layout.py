@@ -1,9 +1,11 @@
 """Where video and text lie among a model's tokens, and how the operator sees them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from xattn_video.ops.token_order import hilbert_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,9 @@ class TokenLayout:
         causal: Whether a token sees only itself and earlier tokens. Padding is then not cut off.
         permutation: int64 `[S]`: canonical position p holds the model's token ``permutation[p]``.
             None if the model's order is canonical.
+
+    Attributes:
+        inverse: int64 `[S]`: the model's token t has canonical position ``inverse[t]``.
     """
 
     num_video_tokens: int
@@ -29,6 +34,11 @@ class TokenLayout:
     grid: tuple[int, int, int] | None = None
     causal: bool = False
     permutation: Tensor | None = None
+    inverse: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.permutation is not None:
+            object.__setattr__(self, "inverse", self.permutation.argsort())
 
     @classmethod
     def text_first(
@@ -43,6 +53,24 @@ class TokenLayout:
             device,
             permutation=places.roll(-num_text_tokens),
         )
+
+    def along_hilbert_curve(self) -> "TokenLayout":
+        """The same tokens, the video's on a Hilbert curve through its grid in canonical order.
+
+        Raises:
+            ValueError: The video tokens form no grid.
+        """
+        if self.grid is None:
+            raise ValueError(
+                "token_order='hilbert' needs video tokens that form a grid of frames, rows and "
+                "columns, and those of this model do not; use token_order='raster'."
+            )
+        order = torch.cat(
+            [hilbert_order(self.grid), torch.arange(self.num_video_tokens, self.num_tokens)]
+        ).to(self.device, non_blocking=True)
+        # Where the canonical order differs from the model's, the curve comes on top.
+        permutation = order if self.permutation is None else self.permutation[order]
+        return replace(self, permutation=permutation)
 
     @property
     def key_lengths(self) -> tuple[int, ...]:
@@ -63,13 +91,11 @@ class TokenLayout:
 
     def to_canonical(self, tokens: Tensor) -> Tensor:
         """Bring `[B, S, ...]` from the model's order into canonical order."""
-        return tokens if self.permutation is None else tokens[:, self.permutation]
+        return tokens if self.permutation is None else tokens.index_select(1, self.permutation)
 
     def from_canonical(self, tokens: Tensor) -> Tensor:
         """Bring `[B, S, ...]` back into the model's order."""
-        if self.permutation is None:
-            return tokens
-        return torch.empty_like(tokens).index_copy_(1, self.permutation, tokens)
+        return tokens if self.inverse is None else tokens.index_select(1, self.inverse)
 
     def count_valid_blocks(self, block_size: int) -> int:
         """Blocks that dense attention computes for one head, over the batch."""

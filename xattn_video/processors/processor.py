@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from xattn_video.errors import UnboundProcessorError
+from xattn_video.policy.presets import preset_settings
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.policy.settings import SparseSettings
@@ -39,9 +40,10 @@ class XAttnProcessor(TransformerBound):
             or a schedule of them; or all arguments as one `SparseSettings`.
         options: The other fields of `SparseSettings`, by name: ``stride``, ``block_size``,
             ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
-            ``scoring_precision``, ``density``, ``refresh_every``, ``residual``. What each means
-            stands there. ``cooldown_steps`` needs the number of steps: from the pipeline, with
-            `enable_xattention(pipe, ...)`, or from ``bind(transformer, num_steps=...)``.
+            ``scoring_precision``, ``density``, ``token_order``, ``compensation``, ``mask_every``,
+            ``refresh_every``, ``residual``. What each means stands there. ``cooldown_steps`` needs
+            the number of steps: from the pipeline, with `enable_xattention(pipe, ...)`, or from
+            ``bind(transformer, num_steps=...)``.
 
     Attributes:
         settings: The `SparseSettings` in use.
@@ -70,6 +72,21 @@ class XAttnProcessor(TransformerBound):
         self.observers: list[Observer] = []
         self.operator: SparseOperator = sparse_attention
         self._session: Session | None = None
+
+    @classmethod
+    def from_preset(cls, preset: str, **options: Any) -> "XAttnProcessor":
+        """A processor with named settings: ``"quality"``, ``"balanced"`` or ``"fast"``.
+
+        Args:
+            preset: Sets density, token order, compensation and refreshes, see
+                docs/fewer-blocks.md.
+            options: The other fields of `SparseSettings`, by name.
+
+        Raises:
+            ValueError, TypeError: There is no such preset, it contradicts an option, or a value
+                is out of range.
+        """
+        return cls(preset_settings(preset, **options))
 
     def __repr__(self) -> str:
         given = repr(self.settings).removeprefix(type(self.settings).__name__)

@@ -15,8 +15,8 @@ from xattn_video.policy.decision import Decision, DenseReason
 from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.head_exchange import HeadExchange
+from xattn_video.processors.kept import KeptByPass
 from xattn_video.processors.layout import TokenLayout
-from xattn_video.processors.residual import PassResiduals
 
 SLOT_NAME = "_xattn_slot"
 
@@ -47,9 +47,11 @@ class AttendedLayer:
 
 Observer: TypeAlias = Callable[[AttendedLayer], None]
 SparseOperator: TypeAlias = Callable[
-    [Tensor, Tensor, Tensor, Tensor, "ForwardPass"], tuple[Tensor, BlockLists | None]
+    [Tensor, Tensor, Tensor, Tensor, "ForwardPass", BlockLists | None],
+    tuple[Tensor, BlockLists | None],
 ]
-"""Query, key, value `[B, S, H, D]` in canonical order, tau, pass -> output and its blocks."""
+"""Query, key, value `[B, S, H, D]` in canonical order, tau, pass, blocks to compute or None to
+choose them -> output and its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class ForwardPass:
         exchange: What ranks trade under context parallelism, else None.
         operator: What computes a sparse layer.
         observers: Told of every layer that has attended.
-        residuals: What the layers keep at a refresh and add between; None where nothing refreshes.
+        kept: What the layers keep for later steps; None where nothing is kept.
     """
 
     settings: SparseSettings
@@ -79,7 +81,7 @@ class ForwardPass:
     exchange: HeadExchange | None
     operator: SparseOperator
     observers: tuple[Observer, ...]
-    residuals: PassResiduals | None = None
+    kept: KeptByPass | None = None
 
 
 class LayerSlot:
@@ -95,9 +97,9 @@ class LayerSlot:
         handle: int64, on the CPU: stands for the slot in a compiled graph.
         fuses: Whether one kernel prepares queries and keys on the layers' device.
         reason: Why the layer runs dense; None where it is to run sparse.
-        threshold: Tau, a scalar or `[H, 1]`, where it is to run sparse.
+        threshold: Tau, a scalar or `[H, 1]`, where it is to compute a sparse output.
         state, kept: What it did, and the number of blocks, a scalar that stays on the device.
-        refreshed: Whether it ran dense as well.
+        refreshed: Whether it computed both outputs.
     """
 
     _numbers: ClassVar[Any] = itertools.count()
@@ -214,7 +216,9 @@ def _as_run(record: _Record) -> ForwardRun:
             layers.append(LayerRun(state, None, int(next(kept)), record.valid_blocks, refreshed))
         elif state == "dense":
             # The layer should have run sparse, but found at run time that it needs gradients.
-            layers.append(LayerRun(state, reason or "gradients"))
+            layers.append(
+                LayerRun(state, reason or "gradients", None, record.valid_blocks, refreshed)
+            )
         else:
             layers.append(LayerRun(state))
     return ForwardRun(

@@ -1,11 +1,10 @@
-"""What skipped blocks add to a layer's output: kept by a refresh, added by the steps between.
+"""What a layer's sparse output lacks: kept by a refresh, added by the steps between.
 
-A refresh step computes a layer's approximate and its dense output and keeps their difference, the
-residual, in 8 bits. Until the next one it is added to the layer's approximate output.
+A refresh computes a layer's sparse and its dense output and keeps their difference, the residual,
+in 8 bits. Until the next refresh it is added to the layer's sparse output.
 """
 
 import logging
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -191,49 +190,6 @@ class PassResiduals:
         if device not in self._stages:
             self._stages[device] = _Stage(device)
         return self._stages[device]
-
-
-class ResidualStore:
-    """The residuals of a generation: true classifier-free guidance has two for each layer."""
-
-    def __init__(self) -> None:
-        self._passes: dict[int, tuple[Hashable, PassResiduals]] = {}
-
-    def of_pass(
-        self, number: int, identity: Hashable, place: ResidualPlace, num_layers: int
-    ) -> PassResiduals:
-        """Those of a step's forward pass; none yet where the pass is not what it was.
-
-        Args:
-            number: Of the pass within its step.
-            identity: What must not change: sizes, prompts, dtype, device.
-            place: Where they are to be kept.
-            num_layers: That may keep one.
-        """
-        before = self._passes.get(number)
-        if before is not None and before[0] == identity:
-            return before[1]
-        residuals = PassResiduals(place, num_layers)
-        self._passes[number] = identity, residuals
-        return residuals
-
-    def drop(self, residuals: PassResiduals) -> None:
-        """Free those of one pass."""
-        self._passes = {
-            number: one for number, one in self._passes.items() if one[1] is not residuals
-        }
-
-    def clear(self) -> None:
-        """Free all of them."""
-        self._passes.clear()
-
-    def close(self) -> None:
-        """Free all of them, and the pinned memory that torch would keep for others."""
-        self.clear()
-        # From torch 2.10 on.
-        empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)
-        if empty_host_cache is not None and torch.cuda.is_initialized():
-            empty_host_cache()
 
 
 def choose_place(asked: ResidualPlace, output: Tensor, num_layers: int) -> Place:

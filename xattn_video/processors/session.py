@@ -17,6 +17,7 @@ from xattn_video.policy.steps import ForwardInputs, SchedulerStep, StepTracker
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families import Family
 from xattn_video.processors.families.hunyuan_video_qkv import kernel_runs_on
+from xattn_video.processors.kept import KeptByPass, KeptStore
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import (
     SLOT_NAME,
@@ -25,7 +26,6 @@ from xattn_video.processors.recorder import (
     Recorder,
     SparseOperator,
 )
-from xattn_video.processors.residual import PassResiduals, ResidualStore
 
 NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
 
@@ -56,8 +56,8 @@ class Session:
         self.tracker = StepTracker()
         self.recorder = Recorder(tuple(own), tuple(own.values()), family.attention)
         self._attentions = tuple(own.values())
-        self._residuals = ResidualStore()
-        self._spent: PassResiduals | None = None
+        self._kept = KeptStore()
+        self._spent: KeptByPass | None = None
         self._num_steps = num_steps
         self._scheduler_step = scheduler_step
         self._num_layers = len(attentions)
@@ -77,7 +77,7 @@ class Session:
         scheduler_step = None if self._scheduler_step is None else self._scheduler_step()
         if self.tracker.observe(inputs, scheduler_step):
             self.recorder.start_generation()
-            self._residuals.clear()
+            self._kept.clear()
         step = self.tracker.step
         assert step is not None
         config = transformer.config
@@ -102,17 +102,20 @@ class Session:
         if layout.ragged:
             lengths = torch.tensor(layout.key_lengths, dtype=torch.int32)
             lengths = lengths.to(device, non_blocking=True)
+        computes_sparsely = decision.sparse or decision.refreshes
+        if computes_sparsely and settings.token_order == "hilbert":
+            layout = layout.along_hilbert_curve()
         forward = ForwardPass(
             settings,
             decision,
             layout,
             lengths,
-            backend if decision.sparse else None,
+            backend if computes_sparsely else None,
             dense_backend,
             exchange,
             operator,
             observers,
-            self._residuals_of(inputs, settings, decision, layout),
+            self._kept_of(inputs, settings, decision, layout),
         )
         self._fill_slots(decision, device)
         self.recorder.begin_forward(
@@ -123,31 +126,31 @@ class Session:
         """Close the record, and free what no later step adds; harmless when done twice."""
         self.recorder.end_forward()
         if self._spent is not None:
-            self._residuals.drop(self._spent)
+            self._kept.drop(self._spent)
             self._spent = None
 
     def reset(self) -> None:
         """Forget the generation, but not what it reports."""
         self.tracker.reset()
-        self._residuals.clear()
+        self._kept.clear()
 
     def close(self) -> None:
         """Remove the slots from the transformer."""
         self.end_forward()
-        self._residuals.close()
+        self._kept.close()
         for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
             if getattr(attention, SLOT_NAME, None) is slot:
                 delattr(attention, SLOT_NAME)
 
-    def _residuals_of(
+    def _kept_of(
         self,
         inputs: ForwardInputs,
         settings: SparseSettings,
         decision: Decision,
         layout: TokenLayout,
-    ) -> PassResiduals | None:
-        """What the layers of this pass kept before, or will keep; None where nothing refreshes."""
-        if settings.refresh_every is None or not decision.sparse:
+    ) -> KeptByPass | None:
+        """What the layers of this pass kept before, or will keep; None where nothing is kept."""
+        if not settings.keeps_between_steps or not (decision.sparse or decision.refreshes):
             return None
         identity = (
             inputs.latent_shape,
@@ -157,11 +160,11 @@ class Session:
             inputs.text_sample,
             layout.device,
         )
-        residuals = self._residuals.of_pass(
-            self.tracker.forward_pass, identity, settings.residual, len(self.recorder.slots)
+        kept = self._kept.of_pass(
+            self.tracker.forward_pass, identity, settings, len(self.recorder.slots)
         )
-        self._spent = residuals if decision.last_sparse else None
-        return residuals
+        self._spent = kept if decision.last_sparse else None
+        return kept
 
     def _resolve(
         self, settings: SparseSettings, inputs: ForwardInputs, layout: TokenLayout, head_dim: int
@@ -177,6 +180,7 @@ class Session:
             block_size=settings.block_size,
             causal=layout.causal,
             ragged=layout.ragged,
+            lse=settings.compensation != "none",
         )
         try:
             check_precision(settings.scoring_precision, problem, settings.stride)
@@ -188,17 +192,16 @@ class Session:
     def _fill_slots(self, decision: Decision, device: torch.device) -> None:
         """Tell every layer whether it runs dense, and its tau: a scalar, or `[H, 1]`."""
         taus = [decision.thresholds[position] for position in self._positions]
-        thresholds: list[torch.Tensor] | list[None] = [None] * len(taus)
-        if decision.sparse and decision.threshold is not None:
+        if decision.threshold is not None:
             thresholds = [torch.full((), decision.threshold, device=device)] * len(taus)
-        elif decision.sparse:
+        else:
             thresholds = list(torch.tensor(taus).unsqueeze(-1).to(device, non_blocking=True))
         fuses = kernel_runs_on(device)
         for slot, position, threshold in zip(
             self.recorder.slots, self._positions, thresholds, strict=True
         ):
             slot.reason = decision.layer_reason(position)
-            slot.threshold = threshold
+            slot.threshold = threshold if decision.computes_sparsely(position) else None
             slot.fuses = fuses
 
 

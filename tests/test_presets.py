@@ -1,0 +1,36 @@
+"""Named settings."""
+
+import pytest
+
+from xattn_video import XAttnProcessor
+from xattn_video.policy.presets import PRESETS, preset_settings
+from xattn_video.policy.settings import SparseSettings
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_settings(preset):
+    processor = XAttnProcessor.from_preset(preset, warmup_steps=2, residual="host")
+    expected = SparseSettings(**PRESETS[preset], warmup_steps=2, residual="host")
+    assert processor.settings == preset_settings(preset, warmup_steps=2, residual="host")
+    assert processor.settings == expected
+
+
+def test_the_default_stays_the_papers_method():
+    settings = XAttnProcessor().settings
+    assert settings == SparseSettings(0.95)
+    assert (settings.token_order, settings.compensation) == ("raster", "none")
+    assert (settings.mask_every, settings.refresh_every) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("best", {}, "preset must be one of quality, balanced, fast, got 'best'"),
+        ("fast", {"density": 0.3}, "preset='fast' sets threshold, density, .* got density too"),
+        ("fast", {"threshold": 0.9, "mask_every": 2}, "got threshold, mask_every too"),
+        ("fast", {"stride": 7}, "stride must divide block_size"),
+    ],
+)
+def test_what_contradicts_a_preset_is_refused(preset, options, message):
+    with pytest.raises(ValueError, match=message):
+        XAttnProcessor.from_preset(preset, **options)

@@ -1,0 +1,154 @@
+"""Adds to block-sparse attention what the skipped blocks contribute in the mean.
+
+A program holds one block of queries and walks the mean keys of all blocks, of which it drops those
+that the row computed. Their softmax and the one of the computed blocks are merged through the
+log-sum-exp.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xattn_video.kernels.support import with_unit_stride
+
+_LOWEST = tl.constexpr(-1e38)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_TILE_N = 64
+
+
+@triton.jit
+def _load_matrix(
+    pointer, stride, first, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows from ``first`` on of a `[num_rows, HEAD_DIM]` matrix; 0 beyond it."""
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.arange(0, PADDED_DIM)
+    inside = (rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["H", "Sq", "N"])
+def _merge_skipped_kernel(
+    query_ptr, key_ptr, value_ptr, slope_ptr, mask_ptr, lse_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os,
+    stride_mb, stride_mh, stride_mr, stride_lb, stride_lh, H, Sq, N, scale, log2_size,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE_N: tl.constexpr, SLOPES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head: out = (1 - share) * out + share * mean of the skipped."""
+    row = tl.program_id(0)
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    first = row * BLOCK_SIZE
+    query = _load_matrix(
+        query_ptr + batch * stride_qb + head * stride_qh, stride_qs, first, Sq,
+        BLOCK_SIZE, HEAD_DIM, PADDED_DIM,
+    )  # fmt: skip
+    keys = key_ptr + (batch * H + head) * N * HEAD_DIM
+    values = value_ptr + (batch * H + head) * N * HEAD_DIM
+    kept_row = mask_ptr + batch * stride_mb + head * stride_mh + row.to(tl.int64) * stride_mr
+    maximum = tl.full([BLOCK_SIZE], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_SIZE], tl.float32)
+    mean = tl.zeros([BLOCK_SIZE, PADDED_DIM], tl.float32)
+    scale_log2 = scale * _LOG2_E
+    for start in tl.range(0, N, TILE_N):
+        columns = start + tl.arange(0, TILE_N)
+        kept = tl.load(kept_row + columns, mask=columns < N, other=1)
+        key = _load_matrix(keys, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM)
+        products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION) * scale_log2
+        skipped = (kept == 0)[None, :]
+        products = tl.where(skipped, products, _LOWEST)
+        new_maximum = tl.maximum(maximum, tl.max(products, axis=1))
+        correction = tl.exp2(maximum - new_maximum)
+        weights = tl.where(skipped, tl.exp2(products - new_maximum[:, None]), 0.0)
+        total = total * correction + tl.sum(weights, axis=1)
+        value = _load_matrix(values, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM)
+        mean = tl.dot(
+            weights.to(value.dtype), value, mean * correction[:, None],
+            input_precision=INPUT_PRECISION,
+        )  # fmt: skip
+        maximum = new_maximum
+    skips = total > 0
+    total = tl.where(skips, total, 1.0)
+    mean = mean / total[:, None]
+    if SLOPES:
+        slopes = slope_ptr + ((batch * H + head) * tl.num_programs(0) + row) * HEAD_DIM * HEAD_DIM
+        slope = _load_matrix(
+            slopes, HEAD_DIM, 0, HEAD_DIM, PADDED_DIM, HEAD_DIM, PADDED_DIM
+        )  # fmt: skip
+        mean += tl.dot(query, slope, input_precision=INPUT_PRECISION) * scale
+    rows = first + tl.arange(0, BLOCK_SIZE)
+    lse_ptrs = lse_ptr + batch * stride_lb + head * stride_lh + rows
+    lse = tl.load(lse_ptrs, mask=rows < Sq, other=0.0) * _LOG2_E
+    # The mass of the skipped blocks over all mass.
+    below = lse - (maximum + tl.log2(total) + log2_size)
+    share = 1 / (1 + tl.exp2(tl.minimum(below, 126.0)))
+    share = tl.where(skips, share, 0.0)[:, None]
+    dims = tl.arange(0, PADDED_DIM)
+    out_ptrs = out_ptr + batch * stride_ob + head * stride_oh
+    out_ptrs = out_ptrs + rows.to(tl.int64)[:, None] * stride_os + dims[None, :]
+    inside = (rows < Sq)[:, None] & (dims < HEAD_DIM)[None, :]
+    out = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    out = out + share * (mean - out)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def merge_skipped(
+    query: Tensor,
+    mean_keys: Tensor,
+    mean_values: Tensor,
+    slopes: Tensor | None,
+    kept: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+) -> None:
+    """Merge the skipped blocks into the output of block-sparse attention, in place.
+
+    Args:
+        query, out: `[B, H, Sq, D]`, any strides with the last one 1.
+        mean_keys, mean_values: `[B, H, N, D]`, of the first N blocks, which alone are merged.
+        slopes: `[B, H, Nq, D, D]`: what a query adds to the mean value, times ``scale``; or None.
+        kept: bool `[B, H, Nq, N]`, True = computed, the last stride 1.
+        lse: float32 `[B, H, Sq]`, of the computed blocks, the last stride 1.
+        block_size: Tokens in each of the N blocks.
+        scale: Softmax scale.
+    """
+    query, lse = with_unit_stride(query), with_unit_stride(lse)
+    mean_keys, mean_values = mean_keys.contiguous(), mean_values.contiguous()
+    if slopes is not None:
+        slopes = slopes.contiguous()
+    B, H, Sq, head_dim = query.shape
+    with torch.cuda.device_of(query):
+        _merge_skipped_kernel[(-(-Sq // block_size), B * H)](
+            query,
+            mean_keys,
+            mean_values,
+            slopes,
+            kept.view(torch.uint8),
+            lse,
+            out,
+            *query.stride()[:3],
+            *out.stride()[:3],
+            *kept.stride()[:3],
+            *lse.stride()[:2],
+            H,
+            Sq,
+            mean_keys.shape[2],
+            scale,
+            math.log2(block_size),
+            HEAD_DIM=head_dim,
+            PADDED_DIM=triton.next_power_of_2(head_dim),
+            BLOCK_SIZE=block_size,
+            TILE_N=_TILE_N,
+            SLOPES=slopes is not None,
+            INPUT_PRECISION="ieee",
+            num_warps=8 if block_size == 128 else 4,
+            num_stages=2,
+        )
