@@ -1,6 +1,7 @@
 """Times whole denoising steps of a full-size HunyuanVideo transformer with random weights.
 
     python -m benchmarks.step --threshold 0.345,0.455 --output results.json
+    python -m benchmarks.step --threshold 0.345 --setting preset=balanced --output results.json
     torchrun --nproc-per-node 2 -m benchmarks.step --skip-stock --output results.json
 
 The second measures every step on one GPU, which all do at a time, and then on all of them
@@ -14,7 +15,7 @@ density comes out near the threshold. Scoring and selection are included.
 import argparse
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from xattn_video.files import user_path
 from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import PRECISIONS, chosen_precision
-from xattn_video.policy.settings import SparseSettings
+from xattn_video.policy.presets import parse_setting
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
 
@@ -57,7 +58,8 @@ def main(words: list[str] | None = None) -> None:
         if not arguments.skip_stock:
             bench.measure(None, {"phase": "stock", "backend": "stock"})
         bench.measure_steps({})
-        bench.measure_refreshes()
+        for text in arguments.setting:
+            bench.measure_setting(text)
         for tau in arguments.threshold if arguments.time_upstream else []:
             transformer.set_attn_processor(authors_processor(tau, arguments.stride))
             row = {"phase": "sparse", "threshold": tau, "stride": arguments.stride}
@@ -77,8 +79,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--num-frames", type=int, default=129)
     add("--valid-text-tokens", type=int, default=60)
     add("--threshold", type=comma_separated(float), default=[0.345, 0.455])
-    add("--density", type=comma_separated(float), default=[], help="steps with refreshes too")
-    add("--residual", choices=("device", "host"), default="device", help="what refreshes keep")
+    text = "a whole setting, such as preset=fast or density=0.2,mask_every=4: each kind of step"
+    add("--setting", action="append", default=[], help=text)
     add("--stride", type=int, default=8)
     add("--precision", choices=PRECISIONS, default="auto", help="precision of scoring")
     add("--backend", default="auto")
@@ -146,31 +148,32 @@ class StepBench:
                     row |= {"precision": arguments.precision}
                 self.measure(handle.processor, row)
 
-    def measure_refreshes(self) -> None:
-        """Add rows of a step that refreshes residuals, and of the next one, which adds them."""
+    def measure_setting(self, text: str) -> None:
+        """Add a row for each kind of step that a setting has.
+
+        With refreshes these are the warm-up's last step, a step between, and a refresh; without,
+        a step that chooses its blocks, and one that uses them again if there are such.
+        """
         arguments, ranks = self.arguments, self.ranks
         inputs = step_inputs(arguments, self.transformer.config, ranks.device)
-        for density in arguments.density:
-            settings = SparseSettings(
-                density=density,
-                refresh_every=2,
-                residual=arguments.residual,
-                stride=arguments.stride,
-                warmup_steps=0,
-                min_tokens=0,
-            )
-            with enable_xattention(self.transformer, settings) as handle:
-                common = {"gpus": 1, "asked_density": density, "residual": arguments.residual}
-                # The first round compiles what it needs.
-                for is_timed in (False, True):
-                    for phase, timestep in (("refresh", 900.0), ("residual", 500.0)):
-                        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
-                        found, _ = time_step(self.transformer, inputs, handle.processor, ranks)
-                        row = common | self._sizes(inputs) | {"phase": phase} | found
-                        if is_timed:
-                            self.results.add(row, True)
-                        if is_timed and ranks.is_first:
-                            print(describe(row), flush=True)
+        common = {"stride": arguments.stride, "min_tokens": 0}
+        settings = parse_setting(text, **common, warmup_steps=0)
+        phases = ["choose", "reuse"] if settings.mask_every > 1 else ["choose"]
+        timed = replace(settings, mask_every=len(phases))
+        if settings.refresh_every is not None:
+            phases = ["prime", "between", "refresh"]
+            timed = replace(settings, refresh_every=2, warmup_steps=1)
+        row = {"gpus": 1, "setting": text} | self._sizes(inputs)
+        with enable_xattention(self.transformer, timed) as handle:
+            # The first round compiles what it needs.
+            for is_timed in (False, True):
+                for number, phase in enumerate(phases):
+                    inputs["timestep"].fill_(900.0 - 100 * number)
+                    found, _ = time_step(self.transformer, inputs, handle.processor, ranks)
+                    if is_timed:
+                        self.results.add(row | {"phase": phase} | found, True)
+                    if is_timed and ranks.is_first:
+                        print(describe(row | {"phase": phase} | found), flush=True)
 
     def measure(self, processor: XAttnProcessor | None, row: dict[str, Any]) -> None:
         """Add one row: a step of the full size, after one that compiles what it needs.

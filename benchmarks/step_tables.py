@@ -1,20 +1,24 @@
-"""Tables of whole steps, for the pages on refreshes and on several GPUs."""
+"""Tables of whole steps, for the pages on fewer blocks and on several GPUs."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from xattn_video.policy.decision import Run, count_steps
+from xattn_video.policy.presets import parse_setting
 from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table
 
+# Of the whole video: 720x1280, 129 frames, 50 steps.
+NUM_VIDEO_TOKENS, NUM_STEPS = 118_800, 50
 BEGIN, END = "<!-- steps: begin, written by benchmarks.write_page -->\n", "<!-- steps: end -->"
 
 
 def render_step_pages(docs: Path) -> dict[Path, str]:
     """The pages of a folder that show such tables, with the tables of today."""
     sections = {
-        "fewer-blocks.md": _refreshes(read_results(RESULTS / "fewer_blocks")),
+        "fewer-blocks.md": _settings(read_results(RESULTS / "fewer_blocks")),
         "multi_gpu.md": _several_gpus(read_results(RESULTS / "multi_gpu")),
     }
     pages = {docs / name: section for name, section in sections.items() if (docs / name).exists()}
@@ -24,30 +28,53 @@ def render_step_pages(docs: Path) -> dict[Path, str]:
     }
 
 
-def _refreshes(files: list[ResultFile]) -> str:
-    """Plain steps, steps that refresh or add residuals, and the mean of those two."""
+def _settings(files: list[ResultFile]) -> str:
+    """Each kind of step, and for each setting the mean of the paper's 45 after the warm-up."""
     rows = [row for file in files for row in file.content["rows"]]
     means = [mean for file in files for mean in _mean_steps(file.content["rows"])]
     columns = {
-        "residual kept on": lambda row: row.get("residual"),
-        "density": lambda row: _number(row["density"], ".3f"),
+        "setting": lambda row: row.get("setting") or row.get("threshold"),
         "step": lambda row: row["phase"],
+        "density": lambda row: _number(row["density"], ".3f"),
         "seconds": lambda row: f"{row['latency_ms'] / 1e3:.2f}",
         "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
     }
-    return _section(files, Table.of(rows + means, columns, num_left=3))
+    return _section(files, Table.of(rows + means, columns, num_left=2))
 
 
 def _mean_steps(rows: list[ResultRow]) -> Iterator[ResultRow]:
-    """A row for each density and distance of refreshes: one step refreshes, the others add."""
-    refreshes = {
-        row["asked_density"]: row["latency_ms"] for row in rows if row["phase"] == "refresh"
-    }
+    """A row for each setting: the mean of a generation's steps after the warm-up.
+
+    What the warm-up's last step takes beyond a dense one is counted with them.
+    """
+    dense_ms = next((row["latency_ms"] for row in rows if row["phase"] == "dense"), None)
+    by_setting: dict[str, dict[str, ResultRow]] = {}
     for row in rows:
-        if row["phase"] == "residual":
-            for every in (5, 10):
-                total_ms = refreshes[row["asked_density"]] + (every - 1) * row["latency_ms"]
-                yield row | {"phase": f"mean, every {every}", "latency_ms": total_ms / every}
+        if "setting" in row:
+            by_setting.setdefault(row["setting"], {})[row["phase"]] = row
+    for text, phases in by_setting.items():
+        settings = parse_setting(text)
+        run = Run(60, 24, NUM_VIDEO_TOKENS, "cuda", NUM_STEPS)
+        counts = count_steps(settings, run)
+        ms = {phase: row["latency_ms"] for phase, row in phases.items()}
+        if settings.refresh_every is None:
+            reused = counts.sparse - counts.choices
+            total_ms = counts.choices * ms["choose"] + reused * ms.get("reuse", 0.0)
+        elif dense_ms is None:
+            continue
+        else:
+            between = counts.sparse - counts.refreshes
+            total_ms = counts.refreshes * ms["refresh"] + between * ms["between"]
+            total_ms += (counts.dense - settings.warmup_steps) * dense_ms
+            total_ms += counts.primes * (ms["prime"] - dense_ms)
+        after = NUM_STEPS - settings.warmup_steps
+        yield {
+            **next(iter(phases.values())),
+            "phase": f"mean of {after}",
+            "density": None,
+            "latency_ms": total_ms / after,
+            "peak_memory_gib": max(row["peak_memory_gib"] for row in phases.values()),
+        }
 
 
 def _several_gpus(files: list[ResultFile]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hunyuan import TEXT_DIM, tiny_transformer
 
-from benchmarks import step, upstream
+from benchmarks import step, step_tables, upstream
 
 TESTS = Path(__file__).parent
 SMALL = [
@@ -48,6 +48,37 @@ def test_steps_of_each_kind_are_recorded(tiny, tmp_path, capsys):
         assert row["peak_memory_gib"] is None
     assert 0.2 < rows[-1]["density"] < 0.6
     assert "sparse  torch_gather density" in capsys.readouterr().out
+
+
+def test_every_kind_of_step_of_a_setting_is_recorded(tiny, tmp_path):
+    output = tmp_path / "step.json"
+    texts = ["density=0.3,refresh_every=5", "density=0.3,mask_every=4", "density=0.3"]
+    settings = [word for text in texts for word in ("--setting", text)]
+    step.main([*SMALL, "--skip-stock", "--threshold", "1", *settings, "--output", str(output)])
+    rows = [row for row in json.loads(output.read_text())["rows"] if "setting" in row]
+    found = [(row["setting"], row["phase"]) for row in rows]
+    assert found == [
+        *((texts[0], phase) for phase in ("prime", "between", "refresh")),
+        *((texts[1], phase) for phase in ("choose", "reuse")),
+        (texts[2], "choose"),
+    ]
+    assert rows[0]["density"] is None
+    assert all(row["density"] < 0.5 for row in rows[1:])
+
+
+def test_the_mean_step_is_that_of_the_whole_generation():
+    def row(phase, milliseconds, **more):
+        return {"phase": phase, "latency_ms": milliseconds, "peak_memory_gib": 1.0} | more
+
+    refreshing = {"setting": "density=0.1,refresh_every=10"}
+    masked = {"setting": "density=0.1,mask_every=4"}
+    rows = [row("dense", 100.0), row("prime", 130.0, **refreshing)]
+    rows += [row("between", 20.0, **refreshing), row("refresh", 120.0, **refreshing)]
+    rows += [row("choose", 30.0, **masked), row("reuse", 20.0, **masked)]
+    means = [mean["latency_ms"] for mean in step_tables._mean_steps(rows)]
+    # By hand, of 50 steps with a warm-up of 5: the warm-up's last step takes 30 more, 4 refresh,
+    # the last one is dense, 40 are between. Of 45, 12 choose.
+    assert means == pytest.approx([(30 + 4 * 120 + 100 + 40 * 20) / 45, (12 * 30 + 33 * 20) / 45])
 
 
 @pytest.mark.slow

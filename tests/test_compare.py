@@ -190,7 +190,7 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
         ([PROMPT, "--warmup-steps=1.5"], "--warmup-steps must be whole numbers"),
         ([PROMPT, "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
         ([PROMPT, "--strides=8,12"], "stride must divide block_size, got stride=12"),
-        ([PROMPT, "--setting=speed=2"], "--setting must be NAME=VALUE,... with the names preset,"),
+        ([PROMPT, "--setting=speed=2"], "a setting must be NAME=VALUE,... with the names preset,"),
         ([PROMPT, "--setting=density"], "got 'density'"),
         ([PROMPT, "--setting=preset=best"], "preset must be one of quality, balanced, fast"),
         ([PROMPT, "--setting=preset=fast,density=0.3"], "sets threshold, density,"),

@@ -1,6 +1,5 @@
 """The options that only `xattn-video compare` has, and what they mean together."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xattn_video.cli.outputs import Prompts
 from xattn_video.options.command import Group, group_of, knob, option
-from xattn_video.options.groups import given_sparse, sparse_of, sparse_options
+from xattn_video.options.groups import given_sparse, sparse_options
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
+from xattn_video.policy.presets import parse_setting
 from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
@@ -162,39 +162,18 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     methods = []
     if not whole_settings or "threshold" in grid or "density" in grid:
         methods = sparse_methods(grid, **shared)
+    # What is left at its default contradicts no preset.
+    defaults = {source.name: source.default for source in fields(SparseSettings)}
+    own = {name: value for name, value in shared.items() if value != defaults[name]}
     # A list of one value is no grid, and holds for these as well.
     single = {
         name: numbers[0]
         for name, numbers in grid.items()
         if name in ("warmup_steps", "stride") and len(numbers) == 1
     }
-    methods += [method_of(_parse_setting(text, shared | single)) for text in whole_settings]
+    methods += [method_of(parse_setting(text, **own | single)) for text in whole_settings]
     methods = list({method.name: method for method in methods}.values())
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
-
-
-def _parse_setting(text: str, shared: dict[str, Any]) -> SparseSettings:
-    """The settings of a text such as "density=0.2,refresh_every=5".
-
-    Raises:
-        ValueError: It names something else, or a value is out of range.
-    """
-    names = [source.name for source in fields(SparseSettings)]
-    given: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        name = name.replace("-", "_")
-        if name not in (*names, "preset") or not value:
-            raise ValueError(
-                f"--setting must be NAME=VALUE,... with the names preset, {', '.join(names)}, "
-                f"got {part!r}."
-            )
-        try:
-            given[name] = json.loads(value)
-        except json.JSONDecodeError:
-            given[name] = value
-    preset = given.pop("preset", None)
-    return sparse_of(shared | given, preset)
 
 
 def compared_requests(

@@ -1,5 +1,7 @@
 """Named settings: points on the measured front of picture against time."""
 
+import json
+from dataclasses import fields
 from typing import Any, Literal, TypeAlias, get_args
 
 from xattn_video.policy.settings import SparseSettings
@@ -39,3 +41,33 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
             "too; leave either out."
         )
     return SparseSettings(**PRESETS[preset], **options)  # type: ignore[index]
+
+
+def parse_setting(text: str, **options: Any) -> SparseSettings:
+    """The settings of a text such as "density=0.2,refresh_every=5" or "preset=fast".
+
+    Args:
+        text: NAME=VALUE,... with the fields of `SparseSettings` and ``preset`` as names.
+        options: Other fields; the text goes before them.
+
+    Raises:
+        ValueError: The text names something else, contradicts a preset, or a value is out of
+            range.
+    """
+    names = ("preset", *(source.name for source in fields(SparseSettings)))
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        name = name.replace("-", "_")
+        if name not in names or not value:
+            raise ValueError(
+                f"a setting must be NAME=VALUE,... with the names {', '.join(names)}, "
+                f"got {part!r}."
+            )
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+    preset = given.pop("preset", None)
+    given = options | given
+    return SparseSettings(**given) if preset is None else preset_settings(preset, **given)
