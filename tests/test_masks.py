@@ -23,7 +23,7 @@ def decide(block_size=128, min_tokens=0, **request):
         ({"batch_size": 2}, CausalBounds((0, 0), 300)),
         ({"q_length": 1}, "decode"),
         ({"q_length": 127}, "short chunk"),
-        ({"min_tokens": 301}, "too few tokens"),
+        ({"min_tokens": 301}, CausalBounds((0,), 300, sparse=False)),
         ({"min_tokens": 300}, CausalBounds((0,), 300)),
         ({"local_size": 1000}, "sliding window"),
         ({"kv_offset": 3}, "other mask"),
@@ -64,10 +64,20 @@ def test_the_first_keys_of_padded_items(rows, expected):
     assert found == ("gaps" if expected is None else CausalBounds(expected, 5))
 
 
-def test_bounds_pass_as_a_mask():
-    bounds = CausalBounds((0, 17, 3), 300)
+def test_few_padded_tokens_share_one_mask():
+    """Short prompts of a batch would gain nothing from running item by item."""
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    request = {"batch_size": 2, "min_tokens": 301, "attention_mask": mask}
+    assert decide(**request) == CausalBounds((0, 0), 300, sparse=False)
+    mask[0, 0] = False
+    assert decide(**request) == "too few tokens"
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_bounds_pass_as_a_mask(sparse):
+    bounds = CausalBounds((0, 17, 3), 300, sparse)
     mask = bounds.to_tensor()
-    assert (mask.dtype, mask.shape) == (torch.int64, (3, 1, 1, 2))
+    assert (mask.dtype, mask.shape) == (torch.int64, (3, 1, 1, 3))
     assert CausalBounds.of(mask) == bounds
     assert CausalBounds.of(None) is None
     assert CausalBounds.of(torch.ones(1, 1, 4, 4, dtype=torch.bool)) is None

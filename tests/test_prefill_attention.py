@@ -254,6 +254,20 @@ def test_few_tokens_run_dense(llama):
     )
 
 
+def test_few_tokens_in_a_static_cache_need_no_mask_of_all_its_keys(llama, monkeypatch):
+    """A chunk of 32,768 queries before a cache of a million keys would take 32 GiB."""
+    from transformers import StaticCache
+
+    made = []
+    monkeypatch.setattr("xattn_video.language.prefill_attention.sdpa_mask", made.append)
+    cache = StaticCache(config=llama.config, max_cache_len=2000)
+    with enable_xattention(llama, 0.5, **{**SMALL, "min_tokens": 1000}) as handle:
+        hidden_states(llama, prompt(300)["input_ids"], 100, cache)
+    assert handle.report().dense_reasons == {"too few tokens": 6}
+    assert decisions(handle.report()) == {"too few tokens": 3}
+    assert made == []
+
+
 def test_attention_weights_are_not_returned(llama):
     with enable_xattention(llama, 0.5, **SMALL), torch.no_grad():
         out = llama(**prompt(), output_attentions=True)

@@ -17,6 +17,8 @@ DenseMaskReason: TypeAlias = Literal[
     "decode", "gradients", "sliding window", "other mask", "short chunk", "too few tokens", "gaps"
 ]
 
+TOO_FEW: Literal["too few tokens"] = "too few tokens"
+
 
 @dataclass(frozen=True, slots=True)
 class CausalBounds:
@@ -26,18 +28,22 @@ class CausalBounds:
         first: Of each item, the first key that is no padding.
         stop: The number of keys up to and including the last query; the rest of a static cache is
             still empty.
+        sparse: Whether they are enough for sparse attention. If not, dense attention still needs
+            no mask of all queries and keys.
     """
 
     first: tuple[int, ...]
     stop: int
+    sparse: bool = True
 
     def to_tensor(self) -> Tensor:
-        """int64 `[B, 1, 1, 2]`, on the CPU.
+        """int64 `[B, 1, 1, 3]`, on the CPU.
 
         As a 4-D tensor it passes through all code that handles masks. Its dtype tells it from
         any mask.
         """
-        return torch.tensor([[first, self.stop] for first in self.first])[:, None, None]
+        rows = [[first, self.stop, int(self.sparse)] for first in self.first]
+        return torch.tensor(rows)[:, None, None]
 
     @classmethod
     def of(cls, mask: Tensor | None) -> "CausalBounds | None":
@@ -45,7 +51,7 @@ class CausalBounds:
         if mask is None or mask.dtype != torch.int64:
             return None
         items = mask[:, 0, 0].tolist()
-        return cls(tuple(first for first, _ in items), items[0][1])
+        return cls(tuple(first for first, _, _ in items), items[0][1], bool(items[0][2]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +89,13 @@ class MaskRequest:
 def decide_prefill(
     request: MaskRequest, *, block_size: int, min_tokens: int
 ) -> CausalBounds | DenseMaskReason:
-    """The bounds of attention that runs sparse, or why it runs dense.
+    """The bounds of plain causal attention, or why it runs dense under a mask.
 
     Args:
         request: What transformers asks for.
         block_size: With fewer queries, attention runs dense.
-        min_tokens: With fewer keys, attention runs dense.
+        min_tokens: With fewer keys, attention runs dense; where there is padding, under one mask
+            for the whole batch.
     """
     if request.q_length == 1:
         return "decode"
@@ -103,12 +110,13 @@ def decide_prefill(
         return "short chunk"
     # The offset may be on the device: one wait in each forward pass of a prefill.
     stop = int(request.q_offset) + request.q_length
-    if stop < min_tokens:
-        return "too few tokens"
     if stop > request.kv_length:
         return "other mask"
     first = _first_keys(request, stop)
-    return "gaps" if first is None else CausalBounds(first, stop)
+    if first is None:
+        return "gaps"
+    sparse = stop >= min_tokens
+    return CausalBounds(first, stop, sparse) if sparse or not any(first) else TOO_FEW
 
 
 def _first_keys(request: MaskRequest, stop: int) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from xattn_video.backends.table import resolve_backend
 from xattn_video.language.causal_dense import dense_causal_attention
-from xattn_video.language.masks import CausalBounds, MaskRequest, decide_prefill
+from xattn_video.language.masks import TOO_FEW, CausalBounds, MaskRequest, decide_prefill
 from xattn_video.language.prefill_report import SPARSE, PrefillRecorder
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.ops.attention import compute_attention
@@ -57,7 +57,7 @@ class PrefillAttention:
         self._warned = False
 
     def make_mask(self, **arguments: Any) -> Tensor | None:
-        """The bounds of sparse attention as an int64 tensor, or the mask that SDPA takes."""
+        """The bounds of plain causal attention as int64, or the mask that SDPA takes."""
         if torch.compiler.is_compiling():
             self.recorder.compiled = True
             return sdpa_mask(**arguments)
@@ -69,7 +69,8 @@ class PrefillAttention:
         )
         tokens = request.batch_size * request.q_length
         if isinstance(decision, CausalBounds):
-            self.recorder.count_forward(self.settings.dense_reason or SPARSE, tokens)
+            planned = (self.settings.dense_reason or SPARSE) if decision.sparse else TOO_FEW
+            self.recorder.count_forward(planned, tokens)
             return decision.to_tensor()
         self.recorder.count_forward(decision, tokens)
         if decision == "gradients":
@@ -170,7 +171,8 @@ class PrefillAttention:
         assert bounds is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         key, value = key[:, :, : bounds.stop], value[:, :, : bounds.stop]
-        layer = _LayerRun(self, _number(module), self._plan(module, query), scale)
+        plan = self._plan(module, query) if bounds.sparse else _LayerPlan(None, TOO_FEW)
+        layer = _LayerRun(self, _number(module), plan, scale)
         if not any(bounds.first):
             out = layer.attend(query, key, value)
         else:
