@@ -171,3 +171,21 @@ def assert_as_sdpa(model: PreTrainedModel, given: dict, tau: float = NEARLY_ALL,
 def decisions(report) -> dict[str, int]:
     """{decision: number of forward passes}."""
     return {one.decision: one.forwards for one in report.forwards}
+
+
+def save_with_tokenizer(folder) -> None:
+    """Write a tiny Llama with a tokenizer of bytes and a context of 2,048 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**_COMMON, "vocab_size": len(vocabulary)})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)

@@ -35,7 +35,7 @@ ALLOWED = {
     "pipelines": HOSTS | {"pipelines"},
     "reporting": {"errors", "files", "reporting"},
     "measure": MEASURED,
-    "options": HOSTS | {"pipelines", "reporting", "options"},
+    "options": HOSTS | LANGUAGE | {"pipelines", "reporting", "options"},
     "cli": MEASURED | LANGUAGE | {"options", "cli"},
     "eval_vbench": MEASURED | {"options", "eval_vbench"},
     "benchmarks": MEASURED | {"benchmarks"},
