@@ -63,6 +63,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "attention_chunk_size": 100,
+            "no_rope_layers": [1, 0],
+            "intermediate_size_mlp": 64,
+            **_TINY_EXPERTS,
+        },
+    ),
     "gpt2": (
         "GPT2Config",
         {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048},

@@ -25,7 +25,7 @@ def decide(block_size=128, min_tokens=0, **request):
         ({"q_length": 127}, "short chunk"),
         ({"min_tokens": 301}, CausalBounds((0,), 300, sparse=False)),
         ({"min_tokens": 300}, CausalBounds((0,), 300)),
-        ({"local_size": 1000}, "sliding window"),
+        ({"local_size": 1000}, "window"),
         ({"kv_offset": 3}, "other mask"),
         ({"allow_is_causal_skip": False}, "other mask"),
         ({"mask_function": and_masks(causal_mask_function)}, "other mask"),

@@ -29,6 +29,7 @@ HOWS = {
     "no cache": {"use_cache": False},
     "beams": {"num_beams": 2},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "8-bit cache": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
 }
 
 
@@ -53,14 +54,26 @@ def test_other_models_too(name, how):
 
 @pytest.mark.parametrize("how", ["plain", "chunks", "static"])
 @pytest.mark.parametrize(
-    ("name", "sparse"), [("mistral", ()), ("qwen2-windows", (0,)), ("gemma3", (1,))]
+    ("name", "sparse"),
+    [("mistral", ()), ("qwen2-windows", (0,)), ("gemma3", (1,)), ("llama4", (1,))],
 )
 def test_layers_with_windows_stay_dense_and_are_counted(name, sparse, how):
     report = assert_as_sdpa(tiny_model(name), prompt(), **HOWS[how])
     assert report.sparse_layers == sparse
     for layer in {0, 1} - {*sparse}:
         # A chunk within the window needs no mask of its own.
-        assert set(report.layers[layer].dense) == {"sliding window", "decode"}
+        assert set(report.layers[layer].dense) == {"window", "decode"}
+
+
+def test_reasons_without_a_mask_are_those_of_the_present_forward_pass():
+    """A chunk within the window needs no mask, and neither does decoding before it."""
+    model = tiny_model("llama4")
+    with enable_xattention(model, 0.5, **SMALL) as handle:
+        generate(model, prompt(90))
+        before = dict(handle.report().layers[0].dense)
+        generate(model, prompt(90))
+    assert before == {"window": 1, "decode": 2}
+    assert handle.report().layers[0].dense == {"window": 2, "decode": 4}
 
 
 @pytest.mark.parametrize("how", ["plain", "chunks", "static"])

@@ -47,7 +47,7 @@ def test_random_weights_are_timed_and_marked(tmp_path):
     assert err.count("tokens, chunk") == 6
     assert "x as fast as dense" in out
     assert "KL divergence" not in out
-    assert "says" not in out
+    assert "answer" not in out
     written = json.loads(report.read_text())
     assert written["speed_only"] == "the weights are random"
     assert set(written["versions"]) >= {"torch", "transformers"}
@@ -70,7 +70,7 @@ def test_a_needle_is_hidden_and_asked_for(folder, tmp_path):
     )
     assert code == 0, err
     assert "Speed and memory only" not in err
-    assert "the needle 'two grey owls' is not found" in out
+    assert out.count("'two grey owls' not found") == 2
     assert "as dense attention's, KL divergence" in out
     written = json.loads(report.read_text())
     assert written["runs"]["sparse"]["found"] is False
@@ -214,7 +214,7 @@ def test_beyond_the_context_is_marked(folder):
     code, out, err = run_cli("prefill", f"--model={folder}", *options)
     assert code == 0, err
     assert "longer than the model's context of 2,048 tokens" in err
-    assert "says" not in out
+    assert "answer" not in out
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -1,8 +1,6 @@
 """`enable_xattention` on language models, `register_attention`, and what both refuse."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from language_models import SMALL, decisions, generate, prompt, tiny_model
 from test_imports import run_without
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 
-import xattn_video
 from xattn_video import (
     ThresholdSchedule,
     UnsupportedModelError,
@@ -118,6 +115,19 @@ def test_a_name_can_be_registered_anew(llama):
     assert second.report().sparse_layers == (0, 1)
 
 
+def test_a_name_must_be_registered_before_a_model_is_loaded(llama, tmp_path):
+    """The configuration does not save the name; transformers itself refuses an unknown one."""
+    llama.save_pretrained(tmp_path)
+    assert "xattention" not in (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="xattention"):
+        LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="xattention")
+
+
+def test_continuous_batching_is_refused_by_transformers(llama):
+    with enable_xattention(llama, 0.9), pytest.raises(ValueError, match="xattention"):
+        llama.generate_batch([[1, 2, 3]], progress_bar=False)
+
+
 @pytest.mark.parametrize("name", ["my-flash", "sdpa2", "org/kernel", ""])
 def test_a_name_that_transformers_reads_otherwise_is_refused(name):
     with pytest.raises(ValueError, match=r'in its own way, got .*; use another, such as "x'):
@@ -189,22 +199,19 @@ def test_a_model_with_attention_of_its_own_is_refused():
     assert names() == set()
 
 
-def test_the_dispatch_imports_nothing_of_transformers():
-    code = """
-import sys, torch, xattn_video
-try:
-    xattn_video.enable_xattention(torch.nn.Linear(1, 1))
-except xattn_video.UnsupportedModelError:
-    pass
-assert not any(name.startswith("xattn_video.language") for name in sys.modules)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(xattn_video.__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_video_transformer_does_not_load_the_language_side(monkeypatch):
+    from hunyuan import tiny_transformer
+
+    # Importing it would raise.
+    monkeypatch.setitem(sys.modules, "xattn_video.language.registration", None)
+    with enable_xattention(tiny_transformer(), 0.9) as handle:
+        assert handle.report().summary().endswith("nothing has run, 0 refused")
+
+
+def test_a_language_model_does_not_load_the_video_side(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xattn_video.processors.enable", None)
+    with enable_xattention(llama, 0.9) as handle:
+        assert handle.report().summary() == "nothing has run"
 
 
 def test_without_transformers_it_is_one_line():

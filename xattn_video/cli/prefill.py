@@ -79,8 +79,9 @@ def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
         lines["faster"] = f"sparse is {dense.seconds / sparse.seconds:.2f}x as fast as dense"
     lines["attention"] = sparse.report.summary()
     if job.speed_only is None:
-        for name, run in runs.items():
-            lines[f"{name} says"] = job.describe_answer(run)
+        lines["answer"] = "; ".join(
+            f"{name}: {job.describe_answer(run)}" for name, run in runs.items()
+        )
         if dense is not None:
             same = sparse.new_tokens[0] == dense.new_tokens[0]
             lines["next token"] = (

@@ -76,9 +76,12 @@ class PrefillJob:
 
     def describe_answer(self, run: PrefillRun) -> str:
         """What the model said, and whether the needle is in it."""
-        answer = self.answer(run) or ""
-        found = "found" if self.needle in answer else "not found"
-        return f"{answer!r}; the needle {self.needle!r} is {found}"
+        found = "found" if self.found(run) else "not found"
+        return f"{self.answer(run)!r}, {self.needle!r} {found}"
+
+    def found(self, run: PrefillRun) -> bool:
+        """Whether the needle is in what the model said."""
+        return self.needle.casefold() in (self.answer(run) or "").casefold()
 
 
 def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettings) -> PrefillJob:
@@ -190,8 +193,7 @@ def _record(job: PrefillJob, run: PrefillRun) -> dict[str, Any]:
         "report": run.report.to_dict(),
     }
     if job.speed_only is None:
-        answer = job.answer(run) or ""
-        record |= {"needle": job.needle, "answer": answer, "found": job.needle in answer}
+        record |= {"needle": job.needle, "answer": job.answer(run), "found": job.found(run)}
     return record
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 DenseMaskReason: TypeAlias = Literal[
-    "decode", "gradients", "sliding window", "other mask", "short chunk", "too few tokens", "gaps"
+    "decode", "gradients", "window", "other mask", "short chunk", "too few tokens", "gaps"
 ]
 
 TOO_FEW: Literal["too few tokens"] = "too few tokens"
@@ -102,7 +102,7 @@ def decide_prefill(
     if torch.is_grad_enabled():
         return "gradients"
     if request.local_size is not None:
-        return "sliding window"
+        return "window"
     plain = request.mask_function is causal_mask_function and request.allow_is_causal_skip
     if not plain or request.kv_offset != 0:
         return "other mask"

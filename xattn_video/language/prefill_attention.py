@@ -153,8 +153,7 @@ class PrefillAttention:
             return "decode"
         if mask is not None:
             return getattr(mask, _REASON, "other mask")
-        windowed = getattr(module, "sliding_window", None) is not None
-        return self._unmasked.get(windowed, self._unmasked.get(not windowed, "other mask"))
+        return self._unmasked.get(_has_window(module), "other mask")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attend_within(
@@ -275,6 +274,16 @@ class _LayerRun:
             recorder.count_dense(self._layer, "padding alone")
         else:
             recorder.count_sparse(self._layer, self._kept, self._valid, self._backend)
+
+
+def _has_window(module: nn.Module) -> bool:
+    """Whether a layer sees a limited number of tokens, by a sliding window or in chunks."""
+    config, number = getattr(module, "config", None), _number(module)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and number is not None:
+        return bool(kinds[number] != "full_attention")
+    # All layers are alike.
+    return any(getattr(of, "sliding_window", None) is not None for of in (module, config))
 
 
 def _number(module: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from xattn_video.language.needle import DEFAULT_NEEDLE
 from xattn_video.language.prefill_settings import (
     DEFAULT_PREFILL_THRESHOLD,
     MIN_TOKENS_CPU,
@@ -43,7 +44,7 @@ class LongPrompt:
     needle: str | None = knob(
         "Text to hide in filler and to ask for.",
         panel="Prompt",
-        shown_default="seven blue lanterns; none with random weights",
+        shown_default=f"{DEFAULT_NEEDLE}; none with random weights",
     )
     depth: float = knob("Where it lies: 0 at the beginning, 1 at the end.", 0.5, panel="Prompt")
     beyond_context: bool = knob(
