@@ -16,6 +16,7 @@ from language_models import (
     tiny_model,
     video_prompt,
 )
+from transformers import LlamaForCausalLM
 
 import xattn_video
 from xattn_video import ThresholdSchedule, enable_xattention
@@ -83,7 +84,7 @@ def test_left_padded_items_are_those_of_sdpa(llama, how):
 
 
 def test_a_left_padded_item_is_as_it_is_alone(llama):
-    """To the bit: its blocks begin at its first token."""
+    """Its blocks begin at its first token."""
     given = prompt(300, 2, (0, 37))
     alone = {"input_ids": given["input_ids"][1:, 37:]}
     with enable_xattention(llama, 0.7, **SMALL) as handle:
@@ -349,3 +350,26 @@ def test_a_share_of_blocks_in_place_of_a_threshold(llama):
         llama(**prompt())
     # Sink and diagonal are kept anyway.
     assert 0.2 < handle.report().density < 0.4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["plain", "chunks", "static chunks"])
+def test_generation_on_a_gpu_is_near_sdpa(how):
+    """By the backend that `auto` takes there, in bfloat16 and with blocks of 128."""
+    config = tiny_model("llama").config
+    config.update({"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4})
+    model = LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
+    given = {name: ids.cuda() for name, ids in prompt(1500).items()}
+    chunk = {"prefill_chunk_size": 512} if "chunks" in how else {}
+    options = {**HOWS[how], **chunk}
+    exact = model.float()
+    exact.set_attn_implementation("sdpa")
+    _, expected = generate(exact, given, **options)
+    model = model.bfloat16()
+    _, of_sdpa = generate(model, given, **options)
+    with enable_xattention(model, NEARLY_ALL, min_tokens=256) as handle:
+        _, found = generate(model, given, **options)
+    assert handle.report().sparse_layers == (0, 1)
+    # As for any tensor: at most twice SDPA's own error in the same precision.
+    budget = 2 * (of_sdpa[0] - expected[0]).abs().max() + 2**-8 * expected[0].abs().max()
+    assert (found[0] - expected[0]).abs().max() <= budget
