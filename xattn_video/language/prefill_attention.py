@@ -108,16 +108,16 @@ class PrefillAttention:
             BackendUnavailableError: The backend cannot run the layer.
         """
         self._refuse(module, key, value, arguments)
-        if torch.compiler.is_compiling():
-            self.recorder.compiled = True
-        elif attention_mask is None or attention_mask.dtype != torch.int64:
-            reason = self._dense_reason(module, query, attention_mask, arguments)
-            self.recorder.count_dense(_number(module), reason)
         if attention_mask is not None and attention_mask.dtype == torch.int64:
             out = self._attend_within(
                 module, query, key, value, attention_mask, arguments.get("scaling")
             )
             return out.transpose(1, 2), None
+        if torch.compiler.is_compiling():
+            self.recorder.compiled = True
+        else:
+            reason = self._dense_reason(module, query, attention_mask, arguments)
+            self.recorder.count_dense(_number(module), reason)
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **arguments
         )
@@ -127,30 +127,33 @@ class PrefillAttention:
         self, module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]
     ) -> None:
         """Raise for attention that is not the softmax of scaled products alone."""
-        found = [what for name, what in _NOT_COMPUTED.items() if arguments.get(name) is not None]
-        if not found and arguments.get("dropout"):
-            found = ["dropout; call model.eval() first"]
-        if not found and key.shape[-1] != value.shape[-1]:
-            found = [
-                f"values of another size ({value.shape[-1]}) than keys ({key.shape[-1]}), as in "
-                "DeepSeek's latent attention"
-            ]
-        if found:
+        found = None
+        for name, what in _NOT_COMPUTED.items():
+            if arguments.get(name) is not None:
+                found = what
+        if arguments.get("dropout"):
+            found = "dropout; call model.eval() first"
+        sizes = key.shape[-1], value.shape[-1]
+        if sizes[0] != sizes[1]:
+            found = (
+                f"values of another size ({sizes[1]}) than keys ({sizes[0]}), as in DeepSeek's "
+                "latent attention"
+            )
+        if found is not None:
             self.recorder.num_refused += 1
             raise ValueError(
-                f"{self.name} does not compute {found[0]} ({type(module).__name__}); "
-                f"{_USE_ANOTHER}."
+                f"{self.name} does not compute {found} ({type(module).__name__}); {_USE_ANOTHER}."
             )
 
     def _dense_reason(
         self, module: nn.Module, query: Tensor, mask: Tensor | None, arguments: dict[str, Any]
     ) -> str:
         """Why a layer without bounds runs dense."""
+        if query.shape[2] == 1:
+            return "decode"
         causal = arguments.get("is_causal")
         if not (getattr(module, "is_causal", True) if causal is None else causal):
             return "not causal"
-        if query.shape[2] == 1:
-            return "decode"
         if mask is not None:
             return getattr(mask, _REASON, "other mask")
         return self._unmasked.get(_has_window(module), "other mask")
