@@ -52,7 +52,7 @@ def test_gradients_decide_before_sizes():
         (["00111", "11111"], (2, 0)),
         (["11100", "01110"], (0, 1)),
         (["11011", "11111"], None),
-        (["00000", "11111"], None),
+        (["00000", "11111"], (5, 0)),
         (["1111", "1111"], None),
         # Beyond the last query: a mask that was made for the whole of a static cache.
         (["0111100", "1111100"], (1, 0)),

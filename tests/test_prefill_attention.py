@@ -79,8 +79,16 @@ def test_reasons_without_a_mask_are_those_of_the_present_forward_pass():
 
 @pytest.mark.parametrize("how", ["plain", "chunks", "static"])
 def test_left_padded_items_are_those_of_sdpa(llama, how):
-    given = prompt(300, 3, (0, 37, 150))
-    assert assert_as_sdpa(llama, given, **HOWS[how]).sparse_layers == (0, 1)
+    # The last item's first chunk is padding alone.
+    report = assert_as_sdpa(llama, prompt(300, 3, (0, 37, 150)), **HOWS[how])
+    assert set(report.dense_reasons) <= {"short chunk", "decode"}
+
+
+def test_a_chunk_of_padding_alone_is_counted(llama):
+    given = prompt(300, 2, (150, 160))
+    with enable_xattention(llama, 0.5, **SMALL) as handle:
+        generate(llama, given, prefill_chunk_size=100)
+    assert handle.report().dense_reasons == {"padding alone": 2, "decode": 4}
 
 
 def test_a_left_padded_item_is_as_it_is_alone(llama):
@@ -302,6 +310,17 @@ def test_decoding_with_a_static_cache_compiles_whole(llama):
     assert decisions(report)["sparse"] == 1
     assert report.compiled
     assert "compiled code ran dense and is not counted" in report.summary()
+
+
+def test_compiled_layers_are_told_when_their_masks_were_made_before(llama):
+    """As `generate` makes them where it compiles decoding."""
+    attention = llama.model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 40, 16)
+    with enable_xattention(llama, 0.5, **SMALL) as handle, torch.no_grad():
+        attend = torch.compile(handle._attention.attend, backend="eager", fullgraph=True)
+        attend(attention, query, key, key, None, dropout=0.0, scaling=0.25)
+    assert handle.report().compiled
+    assert handle.report().dense_reasons == {}
 
 
 def test_compiled_prefill_runs_dense_and_the_report_tells(llama):

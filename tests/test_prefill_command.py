@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run_cli
-from language_models import save_with_tokenizer
+from language_models import save_with_tokenizer, tiny_model
 
 from xattn_video.language import needle as needles
 from xattn_video.language.kv_memory import describe_prefill_shortage, plan_prefill
+from xattn_video.language.long_prompt import run_prefill
 from xattn_video.language.model_sources import find_language_model
+from xattn_video.language.prefill_settings import PrefillSettings
 
 ROOT = Path(__file__).parents[1]
 RANDOM = ["--model=random:tiny", "--tokens=640", "--chunk-size=256", "--device=cpu"]
@@ -90,6 +92,27 @@ def test_at_tau_1_it_says_what_dense_attention_says(folder, tmp_path):
     assert written["runs"]["sparse"]["answer"] == written["runs"]["dense"]["answer"]
 
 
+def test_it_writes_what_generate_writes():
+    model = tiny_model("llama")
+    tokens = torch.randint(3, 100, (1, 300))
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    settings = PrefillSettings.of(1 - 1e-7, block_size=16, min_tokens=64)
+    for size in (96, 1000):
+        told = []
+        run = run_prefill(
+            model,
+            tokens,
+            settings,
+            chunk_size=size,
+            max_new_tokens=6,
+            on_chunk=lambda number, seconds, told=told: told.append(number),
+        )
+        assert list(run.new_tokens) == expected[0, 300:].tolist()
+        assert run.report.sparse_layers == (0, 1)
+        assert told == ([96, 192, 288, 300] if size == 96 else [300])
+
+
 def test_the_prompt_has_the_asked_length_and_holds_the_needle(folder):
     from transformers import AutoTokenizer
 
@@ -134,8 +157,6 @@ def test_the_plan_of_known_shapes(shape, parameters, kib):
 
 
 def test_windows_keep_no_more_than_their_keys(tmp_path):
-    from language_models import tiny_model
-
     tiny_model("gemma3").config.save_pretrained(tmp_path)
     source = find_language_model(str(tmp_path), 0)
     plan = plan_prefill(source, 992, 8, 256, torch.float32, 128)

@@ -129,9 +129,10 @@ def _first_keys(request: MaskRequest, stop: int) -> tuple[int, ...] | None:
     seen = request.attention_mask[:, :stop].to(torch.int8)
     if seen.shape[1] != stop:
         return None
-    first = seen.argmax(dim=1)
-    last = stop - seen.flip(1).argmax(dim=1)
     number = seen.sum(dim=1)
-    whole = (last - first == number) & (number > 0)
+    # An item that is padding up to here begins later.
+    first = seen.argmax(dim=1).where(number > 0, stop)
+    last = stop - seen.flip(1).argmax(dim=1)
+    whole = last - first == number
     starts, sound = torch.stack([first, whole.long()]).tolist()
     return tuple(starts) if all(sound) else None
