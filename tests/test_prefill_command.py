@@ -64,6 +64,19 @@ def test_random_weights_are_timed_and_marked(tmp_path):
     assert "found" not in sparse
 
 
+def test_a_schedule_file_gives_layers_their_own_thresholds(tmp_path):
+    schedule, report = tmp_path / "taus.json", tmp_path / "run.json"
+    schedule.write_text('{"points": [[0, 0.5]], "layers": {"1": [[0, 1.0]]}}')
+    options = [f"--schedule={schedule}", f"--report={report}"]
+    code, _, err = run_cli("prefill", *RANDOM, *SPARSE, *options)
+    assert code == 0, err
+    written = json.loads(report.read_text())
+    first, second = written["runs"]["sparse"]["report"]["layers"]
+    assert (first["sparse"], second["sparse"]) == (3, 0)
+    assert second["dense"]["threshold 1"] == 3
+    assert written["settings"]["threshold"]["layers"] == {"1": [[0, 1.0]]}
+
+
 def test_a_needle_is_hidden_and_asked_for(folder, tmp_path):
     report = tmp_path / "run.json"
     options = ["--tokens=800", "--chunk-size=256", "--needle=two grey owls", "--device=cpu"]

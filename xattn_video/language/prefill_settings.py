@@ -1,6 +1,6 @@
 """The settings of sparse prefill: `SparseSettings` without denoising steps, and dense layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
@@ -19,6 +19,8 @@ PREFILL_FIELDS = (
     "scoring_precision",
     "density",
 )
+# What a whole `SparseSettings` may set; the warm-up is not used, and on by default.
+_TAKEN = {"threshold", "warmup_steps", *PREFILL_FIELDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class PrefillSettings:
     """When and how a language model's prefill is sparse.
 
     Attributes:
-        sparse: The settings of sparse attention. Those of denoising steps are not used.
+        sparse: The settings of sparse attention. Its warm-up is not used.
         dense_layers: Number of first layers that stay dense.
 
     Raises:
@@ -46,11 +48,12 @@ class PrefillSettings:
             raise ValueError(
                 f"dense_layers must be at least 0, got {self.dense_layers}; use 0 for none."
             )
-        if self.sparse.refresh_every is not None or self.sparse.cooldown_steps:
-            raise ValueError(
-                "refresh_every and cooldown_steps count denoising steps, which a language model "
-                "does not have; leave them out."
-            )
+        for source in fields(self.sparse):
+            value = getattr(self.sparse, source.name)
+            if source.name not in _TAKEN and value != source.default:
+                raise ValueError(
+                    f"{source.name}={value!r} says nothing to a language model; leave it out."
+                )
         schedule = self.sparse.schedule
         points = (
             [schedule.points, *schedule.layers.values(), *schedule.heads.values()]
