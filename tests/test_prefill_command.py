@@ -262,6 +262,22 @@ def test_a_model_that_writes_no_text_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_configuration_that_is_none_is_called_so(tmp_path):
+    (tmp_path / "config.json").write_text("{]")
+    code, _, err = run_cli("prefill", f"--model={tmp_path}")
+    assert code == 2
+    assert f"'{tmp_path}' cannot be read: " in err
+    assert err.count("\n") == 1
+
+
+def test_an_older_transformers_is_refused_before_the_plan(monkeypatch):
+    monkeypatch.setattr("xattn_video.language.registration._version", "5.3.0")
+    code, out, err = run_cli("prefill", *RANDOM)
+    assert (code, out) == (2, "")
+    assert "needs transformers 5.14 or newer, got 5.3.0" in err
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     code, _, err = run_cli("prefill", f"--model={tmp_path}", "--tokens=500")

@@ -18,6 +18,7 @@ from xattn_video.language.long_prompt import PrefillRun, run_prefill
 from xattn_video.language.model_sources import LanguageSource, find_language_model
 from xattn_video.language.needle import DEFAULT_NEEDLE, answer_tokens, needle_prompt
 from xattn_video.language.prefill_settings import PrefillSettings
+from xattn_video.language.registration import check_transformers
 from xattn_video.options.prefill_options import LongPrompt
 from xattn_video.pipelines.memory import find_room
 from xattn_video.policy.settings import SparseSettings
@@ -91,6 +92,7 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
         ValueError: There is no such model, or the settings or the prompt do not suit it.
         MissingPackageError: The model needs a package that is not installed.
     """
+    check_transformers()
     if prompt.report is not None:
         check_output_path(prompt.report, (".json",), what="report")
     # Random weights have the context that they are given.

@@ -135,8 +135,10 @@ def find_language_model(name: str, max_tokens: int) -> LanguageSource:
     try:
         config = AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as error:
+        if Path(where).is_dir():
+            raise ValueError(f"{name!r} cannot be read: {_first_line(error)}") from None
         raise ValueError(
-            f"{name!r} is no folder of a model, no .gguf file, no {RANDOM}NAME, and the hub does "
+            f"{name!r} is no folder of a model, no .gguf file, no {RANDOM}SHAPE, and the hub does "
             f"not give it: {_first_line(error)}"
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:

@@ -37,7 +37,7 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
     """
 
     def __init__(self, attention: PrefillAttention, model: PreTrainedModel | None = None) -> None:
-        _check_version()
+        check_transformers()
         self.name = attention.name
         self._attention = attention
         self._model = model
@@ -164,7 +164,8 @@ def _free_name() -> str:
     return f"{_PREFIX}{number}"
 
 
-def _check_version() -> None:
+def check_transformers() -> None:
+    """Raise MissingPackageError if transformers is too old."""
     if tuple(map(int, _version.split(".")[:2])) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise MissingPackageError(
