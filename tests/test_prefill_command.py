@@ -93,16 +93,24 @@ def test_a_needle_is_hidden_and_asked_for(folder, tmp_path):
     assert written["settings"]["threshold"] == 0.9
 
 
-def test_at_tau_1_it_says_what_dense_attention_says(folder, tmp_path):
+@pytest.mark.parametrize("compare", ["dense", "sdpa"])
+def test_at_tau_1_it_says_what_dense_attention_says(folder, tmp_path, compare):
     report = tmp_path / "run.json"
     options = ["--tokens=800", "--chunk-size=256", "--threshold=0.9999999", "--device=cpu"]
     code, _, err = run_cli(
-        "prefill", f"--model={folder}", *options, *SPARSE, "--compare=dense", f"--report={report}"
+        "prefill",
+        f"--model={folder}",
+        *options,
+        *SPARSE,
+        f"--compare={compare}",
+        f"--report={report}",
     )
     assert code == 0, err
     written = json.loads(report.read_text())
     assert written["kl_divergence"] < 1e-8
-    assert written["runs"]["sparse"]["answer"] == written["runs"]["dense"]["answer"]
+    sparse, other = written["runs"].values()
+    assert sparse["answer"] == other["answer"]
+    assert (other["report"] is None) == (compare == "sdpa")
 
 
 def test_it_writes_what_generate_writes():
@@ -214,7 +222,10 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
         (["--model=random:tiny", "--tokens=0"], "tokens must be at least 1, got 0"),
         (["--model=random:tiny", "--chunk-size=0"], "chunk_size must be at least 1, got 0"),
         (["--model=random:tiny", "--depth=2"], "depth must lie in [0, 1], got 2; use 0.5."),
-        (["--model=random:tiny", "--compare=sdpa"], "compare must be dense, got 'sdpa'."),
+        (
+            ["--model=random:tiny", "--compare=eager"],
+            "compare must be dense or sdpa, got 'eager'.",
+        ),
         (["--model=random:tiny", "--needle= "], "needle is empty; give a few words."),
         (["--model=random:tiny", "--dense-layers=2"], "below the model's 2 layers, got 2"),
         (["--model=random:tiny", "--threshold=9"], "threshold must lie in (0, 1], got 9"),

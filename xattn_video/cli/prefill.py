@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from xattn_video.cli.prefill_job import PrefillJob
     from xattn_video.language.kv_memory import PrefillPlan
     from xattn_video.language.long_prompt import PrefillRun
-    from xattn_video.language.prefill_report import LayerPrefill
+    from xattn_video.language.prefill_report import LayerPrefill, PrefillReport
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -73,30 +73,38 @@ def _memory(plan: "PrefillPlan", free: float | None) -> str:
 
 def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
     console = output_console()
-    sparse, dense = runs["sparse"], runs.get("dense")
+    sparse, compare = runs["sparse"], job.prompt.compare
+    assert sparse.report is not None
     lines = {name: _time(job, run) for name, run in runs.items()}
-    if dense is not None:
-        lines["faster"] = f"sparse is {dense.seconds / sparse.seconds:.2f}x as fast as dense"
+    if compare is not None:
+        lines["faster"] = (
+            f"sparse is {runs[compare].seconds / sparse.seconds:.2f}x as fast as {compare}"
+        )
     lines["attention"] = sparse.report.summary()
     if job.speed_only is None:
         lines["answer"] = "; ".join(
             f"{name}: {job.describe_answer(run)}" for name, run in runs.items()
         )
-        if dense is not None:
-            same = sparse.new_tokens[0] == dense.new_tokens[0]
-            lines["next token"] = (
-                f"{'the same' if same else 'another'} as dense attention's, "
-                f"KL divergence {sparse.divergence_from(dense):.3g}"
-            )
+        if compare is not None:
+            lines["next token"] = _agreement(sparse, runs[compare])
     console.print()
     print_labelled(console, lines)
     console.print()
-    console.print(_layers(sparse).terminal(console.width), crop=False)
+    console.print(_layers(sparse.report).terminal(console.width), crop=False)
     if not sparse.report.sparse_layers:
         reasons = ", ".join(sparse.report.dense_reasons)
         print_warning(
             f"Nothing ran sparse ({reasons}); a longer prompt does, or --min-tokens 0 to try it."
         )
+
+
+def _agreement(sparse: "PrefillRun", other: "PrefillRun") -> str:
+    """Whether the first new token is the same, and how far its distributions are apart."""
+    same = sparse.new_tokens[0] == other.new_tokens[0]
+    return (
+        f"{'the same' if same else 'another'} as dense attention's, "
+        f"KL divergence {sparse.divergence_from(other):.3g}"
+    )
 
 
 def _time(job: "PrefillJob", run: "PrefillRun") -> str:
@@ -110,7 +118,7 @@ def _time(job: "PrefillJob", run: "PrefillRun") -> str:
     return text
 
 
-def _layers(run: "PrefillRun") -> Table:
+def _layers(report: "PrefillReport") -> Table:
     """Density by layer, and why a layer ran dense."""
     columns: dict[str, Any] = {
         "layer": lambda one: "other" if one.layer is None else one.layer,
@@ -118,7 +126,7 @@ def _layers(run: "PrefillRun") -> Table:
         "density": lambda one: figure(one.density, ".3f"),
         "dense": _reasons,
     }
-    return Table.of(run.report.layers, columns)
+    return Table.of(report.layers, columns)
 
 
 def _reasons(one: "LayerPrefill") -> str:

@@ -1,7 +1,7 @@
 """The work of `xattn-video prefill`: checks, the prompt, the runs and their record."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,14 +137,16 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
 
 
 def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun]:
-    """Load the model and run it: ``sparse``, and ``dense`` where that was asked for."""
+    """Load the model and run it: ``sparse``, and what it is to be compared with."""
     device = job.load.resolved_device
     model = job.source.load(job.load.resolved_dtype, device)
-    kinds = {"sparse": job.settings}
+    kinds: dict[str, PrefillSettings | None] = {"sparse": job.settings}
     if job.prompt.compare == "dense":
         # The same code at tau 1, which makes no mask of a chunk's queries and all keys.
         dense = SparseSettings(1.0, min_tokens=0, block_size=job.settings.sparse.block_size)
-        kinds["dense"] = replace(job.settings, sparse=dense, dense_layers=0)
+        kinds["dense"] = PrefillSettings(dense)
+    elif job.prompt.compare == "sdpa":
+        kinds["sdpa"] = None
     runs = {}
     for kind, settings in kinds.items():
 
@@ -166,7 +168,7 @@ def write_record(job: PrefillJob, runs: dict[str, PrefillRun], path: Path) -> No
     """Write what was planned, asked and measured as JSON."""
     machine = machine_record(job.load.resolved_device)
     machine["versions"] |= installed_versions(("transformers",))
-    sparse, dense = runs["sparse"], runs.get("dense")
+    sparse, *others = runs.values()
     content: dict[str, Any] = {
         **machine,
         "model": job.source.name,
@@ -178,10 +180,10 @@ def write_record(job: PrefillJob, runs: dict[str, PrefillRun], path: Path) -> No
         "plan": job.plan.to_dict(),
         "runs": {kind: _record(job, run) for kind, run in runs.items()},
     }
-    if dense is not None:
-        content["speedup"] = dense.seconds / sparse.seconds
+    for other in others:
+        content["speedup"] = other.seconds / sparse.seconds
         if job.speed_only is None:
-            content["kl_divergence"] = sparse.divergence_from(dense)
+            content["kl_divergence"] = sparse.divergence_from(other)
     write_json(path, content)
 
 
@@ -192,7 +194,7 @@ def _record(job: PrefillJob, run: PrefillRun) -> dict[str, Any]:
         "new_tokens": len(run.new_tokens),
         "decode_seconds": run.decode_seconds,
         "peak_memory_gib": run.peak_memory_gib,
-        "report": run.report.to_dict(),
+        "report": None if run.report is None else run.report.to_dict(),
     }
     if job.speed_only is None:
         record |= {"needle": job.needle, "answer": job.answer(run), "found": job.found(run)}

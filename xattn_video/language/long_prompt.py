@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from xattn_video.language.prefill_report import PrefillReport
 from xattn_video.language.prefill_settings import PrefillSettings
-from xattn_video.language.registration import enable_prefill
+from xattn_video.language.registration import LanguageHandle, enable_prefill
 
 _GIB = 2**30
 
@@ -28,7 +29,7 @@ class PrefillRun:
         peak_memory_gib: What tensors held at most, weights included; None on a CPU.
         new_tokens: What the model continued with.
         logits: Of the first new token, float32 `[vocabulary]`, on the CPU.
-        report: What attention did.
+        report: What attention did; None for the model's own attention.
     """
 
     chunk_seconds: tuple[float, ...]
@@ -36,7 +37,7 @@ class PrefillRun:
     peak_memory_gib: float | None
     new_tokens: tuple[int, ...]
     logits: Tensor
-    report: PrefillReport
+    report: PrefillReport | None
 
     @property
     def seconds(self) -> float:
@@ -52,7 +53,7 @@ class PrefillRun:
 def run_prefill(
     model: PreTrainedModel,
     tokens: Tensor,
-    settings: PrefillSettings,
+    settings: PrefillSettings | None,
     *,
     chunk_size: int,
     max_new_tokens: int,
@@ -63,7 +64,7 @@ def run_prefill(
     Args:
         model: A causal language model.
         tokens: int64 `[1, S]`.
-        settings: When and how attention is sparse.
+        settings: When and how attention is sparse; None for the model's own attention.
         chunk_size: Tokens of a forward pass.
         max_new_tokens: Tokens to generate, at least 1; fewer where the model ends.
         on_chunk: Told of each chunk: tokens so far, and its seconds.
@@ -73,10 +74,10 @@ def run_prefill(
     chunks = tokens.split(chunk_size, dim=1)
     if device.type == "cuda":
         # Kernels compile, and are tuned, in a first call: before there are keys, and after.
-        with enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers):
+        with _attention(model, settings):
             _Reader(model, 2 * chunk_size).read_all(chunks[:2])
         torch.cuda.reset_peak_memory_stats(device)
-    with enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers) as handle:
+    with _attention(model, settings) as handle:
         reader = _Reader(model, tokens.shape[1] + max_new_tokens)
         seconds = reader.read_all(chunks, on_chunk)
         logits = reader.logits
@@ -84,9 +85,16 @@ def run_prefill(
         new_tokens = reader.write(max_new_tokens)
         decode_seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) / _GIB if device.type == "cuda" else None
-    return PrefillRun(
-        tuple(seconds), decode_seconds, peak, tuple(new_tokens), logits, handle.report()
-    )
+    report = None if handle is None else handle.report()
+    return PrefillRun(tuple(seconds), decode_seconds, peak, tuple(new_tokens), logits, report)
+
+
+def _attention(
+    model: PreTrainedModel, settings: PrefillSettings | None
+) -> AbstractContextManager[LanguageHandle | None]:
+    if settings is None:
+        return nullcontext()
+    return enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers)
 
 
 class _Reader:

@@ -54,7 +54,9 @@ class LongPrompt:
         panel="Prompt",
     )
     compare: str | None = knob(
-        "dense: also run dense attention, and compare.", panel="Run", shown_default="sparse alone"
+        "Also run dense (without a mask of all keys) or sdpa (the model's own), and compare.",
+        panel="Run",
+        shown_default="sparse alone",
     )
     plan: bool = knob("Print the plan and stop.", False, "--plan", panel="Run")
     force: bool = knob("Run even if the memory seems too small.", False, "--force", panel="Run")
@@ -68,8 +70,8 @@ class LongPrompt:
                 )
         if not 0 <= self.depth <= 1:
             raise ValueError(f"depth must lie in [0, 1], got {self.depth:g}; use 0.5.")
-        if self.compare not in (None, "dense"):
-            raise ValueError(f"compare must be dense, got {self.compare!r}.")
+        if self.compare not in (None, "dense", "sdpa"):
+            raise ValueError(f"compare must be dense or sdpa, got {self.compare!r}.")
         if self.needle is not None and not self.needle.strip():
             raise ValueError("needle is empty; give a few words.")
 
