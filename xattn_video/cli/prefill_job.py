@@ -16,10 +16,10 @@ from xattn_video.language.kv_memory import (
 )
 from xattn_video.language.long_prompt import PrefillRun, run_prefill
 from xattn_video.language.model_sources import LanguageSource, find_language_model
-from xattn_video.language.needle import DEFAULT_NEEDLE, answer_tokens, needle_prompt
+from xattn_video.language.needle import answer_tokens, needle_prompt
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.language.registration import check_transformers
-from xattn_video.options.prefill_options import LongPrompt
+from xattn_video.options.prefill_options import DEFAULT_NEEDLE, LongPrompt
 from xattn_video.pipelines.memory import find_room
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.machine import installed_versions, machine_record

@@ -10,7 +10,6 @@ _FILLER = (
 )
 _HIDDEN = "The secret text is: {needle}. Remember the secret text. "
 _QUESTION = "What is the secret text? The secret text is:"
-DEFAULT_NEEDLE = "blue lanterns by the river"
 
 
 def needle_prompt(tokenizer: Any, num_tokens: int, needle: str, depth: float) -> Tensor:

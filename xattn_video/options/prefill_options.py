@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from xattn_video.language.needle import DEFAULT_NEEDLE
 from xattn_video.language.prefill_settings import (
     DEFAULT_PREFILL_THRESHOLD,
     MIN_TOKENS_CPU,
@@ -15,6 +14,7 @@ from xattn_video.options.command import Group, knob, option
 from xattn_video.options.groups import SPARSITY, read_schedule
 from xattn_video.policy.settings import SparseSettings
 
+DEFAULT_NEEDLE = "blue lanterns by the river"
 # What differs from video.
 _CHANGES: dict[str, dict[str, str]] = {
     "threshold": {"shown_default": f"{DEFAULT_PREFILL_THRESHOLD}"},
