@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
 # New tokens where there is no answer: enough for the time of one.
-_TIMED_TOKENS = 8
+_TIMED_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
