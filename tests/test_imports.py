@@ -15,6 +15,7 @@ VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
 HOSTS = OPERATOR | {"files", "policy", "processors"}
 MEASURED = HOSTS | {"pipelines", "measure", "reporting"}
+LANGUAGE = OPERATOR | {"files", "policy", "language"}
 
 # part -> what it may import of the project (its own part included where it is a folder)
 ALLOWED = {
@@ -29,11 +30,13 @@ ALLOWED = {
     "__main__": {"cli"},
     "policy": OPERATOR | {"files", "policy"},
     "processors": HOSTS,
+    "language": LANGUAGE,
+    "enabling": HOSTS | LANGUAGE,
     "pipelines": HOSTS | {"pipelines"},
     "reporting": {"errors", "files", "reporting"},
     "measure": MEASURED,
-    "options": HOSTS | {"pipelines", "reporting", "options"},
-    "cli": MEASURED | {"options", "cli"},
+    "options": HOSTS | LANGUAGE | {"pipelines", "reporting", "options"},
+    "cli": MEASURED | LANGUAGE | {"options", "cli"},
     "eval_vbench": MEASURED | {"options", "eval_vbench"},
     "benchmarks": MEASURED | {"benchmarks"},
     "scripts": MEASURED | {"scripts"},

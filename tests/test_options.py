@@ -81,7 +81,9 @@ def test_a_new_knob_is_in_the_report(tiny_pipeline, tmp_path):
     assert (run["sparse"]["choose_every"], run["sparse"]["threshold"]) == (7, 0.8)
 
 
-@pytest.mark.parametrize("command", ["", "generate", "compare", "plan", "bench", "backends"])
+@pytest.mark.parametrize(
+    "command", ["", "generate", "compare", "plan", "bench", "backends", "prefill"]
+)
 def test_every_help_has_a_short_name_and_an_example(command):
     code, short, err = run_cli(*command.split(), "-h")
     assert code == 0, err

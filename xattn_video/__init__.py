@@ -1,16 +1,19 @@
-"""Block-sparse attention (XAttention, arXiv:2503.16428) for HunyuanVideo in Diffusers."""
+"""Block-sparse attention (XAttention, arXiv:2503.16428) for video and language models."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xattn_video.backends.table import available_backends
+    from xattn_video.enabling import enable_xattention
     from xattn_video.errors import (
         BackendUnavailableError,
         UnboundProcessorError,
         UnsupportedModelError,
         XAttentionError,
     )
+    from xattn_video.language.prefill_report import PrefillReport
+    from xattn_video.language.registration import register_attention
     from xattn_video.ops.attention import attend, block_sparse_attention, xattention
     from xattn_video.ops.blocks import BlockLists
     from xattn_video.ops.scoring import block_scores
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
         XAttnProcessor,
         disable_context_parallel,
         enable_context_parallel,
-        enable_xattention,
     )
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BackendUnavailableError": "errors",
     "BlockLists": "ops.blocks",
+    "PrefillReport": "language.prefill_report",
     "SparsityReport": "policy.report",
     "ThresholdSchedule": "policy.schedule",
     "UnboundProcessorError": "errors",
@@ -41,7 +44,8 @@ _MODULES = {
     "block_sparse_attention": "ops.attention",
     "disable_context_parallel": "processors",
     "enable_context_parallel": "processors",
-    "enable_xattention": "processors",
+    "enable_xattention": "enabling",
+    "register_attention": "language.registration",
     "select": "ops.selection",
     "select_blocks": "ops.selection",
     "xattention": "ops.attention",
@@ -50,6 +54,7 @@ _MODULES = {
 __all__ = [
     "BackendUnavailableError",
     "BlockLists",
+    "PrefillReport",
     "SparsityReport",
     "ThresholdSchedule",
     "UnboundProcessorError",
@@ -63,6 +68,7 @@ __all__ = [
     "disable_context_parallel",
     "enable_context_parallel",
     "enable_xattention",
+    "register_attention",
     "select",
     "select_blocks",
     "xattention",

@@ -1,4 +1,4 @@
-"""The command line: `xattn-video generate | compare | plan | bench | backends`."""
+"""The command line: `xattn-video generate | compare | plan | bench | backends | prefill`."""
 
 from typing import Annotated
 
@@ -10,6 +10,7 @@ from xattn_video.cli.bench import bench
 from xattn_video.cli.compare import compare
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
+from xattn_video.cli.prefill import prefill
 from xattn_video.options.command import CONTEXT_SETTINGS
 from xattn_video.reporting.console import OneLineErrors
 
@@ -31,6 +32,7 @@ EXAMPLES = {
     plan: "plan --num-frames 61 --device cuda",
     bench: "bench --num-frames 61",
     backends: "backends --device cuda",
+    prefill: "prefill --model Qwen/Qwen2.5-7B-Instruct-1M --tokens 131072 --compare dense",
 }
 for _command, _example in EXAMPLES.items():
     app.command(epilog=f"Example: xattn-video {_example}")(_command)

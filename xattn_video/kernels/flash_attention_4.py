@@ -38,12 +38,21 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int)
     return reasons
 
 
-def dense_forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Dense attention on `[B, S, H, D]`."""
+def dense_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Dense attention on `[B, S, H, D]`; causal attention is aligned at the end."""
     from flash_attn.cute.interface import flash_attn_func
 
     with torch.cuda.device(query.device):
-        out: Tensor = flash_attn_func(query, key, value, return_lse=True)[0]
+        out: Tensor = flash_attn_func(
+            query, key, value, softmax_scale=scale, causal=causal, return_lse=True
+        )[0]
     return out
 
 

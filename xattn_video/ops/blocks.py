@@ -44,3 +44,12 @@ class BlockLists:
         places = torch.arange(self.indices.shape[-1], device=self.indices.device)
         listed = places < self.counts[..., None]
         return torch.empty_like(listed).scatter_(-1, self.indices.long(), listed)
+
+
+def count_causal_blocks(query_length: int, key_length: int, block_size: int) -> int:
+    """Blocks of one head that dense causal attention computes, aligned at the end."""
+    rows = -(-query_length // block_size)
+    # The block of the last key before the first query; -1 if there is none.
+    before = (key_length - query_length - 1) // block_size
+    whole = rows - 1
+    return whole * (before + 2) + whole * (whole - 1) // 2 + -(-key_length // block_size)

@@ -191,7 +191,7 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
         raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
     given = given_sparse(values)
     if values["schedule"] is not None:
-        given["threshold"] = _read_schedule(values["schedule"])
+        given["threshold"] = read_schedule(values["schedule"])
     # This also checks values that --dense leaves unused.
     sparse = sparse_of(given, values["preset"])
     return None if values["dense"] else sparse
@@ -211,7 +211,12 @@ def sparse_of(given: dict[str, Any], preset: str | None = None) -> SparseSetting
     return preset_settings(preset, **chosen)
 
 
-def _read_schedule(file: Path) -> ThresholdSchedule:
+def read_schedule(file: Path) -> ThresholdSchedule:
+    """The schedule in a file.
+
+    Raises:
+        ValueError: The file cannot be read, or holds none.
+    """
     try:
         return ThresholdSchedule.load(file)
     except OSError as error:

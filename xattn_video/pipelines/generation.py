@@ -17,7 +17,7 @@ from xattn_video.pipelines.prompt_length import PromptTokens, count_prompt_token
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.processors import XAttnProcessor, enable_xattention
+from xattn_video.processors import XAttnProcessor, enable_on_transformer
 from xattn_video.processors.recorder import Observer
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _attention(
     """A context with sparse attention, or without any change."""
     if settings is None:
         return nullcontext()
-    return enable_xattention(pipe, settings)
+    return enable_on_transformer(pipe, settings)
 
 
 def _check_shared_settings(requests: Sequence[GenerationRequest]) -> None:

@@ -4,7 +4,7 @@ from xattn_video.processors.context_parallel import (
     disable_context_parallel,
     enable_context_parallel,
 )
-from xattn_video.processors.enable import XAttentionHandle, enable_xattention
+from xattn_video.processors.enable import XAttentionHandle, enable_on_transformer
 from xattn_video.processors.processor import XAttnProcessor
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "XAttnProcessor",
     "disable_context_parallel",
     "enable_context_parallel",
-    "enable_xattention",
+    "enable_on_transformer",
 ]

@@ -1,10 +1,11 @@
-"""Switch XAttention on and off in one line."""
+"""Switch XAttention on and off for a video transformer in one line."""
 
 from types import TracebackType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors.binding import family_of, transformer_of
@@ -22,6 +23,10 @@ class XAttentionHandle:
         self.processor = processor
         self._transformer = transformer
         self._previous: dict[str, Any] | None = dict(transformer.attn_processors)
+
+    def report(self) -> SparsityReport:
+        """What really ran in the latest generation; also after `disable`."""
+        return self.processor.report()
 
     def disable(self) -> None:
         """Restore the previous processors. A second call does nothing."""
@@ -41,7 +46,7 @@ class XAttentionHandle:
         self.disable()
 
 
-def enable_xattention(
+def enable_on_transformer(
     pipe_or_transformer: Any,
     threshold: "ThresholdLike | SparseSettings | None" = None,
     **options: Any,

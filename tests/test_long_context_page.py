@@ -1,0 +1,68 @@
+"""What docs/long_context.md shows works: code, commands, and the reasons that it lists."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from command_line import run_cli
+from language_models import tiny_model
+
+from xattn_video.language.masks import DenseMaskReason
+
+PAGE = (Path(__file__).parents[1] / "docs/long_context.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_its_snippets_run_one_after_the_other(monkeypatch):
+    """As they stand, but on a tiny model and its prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+
+    def from_pretrained(name, attn_implementation="sdpa", **_):
+        assert name == "Qwen/Qwen2.5-7B-Instruct-1M"
+        model = tiny_model("qwen2")
+        model.set_attn_implementation(attn_implementation)
+        return model
+
+    def tokenizer(text, return_tensors):
+        return BatchEncoding({"input_ids": torch.randint(3, 100, (1, 300))})
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    namespace = {}
+    first, second = blocks("python")
+    exec(compile(first, "first", "exec"), namespace)
+    assert namespace["output"].shape[1] > 300
+    assert namespace["handle"].report().dense_reasons["too few tokens"] == 2
+    exec(compile(second, "second", "exec"), namespace)
+    assert namespace["model"].config._attn_implementation == "xattention"
+    namespace["xattn_video"].register_attention().disable()
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("xattn-video")]
+
+
+@pytest.fixture(scope="module")
+def shown():
+    code, out, err = run_cli("prefill", "--help")
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_its_commands_have_the_options(words, shown):
+    assert words[1] == "prefill"
+    for option in words[2:]:
+        assert not option.startswith("--") or option in shown
+
+
+def test_it_lists_every_reason():
+    listed = re.findall(r"^\| (`.*?`) \|", PAGE, re.MULTILINE)
+    assert {f"`{reason}`" for reason in get_args(DenseMaskReason)} <= {*listed}

@@ -1,0 +1,322 @@
+"""`xattn-video prefill`: plan, needle, chunks, the comparison with dense, and bad input."""
+
+import json
+import os
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run_cli
+from language_models import save_with_tokenizer, tiny_model
+
+from xattn_video.language import needle as needles
+from xattn_video.language.kv_memory import describe_prefill_shortage, plan_prefill
+from xattn_video.language.long_prompt import run_prefill
+from xattn_video.language.model_sources import find_language_model
+from xattn_video.language.prefill_settings import PrefillSettings
+
+ROOT = Path(__file__).parents[1]
+RANDOM = ["--model=random:tiny", "--tokens=640", "--chunk-size=256", "--device=cpu"]
+SPARSE = ["--block-size=16", "--min-tokens=64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("model")
+    save_with_tokenizer(where)
+    return where
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fail the test if a model is loaded."""
+
+    def refuse(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("xattn_video.language.model_sources.LanguageSource.load", refuse)
+
+
+def test_random_weights_are_timed_and_marked(tmp_path):
+    report = tmp_path / "run.json"
+    code, out, err = run_cli(
+        "prefill", *RANDOM, *SPARSE, "--density=0.3", "--compare=dense", f"--report={report}"
+    )
+    assert code == 0, err
+    assert "warning: Speed and memory only: the weights are random." in err
+    assert err.count("tokens, chunk") == 6
+    assert "x as fast as dense" in out
+    assert "KL divergence" not in out
+    assert "answer" not in out
+    written = json.loads(report.read_text())
+    assert written["speed_only"] == "the weights are random"
+    assert set(written["versions"]) >= {"torch", "transformers"}
+    sparse, dense = written["runs"]["sparse"], written["runs"]["dense"]
+    assert len(sparse["chunk_seconds"]) == 3
+    assert sparse["seconds"] == pytest.approx(sum(sparse["chunk_seconds"]))
+    assert written["speedup"] == pytest.approx(dense["seconds"] / sparse["seconds"])
+    assert [one["sparse"] for one in sparse["report"]["layers"]] == [3, 3]
+    assert 0.25 < sparse["report"]["density"] < 0.5
+    assert {*dense["report"]["dense_reasons"]} == {"threshold 1", "decode"}
+    assert written["settings"]["density"] == 0.3
+    assert "found" not in sparse
+
+
+def test_a_schedule_file_gives_layers_their_own_thresholds(tmp_path):
+    schedule, report = tmp_path / "taus.json", tmp_path / "run.json"
+    schedule.write_text('{"points": [[0, 0.5]], "layers": {"1": [[0, 1.0]]}}')
+    options = [f"--schedule={schedule}", f"--report={report}"]
+    code, _, err = run_cli("prefill", *RANDOM, *SPARSE, *options)
+    assert code == 0, err
+    written = json.loads(report.read_text())
+    first, second = written["runs"]["sparse"]["report"]["layers"]
+    assert (first["sparse"], second["sparse"]) == (3, 0)
+    assert second["dense"]["threshold 1"] == 3
+    assert written["settings"]["threshold"]["layers"] == {"1": [[0, 1.0]]}
+
+
+def test_a_needle_is_hidden_and_asked_for(folder, tmp_path):
+    report = tmp_path / "run.json"
+    options = ["--tokens=800", "--chunk-size=256", "--needle=two grey owls", "--device=cpu"]
+    code, out, err = run_cli(
+        "prefill", f"--model={folder}", *options, *SPARSE, "--compare=dense", f"--report={report}"
+    )
+    assert code == 0, err
+    assert "Speed and memory only" not in err
+    assert out.count("'two grey owls' not found") == 2
+    assert "as dense attention's, KL divergence" in out
+    written = json.loads(report.read_text())
+    assert written["runs"]["sparse"]["found"] is False
+    assert written["kl_divergence"] >= 0
+    assert written["settings"]["threshold"] == 0.9
+
+
+@pytest.mark.parametrize("compare", ["dense", "sdpa"])
+def test_at_tau_1_it_says_what_dense_attention_says(folder, tmp_path, compare):
+    report = tmp_path / "run.json"
+    options = ["--tokens=800", "--chunk-size=256", "--threshold=0.9999999", "--device=cpu"]
+    code, _, err = run_cli(
+        "prefill",
+        f"--model={folder}",
+        *options,
+        *SPARSE,
+        f"--compare={compare}",
+        f"--report={report}",
+    )
+    assert code == 0, err
+    written = json.loads(report.read_text())
+    assert written["kl_divergence"] < 1e-8
+    sparse, other = written["runs"].values()
+    assert sparse["answer"] == other["answer"]
+    assert (other["report"] is None) == (compare == "sdpa")
+
+
+def test_it_writes_what_generate_writes():
+    model = tiny_model("llama")
+    tokens = torch.randint(3, 100, (1, 300))
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    settings = PrefillSettings.of(1 - 1e-7, block_size=16, min_tokens=64)
+    for size in (96, 1000):
+        told = []
+        run = run_prefill(
+            model,
+            tokens,
+            settings,
+            chunk_size=size,
+            max_new_tokens=6,
+            on_chunk=lambda number, seconds, told=told: told.append(number),
+        )
+        assert list(run.new_tokens) == expected[0, 300:].tolist()
+        assert run.report.sparse_layers == (0, 1)
+        assert told == ([96, 192, 288, 300] if size == 96 else [300])
+
+
+def test_the_prompt_has_the_asked_length_and_holds_the_needle(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for depth in (0, 0.3, 1):
+        tokens = needles.needle_prompt(tokenizer, 1000, "two grey owls", depth)
+        assert tokens.shape == (1, 1000)
+        text = tokenizer.decode(tokens[0])
+        assert text.count("The secret text is: two grey owls.") == 1
+        assert text.endswith("What is the secret text? The secret text is:")
+        assert abs(text.index("two grey") / 1000 - depth) < 0.2
+    with pytest.raises(ValueError, match=r"tokens must be at least \d+ to hide this needle"):
+        needles.needle_prompt(tokenizer, 50, "two grey owls", 0.5)
+
+
+def test_the_beginning_of_a_sequence_is_kept():
+    class Begins:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [7] * add_special_tokens + [ord(letter) for letter in text]}
+
+    assert needles.needle_prompt(Begins(), 300, "owls", 0.5)[0, :2].tolist() == [7, ord("T")]
+
+
+def test_a_prompt_below_min_tokens_warns():
+    code, _, err = run_cli("prefill", *RANDOM)
+    assert code == 0, err
+    assert "Nothing ran sparse (too few tokens, decode)" in err
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("shape", "parameters", "kib"),
+    [("llama-3-8b", 8030, 128), ("qwen2.5-7b", 7615, 56), ("smollm2-135m", 134.5, 22.5)],
+)
+def test_the_plan_of_known_shapes(shape, parameters, kib):
+    """Parameters and keys and values of a token, as the models' own pages have them."""
+    options = [f"--model=random:{shape}", "--tokens=1048576", "--dtype=bfloat16", "--plan"]
+    code, out, err = run_cli("prefill", *options, "--device=cpu")
+    assert code == 0, err
+    assert f"{shape}, {parameters:,.1f}"[:-2] in out
+    assert f"at {kib:g} KiB per token" in out
+
+
+def test_windows_keep_no_more_than_their_keys(tmp_path):
+    tiny_model("gemma3").config.save_pretrained(tmp_path)
+    source = find_language_model(str(tmp_path), 0)
+    plan = plan_prefill(source, 992, 8, 256, torch.float32, 128)
+    # 2 x 2 heads x 16 x 4 bytes; one layer keeps 100 of 1,000 tokens.
+    assert plan.kv_cache * 2**30 == 256 * (1000 + 100)
+    assert plan.kv_kib_per_token == 0.25
+
+
+def test_a_shortage_says_what_would_fit():
+    source = find_language_model("random:smollm2-135m", 2**20)
+    plan = plan_prefill(source, 2**20, 8, 32768, torch.bfloat16, 128)
+    assert describe_prefill_shortage(plan, None) is None
+    assert describe_prefill_shortage(plan, plan.peak) is None
+    smaller = describe_prefill_shortage(plan, plan.peak - plan.work / 3)
+    assert smaller.startswith("1,048,576 tokens need about ")
+    assert smaller.endswith("; --chunk-size 16384 would fit.")
+    fewer = describe_prefill_shortage(plan, plan.weights + plan.work + plan.kv_cache / 2)
+    assert fewer.endswith("; --tokens 524288 would fit.")
+    none = describe_prefill_shortage(plan, plan.weights)
+    assert none.endswith("; use a smaller model or a device with more.")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
+    from xattn_video.pipelines.memory import Room
+
+    monkeypatch.setattr("xattn_video.cli.prefill_job.find_room", lambda load: Room(None, 1.0))
+    options = ["--model=random:llama-3-8b", "--tokens=65536", "--dtype=bfloat16", "--device=cpu"]
+    code, _, err = run_cli("prefill", *options)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert "65,536 tokens need about" in line
+    assert line.endswith("--force runs it anyway.")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--model=random:gpt-5"], "no shape is called 'gpt-5'; use random: and one of llama-3-"),
+        (["--model=random:tiny", "--needle=owl"], "the weights are random; leave --needle out."),
+        (["--model=random:tiny", "--tokens=0"], "tokens must be at least 1, got 0"),
+        (["--model=random:tiny", "--chunk-size=0"], "chunk_size must be at least 1, got 0"),
+        (["--model=random:tiny", "--depth=2"], "depth must lie in [0, 1], got 2; use 0.5."),
+        (
+            ["--model=random:tiny", "--compare=eager"],
+            "compare must be dense or sdpa, got 'eager'.",
+        ),
+        (["--model=random:tiny", "--needle= "], "needle is empty; give a few words."),
+        (["--model=random:tiny", "--dense-layers=2"], "below the model's 2 layers, got 2"),
+        (["--model=random:tiny", "--threshold=9"], "threshold must lie in (0, 1], got 9"),
+        (["--model=random:tiny", "--threshold=.9", "--density=.1"], "exclude each other"),
+        (["--model=random:tiny", "--schedule=none.json"], "cannot read the schedule"),
+        (["--model=random:tiny", "--report=r.txt"], "report must end in .json, got 'r.txt'"),
+        (["--model=random:tiny", "--dtype=int8"], "dtype must be one of float32"),
+        (["--model=none.gguf"], "there is no file 'none.gguf'; give the path of a .gguf file."),
+        (["--model=."], "the folder '.' has no config.json; give a folder that save_pretrained"),
+        (["--model=no/such/model"], "'no/such/model' is no folder of a model, no .gguf file"),
+        (["--model={folder}", "--tokens=9999"], "the model's context is 2,048 tokens, got 9,999"),
+        (["--model={folder}", "--tokens=30"], "tokens must be at least"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_input_is_one_line(options, text, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = run_cli(
+        "prefill", "--device=cpu", *[option.format(folder=folder) for option in options]
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert text in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_beyond_the_context_is_marked(folder):
+    options = ["--tokens=2100", "--chunk-size=1050", "--beyond-context", "--device=cpu"]
+    code, out, err = run_cli("prefill", f"--model={folder}", *options)
+    assert code == 0, err
+    assert "longer than the model's context of 2,048 tokens" in err
+    assert "answer" not in out
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_model_that_writes_no_text_is_refused(tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path)
+    code, _, err = run_cli("prefill", f"--model={tmp_path}")
+    assert code == 2
+    assert "is a vit model, which does not continue text by itself" in err
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_configuration_that_is_none_is_called_so(tmp_path):
+    (tmp_path / "config.json").write_text("{]")
+    code, _, err = run_cli("prefill", f"--model={tmp_path}")
+    assert code == 2
+    assert f"'{tmp_path}' cannot be read: " in err
+    assert err.count("\n") == 1
+
+
+def test_an_older_transformers_is_refused_before_the_plan(monkeypatch):
+    monkeypatch.setattr("xattn_video.language.registration._version", "5.3.0")
+    code, out, err = run_cli("prefill", *RANDOM)
+    assert (code, out) == (2, "")
+    assert "needs transformers 5.14 or newer, got 5.3.0" in err
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    code, _, err = run_cli("prefill", f"--model={tmp_path}", "--tokens=500")
+    assert code == 2
+    assert "has no tokenizer that can be read" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(find_spec("gguf") is not None, reason="gguf is installed")
+def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    code, _, err = run_cli("prefill", f"--model={tmp_path / 'model.gguf'}")
+    assert code == 2
+    assert err.endswith("needs the package gguf, not installed here; pip install gguf.\n")
+
+
+def test_the_demo_script_passes_its_options_on(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\necho $PYTORCH_ALLOC_CONF $*\n")
+    stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/run_demo.sh", "--tokens", "1048576"],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("expandable_segments:True -m xattn_video prefill --model grad")
+    assert done.stdout.endswith(
+        "--tokens 450560 --chunk-size 32768 --stride 16 --tokens 1048576\n"
+    )

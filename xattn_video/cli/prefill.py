@@ -1,0 +1,133 @@
+"""`xattn-video prefill`: a long prompt through a language model, sparse and dense."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from xattn_video.language.prefill_settings import PrefillSettings
+from xattn_video.options.command import command
+from xattn_video.options.groups import loading
+from xattn_video.options.prefill_options import LongPrompt, prefill_settings
+from xattn_video.pipelines.run_checks import refuse_ranks
+from xattn_video.reporting.console import (
+    ErrorsToExitCodes,
+    output_console,
+    print_labelled,
+    print_message,
+    print_warning,
+    quiet_libraries,
+)
+from xattn_video.reporting.tables import Table, figure
+
+if TYPE_CHECKING:
+    from xattn_video.cli.prefill_job import PrefillJob
+    from xattn_video.language.kv_memory import PrefillPlan
+    from xattn_video.language.long_prompt import PrefillRun
+    from xattn_video.language.prefill_report import LayerPrefill, PrefillReport
+    from xattn_video.pipelines.loading import LoadOptions
+
+
+@command
+def prefill(
+    prompt: LongPrompt,
+    load: Annotated["LoadOptions", loading("dtype", "device")],
+    settings: Annotated[PrefillSettings, prefill_settings()],
+    errors: ErrorsToExitCodes,
+) -> None:
+    """Prefill a language model's long prompt in chunks: seconds, memory, density, the answer."""
+    from xattn_video.cli.prefill_job import prepare_job, run_job, write_record
+
+    refuse_ranks("xattn-video prefill")
+    quiet_libraries()
+    job = prepare_job(prompt, load, settings)
+    _print_plan(job)
+    if prompt.plan:
+        return
+    job.check_memory()
+    errors.running = True
+    runs = run_job(job, print_message)
+    _print_runs(job, runs)
+    if prompt.report is not None:
+        write_record(job, runs, prompt.report)
+
+
+def _print_plan(job: "PrefillJob") -> None:
+    plan = job.plan
+    lines = {
+        "model": f"{job.source.name}, {plan.parameters / 1e6:,.1f} million parameters",
+        "tokens": f"{job.prompt.tokens:,} in chunks of {job.prompt.chunk_size:,}",
+        "memory": _memory(plan, job.free_gib),
+    }
+    print_labelled(output_console(), lines)
+    if job.speed_only is not None:
+        print_warning(f"Speed and memory only: {job.speed_only}.")
+
+
+def _memory(plan: "PrefillPlan", free: float | None) -> str:
+    """The planned memory and its parts."""
+    text = (
+        f"about {plan.peak:.2f} GiB at the peak (an estimate: weights {plan.weights:.2f}, KV "
+        f"cache {plan.kv_cache:.2f} at {plan.kv_kib_per_token:g} KiB per token, a chunk "
+        f"{plan.work:.2f})"
+    )
+    return text if free is None else f"{text}; {free:.1f} GiB is free"
+
+
+def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
+    console = output_console()
+    sparse, compare = runs["sparse"], job.prompt.compare
+    assert sparse.report is not None
+    lines = {name: _time(job, run) for name, run in runs.items()}
+    if compare is not None:
+        lines["faster"] = (
+            f"sparse is {runs[compare].seconds / sparse.seconds:.2f}x as fast as {compare}"
+        )
+    lines["attention"] = sparse.report.summary()
+    if job.speed_only is None:
+        lines["answer"] = "; ".join(
+            f"{name}: {job.describe_answer(run)}" for name, run in runs.items()
+        )
+        if compare is not None:
+            lines["next token"] = _agreement(sparse, runs[compare])
+    console.print()
+    print_labelled(console, lines)
+    console.print()
+    console.print(_layers(sparse.report).terminal(console.width), crop=False)
+    if not sparse.report.sparse_layers:
+        reasons = ", ".join(sparse.report.dense_reasons)
+        print_warning(
+            f"Nothing ran sparse ({reasons}); a longer prompt does, or --min-tokens 0 to try it."
+        )
+
+
+def _agreement(sparse: "PrefillRun", other: "PrefillRun") -> str:
+    """Whether the first new token is the same, and how far its distributions are apart."""
+    same = sparse.new_tokens[0] == other.new_tokens[0]
+    return (
+        f"{'the same' if same else 'another'} as dense attention's, "
+        f"KL divergence {sparse.divergence_from(other):.3g}"
+    )
+
+
+def _time(job: "PrefillJob", run: "PrefillRun") -> str:
+    """Seconds, speed and memory of a run."""
+    text = f"{run.seconds:.2f} s, {job.prompt.tokens / run.seconds:,.0f} tokens/s"
+    if len(run.new_tokens) > 1:
+        each = run.decode_seconds / (len(run.new_tokens) - 1)
+        text += f"; then {each * 1e3:.1f} ms for a new token"
+    if run.peak_memory_gib is not None:
+        text += f"; {run.peak_memory_gib:.2f} GiB at the peak"
+    return text
+
+
+def _layers(report: "PrefillReport") -> Table:
+    """Density by layer, and why a layer ran dense."""
+    columns: dict[str, Any] = {
+        "layer": lambda one: "other" if one.layer is None else one.layer,
+        "sparse": lambda one: one.sparse,
+        "density": lambda one: figure(one.density, ".3f"),
+        "dense": _reasons,
+    }
+    return Table.of(report.layers, columns)
+
+
+def _reasons(one: "LayerPrefill") -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in one.dense.items())

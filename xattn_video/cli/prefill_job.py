@@ -1,0 +1,219 @@
+"""The work of `xattn-video prefill`: checks, the prompt, the runs and their record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xattn_video.files import check_output_path, write_json
+from xattn_video.language.kv_memory import (
+    PrefillPlan,
+    describe_prefill_shortage,
+    plan_prefill,
+)
+from xattn_video.language.long_prompt import PrefillRun, run_prefill
+from xattn_video.language.model_sources import LanguageSource, find_language_model
+from xattn_video.language.needle import answer_tokens, needle_prompt
+from xattn_video.language.prefill_settings import PrefillSettings
+from xattn_video.language.registration import check_transformers
+from xattn_video.options.prefill_options import DEFAULT_NEEDLE, LongPrompt
+from xattn_video.pipelines.memory import find_room
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.machine import installed_versions, machine_record
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
+
+# New tokens where there is no answer: enough for the time of one.
+_TIMED_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillJob:
+    """A checked command.
+
+    Attributes:
+        prompt, load, settings: As they were given.
+        source: The model.
+        tokenizer: Its tokenizer; None with random weights.
+        tokens: The prompt, int64 `[1, S]`.
+        max_new_tokens: Tokens to generate.
+        plan: The planned memory.
+        free_gib: What the device has free, if that is known.
+        speed_only: Why the text means nothing; None where it does.
+    """
+
+    prompt: LongPrompt
+    load: "LoadOptions"
+    settings: PrefillSettings
+    source: LanguageSource
+    tokenizer: Any
+    tokens: Tensor
+    max_new_tokens: int
+    plan: PrefillPlan
+    free_gib: float | None
+    speed_only: str | None
+
+    @property
+    def needle(self) -> str:
+        """The hidden text."""
+        return self.prompt.needle or DEFAULT_NEEDLE
+
+    def check_memory(self) -> None:
+        """Raise ValueError if the memory does not suffice, with what would fit."""
+        shortage = describe_prefill_shortage(self.plan, self.free_gib)
+        if shortage is not None and not self.prompt.force:
+            raise ValueError(f"{shortage} --force runs it anyway.")
+
+    def answer(self, run: PrefillRun) -> str | None:
+        """What the model said, up to the end of a line; None with random weights."""
+        if self.tokenizer is None:
+            return None
+        text: str = self.tokenizer.decode(run.new_tokens, skip_special_tokens=True)
+        return " ".join(text.strip().split("\n")[0].split())
+
+    def describe_answer(self, run: PrefillRun) -> str:
+        """What the model said, and whether the needle is in it."""
+        found = "found" if self.found(run) else "not found"
+        return f"{self.answer(run)!r}, {self.needle!r} {found}"
+
+    def found(self, run: PrefillRun) -> bool:
+        """Whether the needle is in what the model said."""
+        return self.needle.casefold() in (self.answer(run) or "").casefold()
+
+
+def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettings) -> PrefillJob:
+    """Check all that can be checked before weights are loaded.
+
+    Raises:
+        ValueError: There is no such model, or the settings or the prompt do not suit it.
+        MissingPackageError: The model needs a package that is not installed.
+    """
+    check_transformers()
+    if prompt.report is not None:
+        check_output_path(prompt.report, (".json",), what="report")
+    # Random weights have the context that they are given.
+    source = find_language_model(prompt.model, prompt.tokens + _TIMED_TOKENS)
+    config = source.text_config
+    settings.check_model(config.num_hidden_layers, config.num_attention_heads)
+    tokenizer, max_new_tokens = None, _TIMED_TOKENS
+    if source.is_random:
+        if prompt.needle is not None:
+            raise ValueError(
+                "a needle is for a trained model to find, and the weights are random; leave "
+                "--needle out."
+            )
+        torch.manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (1, prompt.tokens))
+    else:
+        tokenizer = source.load_tokenizer()
+        needle = prompt.needle or DEFAULT_NEEDLE
+        tokens = needle_prompt(tokenizer, prompt.tokens, needle, prompt.depth)
+        max_new_tokens = answer_tokens(tokenizer, needle)
+    beyond = _check_context(prompt, config, max_new_tokens)
+    room = find_room(load)
+    return PrefillJob(
+        prompt,
+        load,
+        settings,
+        source,
+        tokenizer,
+        tokens,
+        max_new_tokens,
+        plan_prefill(
+            source,
+            prompt.tokens,
+            max_new_tokens,
+            prompt.chunk_size,
+            load.resolved_dtype,
+            settings.sparse.block_size,
+        ),
+        room.gpu if load.resolved_device.type == "cuda" else room.host,
+        "the weights are random" if source.is_random else beyond,
+    )
+
+
+def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun]:
+    """Load the model and run it: ``sparse``, and what it is to be compared with."""
+    device = job.load.resolved_device
+    model = job.source.load(job.load.resolved_dtype, device)
+    kinds: dict[str, PrefillSettings | None] = {"sparse": job.settings}
+    if job.prompt.compare == "dense":
+        # The same code at tau 1, which makes no mask of a chunk's queries and all keys.
+        dense = SparseSettings(1.0, min_tokens=0, block_size=job.settings.sparse.block_size)
+        kinds["dense"] = PrefillSettings(dense)
+    elif job.prompt.compare == "sdpa":
+        kinds["sdpa"] = None
+    runs = {}
+    for kind, settings in kinds.items():
+
+        def tell(tokens: int, seconds: float, kind: str = kind) -> None:
+            say(f"  {kind}: {tokens:,} of {job.prompt.tokens:,} tokens, chunk {seconds:.2f} s")
+
+        runs[kind] = run_prefill(
+            model,
+            job.tokens,
+            settings,
+            chunk_size=job.prompt.chunk_size,
+            max_new_tokens=job.max_new_tokens,
+            on_chunk=tell,
+        )
+    return runs
+
+
+def write_record(job: PrefillJob, runs: dict[str, PrefillRun], path: Path) -> None:
+    """Write what was planned, asked and measured as JSON."""
+    machine = machine_record(job.load.resolved_device)
+    machine["versions"] |= installed_versions(("transformers",))
+    sparse, *others = runs.values()
+    content: dict[str, Any] = {
+        **machine,
+        "model": job.source.name,
+        "dtype": str(job.load.resolved_dtype).removeprefix("torch."),
+        "tokens": job.prompt.tokens,
+        "chunk_size": job.prompt.chunk_size,
+        "speed_only": job.speed_only,
+        "settings": job.settings.to_dict(),
+        "plan": job.plan.to_dict(),
+        "runs": {kind: _record(job, run) for kind, run in runs.items()},
+    }
+    for other in others:
+        content["speedup"] = other.seconds / sparse.seconds
+        if job.speed_only is None:
+            content["kl_divergence"] = sparse.divergence_from(other)
+    write_json(path, content)
+
+
+def _record(job: PrefillJob, run: PrefillRun) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "seconds": run.seconds,
+        "chunk_seconds": list(run.chunk_seconds),
+        "new_tokens": len(run.new_tokens),
+        "decode_seconds": run.decode_seconds,
+        "peak_memory_gib": run.peak_memory_gib,
+        "report": None if run.report is None else run.report.to_dict(),
+    }
+    if job.speed_only is None:
+        record |= {"needle": job.needle, "answer": job.answer(run), "found": job.found(run)}
+    return record
+
+
+def _check_context(prompt: LongPrompt, config: Any, max_new_tokens: int) -> str | None:
+    """Why the text means nothing beyond the model's context; None within it.
+
+    Raises:
+        ValueError: The prompt does not fit, and that was not allowed.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None or prompt.tokens + max_new_tokens <= context:
+        return None
+    if not prompt.beyond_context:
+        raise ValueError(
+            f"the model's context is {context:,} tokens, got {prompt.tokens:,} and "
+            f"{max_new_tokens} for the answer; use --tokens {context - max_new_tokens} or fewer, "
+            "or --beyond-context for speed and memory alone."
+        )
+    return f"the prompt is longer than the model's context of {context:,} tokens"

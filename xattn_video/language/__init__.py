@@ -1,0 +1,1 @@
+"""The transformers side: sparse prefill of long prompts through its attention interface."""

@@ -1,0 +1,146 @@
+"""Prefills a long prompt in chunks, generates an answer, and measures both."""
+
+import inspect
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from xattn_video.language.prefill_report import PrefillReport
+from xattn_video.language.prefill_settings import PrefillSettings
+from xattn_video.language.registration import LanguageHandle, enable_prefill
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRun:
+    """A prompt that was prefilled, and what followed.
+
+    Attributes:
+        chunk_seconds: Of each chunk.
+        decode_seconds: Of all new tokens but the first, which the prefill gives.
+        peak_memory_gib: What tensors held at most, weights included; None on a CPU.
+        new_tokens: What the model continued with.
+        logits: Of the first new token, float32 `[vocabulary]`, on the CPU.
+        report: What attention did; None for the model's own attention.
+    """
+
+    chunk_seconds: tuple[float, ...]
+    decode_seconds: float
+    peak_memory_gib: float | None
+    new_tokens: tuple[int, ...]
+    logits: Tensor
+    report: PrefillReport | None
+
+    @property
+    def seconds(self) -> float:
+        """Of the prefill."""
+        return sum(self.chunk_seconds)
+
+    def divergence_from(self, other: "PrefillRun") -> float:
+        """Kullback-Leibler divergence of the first new token's distribution from another's."""
+        ours, theirs = self.logits.log_softmax(-1), other.logits.log_softmax(-1)
+        return float(F.kl_div(ours, theirs, log_target=True, reduction="sum"))
+
+
+def run_prefill(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    settings: PrefillSettings | None,
+    *,
+    chunk_size: int,
+    max_new_tokens: int,
+    on_chunk: Callable[[int, float], None] = lambda tokens, seconds: None,
+) -> PrefillRun:
+    """Prefill a prompt in chunks with a static cache, and continue it greedily.
+
+    Args:
+        model: A causal language model.
+        tokens: int64 `[1, S]`.
+        settings: When and how attention is sparse; None for the model's own attention.
+        chunk_size: Tokens of a forward pass.
+        max_new_tokens: Tokens to generate, at least 1; fewer where the model ends.
+        on_chunk: Told of each chunk: tokens so far, and its seconds.
+    """
+    device = model.device
+    tokens = tokens.to(device)
+    chunks = tokens.split(chunk_size, dim=1)
+    if device.type == "cuda":
+        # Kernels compile, and are tuned, in a first call: before there are keys, and after.
+        with _attention(model, settings):
+            _Reader(model, 2 * chunk_size).read_all(chunks[:2])
+        torch.cuda.reset_peak_memory_stats(device)
+    with _attention(model, settings) as handle:
+        reader = _Reader(model, tokens.shape[1] + max_new_tokens)
+        seconds = reader.read_all(chunks, on_chunk)
+        logits = reader.logits
+        start = time.perf_counter()
+        new_tokens = reader.write(max_new_tokens)
+        decode_seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) / _GIB if device.type == "cuda" else None
+    report = None if handle is None else handle.report()
+    return PrefillRun(tuple(seconds), decode_seconds, peak, tuple(new_tokens), logits, report)
+
+
+def _attention(
+    model: PreTrainedModel, settings: PrefillSettings | None
+) -> AbstractContextManager[LanguageHandle | None]:
+    if settings is None:
+        return nullcontext()
+    return enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers)
+
+
+class _Reader:
+    """A model with its cache and the logits of the latest token, `[vocabulary]`."""
+
+    def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
+        cache = StaticCache(config=model.config, max_cache_len=max_tokens)
+        # The argument's name until transformers 5.23, and from then on.
+        names = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {
+            "cache" if "cache" in names else "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        self._model = model
+        self.logits = torch.empty(0)
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> float:
+        """Run tokens `[1, S]` through the model; returns the seconds."""
+        start = time.perf_counter()
+        out = self._model(tokens, **self._options)
+        # Waits for the device.
+        self.logits = out.logits[0, -1].float().cpu()
+        return time.perf_counter() - start
+
+    def read_all(
+        self,
+        chunks: tuple[Tensor, ...],
+        on_chunk: Callable[[int, float], None] = lambda tokens, seconds: None,
+    ) -> list[float]:
+        """Run chunks one after the other; returns the seconds of each."""
+        seconds: list[float] = []
+        tokens = 0
+        for chunk in chunks:
+            seconds.append(self.read(chunk))
+            tokens += chunk.shape[1]
+            on_chunk(tokens, seconds[-1])
+        return seconds
+
+    def write(self, max_new_tokens: int) -> list[int]:
+        """The tokens that follow, greedily, until the model ends."""
+        ends = self._model.config.get_text_config(decoder=True).eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        new_tokens = [int(self.logits.argmax())]
+        while len(new_tokens) < max_new_tokens and new_tokens[-1] not in ends:
+            self.read(torch.tensor([[new_tokens[-1]]], device=self._model.device))
+            new_tokens.append(int(self.logits.argmax()))
+        return new_tokens

@@ -1,0 +1,138 @@
+"""Decides, once per forward pass, whether long causal attention runs sparse.
+
+transformers calls a mask function once per forward pass and kind of layer, with everything that
+decides. Where attention is to run sparse, the mask function returns the bounds of the keys in
+place of a mask.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+DenseMaskReason: TypeAlias = Literal[
+    "decode", "gradients", "window", "other mask", "short chunk", "too few tokens", "gaps"
+]
+
+TOO_FEW: Literal["too few tokens"] = "too few tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class CausalBounds:
+    """The keys of each item of a batch: one run, of which every query sees the earlier part.
+
+    Attributes:
+        first: Of each item, the first key that is no padding.
+        stop: The number of keys up to and including the last query; the rest of a static cache is
+            still empty.
+        sparse: Whether they are enough for sparse attention. If not, dense attention still needs
+            no mask of all queries and keys.
+    """
+
+    first: tuple[int, ...]
+    stop: int
+    sparse: bool = True
+
+    def to_tensor(self) -> Tensor:
+        """int64 `[B, 1, 1, 3]`, on the CPU.
+
+        As a 4-D tensor it passes through all code that handles masks. Its dtype tells it from
+        any mask.
+        """
+        rows = [[first, self.stop, int(self.sparse)] for first in self.first]
+        return torch.tensor(rows)[:, None, None]
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> "CausalBounds | None":
+        """The bounds that `to_tensor` wrote; None for a real mask."""
+        if mask is None or mask.dtype != torch.int64:
+            return None
+        items = mask[:, 0, 0].tolist()
+        return cls(tuple(first for first, _, _ in items), items[0][1], bool(items[0][2]))
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRequest:
+    """What transformers tells a mask function, as far as it decides.
+
+    Attributes:
+        batch_size, q_length, kv_length: Sizes of the attention; an unfilled static cache counts.
+        q_offset: Tokens before the first query. A static cache has it on the device.
+        kv_offset: Tokens before the first key.
+        mask_function: Which keys a query sees, without padding.
+        attention_mask: bool `[B, tokens]`, False is padding; None without any.
+        allow_is_causal_skip: Whether a plain causal mask may be left out.
+        local_size: Tokens that a query sees at most, if the layers limit that.
+        device: Where the layers run.
+    """
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: "int | Tensor" = 0
+    kv_offset: int = 0
+    mask_function: Callable[..., Any] = causal_mask_function
+    attention_mask: Tensor | None = None
+    allow_is_causal_skip: bool = True
+    local_size: int | None = None
+    device: torch.device | str = "cpu"
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "MaskRequest":
+        """The request in the arguments of a mask function."""
+        return cls(**{name: arguments[name] for name in cls.__slots__ if name in arguments})
+
+
+def decide_prefill(
+    request: MaskRequest, *, block_size: int, min_tokens: int
+) -> CausalBounds | DenseMaskReason:
+    """The bounds of plain causal attention, or why it runs dense under a mask.
+
+    Args:
+        request: What transformers asks for.
+        block_size: With fewer queries, attention runs dense.
+        min_tokens: With fewer keys, attention runs dense; where there is padding, under one mask
+            for the whole batch.
+    """
+    if request.q_length == 1:
+        return "decode"
+    if torch.is_grad_enabled():
+        return "gradients"
+    if request.local_size is not None:
+        return "window"
+    plain = request.mask_function is causal_mask_function and request.allow_is_causal_skip
+    if not plain or request.kv_offset != 0:
+        return "other mask"
+    if request.q_length < block_size:
+        return "short chunk"
+    # The offset may be on the device: one wait in each forward pass of a prefill.
+    stop = int(request.q_offset) + request.q_length
+    if stop > request.kv_length:
+        return "other mask"
+    first = _first_keys(request, stop)
+    if first is None:
+        return "gaps"
+    sparse = stop >= min_tokens
+    return CausalBounds(first, stop, sparse) if sparse or not any(first) else TOO_FEW
+
+
+def _first_keys(request: MaskRequest, stop: int) -> tuple[int, ...] | None:
+    """The first valid key of each item; None where an item's valid keys are not one run.
+
+    Padding on the right is no gap: nobody reads those rows.
+    """
+    if request.attention_mask is None:
+        return (0,) * request.batch_size
+    seen = request.attention_mask[:, :stop].to(torch.int8)
+    if seen.shape[1] != stop:
+        return None
+    number = seen.sum(dim=1)
+    # An item that is padding up to here begins later.
+    first = seen.argmax(dim=1).where(number > 0, stop)
+    last = stop - seen.flip(1).argmax(dim=1)
+    whole = last - first == number
+    starts, sound = torch.stack([first, whole.long()]).tolist()
+    return tuple(starts) if all(sound) else None

@@ -1,0 +1,180 @@
+"""Finds and loads a language model: random weights of a known shape, a folder, the hub, GGUF."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from xattn_video.errors import MissingPackageError
+
+RANDOM = "random:"
+# As the models' own configurations have them; what speed does not depend on is left out.
+_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3-8b": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "qwen2.5-7b": (
+        "qwen2",
+        {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny": (
+        "llama",
+        {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageSource:
+    """Where a language model comes from.
+
+    Attributes:
+        name: ``random:`` and a shape, a folder, a hub ID, or a ``.gguf`` file.
+        config: The configuration of the model.
+    """
+
+    name: str
+    config: Any
+
+    @property
+    def is_random(self) -> bool:
+        """Whether its weights are random: good for times and memory alone."""
+        return self.name.startswith(RANDOM)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of its text model."""
+        return self.config.get_text_config(decoder=True)
+
+    def count_parameters(self) -> int:
+        """Its parameters; makes no weights."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The model in evaluation mode, on its device."""
+        if self.is_random:
+            torch.manual_seed(0)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        else:
+            where, options = _where(self.name)
+            placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **placed)
+        return model.eval()
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ValueError: The model has none.
+        """
+        where, options = _where(self.name)
+        try:
+            return AutoTokenizer.from_pretrained(where, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.name!r} has no tokenizer that can be read: {_first_line(error)}"
+            ) from None
+
+
+def find_language_model(name: str, max_tokens: int) -> LanguageSource:
+    """Read the configuration of a model.
+
+    Args:
+        name: As in `LanguageSource`.
+        max_tokens: The context of random weights, which have none of their own.
+
+    Raises:
+        ValueError: There is no such model, or it is none that predicts text.
+        MissingPackageError: A GGUF file without the package that reads it.
+    """
+    if name.startswith(RANDOM):
+        kind, shape = _shape(name.removeprefix(RANDOM))
+        config = AutoConfig.for_model(kind, **shape, max_position_embeddings=max_tokens)
+        return LanguageSource(name, config)
+    where, options = _where(name)
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(where).is_dir():
+            raise ValueError(f"{name!r} cannot be read: {_first_line(error)}") from None
+        raise ValueError(
+            f"{name!r} is no folder of a model, no .gguf file, no {RANDOM}SHAPE, and the hub does "
+            f"not give it: {_first_line(error)}"
+        ) from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{name!r} is a {config.model_type} model, which does not continue text by itself; "
+            "use a causal language model, such as Llama or Qwen2.5."
+        )
+    return LanguageSource(name, config)
+
+
+def _shape(name: str) -> tuple[str, dict[str, Any]]:
+    if name not in _SHAPES:
+        raise ValueError(
+            f"no shape is called {name!r}; use {RANDOM} and one of {', '.join(_SHAPES)}."
+        )
+    return _SHAPES[name]
+
+
+def _where(name: str) -> tuple[str, dict[str, Any]]:
+    """The folder or hub ID, and what else transformers must know to read it."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError(
+                f"the folder {name!r} has no config.json; give a folder that save_pretrained "
+                "wrote, or a .gguf file in it."
+            )
+        return name, {}
+    if not path.is_file():
+        raise ValueError(f"there is no file {name!r}; give the path of a .gguf file.")
+    if find_spec("gguf") is None:
+        raise MissingPackageError(
+            f"{name!r} needs the package gguf, not installed here; pip install gguf."
+        )
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

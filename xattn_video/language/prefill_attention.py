@@ -1,0 +1,295 @@
+"""Attention under one name of transformers' attention interface, and its mask function."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from xattn_video.backends.table import resolve_backend
+from xattn_video.language.causal_dense import dense_causal_attention
+from xattn_video.language.masks import TOO_FEW, CausalBounds, MaskRequest, decide_prefill
+from xattn_video.language.prefill_report import SPARSE, PrefillRecorder
+from xattn_video.language.prefill_settings import PrefillSettings
+from xattn_video.ops.attention import compute_attention
+from xattn_video.ops.blocks import count_causal_blocks
+from xattn_video.ops.problem import AttentionInputs
+from xattn_video.ops.scoring import ScoringInputs
+from xattn_video.ops.selection import compute_selection
+
+# Arguments that change attention's weights, as models pass them, and what they are.
+_NOT_COMPUTED = {
+    "softcap": "soft-capped scores, as in Gemma 2",
+    "s_aux": "attention sinks, as in gpt-oss",
+    "position_bias": "a bias for positions",
+}
+_USE_ANOTHER = 'use attn_implementation="eager" or another that computes it'
+_REASON = "_xattn_reason"
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerPlan:
+    """What a layer does in a sparse forward pass: tau `[H, 1]`, or why it runs dense."""
+
+    threshold: Tensor | None
+    reason: str | None
+
+
+class PrefillAttention:
+    """What transformers calls under one name: `make_mask` once a forward pass, `attend` in layers.
+
+    Attributes:
+        name: The name.
+        settings: The settings.
+        recorder: Counts what runs.
+    """
+
+    def __init__(self, name: str, settings: PrefillSettings) -> None:
+        self.name = name
+        self.settings = settings
+        self.recorder = PrefillRecorder()
+        self._plans: dict[tuple[int | None, int, torch.device], _LayerPlan] = {}
+        # Of layers that are handed no mask, by whether a window limits them.
+        self._unmasked: dict[bool, str] = {}
+        self._warned = False
+
+    def make_mask(self, **arguments: Any) -> Tensor | None:
+        """The bounds of plain causal attention as int64, or the mask that SDPA takes."""
+        if torch.compiler.is_compiling():
+            self.recorder.compiled = True
+            return sdpa_mask(**arguments)
+        request = MaskRequest.of(arguments)
+        decision = decide_prefill(
+            request,
+            block_size=self.settings.sparse.block_size,
+            min_tokens=self.settings.min_tokens_on(torch.device(request.device).type),
+        )
+        tokens = request.batch_size * request.q_length
+        if isinstance(decision, CausalBounds):
+            planned = (self.settings.dense_reason or SPARSE) if decision.sparse else TOO_FEW
+            self.recorder.count_forward(planned, tokens)
+            return decision.to_tensor()
+        self.recorder.count_forward(decision, tokens)
+        if decision == "gradients":
+            self._warn_of_gradients()
+        mask = sdpa_mask(**arguments)
+        if mask is None:
+            self._unmasked[request.local_size is not None] = decision
+        else:
+            setattr(mask, _REASON, decision)
+        return mask
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **arguments: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of one layer.
+
+        Args:
+            module: The layer's attention module.
+            query: `[B, H, Sq, D]`.
+            key, value: `[B, Hkv, Sk, D]`; Hkv divides H.
+            attention_mask: What `make_mask` made, or the user's own mask.
+            arguments: The rest of what transformers passes, such as ``scaling``.
+
+        Returns:
+            `[B, Sq, H, D]`, and no weights.
+
+        Raises:
+            ValueError: The model's attention is of a kind that this does not compute.
+            BackendUnavailableError: The backend cannot run the layer.
+        """
+        self._refuse(module, key, value, arguments)
+        if attention_mask is not None and attention_mask.dtype == torch.int64:
+            out = self._attend_within(
+                module, query, key, value, attention_mask, arguments.get("scaling")
+            )
+            return out.transpose(1, 2), None
+        if torch.compiler.is_compiling():
+            self.recorder.compiled = True
+        else:
+            reason = self._dense_reason(module, query, attention_mask, arguments)
+            self.recorder.count_dense(_number(module), reason)
+        attended: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **arguments
+        )
+        return attended
+
+    def _refuse(
+        self, module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]
+    ) -> None:
+        """Raise for attention that is not the softmax of scaled products alone."""
+        found = None
+        for name, what in _NOT_COMPUTED.items():
+            if arguments.get(name) is not None:
+                found = what
+        if arguments.get("dropout"):
+            found = "dropout; call model.eval() first"
+        sizes = key.shape[-1], value.shape[-1]
+        if sizes[0] != sizes[1]:
+            found = (
+                f"values of another size ({sizes[1]}) than keys ({sizes[0]}), as in DeepSeek's "
+                "latent attention"
+            )
+        if found is not None:
+            self.recorder.num_refused += 1
+            raise ValueError(
+                f"{self.name} does not compute {found} ({type(module).__name__}); {_USE_ANOTHER}."
+            )
+
+    def _dense_reason(
+        self, module: nn.Module, query: Tensor, mask: Tensor | None, arguments: dict[str, Any]
+    ) -> str:
+        """Why a layer without bounds runs dense."""
+        if query.shape[2] == 1:
+            return "decode"
+        causal = arguments.get("is_causal")
+        if not (getattr(module, "is_causal", True) if causal is None else causal):
+            return "not causal"
+        if mask is not None:
+            return getattr(mask, _REASON, "other mask")
+        return self._unmasked.get(_has_window(module), "other mask")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attend_within(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        scaling: float | None,
+    ) -> Tensor:
+        """Attention within bounds, `[B, H, Sq, D]`; rows of padding are 0."""
+        bounds = CausalBounds.of(mask)
+        assert bounds is not None
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        key, value = key[:, :, : bounds.stop], value[:, :, : bounds.stop]
+        plan = self._plan(module, query) if bounds.sparse else _LayerPlan(None, TOO_FEW)
+        layer = _LayerRun(self, _number(module), plan, scale)
+        if not any(bounds.first):
+            out = layer.attend(query, key, value)
+        else:
+            B, H, Sq, _ = query.shape
+            out = query.new_zeros(B, Sq, H, value.shape[3]).transpose(1, 2)
+            for number, first in enumerate(bounds.first):
+                # The first query that is no padding; the chunk may be all padding.
+                row = max(first - (bounds.stop - Sq), 0)
+                if row < Sq:
+                    item = slice(number, number + 1)
+                    out[item, :, row:] = layer.attend(
+                        query[item, :, row:], key[item, :, first:], value[item, :, first:]
+                    )
+        layer.record()
+        return out
+
+    def _plan(self, module: nn.Module, query: Tensor) -> _LayerPlan:
+        """What a layer does; the same for all forward passes."""
+        layer, heads = _number(module), query.shape[1]
+        place = layer, heads, query.device
+        if place not in self._plans:
+            config = getattr(module, "config", None)
+            if config is not None:
+                self.settings.check_model(config.num_hidden_layers, heads)
+            taus = self.settings.thresholds(layer, heads)
+            reason = None
+            if layer is not None and layer < self.settings.dense_layers:
+                reason = "dense layer"
+            elif all(tau == 1 for tau in taus):
+                reason = "threshold 1" if self.settings.sparse.density is None else "density 1"
+            threshold = torch.tensor(taus, dtype=torch.float32)[:, None].to(query.device)
+            self._plans[place] = _LayerPlan(threshold, reason)
+        return self._plans[place]
+
+    def _warn_of_gradients(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name} runs dense where gradients are on; call the model under "
+                "torch.no_grad() or torch.inference_mode().",
+                stacklevel=2,
+            )
+
+
+class _LayerRun:
+    """One layer in one forward pass, item by item where the items differ."""
+
+    def __init__(
+        self, attention: PrefillAttention, layer: int | None, plan: _LayerPlan, scale: float
+    ) -> None:
+        self._attention = attention
+        self._layer = layer
+        self._plan = plan
+        self._scale = scale
+        self._kept: Tensor | None = None
+        self._valid = 0
+        self._backend = ""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention, `[B, H, Sq, D]`."""
+        if self._plan.reason is not None:
+            return dense_causal_attention(query, key, value, self._scale)
+        sparse, recorder = self._attention.settings.sparse, self._attention.recorder
+        scoring = ScoringInputs(
+            query,
+            key,
+            sparse.block_size,
+            sparse.stride,
+            True,
+            None,
+            self._scale,
+            sparse.scoring_precision,
+        )
+        assert self._plan.threshold is not None
+        try:
+            blocks = compute_selection(
+                scoring, self._plan.threshold, by_count=sparse.density is not None
+            )
+            inputs = AttentionInputs(
+                query, key, value, blocks, sparse.block_size, True, None, self._scale
+            )
+            self._backend = resolve_backend(sparse.backend, inputs.problem)
+            out, _ = compute_attention(inputs, self._backend)
+        except (ValueError, RuntimeError):
+            recorder.num_refused += 1
+            raise
+        kept = blocks.counts.sum()
+        self._kept = kept if self._kept is None else self._kept + kept
+        B, H, Sq, _ = query.shape
+        self._valid += B * H * count_causal_blocks(Sq, key.shape[2], sparse.block_size)
+        return out
+
+    def record(self) -> None:
+        """Count what the layer did."""
+        recorder, reason = self._attention.recorder, self._plan.reason
+        if reason is not None:
+            recorder.count_dense(self._layer, reason)
+        elif self._kept is None:
+            # Every item's rows were padding.
+            recorder.count_dense(self._layer, "padding alone")
+        else:
+            recorder.count_sparse(self._layer, self._kept, self._valid, self._backend)
+
+
+def _has_window(module: nn.Module) -> bool:
+    """Whether a layer sees a limited number of tokens, by a sliding window or in chunks."""
+    config, number = getattr(module, "config", None), _number(module)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and number is not None:
+        return bool(kinds[number] != "full_attention")
+    # All layers are alike.
+    return any(getattr(of, "sliding_window", None) is not None for of in (module, config))
+
+
+def _number(module: nn.Module) -> int | None:
+    """The number of a layer, if it has one."""
+    number = getattr(module, "layer_idx", None)
+    return number if isinstance(number, int) else None

@@ -1,0 +1,213 @@
+"""What a language model's attention really did: sparse or dense, by layer and by forward pass."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xattn_video.files import write_json
+
+SPARSE = "sparse"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPrefill:
+    """One layer over all forward passes.
+
+    Attributes:
+        layer: Its number, from 0; None for layers without a number, such as a vision tower's.
+        sparse: How often it ran sparse.
+        dense: How often it ran dense, by reason.
+        kept: Blocks computed while it was sparse, over batch and heads.
+        valid: Blocks that dense attention would have computed then.
+    """
+
+    layer: int | None
+    sparse: int
+    dense: dict[str, int]
+    kept: int
+    valid: int
+
+    @property
+    def density(self) -> float | None:
+        """Kept over valid blocks; None if it never ran sparse."""
+        return self.kept / self.valid if self.valid else None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCount:
+    """Forward passes that were decided alike, for one kind of layer.
+
+    Attributes:
+        decision: ``"sparse"``, or why attention ran dense.
+        forwards: Their number.
+        tokens: The tokens that went in, padding included.
+    """
+
+    decision: str
+    forwards: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """What attention did since it was enabled.
+
+    A forward pass of a model whose layers are of two kinds, such as full and sliding, counts once
+    for each kind.
+
+    Attributes:
+        forwards: How forward passes were decided.
+        layers: What each layer did, by number.
+        backends: The backends of the sparse layers.
+        num_refused: Layers that could not be computed; each raised.
+        compiled: Whether torch.compile ran some of it, dense; those runs are not counted.
+    """
+
+    forwards: tuple[ForwardCount, ...]
+    layers: tuple[LayerPrefill, ...]
+    backends: tuple[str, ...]
+    num_refused: int
+    compiled: bool
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that ran sparse at least once, ascending."""
+        return tuple(one.layer for one in self.layers if one.sparse and one.layer is not None)
+
+    @property
+    def density(self) -> float | None:
+        """Kept over valid blocks of all that ran sparse; None if nothing did."""
+        valid = sum(one.valid for one in self.layers)
+        return sum(one.kept for one in self.layers) / valid if valid else None
+
+    @property
+    def sparse_tokens(self) -> int:
+        """Tokens of the forward passes that were to run sparse."""
+        return sum(one.tokens for one in self.forwards if one.decision == SPARSE)
+
+    @property
+    def dense_reasons(self) -> dict[str, int]:
+        """{reason: number of layer runs} for the layers that ran dense."""
+        reasons: Counter[str] = Counter()
+        for one in self.layers:
+            reasons.update(one.dense)
+        return dict(reasons)
+
+    def layer_densities(self) -> dict[int, float | None]:
+        """{layer: kept over valid blocks}, None unless sparse."""
+        return {one.layer: one.density for one in self.layers if one.layer is not None}
+
+    def summary(self) -> str:
+        """One line, such as "32/32 layers sparse over 32,768 tokens, density 0.21, 0 refused"."""
+        if not self.layers and not self.compiled:
+            return "nothing has run"
+        numbered = sum(one.layer is not None for one in self.layers)
+        parts = [
+            f"{len(self.sparse_layers)}/{numbered} layers sparse over {self.sparse_tokens:,} "
+            "tokens"
+        ]
+        if self.density is not None:
+            parts.append(f"density {self.density:.2f}")
+        if self.dense_reasons:
+            runs = ", ".join(f"{reason} {count}" for reason, count in self.dense_reasons.items())
+            parts.append(f"layer runs that were dense: {runs}")
+        if self.compiled:
+            parts.append("compiled code ran dense and is not counted")
+        return ", ".join([*parts, f"{self.num_refused} refused"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "summary": self.summary(),
+            "density": self.density,
+            "sparse_tokens": self.sparse_tokens,
+            "backends": list(self.backends),
+            "num_refused": self.num_refused,
+            "compiled": self.compiled,
+            "dense_reasons": self.dense_reasons,
+            "forwards": [
+                {"decision": one.decision, "forwards": one.forwards, "tokens": one.tokens}
+                for one in self.forwards
+            ],
+            "layers": [
+                {
+                    "layer": one.layer,
+                    "sparse": one.sparse,
+                    "dense": one.dense,
+                    "density": one.density,
+                }
+                for one in self.layers
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        write_json(path, self.to_dict())
+
+
+@dataclass(slots=True)
+class _LayerTally:
+    sparse: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+    kept: Tensor | None = None
+    valid: int = 0
+
+
+class PrefillRecorder:
+    """Counts what runs, without waiting for the device.
+
+    Attributes:
+        compiled: Set while torch.compile traces attention. Compiled code replays that, and could
+            not count without being compiled anew for each number.
+        num_refused: Layers that could not be computed.
+    """
+
+    def __init__(self) -> None:
+        self.compiled = False
+        self.num_refused = 0
+        self._forwards: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._layers: dict[int | None, _LayerTally] = {}
+        self._backends: set[str] = set()
+
+    def count_forward(self, decision: str, tokens: int) -> None:
+        """Count a forward pass of a kind of layer."""
+        self._forwards[decision] += 1
+        self._tokens[decision] += tokens
+
+    def count_dense(self, layer: int | None, reason: str) -> None:
+        """Count a layer that runs dense."""
+        self._tally(layer).dense[reason] += 1
+
+    def count_sparse(self, layer: int | None, kept: Tensor, valid: int, backend: str) -> None:
+        """Count a layer that ran sparse; ``kept`` is a scalar that stays on its device."""
+        tally = self._tally(layer)
+        tally.sparse += 1
+        tally.kept = kept if tally.kept is None else tally.kept + kept
+        tally.valid += valid
+        self._backends.add(backend)
+
+    def report(self) -> PrefillReport:
+        """What has run so far; waits for the device."""
+        numbered = sorted(self._layers, key=lambda layer: (layer is None, layer))
+        return PrefillReport(
+            tuple(
+                ForwardCount(decision, count, self._tokens[decision])
+                for decision, count in self._forwards.items()
+            ),
+            tuple(_as_layer(layer, self._layers[layer]) for layer in numbered),
+            tuple(sorted(self._backends)),
+            self.num_refused,
+            self.compiled,
+        )
+
+    def _tally(self, layer: int | None) -> _LayerTally:
+        return self._layers.setdefault(layer, _LayerTally())
+
+
+def _as_layer(layer: int | None, tally: _LayerTally) -> LayerPrefill:
+    kept = 0 if tally.kept is None else int(tally.kept)
+    return LayerPrefill(layer, tally.sparse, dict(tally.dense), kept, tally.valid)

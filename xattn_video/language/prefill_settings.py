@@ -1,0 +1,134 @@
+"""The settings of sparse prefill: `SparseSettings` without denoising steps, and dense layers."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
+from xattn_video.policy.settings import SparseSettings
+
+DEFAULT_PREFILL_THRESHOLD = 0.9
+# Sparse prefill of SmolLM2-135M took longer than dense up to 4,096 tokens on a CPU and less from
+# 8,192 on.
+MIN_TOKENS_CPU = 8192
+# Those fields that say something of a forward pass without denoising steps.
+PREFILL_FIELDS = (
+    "stride",
+    "block_size",
+    "min_tokens",
+    "backend",
+    "scoring_precision",
+    "density",
+)
+# What a whole `SparseSettings` may set; the warm-up is not used, and on by default.
+_TAKEN = {"threshold", "warmup_steps", *PREFILL_FIELDS}
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSettings:
+    """When and how a language model's prefill is sparse.
+
+    Attributes:
+        sparse: The settings of sparse attention. Its warm-up is not used.
+        dense_layers: Number of first layers that stay dense.
+
+    Raises:
+        ValueError, TypeError: A setting is out of range, of a wrong type, or differs between
+            denoising steps, which a language model does not have.
+    """
+
+    sparse: SparseSettings
+    dense_layers: int = field(
+        default=0, metadata={"help": "Number of first layers that stay dense."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, bool) or not isinstance(self.dense_layers, int):
+            raise TypeError(f"dense_layers must be a whole number, got {self.dense_layers!r}.")
+        if self.dense_layers < 0:
+            raise ValueError(
+                f"dense_layers must be at least 0, got {self.dense_layers}; use 0 for none."
+            )
+        for source in fields(self.sparse):
+            value = getattr(self.sparse, source.name)
+            if source.name not in _TAKEN and value != source.default:
+                raise ValueError(
+                    f"{source.name}={value!r} says nothing to a language model; leave it out."
+                )
+        schedule = self.sparse.schedule
+        points = (
+            [schedule.points, *schedule.layers.values(), *schedule.heads.values()]
+            if isinstance(schedule, ThresholdSchedule)
+            else []
+        )
+        if not points or any(len(of_steps) > 1 for of_steps in points):
+            raise ValueError(
+                "a threshold that differs between denoising steps says nothing to a language "
+                "model; give one value, or a ThresholdSchedule with one point for each layer or "
+                "head."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        threshold: "ThresholdLike | SparseSettings | None",
+        dense_layers: int = 0,
+        **options: Any,
+    ) -> "PrefillSettings":
+        """Settings made from the arguments of `enable_xattention` or `register_attention`."""
+        unknown = [name for name in options if name not in PREFILL_FIELDS]
+        if unknown:
+            raise TypeError(
+                f"{unknown[0]} is no setting of a language model; use threshold, dense_layers, "
+                f"{', '.join(PREFILL_FIELDS)}."
+            )
+        if threshold is None and options.get("density") is None:
+            threshold = DEFAULT_PREFILL_THRESHOLD
+        return cls(SparseSettings.of(threshold, **options), dense_layers)
+
+    @property
+    def dense_reason(self) -> str | None:
+        """Why every layer runs dense by these settings; None if one can run sparse."""
+        if not self.sparse.schedule.is_dense:
+            return None
+        return "threshold 1" if self.sparse.density is None else "density 1"
+
+    def min_tokens_on(self, device_type: str) -> int:
+        """Tokens from which prefill runs sparse.
+
+        On CUDA that is the length from which video attention pays, until it is measured for
+        causal attention.
+        """
+        if self.sparse.min_tokens is None and device_type != "cuda":
+            return MIN_TOKENS_CPU
+        return self.sparse.min_tokens_on(device_type)
+
+    def thresholds(self, layer: int | None, num_heads: int) -> list[float]:
+        """Tau of every head of a layer, or the density in its place.
+
+        Raises:
+            ValueError: The thresholds differ between layers, and the layer has no number.
+        """
+        schedule = self.sparse.schedule
+        if layer is None and not schedule.is_uniform:
+            raise ValueError(
+                "the thresholds differ between layers, but this layer has no layer_idx; give one "
+                "threshold for all."
+            )
+        return [schedule.threshold(0, layer, head) for head in range(num_heads)]
+
+    def check_model(self, num_layers: int, num_heads: int) -> None:
+        """Raise ValueError if a layer or head is named that the model lacks, or none is sparse."""
+        if self.dense_layers >= num_layers:
+            raise ValueError(
+                f"dense_layers must be below the model's {num_layers} layers, got "
+                f"{self.dense_layers}; use fewer."
+            )
+        schedule = self.sparse.schedule
+        if isinstance(schedule, ThresholdSchedule):
+            schedule.check_model(num_layers, num_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        sparse = self.sparse.to_dict()
+        used = ("threshold", *PREFILL_FIELDS)
+        return {name: sparse[name] for name in used} | {"dense_layers": self.dense_layers}

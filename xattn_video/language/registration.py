@@ -1,0 +1,203 @@
+"""Gives transformers a name for sparse prefill, and one model that name."""
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from xattn_video.errors import MissingPackageError, UnsupportedModelError
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers import __version__ as _version
+except ImportError:
+    raise MissingPackageError(
+        "sparse prefill needs transformers, not installed here; pip install transformers."
+    ) from None
+from xattn_video.language.prefill_attention import PrefillAttention
+from xattn_video.language.prefill_report import PrefillReport
+from xattn_video.language.prefill_settings import PrefillSettings
+from xattn_video.policy.schedule import ThresholdLike
+from xattn_video.policy.settings import SparseSettings
+
+# Of the names of handles.
+_PREFIX = "xattention-"
+# transformers takes another branch for a name that holds one of these.
+_OTHERS = ("eager", "sdpa", "flash", "flex", "paged", "/", "|")
+
+
+# Before, masks of static caches could not be left out (nor replaced by bounds).
+_OLDEST = (5, 14)
+
+
+class LanguageHandle(AbstractContextManager["LanguageHandle"]):
+    """Sparse prefill under one name, until `disable` or the end of a ``with`` block.
+
+    Attributes:
+        name: The name for transformers' ``attn_implementation``.
+    """
+
+    def __init__(self, attention: PrefillAttention, model: PreTrainedModel | None = None) -> None:
+        check_transformers()
+        self.name = attention.name
+        self._attention = attention
+        self._model = model
+        self._previous: str | None = None
+        _register(attention)
+        if model is not None:
+            self._previous = _text_config(model)._attn_implementation
+            self._give_to(model)
+
+    def report(self) -> PrefillReport:
+        """What has run under this name; stays available after `disable`."""
+        return self._attention.recorder.report()
+
+    def disable(self) -> None:
+        """Give the model its previous attention, and remove the name. A second call does nothing.
+
+        A name given by `register_attention` must not be in use by then.
+        """
+        model, self._model = self._model, None
+        if model is not None and _text_config(model)._attn_implementation == self.name:
+            model.set_attn_implementation(_for_text(model, self._previous))
+        _unregister(self._attention)
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.disable()
+
+    def _give_to(self, model: PreTrainedModel) -> None:
+        try:
+            model.set_attn_implementation(_for_text(model, self.name))
+        except BaseException:
+            _unregister(self._attention)
+            raise
+        if _text_config(model)._attn_implementation != self.name:
+            _unregister(self._attention)
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has attention of its own that does not go through "
+                "transformers' attention interface; its attention cannot be replaced."
+            )
+
+
+def register_attention(
+    threshold: "ThresholdLike | SparseSettings | None" = None,
+    *,
+    name: str = "xattention",
+    dense_layers: int = 0,
+    **options: Any,
+) -> LanguageHandle:
+    """Give transformers a name, for ``attn_implementation="xattention"``.
+
+    Long causal prefill then runs sparse in every model that has the name; all else runs as with
+    ``"sdpa"``. Registering a name again replaces what it stands for.
+
+    Args:
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1]; 0.9 if neither it nor
+            ``density`` is given. A `ThresholdSchedule` may give layers and heads their own. Or a
+            whole `SparseSettings`.
+        name: The name.
+        dense_layers: Number of first layers that stay dense.
+        options: ``stride``, ``block_size``, ``min_tokens`` (8192 by default, 16384 on CUDA),
+            ``backend``, ``scoring_precision`` and ``density``, as in `XAttnProcessor`.
+
+    Returns:
+        A handle with ``report()``, and ``disable()``, which removes the name.
+
+    Raises:
+        ValueError, TypeError: A setting or the name is not usable.
+    """
+    taken = [other for other in _OTHERS if other in name]
+    if not name or taken:
+        raise ValueError(
+            f"transformers reads {taken[0] if taken else name!r} in a name in its own way, got "
+            f'{name!r}; use another, such as "xattention".'
+        )
+    return LanguageHandle(
+        PrefillAttention(name, PrefillSettings.of(threshold, dense_layers, **options))
+    )
+
+
+def enable_prefill(
+    model: PreTrainedModel,
+    threshold: "ThresholdLike | SparseSettings | None" = None,
+    *,
+    dense_layers: int = 0,
+    **options: Any,
+) -> LanguageHandle:
+    """Let one model's long prefill run sparse; of a vision-language model, the text model's.
+
+    Args:
+        model: Of transformers, with causal attention.
+        threshold, dense_layers, options: As in `register_attention`.
+
+    Returns:
+        A handle with ``report()`` and ``disable()``; also a context manager.
+
+    Raises:
+        UnsupportedModelError: The model is no causal language model, or its attention cannot be
+            replaced.
+        RuntimeError: XAttention is already enabled on the model.
+        ValueError, TypeError: A setting is not usable, or names a layer or a head that the model
+            lacks.
+    """
+    config = _text_config(model)
+    present = AttentionInterface().get(config._attn_implementation)
+    of = getattr(present, "__self__", None)
+    if isinstance(of, PrefillAttention) and of.name.startswith(_PREFIX):
+        raise RuntimeError(
+            "XAttention is already enabled on this model; call disable() on its handle first."
+        )
+    settings = PrefillSettings.of(threshold, dense_layers, **options)
+    settings.check_model(config.num_hidden_layers, config.num_attention_heads)
+    return LanguageHandle(PrefillAttention(_free_name(), settings), model)
+
+
+def _free_name() -> str:
+    """The registry is global: models with settings of their own have names of their own."""
+    number = 1
+    while f"{_PREFIX}{number}" in AttentionInterface():
+        number += 1
+    return f"{_PREFIX}{number}"
+
+
+def check_transformers() -> None:
+    """Raise MissingPackageError if transformers is too old."""
+    if tuple(map(int, _version.split(".")[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise MissingPackageError(
+            f"sparse prefill needs transformers {oldest} or newer, got {_version}; "
+            "pip install -U transformers."
+        )
+
+
+def _register(attention: PrefillAttention) -> None:
+    AttentionInterface.register(attention.name, attention.attend)
+    AttentionMaskInterface.register(attention.name, attention.make_mask)
+
+
+def _unregister(attention: PrefillAttention) -> None:
+    """Remove the name, unless another has taken it; transformers has no call for that."""
+    if AttentionInterface._global_mapping.get(attention.name) == attention.attend:
+        del AttentionInterface._global_mapping[attention.name]
+        del AttentionMaskInterface._global_mapping[attention.name]
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the causal language model in a model."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an encoder and a decoder; supported are decoder-only "
+            "language models, alone or behind a vision tower."
+        )
+    return model.config.get_text_config(decoder=True)
+
+
+def _for_text(model: PreTrainedModel, name: str | None) -> Any:
+    """The argument of `set_attn_implementation` that leaves a vision tower alone."""
+    text = _text_config(model)
+    keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
+    return {keys[0]: name} if keys else name

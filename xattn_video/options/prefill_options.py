@@ -1,0 +1,108 @@
+"""Options of `xattn-video prefill`: the prompt, and when attention is sparse."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from xattn_video.language.prefill_settings import (
+    DEFAULT_PREFILL_THRESHOLD,
+    MIN_TOKENS_CPU,
+    PREFILL_FIELDS,
+    PrefillSettings,
+)
+from xattn_video.options.command import Group, knob, option
+from xattn_video.options.groups import SPARSITY, read_schedule
+from xattn_video.policy.settings import SparseSettings
+
+DEFAULT_NEEDLE = "blue lanterns by the river"
+# What differs from video.
+_CHANGES: dict[str, dict[str, str]] = {
+    "threshold": {"shown_default": f"{DEFAULT_PREFILL_THRESHOLD}"},
+    "min_tokens": {
+        "shown_default": f"16384 on CUDA, else {MIN_TOKENS_CPU}",
+        "help": "With fewer tokens so far, a chunk runs dense.",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LongPrompt:
+    """The prompt of `xattn-video prefill`, and what to measure.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    model: str = knob(
+        "A hub ID, a folder, a .gguf file, or random:SHAPE (random weights, for speed and memory "
+        "alone).",
+        ...,
+        panel="Prompt",
+    )
+    tokens: int = knob("Tokens of the prompt.", 131072, panel="Prompt")
+    chunk_size: int = knob("Tokens of a forward pass.", 32768, panel="Prompt")
+    needle: str | None = knob(
+        "Text to hide in filler and to ask for.",
+        panel="Prompt",
+        shown_default=f"{DEFAULT_NEEDLE}; none with random weights",
+    )
+    depth: float = knob("Where it lies: 0 at the beginning, 1 at the end.", 0.5, panel="Prompt")
+    beyond_context: bool = knob(
+        "Allow more tokens than the model's context, for speed and memory alone.",
+        False,
+        "--beyond-context",
+        panel="Prompt",
+    )
+    compare: str | None = knob(
+        "Also run dense (without a mask of all keys) or sdpa (the model's own), and compare.",
+        panel="Run",
+        shown_default="sparse alone",
+    )
+    plan: bool = knob("Print the plan and stop.", False, "--plan", panel="Run")
+    force: bool = knob("Run even if the memory seems too small.", False, "--force", panel="Run")
+    report: Path | None = knob("JSON file: plan, times and what ran.", panel="Run")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}; use 32768."
+                )
+        if not 0 <= self.depth <= 1:
+            raise ValueError(f"depth must lie in [0, 1], got {self.depth:g}; use 0.5.")
+        if self.compare not in (None, "dense", "sdpa"):
+            raise ValueError(f"compare must be dense or sdpa, got {self.compare!r}.")
+        if self.needle is not None and not self.needle.strip():
+            raise ValueError("needle is empty; give a few words.")
+
+
+@dataclass(frozen=True, slots=True)
+class _FromFile:
+    schedule: Path | None = knob("JSON file with a threshold for each layer.", panel=SPARSITY)
+
+
+def prefill_settings() -> Group:
+    """When and how prefill is sparse: `PrefillSettings`."""
+    options = {
+        source.name: option(source, panel=SPARSITY, **_CHANGES.get(source.name, {}))
+        for source in fields(SparseSettings)
+        if source.name in ("threshold", *PREFILL_FIELDS)
+    }
+    options["dense_layers"] = option(
+        next(source for source in fields(PrefillSettings) if source.name == "dense_layers"),
+        panel=SPARSITY,
+    )
+    options["schedule"] = option(fields(_FromFile)[0])
+    return Group(options, _make)
+
+
+def _make(values: dict[str, Any]) -> PrefillSettings:
+    ways = {f"--{name}": values[name] for name in ("threshold", "schedule", "density")}
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
+    threshold = values["threshold"]
+    if values["schedule"] is not None:
+        threshold = read_schedule(values["schedule"])
+    given = {name: values[name] for name in PREFILL_FIELDS if values[name] is not None}
+    return PrefillSettings.of(threshold, values["dense_layers"], **given)
