@@ -169,7 +169,7 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
     preset, other = "preset=fast", "density=0.2,token-order=hilbert,mask_every=4"
     alone = names(setting=[preset, other])
     assert alone == [
-        "density0.1-warmup4-stride8-hilbert-firstorder-refresh20",
+        "density0.05-warmup4-stride8-hilbert-firstorder-refresh15",
         "density0.2-warmup4-stride8-hilbert-mask4",
     ]
     assert names(thresholds="0.9", setting=[other])[0] == "tau0.9-warmup4-stride8"

@@ -246,8 +246,8 @@ def test_refreshes_are_counted_apart(pipe):
         density=0.3, block_size=16, warmup_steps=1, min_tokens=0, refresh_every=2
     )
     result = generate(pipe, request(sparse=settings))
-    assert [step.kind for step in result.steps] == ["dense", "refresh", "sparse", "refresh"]
-    seconds = zip((9.0, 10.0, 2.0, 12.0), result.steps, strict=True)
+    assert [step.kind for step in result.steps] == ["refresh", "sparse", "refresh", "dense"]
+    seconds = zip((10.0, 2.0, 12.0, 9.0), result.steps, strict=True)
     steps = tuple(replace(step, seconds=second) for second, step in seconds)
     result = replace(result, steps=steps)
     assert (result.seconds_per_sparse_step, result.seconds_per_refresh_step) == (2.0, 11.0)

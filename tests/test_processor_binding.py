@@ -227,5 +227,6 @@ def test_the_defaults_are_those_of_the_paper():
     assert repr(XAttnProcessor()) == (
         "XAttnProcessor(threshold=0.95, stride=8, block_size=128, warmup_steps=5, "
         "cooldown_steps=0, min_tokens=None, backend='auto', scoring_precision='auto', "
-        "density=None, refresh_every=None, residual='auto')"
+        "density=None, token_order='raster', compensation='none', mask_every=1, "
+        "refresh_every=None, residual='auto')"
     )

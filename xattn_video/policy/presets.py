@@ -10,9 +10,9 @@ Preset: TypeAlias = Literal["quality", "balanced", "fast"]
 
 _COMPACT = {"token_order": "hilbert", "compensation": "first-order"}
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "quality": {"density": 0.2, "refresh_every": 6} | _COMPACT,
-    "balanced": {"density": 0.1, "refresh_every": 12} | _COMPACT,
-    "fast": {"density": 0.1, "refresh_every": 20} | _COMPACT,
+    "quality": {"density": 0.15, "refresh_every": 10} | _COMPACT,
+    "balanced": {"density": 0.1, "refresh_every": 15} | _COMPACT,
+    "fast": {"density": 0.05, "refresh_every": 15} | _COMPACT,
 }
 """Arguments of `SparseSettings`; docs/fewer-blocks.md has what was measured with each."""
 
