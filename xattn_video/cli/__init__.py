@@ -12,7 +12,8 @@ from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
 from xattn_video.cli.prefill import prefill
 from xattn_video.options.command import CONTEXT_SETTINGS
-from xattn_video.reporting.console import OneLineErrors
+from xattn_video.pipelines.job_ranks import joined_ranks
+from xattn_video.reporting.console import OneLineErrors, print_error
 
 app = typer.Typer(
     name="xattn-video",
@@ -61,4 +62,5 @@ def _options(
 
 def main() -> None:
     """Entry point of `xattn-video`."""
-    app()
+    with joined_ranks(print_error) as ranks:
+        app(obj=ranks)

@@ -17,7 +17,6 @@ from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.options.command import command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.pipelines.run_checks import refuse_ranks
 from xattn_video.reporting.console import ErrorsToExitCodes
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ def compare(
     """Measure how far sparse videos are from dense ones; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
 
-    refuse_ranks("xattn-video compare")
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)
     if files.reference is not None or files.candidate is not None:
         existing = FilesJob.of(

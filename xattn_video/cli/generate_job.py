@@ -1,6 +1,7 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ from xattn_video.cli.record import generation_record, job_record, shaping_record
 from xattn_video.cli.summary import print_summary
 from xattn_video.files import write_json
 from xattn_video.pipelines.item_folder import Attempts
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO
+from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
+    finishing_first,
     message_console,
     output_console,
     print_message,
@@ -25,6 +29,7 @@ from xattn_video.reporting.progress import GenerationProgress
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
+    from xattn_video.pipelines.generation import GenerationResult
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -37,6 +42,7 @@ class GenerateJob:
         verbose: Whether the libraries may speak.
         force: Whether to run what seems not to fit in memory.
         folder: Of the videos of a prompts file; None for a video by itself.
+        ranks, split: Who makes them, and how the work is shared.
     """
 
     load: "LoadOptions"
@@ -46,6 +52,8 @@ class GenerateJob:
     verbose: bool
     force: bool = False
     folder: PromptsFolder | None = None
+    ranks: JobRanks = field(default_factory=JobRanks)
+    split: WorkSplit = field(default_factory=WorkSplit)
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -76,14 +84,29 @@ def check_job(job: GenerateJob) -> None:
     if job.requests[0].sparse is None and any(job.outputs.plots):
         raise ValueError("--plot shows the density of sparse steps; --dense has none.")
     first = job.outputs.videos[0]
-    check_encoders(first.parent, [video.suffix.lower() for video in job.outputs.videos], job.fps)
+    if job.split.writes(job.ranks):
+        suffixes = [video.suffix.lower() for video in job.outputs.videos]
+        check_encoders(first.parent, suffixes, job.fps)
     if any(job.outputs.plots):
         require_matplotlib()
     # The requests share everything but the prompt.
     warnings = check_runs(job.load, job.requests[:1], job.force)
     if job.load.model == DEMO:
         warnings += unknown_words([request.prompt for request in job.requests])
-    print_warnings(warnings)
+    # One rank is enough to warn.
+    if job.ranks.is_first:
+        print_warnings(warnings)
+
+
+def claim_folder(job: GenerateJob, overwrite: bool) -> None:
+    """Make the folder of a prompts file that of this job.
+
+    Raises:
+        ValueError: It belongs to a run of other settings.
+    """
+    if job.folder is not None:
+        job.folder.adopt(job.settings(), overwrite)
+        job.folder.keep_names(job.requests, job.outputs.videos)
 
 
 def run_job(job: GenerateJob) -> None:
@@ -95,56 +118,80 @@ def run_job(job: GenerateJob) -> None:
     """
     if not job.verbose:
         quiet_libraries()
-    runs = _finished(job)
+    runs: dict[int, dict[str, Any]] = {}
     try:
-        _generate_missing(job, runs)
+        missing = job.ranks.share("missing prompts", lambda: _find_missing(job, runs))
+        if missing:
+            _generate_missing(job, missing, runs)
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None
 
 
+def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int]:
+    """The numbers of the prompts whose videos earlier runs have not made; ``runs`` gets others."""
+    for number, record in _finished(job).items():
+        runs[number] = record
+        plot = job.outputs.plots[number]
+        lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
+        print_message(f"{job.outputs.videos[number]} is there{lacks}")
+    _write_report(job, runs)
+    return [number for number in range(len(job.requests)) if number not in runs]
+
+
 def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
-    """The records of the videos that earlier runs made, by the number of the prompt."""
-    found: dict[int, dict[str, Any]] = {}
+    """The records of the videos that are there, by the number of the prompt."""
     if job.folder is None:
-        return found
-    job.folder.keep_names(job.requests, job.outputs.videos)
-    for number, key in enumerate(prompt_keys(job.requests)):
-        record = job.folder.record(key)
-        if record is not None:
-            found[number] = record["run"]
-            plot = job.outputs.plots[number]
-            lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
-            print_message(f"{job.outputs.videos[number]} is there{lacks}")
-    return found
+        return {}
+    records = map(job.folder.record, prompt_keys(job.requests))
+    return {number: record["run"] for number, record in enumerate(records) if record is not None}
 
 
-def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+def _generate_missing(
+    job: GenerateJob, missing: list[int], runs: dict[int, dict[str, Any]]
+) -> None:
     """Add the record of every video to ``runs`` once it is written."""
     from xattn_video.pipelines.loading import load_pipeline
     from xattn_video.pipelines.prompt_length import cut_prompts
 
-    missing = [number for number in range(len(job.requests)) if number not in runs]
-    keys, folder = prompt_keys(job.requests), job.folder
-    _write_report(job, runs)
-    if not missing:
-        return
+    folder, ranks = job.folder, job.ranks
     # A plain line: a spinner would hide the bars of a download.
     print_message(f"loading {job.load.model}")
+    if job.split.ranks_per_video > 1:
+        ranks.connect(job.load.resolved_device)
     pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
-    print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
+    job.split.share(pipe)
+    if ranks.is_first:
+        print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
     if folder is None:
         _generate_one(job, pipe, 0, runs)
         return
-    folder.forget_failures(keys[number] for number in missing)
-    attempts = Attempts(folder, print_message)
-    for number in missing:
-        video = job.outputs.videos[number]
-        with attempts.item(keys[number], video.name):
+    keys = [prompt_keys(job.requests)[number] for number in missing]
+    if ranks.is_first:
+        folder.forget_failures(keys)
+    ranks.meet()
+    if job.split.ranks_per_video > 1:
+        for number in missing:
+            # What fails on one rank leaves the others waiting: no video can follow it.
             _generate_one(job, pipe, number, runs)
-            folder.add(keys[number], [video], {"run": runs[number]})
-    attempts.conclude(len(missing))
+        return
+    attempts = Attempts(folder, print_message)
+    for number in ranks.deal(missing):
+        with attempts.item(prompt_keys(job.requests)[number], job.outputs.videos[number].name):
+            _generate_one(job, pipe, number, runs)
+    _conclude(job, attempts, keys)
+
+
+def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
+    """Wait for the other ranks, and raise RuntimeError if videos failed on any of them."""
+    assert job.folder is not None
+    job.ranks.meet()
+    if job.ranks.is_first and not job.ranks.is_alone:
+        attempts.failed = sum(job.folder.failure(key) is not None for key in keys)
+        _write_report(job, _finished(job))
+    if job.ranks.is_first:
+        attempts.conclude(len(keys))
 
 
 def _generate_one(
@@ -154,6 +201,38 @@ def _generate_one(
     runs: dict[int, dict[str, Any]],
 ) -> None:
     from xattn_video.pipelines.generation import generate
+
+    request, ranks = job.requests[number], job.ranks
+    title = shorten(request.prompt, 50, placeholder="...")
+    if len(job.requests) > 1:
+        title = f"{number + 1}/{len(job.requests)} {title}"
+    is_shared = job.split.ranks_per_video > 1
+    with ranks.computing(pipe) if is_shared else nullcontext(), _progress(job, title) as progress:
+        result = generate(pipe, request, progress)
+    if not job.split.writes(ranks):
+        return
+    # A launcher ends all ranks when one has ended: what is finished is kept.
+    with nullcontext() if ranks.is_alone else finishing_first():
+        _write_one(job, number, result, runs)
+
+
+def _progress(job: GenerateJob, title: str) -> Any:
+    """Shows a video's steps; those of several ranks would run into one another."""
+    if job.ranks.is_first:
+        return GenerationProgress(
+            message_console(), title, job.requests[0].video.num_inference_steps
+        )
+    print_message(title)
+    return nullcontext()
+
+
+def _write_one(
+    job: GenerateJob,
+    number: int,
+    result: "GenerationResult",
+    runs: dict[int, dict[str, Any]],
+) -> None:
+    """Write the files of a video, and say what they are."""
     from xattn_video.pipelines.video import write_video_or_keep_frames
 
     request, video, plot = (
@@ -161,18 +240,15 @@ def _generate_one(
         job.outputs.videos[number],
         job.outputs.plots[number],
     )
-    title = shorten(request.prompt, 50, placeholder="...")
-    if len(job.requests) > 1:
-        title = f"{number + 1}/{len(job.requests)} {title}"
-    steps = request.video.num_inference_steps
-    with GenerationProgress(message_console(), title, steps) as progress:
-        result = generate(pipe, request, progress)
     replaced = video.exists()
     write_video_or_keep_frames(video, result.frames, job.fps)
     runs[number] = generation_record(request, result, video)
     if plot is not None and result.report is not None:
         result.report.plot(plot)
-    _write_report(job, runs)
+    if not job.split.by_prompt:
+        _write_report(job, runs)
+    if job.folder is not None:
+        job.folder.add(prompt_keys(job.requests)[number], [video], {"run": runs[number]})
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}

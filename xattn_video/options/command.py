@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.reporting.console import ErrorsToExitCodes, expands_paths, log_choices
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -75,23 +76,28 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
     An argument that is a dataclass or is annotated with a `Group` stands for several options. The
-    argument of type `ErrorsToExitCodes` is the context in which the command runs. Every other
-    argument is one option. Every command has ``--verbose``, and its errors become one line and an
-    exit code.
+    argument of type `ErrorsToExitCodes` is the context in which the command runs, and that of type
+    `JobRanks` this process among several. Every other argument is one option. Every command has
+    ``--verbose``, and its errors become one line and an exit code.
     """
     groups: dict[str, Group] = {}
     options: dict[str, inspect.Parameter] = {}
-    running = []
+    running, several = [], []
     for name, parameter in inspect.signature(function).parameters.items():
         metadata = (*get_args(parameter.annotation)[1:], None)
         if parameter.annotation is ErrorsToExitCodes:
             running.append(name)
+        elif parameter.annotation is JobRanks:
+            several.append(name)
         elif isinstance(metadata[0], Group) or is_dataclass(parameter.annotation):
             groups[name] = metadata[0] or group_of(parameter.annotation)
             options |= groups[name].options
         else:
             options[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     single = [name for name in options if name in inspect.signature(function).parameters]
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
     verbose = inspect.Parameter(
         "verbose",
         inspect.Parameter.KEYWORD_ONLY,
@@ -99,13 +105,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         annotation=Annotated[bool, typer.Option("--verbose", help=_VERBOSE)],
     )
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
         log_choices(values["verbose"])
-        with ErrorsToExitCodes(values["verbose"]) as errors:
+        ranks = context.obj or JobRanks()
+        with ErrorsToExitCodes(values["verbose"], ranks.first_failure) as errors:
+            if not ranks.is_alone and not several:
+                raise ValueError(
+                    f"{context.command_path} runs as one process, got {ranks.count} ranks; "
+                    "start it without torchrun or accelerate launch."
+                )
+            ranks.agree("options", values)
             arguments = {name: values[name] for name in single}
             arguments |= {name: group.make(values) for name, group in groups.items()}
-            function(**arguments, **dict.fromkeys(running, errors))
+            arguments |= dict.fromkeys(running, errors) | dict.fromkeys(several, ranks)
+            function(**arguments)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = inspect.Signature([*options.values(), verbose])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([context, *options.values(), verbose])  # type: ignore[attr-defined]
     return expands_paths(run)

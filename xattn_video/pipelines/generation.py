@@ -18,6 +18,7 @@ from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import XAttnProcessor, enable_on_transformer
+from xattn_video.processors.context_parallel import is_split
 from xattn_video.processors.recorder import Observer
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ def generate_together(
 ) -> tuple[GenerationResult, ...]:
     """Generate several videos in one call of the pipeline.
 
+    Ranks that share the video, see `enable_context_parallel`, all call this with the same
+    requests.
+
     Args:
         pipe: The loaded pipeline; its attention processors are restored afterwards.
         requests: What to generate; they may differ only in prompt and seed.
@@ -160,7 +164,7 @@ def generate_together(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with _attention(pipe, first.sparse) as handle:
-        processor = handle.processor if handle else None
+        processor = handle.processor if handle and first.sparse else None
         if processor is not None:
             processor.observers.extend(observers)
         recorder = _StepRecorder(pipe, first.video.num_inference_steps, processor, on_step)
@@ -253,9 +257,10 @@ def _attention(
     pipe: "HunyuanVideoPipeline", settings: SparseSettings | None
 ) -> AbstractContextManager[Any]:
     """A context with sparse attention, or without any change."""
-    if settings is None:
+    if settings is None and not is_split(pipe.transformer):
         return nullcontext()
-    return enable_on_transformer(pipe, settings)
+    # Diffusers' own processor knows nothing of ranks.
+    return enable_on_transformer(pipe, settings or SparseSettings(threshold=1.0))
 
 
 def _check_shared_settings(requests: Sequence[GenerationRequest]) -> None:

@@ -38,6 +38,8 @@ class LoadOptions:
         vae_tiling: Decode the video in tiles. If None, on but for the demo model.
         attention_backend: A Diffusers attention backend for the dense steps.
         device_elsewhere: The device may be another machine's: options to plan with, not to load.
+        processes: Processes of this machine that load the model and share its host memory.
+        sharers: GPUs that share each video.
         gpu_memory: GiB of the GPU that is planned for, which is then the device unless one is
             given. If None, what is free on the device.
     """
@@ -50,6 +52,8 @@ class LoadOptions:
     attention_backend: str | None = None
     device_elsewhere: bool = False
     gpu_memory: float | None = None
+    processes: int = 1
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES.values():

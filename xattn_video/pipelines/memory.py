@@ -89,7 +89,7 @@ def find_room(options: LoadOptions) -> Room:
         host = min(host, int(limit) / _GIB) if limit.isdigit() else host
     device = options.resolved_device
     gpu = torch.cuda.mem_get_info(device)[0] / _GIB if device.type == "cuda" else None
-    return Room(gpu, host)
+    return Room(gpu, host / options.processes)
 
 
 def estimate_memory(
@@ -111,7 +111,7 @@ def estimate_memory(
     vae = shape.vae_parameters * others / _GIB
     grid = shape.grid(video.height, video.width, video.num_frames)
     tokens = grid[0] * grid[1] * grid[2] + shape.text_tokens
-    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB
+    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB / options.sharers
     decoding = _decoding_gib(shape, video, options.resolved_vae_tiling, others)
     # As the VAE leaves them, in float32 and as bytes.
     values = 3 * video.num_frames * video.height * video.width
