@@ -223,7 +223,21 @@ class ErrorsToExitCodes:
         if isinstance(error, Terminated) and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number in self._handled:
-            signal.signal(number, signal.SIG_DFL)
+            # A launcher ends all processes when one has failed: this one says why first.
+            signal.signal(number, signal.SIG_DFL if error is None else signal.SIG_IGN)
+        try:
+            self._report(kind, error, trace)
+        finally:
+            for number in self._handled:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _report(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Print an error, and raise its exit code."""
         if isinstance(error, KeyboardInterrupt):
             cause = self._judge(error, "")
             if cause:
