@@ -78,3 +78,16 @@ def test_a_wrong_argument_is_told_once(words, tmp_path):
     assert first.code == 2
     assert first.err == "error: fps must be at least 1, got 0; use 24.\n"
     assert second.err == ""
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_halves_of_the_ranks_compute_one_pass_each(num_ranks, words, generate, tmp_path):
+    asked = ["--prompt=a", *SPARSE, "--true-cfg-scale=2", "--report=run.json"]
+    assert generate(*asked, "--output=alone.mp4")[0] == 0
+    (alone,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    first, *others = launch([*words, *asked, "--output=both.mp4"], num_ranks, tmp_path)
+    assert [first.code, *(other.code for other in others)] == [0] * num_ranks, first.err
+    assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    (both,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert both["report"] == alone["report"]
+    assert [s["density"] for s in both["steps"]] == [s["density"] for s in alone["steps"]]

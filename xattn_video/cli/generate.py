@@ -29,8 +29,8 @@ class GenerateDetails:
     seed: int = knob("Seed of the initial noise, for every prompt.", 0, panel="Video")
     fps: int = knob("Frames per second of the file.", 24, panel="Video")
     parallel: str = knob(
-        "How the ranks that torchrun started share the work: ulysses (each video), prompts (of a "
-        "file) or auto.",
+        "How the ranks that torchrun started share the work: ulysses (tokens of each video), cfg "
+        "(the two passes of true guidance), prompts (of a file) or auto.",
         "auto",
         panel="Model",
     )
@@ -84,7 +84,7 @@ def generate(
     num_prompts = None if prompts.prompts_file is None else len(requests)
     shape = read_model_shape(find_model(load.model))
     split = choose_split(details.parallel, ranks.count, shape, video, num_prompts)
-    load = settle_offload(replace(load, sharers=split.ranks_per_video), video)
+    load = settle_offload(replace(load, sharers=split.ranks_per_pass), video)
     if split.by_prompt:
         speak()
     folder = None if prompts.prompts_file is None else PromptsFolder(files.output)

@@ -19,6 +19,7 @@ from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import XAttnProcessor, enable_on_transformer
 from xattn_video.processors.context_parallel import is_split
+from xattn_video.processors.guidance_split import guidance_split
 from xattn_video.processors.recorder import Observer
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def generate_together(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    with _attention(pipe, first.sparse) as handle:
+    with _attention(pipe, first.sparse) as handle, guidance_split(pipe.transformer) as guidance:
         processor = handle.processor if handle and first.sparse else None
         if processor is not None:
             processor.observers.extend(observers)
@@ -178,6 +179,9 @@ def generate_together(
         finally:
             hook.remove()
         report = processor.report() if processor else None
+        if report is not None and guidance is not None:
+            report = guidance.whole(report)
+            recorder.correct_densities(report)
     seconds = (time.perf_counter() - start) / len(requests)
     steps = tuple(replace(step, seconds=step.seconds / len(requests)) for step in recorder.steps)
     assert recorder.latents is not None
@@ -240,6 +244,12 @@ class _StepRecorder:
         # What the reading and showing took belongs to no step.
         self._last_end = self._now()
         return {}
+
+    def correct_densities(self, report: SparsityReport) -> None:
+        """Take the densities from a report that knows more than the processor of this rank."""
+        self.steps = [
+            replace(step, density=report.step_density(step.index)) for step in self.steps
+        ]
 
     def _now(self) -> float:
         """The time after the device has finished all its work."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.job_ranks import JobRanks
     from xattn_video.pipelines.model_shape import ModelShape
 
-Asked = Literal["auto", "ulysses", "prompts"]
+Asked = Literal["auto", "ulysses", "cfg", "prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +19,22 @@ class WorkSplit:
     Attributes:
         num_ranks: Of the job.
         by_prompt: Whether each rank makes videos of its own.
+        by_pass: Whether each half of the ranks computes one of the two passes of true guidance.
     """
 
     num_ranks: int = 1
     by_prompt: bool = False
+    by_pass: bool = False
 
     @property
     def ranks_per_video(self) -> int:
         """How many compute one video together."""
         return 1 if self.by_prompt else self.num_ranks
+
+    @property
+    def ranks_per_pass(self) -> int:
+        """How many share the tokens of a forward pass."""
+        return self.ranks_per_video // (2 if self.by_pass else 1)
 
     def writes(self, ranks: "JobRanks") -> bool:
         """Whether the rank has videos to write."""
@@ -35,10 +42,13 @@ class WorkSplit:
 
     def share(self, pipe: Any) -> None:
         """Set a loaded pipeline up for it."""
-        if self.ranks_per_video > 1:
-            from xattn_video.processors.context_parallel import enable_context_parallel
+        from xattn_video.processors.context_parallel import enable_context_parallel
+        from xattn_video.processors.guidance_split import enable_guidance_split
 
-            enable_context_parallel(pipe)
+        if self.by_pass:
+            enable_guidance_split(pipe)
+        if self.ranks_per_pass > 1:
+            enable_context_parallel(pipe, self.ranks_per_pass)
 
 
 def check_parallel(asked: str, num_ranks: int) -> None:
@@ -63,7 +73,8 @@ def choose_split(
 
     Args:
         asked: One of `Asked`. ``auto`` deals out the prompts of a file if every rank has one, and
-            else lets all ranks share each video.
+            else lets all ranks share each video: by passes where true guidance runs two, with
+            the tokens of each pass split beyond two ranks, else by tokens alone.
         num_ranks: Of the job.
         shape: The sizes of the model.
         video: The size of each video.
@@ -82,10 +93,20 @@ def choose_split(
         )
     if asked == "prompts" or (asked == "auto" and (num_prompts or 0) >= num_ranks):
         return WorkSplit(num_ranks, by_prompt=True)
-    divisors = [part for part in range(2, shape.heads + 1) if shape.heads % part == 0]
-    if shape.heads % num_ranks:
+    guided = video.true_cfg_scale > 1
+    if asked == "cfg" and (not guided or num_ranks % 2):
         raise ValueError(
-            f"{shape.heads} heads do not divide among {num_ranks} ranks; use "
-            f"{', '.join(map(str, divisors))} ranks, or --prompts-file with --parallel prompts."
+            "--parallel cfg lets each half of the ranks compute one of two passes, got "
+            f"true_cfg_scale={video.true_cfg_scale:g} with {num_ranks} ranks; use "
+            "--true-cfg-scale above 1 and an even number of ranks, or --parallel ulysses."
         )
-    return WorkSplit(num_ranks)
+    by_pass = asked == "cfg" or (asked == "auto" and guided and num_ranks % 2 == 0)
+    split = WorkSplit(num_ranks, by_pass=by_pass)
+    if shape.heads % split.ranks_per_pass:
+        fitting = [part for part in range(2, shape.heads + 1) if shape.heads % part == 0]
+        fitting = [part * 2 if by_pass else part for part in fitting]
+        raise ValueError(
+            f"{shape.heads} heads do not divide among {split.ranks_per_pass} ranks; use "
+            f"{', '.join(map(str, fitting))} ranks, or --prompts-file with --parallel prompts."
+        )
+    return split
