@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from command_line import run_cli
 from rich.console import Console
 
 from xattn_video import ThresholdSchedule
@@ -247,3 +248,21 @@ def test_a_scoring_precision_that_cannot_be_had_is_a_warning(monkeypatch):
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
     (warning,) = [w for w in plan(scoring_precision="float8").warnings if "float8" in w]
     assert warning.startswith('scoring precision "float8" is not available: no 8 bits.')
+
+
+def test_gpus_that_share_a_video_are_planned_for():
+    words = ["plan", "--model=demo", "--device=cpu", "--dtype=float32", "--height=512"]
+    one, two = (
+        json.loads(run_cli(*words, "--json", f"--num-gpus={number}")[1]) for number in (1, 2)
+    )
+    assert one["share"] == {"num_gpus": 1, "dense_step_speedup": 1.0, "sent_gib": 0.0}
+    assert two["memory"]["activations"] == one["memory"]["activations"] / 2
+    tokens, text, hidden, layers = two["video_tokens"], two["text_tokens"], 256, two["layers"]
+    # Half of what each holds goes to the other: three tensors of the video, then the output.
+    sent = (3 * tokens / 2 + tokens / 2 + text) / 2 * hidden * 4 * layers / 2**30
+    assert two["share"]["sent_gib"] == pytest.approx(sent)
+    assert 1.9 < two["share"]["dense_step_speedup"] < 2
+    code, out, err = run_cli(*words, "--num-gpus=3")
+    assert code == 0
+    assert "gpus       3 share each video, with these" in out
+    assert "heads do not divide among 3 GPUs" in err

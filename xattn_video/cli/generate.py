@@ -71,8 +71,6 @@ def generate(
 ) -> None:
     """Generate a video, or one for each line of a file; the same command resumes the latter."""
     from xattn_video.pipelines.memory import settle_offload
-    from xattn_video.pipelines.model_shape import read_model_shape
-    from xattn_video.pipelines.source import find_model
 
     check_parallel(details.parallel, ranks.count)
     load = ranks.place(load)
@@ -82,9 +80,8 @@ def generate(
     )
     ranks.agree("prompts", {"prompts": [request.prompt for request in requests]})
     num_prompts = None if prompts.prompts_file is None else len(requests)
-    shape = read_model_shape(find_model(load.model))
-    split = choose_split(details.parallel, ranks.count, shape, video, num_prompts)
-    load = settle_offload(replace(load, sharers=split.ranks_per_pass), video)
+    split = choose_split(details.parallel, ranks.count, load.model, video, num_prompts)
+    load = settle_offload(replace(load, num_gpus=split.ranks_per_pass), video)
     if split.by_prompt:
         speak()
     folder = None if prompts.prompts_file is None else PromptsFolder(files.output)

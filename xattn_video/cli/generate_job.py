@@ -259,4 +259,7 @@ def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     """Rewritten after every video, so that a run cut short leaves what it did."""
     if job.outputs.report is not None and runs:
         ordered = [runs[number] for number in sorted(runs)]
-        write_json(job.outputs.report, job_record(job.load, job.fps, ordered))
+        record = job_record(job.load, job.fps, ordered)
+        record["ranks"] = job.ranks.count
+        record["ranks_per_video"] = job.split.ranks_per_video
+        write_json(job.outputs.report, record)

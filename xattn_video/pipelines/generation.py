@@ -21,6 +21,7 @@ from xattn_video.processors import XAttnProcessor, enable_on_transformer
 from xattn_video.processors.context_parallel import is_split
 from xattn_video.processors.guidance_split import guidance_split
 from xattn_video.processors.recorder import Observer
+from xattn_video.processors.tile_split import tile_split
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -172,9 +173,10 @@ def generate_together(
         # Denoising begins when the transformer is first called, after the text is encoded.
         hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
         try:
-            videos = pipe(
-                **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
-            ).frames
+            with tile_split(pipe.vae):
+                videos = pipe(
+                    **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
+                ).frames
             frames = [_to_bytes(video, pipe.vae.dtype) for video in videos]
         finally:
             hook.remove()

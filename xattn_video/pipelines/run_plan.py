@@ -47,6 +47,21 @@ class SpeedupBound:
 
 
 @dataclass(frozen=True, slots=True)
+class SharePlan:
+    """What several GPUs gain that share the tokens of each video, counting only arithmetic.
+
+    Attributes:
+        num_gpus: How many.
+        dense_step_speedup: The largest possible, against one GPU. Each computes all text tokens.
+        sent_gib: What each GPU sends to the others in a step.
+    """
+
+    num_gpus: int
+    dense_step_speedup: float
+    sent_gib: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunPlan:
     """What a run will do, estimated from its sizes."""
 
@@ -74,6 +89,7 @@ class RunPlan:
     device_is_here: bool
     dtype: str
     backend: str | None
+    share: SharePlan
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +145,11 @@ def plan_run(
             backend, found = _choose_backend(shape, settings, options)
             warnings += found
     warnings += [shortage] if shortage else []
+    if shape.heads % options.num_gpus:
+        warnings.append(
+            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs: one video cannot "
+            "be shared so. Use another number, or generate --prompts-file with --parallel prompts."
+        )
     warnings += _cpu_warnings(device, tflop * steps)
     return RunPlan(
         grid=grid,
@@ -153,6 +174,7 @@ def plan_run(
         device_is_here=options.device_is_here,
         dtype=str(options.resolved_dtype).removeprefix("torch."),
         backend=backend,
+        share=_share_plan(shape, video_tokens, forwards, options),
         warnings=tuple(warnings),
     )
 
@@ -162,6 +184,19 @@ def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:
     attention = 4 * tokens**2 * shape.hidden * shape.layers
     linear = 2 * tokens * shape.linear_parameters * shape.layers
     return attention + linear, attention / (attention + linear)
+
+
+def _share_plan(
+    shape: ModelShape, video_tokens: int, forwards: int, options: LoadOptions
+) -> SharePlan:
+    count, text_tokens = options.num_gpus, shape.text_tokens
+    alone, share = _arithmetic(shape, video_tokens + text_tokens)
+    own_tokens = video_tokens / count + text_tokens
+    linear = alone * (1 - share) * own_tokens / (video_tokens + text_tokens)
+    # Queries, keys and values of the video there, the output of video and text back.
+    rows = (3 * video_tokens / count + own_tokens) * (count - 1) / count
+    sent = rows * shape.hidden * options.resolved_dtype.itemsize * shape.layers * forwards
+    return SharePlan(count, alone / (alone * share / count + linear), sent / 2**30)
 
 
 def _residual_bytes(shape: ModelShape, tokens: int, forwards: int, options: LoadOptions) -> int:

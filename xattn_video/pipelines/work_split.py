@@ -7,7 +7,6 @@ from xattn_video.pipelines.request import VideoSettings
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.job_ranks import JobRanks
-    from xattn_video.pipelines.model_shape import ModelShape
 
 Asked = Literal["auto", "ulysses", "cfg", "prompts"]
 
@@ -44,7 +43,10 @@ class WorkSplit:
         """Set a loaded pipeline up for it."""
         from xattn_video.processors.context_parallel import enable_context_parallel
         from xattn_video.processors.guidance_split import enable_guidance_split
+        from xattn_video.processors.tile_split import enable_tile_split
 
+        if self.ranks_per_video > 1:
+            enable_tile_split(pipe)
         if self.by_pass:
             enable_guidance_split(pipe)
         if self.ranks_per_pass > 1:
@@ -65,7 +67,7 @@ def check_parallel(asked: str, num_ranks: int) -> None:
 def choose_split(
     asked: str,
     num_ranks: int,
-    shape: "ModelShape",
+    model: str,
     video: VideoSettings,
     num_prompts: int | None,
 ) -> WorkSplit:
@@ -76,13 +78,16 @@ def choose_split(
             else lets all ranks share each video: by passes where true guidance runs two, with
             the tokens of each pass split beyond two ranks, else by tokens alone.
         num_ranks: Of the job.
-        shape: The sizes of the model.
+        model: As in `LoadOptions`.
         video: The size of each video.
         num_prompts: In the prompts file; None for a single prompt.
 
     Raises:
         ValueError: The ranks cannot share it so.
     """
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.source import find_model
+
     check_parallel(asked, num_ranks)
     if num_ranks == 1:
         return WorkSplit()
@@ -102,11 +107,12 @@ def choose_split(
         )
     by_pass = asked == "cfg" or (asked == "auto" and guided and num_ranks % 2 == 0)
     split = WorkSplit(num_ranks, by_pass=by_pass)
-    if shape.heads % split.ranks_per_pass:
-        fitting = [part for part in range(2, shape.heads + 1) if shape.heads % part == 0]
+    heads = read_model_shape(find_model(model)).heads
+    if heads % split.ranks_per_pass:
+        fitting = [part for part in range(2, heads + 1) if heads % part == 0]
         fitting = [part * 2 if by_pass else part for part in fitting]
         raise ValueError(
-            f"{shape.heads} heads do not divide among {split.ranks_per_pass} ranks; use "
+            f"{heads} heads do not divide among {split.ranks_per_pass} ranks; use "
             f"{', '.join(map(str, fitting))} ranks, or --prompts-file with --parallel prompts."
         )
     return split
