@@ -28,6 +28,8 @@ def print_summary(
     lines = {"size": _size(request), "attention": _attention(result)}
     if result.report is not None:
         lines["backend"] = ", ".join(result.report.backends) or "none needed"
+        if result.report.imbalance is not None:
+            lines["ranks"] = f"the busiest has {result.report.imbalance:.2f}x its share of blocks"
     lines["time"] = _time(result)
     saved = result.estimated_seconds_saved
     if saved is not None:
