@@ -1,16 +1,18 @@
 """Runs `eval_vbench.generate` after its arguments have been checked."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eval_vbench.launch import Share
 from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
 from xattn_video.pipelines.video import check_encoders
+from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     message_console,
@@ -22,6 +24,7 @@ from xattn_video.reporting.console import (
 from xattn_video.reporting.progress import GenerationProgress
 
 if TYPE_CHECKING:
+    from eval_vbench.sampling import Sampling
     from xattn_video.pipelines.generation import StepRecord
     from xattn_video.pipelines.loading import LoadOptions
 
@@ -40,6 +43,8 @@ class SamplingJob:
         lossless: Whether lossless copies are kept.
         video, sparse: As in a request.
         verbose: Whether to show the messages of other libraries.
+        ranks: All that share videos; by default this one alone.
+        team: Those that share each video with this one.
     """
 
     run: RunFolder
@@ -54,9 +59,16 @@ class SamplingJob:
     video: VideoSettings
     sparse: SparseSettings | None
     verbose: bool
+    ranks: JobRanks = field(default_factory=JobRanks)
+    team: JobRanks = field(default_factory=JobRanks)
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the videos of its team."""
+        return self.team.is_first_of_team
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -124,16 +136,20 @@ class SamplingJob:
             self.lossless,
             self._say,
             self._progress,
+            self.team,
         )
         missing = sampling.missing(items)
         ours = len(share.of(items))
         self._say(f"{ours - len(missing)} of {ours} videos are there")
-        if missing:
+        if self._any_missing(sampling):
             if not self.verbose:
                 quiet_libraries()
             self.run.forget_failures(item.key for item in missing)
             self._say(f"loading {self.load.model}")
+            if self.team.team_size > 1:
+                self.ranks.connect(self.load.resolved_device)
             pipe = load_pipeline(self.load)
+            WorkSplit(self.team.team_size).share(pipe)
             pipe.set_progress_bar_config(disable=True)
             requests = [GenerationRequest(item.prompt.text, video=self.video) for item in missing]
             print_warnings(cut_prompts(pipe, requests))
@@ -142,6 +158,15 @@ class SamplingJob:
                 wait_for_others(self.run, items)
             attempts.conclude(len(missing))
         output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
+
+    def _any_missing(self, sampling: "Sampling") -> bool:
+        """Whether this rank is to make videos, or one of those that it opens a group with."""
+        if self.ranks.is_alone:
+            return bool(sampling.missing(self.items))
+        return self.ranks.share(
+            "any missing",
+            lambda: any(self.run.record(item.key) is None for item in self.items),
+        )
 
     @property
     def _prefix(self) -> str:

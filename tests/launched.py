@@ -23,12 +23,19 @@ class Ended:
     err: str
 
 
+def xattn_video() -> None:
+    from xattn_video.cli import main
+
+    main()
+
+
 def launch(
     words: Sequence[object] | dict[int, Sequence[object]],
     num_ranks: int,
     folder: Path,
     sabotage: Sabotage | None = None,
     seconds: float = 60,
+    entry: Callable[[], None] = xattn_video,
 ) -> list[Ended]:
     """Run `xattn-video` with these words on every rank within ``folder``.
 
@@ -38,6 +45,7 @@ def launch(
         folder: Where they run.
         sabotage: Called first in every rank's process; a function of a module of tests.
         seconds: Within which all of them must end.
+        entry: Another command's entry point.
     """
     # One process imports for all ranks.
     torch.multiprocessing.set_forkserver_preload(["xattn_video.processors", "xattn_video.cli"])
@@ -49,7 +57,15 @@ def launch(
     processes = []
     for rank in range(num_ranks):
         own = words[rank] if isinstance(words, dict) else words
-        arguments = (rank, num_ranks, store.port, [str(word) for word in own], folder, sabotage)
+        arguments = (
+            rank,
+            num_ranks,
+            store.port,
+            [str(word) for word in own],
+            folder,
+            sabotage,
+            entry,
+        )
         processes.append(context.Process(target=_run, args=arguments))
         processes[-1].start()
     ends = time.monotonic() + seconds
@@ -76,6 +92,7 @@ def _run(
     words: list[str],
     folder: Path,
     sabotage: Sabotage | None,
+    entry: Callable[[], None],
 ) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -87,12 +104,10 @@ def _run(
         os.dup2(file, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = ["xattn-video", *words]
-    from xattn_video.cli import main
-
     if sabotage is not None:
         sabotage(rank)
     try:
-        main()
+        entry()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,7 @@
 """The ranks of one job: processes that torchrun or accelerate launch has started together."""
 
 import contextlib
+import copy
 import io
 import os
 import re
@@ -36,6 +37,7 @@ class JobRanks:
         rank, count: Its number, from 0, and how many there are.
         local_rank, local_count: The same on this machine.
         watch: Of the others; None for a process by itself.
+        team_size: How many share a video; all, if `team` made none of fewer.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class JobRanks:
         self.watch = None if store is None else RankWatch(store, rank, count, tell)
         self._store = store
         self._meetings = 0
+        self.team_size = count
+        self._team = 0
 
     @property
     def is_first(self) -> bool:
@@ -59,12 +63,26 @@ class JobRanks:
         return self.rank == 0
 
     @property
+    def is_first_of_team(self) -> bool:
+        """Whether this rank writes what its team makes."""
+        return self.rank % self.team_size == 0
+
+    @property
     def is_alone(self) -> bool:
         """Whether there is no other rank."""
         return self.count == 1
 
+    def team(self, size: int) -> "JobRanks":
+        """This rank among the ``size`` neighbours that share videos: they alone meet."""
+        team = copy.copy(self)
+        team._team, team.team_size, team._meetings = self.rank // size + 1, size, 0
+        if team.watch is not None:
+            first = self.rank // size * size
+            team.watch.team = range(first, first + size)
+        return team
+
     def meet(self) -> None:
-        """Wait for all ranks, however long they take.
+        """Wait for all ranks, or those of the team, however long they take.
 
         Raises:
             RankLostError: One of them failed.
@@ -72,9 +90,9 @@ class JobRanks:
         if self.watch is None:
             return
         self._meetings += 1
-        key = f"meeting/{self._meetings}"
+        key = f"meeting/{self._team}/{self._meetings}"
         self._store.add(key, 1)
-        while self._store.add(key, 0) < self.count:
+        while self._store.add(key, 0) < self.team_size:
             self.watch.check()
             time.sleep(0.02)
 

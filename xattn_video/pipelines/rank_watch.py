@@ -65,11 +65,13 @@ class RankWatch:
     Attributes:
         failure: The first one, once it is known.
         is_computing: Whether the ranks wait for one another.
+        team: The ranks that wait for one another then.
     """
 
     def __init__(self, store: Any, rank: int, count: int, tell: Callable[[str], None]) -> None:
         self.failure: RankFailure | None = None
         self.is_computing = False
+        self.team = range(count)
         self._store, self._rank = store, rank
         # A client of its own: one that waits holds the others up.
         self._thread_store = store.clone()
@@ -214,10 +216,10 @@ class RankWatch:
                 self._publish(self._thread_store, RankFailure(other, text))
         patience = max(PATIENCE_SECONDS, _SLOWNESS * self._slowest)
         if not self.is_computing or any(
-            now - max(since, self._ticked) < patience for _, since in self._reached.values()
+            now - max(self._reached[rank][1], self._ticked) < patience for rank in self.team
         ):
             return
-        least = min(self._reached, key=lambda rank: self._reached[rank][0])
+        least = min(self.team, key=lambda rank: self._reached[rank][0])
         if self._reached[least][0] < self._progress:
             text = f"it has computed nothing for {patience:.0f} s, and the others wait for it"
             self._publish(self._thread_store, RankFailure(least, text))

@@ -41,16 +41,20 @@ class WorkSplit:
 
     def share(self, pipe: Any) -> None:
         """Set a loaded pipeline up for it."""
-        from xattn_video.processors.context_parallel import enable_context_parallel
+        from xattn_video.processors.context_parallel import (
+            enable_context_parallel,
+            ranks_of_tokens,
+        )
         from xattn_video.processors.guidance_split import enable_guidance_split
         from xattn_video.processors.tile_split import enable_tile_split
 
-        if self.ranks_per_video > 1:
-            enable_tile_split(pipe)
-        if self.by_pass:
-            enable_guidance_split(pipe)
         if self.ranks_per_pass > 1:
             enable_context_parallel(pipe, self.ranks_per_pass)
+        if self.by_pass:
+            enable_guidance_split(pipe)
+            enable_tile_split(pipe)
+        elif self.ranks_per_video > 1:
+            enable_tile_split(pipe, ranks_of_tokens(pipe.transformer))
 
 
 def check_parallel(asked: str, num_ranks: int) -> None:

@@ -101,6 +101,11 @@ def is_split(transformer: nn.Module) -> bool:
     return any(_split_hooks(module) for module in transformer.modules())
 
 
+def ranks_of_tokens(transformer: Any) -> Any:
+    """The process group that shares the tokens of a transformer that is split."""
+    return transformer._parallel_config.context_parallel_config._ulysses_mesh.get_group()
+
+
 def offer_plan(transformer: Any, family: Family) -> None:
     """Make Diffusers' `enable_parallelism` work without a plan, also after it has failed."""
     transformer._cp_plan = family.context_parallel_plan

@@ -15,24 +15,33 @@ from torch import Tensor
 _ATTRIBUTE = "_xattn_tiles"
 
 
-def enable_tile_split(pipe: Any) -> None:
-    """Let all ranks of `torch.distributed` decode each video together, beginning with the next."""
-    setattr(pipe.vae, _ATTRIBUTE, True)
+def enable_tile_split(pipe: Any, group: Any = None) -> None:
+    """Let ranks decode each video together, beginning with the next.
+
+    Args:
+        pipe: The pipeline.
+        group: The ranks, a `torch.distributed.ProcessGroup`; None means all.
+    """
+    setattr(pipe.vae, _ATTRIBUTE, (group,))
 
 
 @contextlib.contextmanager
 def tile_split(vae: Any) -> Iterator[None]:
     """Share the tiles of every decoding within, where `enable_tile_split` was called."""
-    if not getattr(vae, _ATTRIBUTE, False):
+    if not hasattr(vae, _ATTRIBUTE):
         yield
         return
-    real = vae.decode
-    with _replaced(vae, "decode", lambda *args, **options: _decode(vae, real, args, options)):
+    real, (group,) = vae.decode, getattr(vae, _ATTRIBUTE)
+
+    def decode(*args: Any, **options: Any) -> Any:
+        return _decode(vae, group, lambda: real(*args, **options))
+
+    with _replaced(vae, "decode", decode):
         yield
 
 
-def _decode(vae: Any, real: Callable[..., Any], args: Any, options: Any) -> Any:
-    """Decode with the tiles of all ranks; the arguments are those of the VAE's `decode`."""
+def _decode(vae: Any, group: Any, real: Callable[[], Any]) -> Any:
+    """What ``real`` decodes, with the tiles of all ranks."""
     tiles: list[Tensor] = []
 
     def note(tile: Tensor, *_: Any) -> Tensor:
@@ -45,23 +54,23 @@ def _decode(vae: Any, real: Callable[..., Any], args: Any, options: Any) -> Any:
         _replaced(vae, "blend_h", _keep),
         _replaced(vae, "blend_t", _keep),
     ):
-        real(*args, **options)
-    decoded = iter(_decode_tiles(vae, tiles))
+        real()
+    decoded = iter(_decode_tiles(vae, group, tiles))
     with _replaced(vae.decoder, "forward", lambda *_: next(decoded)):
-        return real(*args, **options)
+        return real()
 
 
-def _decode_tiles(vae: Any, tiles: list[Tensor]) -> list[Tensor]:
+def _decode_tiles(vae: Any, group: Any, tiles: list[Tensor]) -> list[Tensor]:
     """Every tile decoded, by one rank each."""
-    owners = _owners([tile.numel() for tile in tiles], dist.get_world_size())
+    owners = _owners([tile.numel() for tile in tiles], dist.get_world_size(group))
     decoded: list[Tensor] = []
     for tile, owner in zip(tiles, owners, strict=True):
-        if owner == dist.get_rank():
+        if owner == dist.get_rank(group):
             decoded.append(vae.decoder(tile).contiguous())
         else:
             decoded.append(tile.new_empty(_decoded_shape(vae, tile)))
     for pixels, owner in zip(decoded, owners, strict=True):
-        dist.broadcast(pixels, owner)
+        dist.broadcast(pixels, group=group, group_src=owner)
     return decoded
 
 
