@@ -94,9 +94,14 @@ ENDS = {
     rank_one_is_stopped: ("error: rank 1: it has not answered for 2 s", 0),
     rank_one_hangs: ("error: rank 1: it has computed nothing for", 0),
 }
+# A stopped process waits for its launcher to kill it.
+CASES = [
+    pytest.param(case, marks=pytest.mark.slow) if case is rank_one_is_stopped else case
+    for case in ENDS
+]
 
 
-@pytest.mark.parametrize("sabotage", ENDS, ids=lambda sabotage: sabotage.__name__)
+@pytest.mark.parametrize("sabotage", CASES, ids=lambda sabotage: sabotage.__name__)
 def test_one_line_names_the_rank_and_all_end(sabotage, tiny_pipeline, tmp_path):
     line, teller = ENDS[sabotage]
     words = ["generate", "--model", tiny_pipeline, *SMALL, "--prompt=a", "--output=a.mp4"]

@@ -6,7 +6,6 @@ from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.options.command import command
 from xattn_video.options.groups import loading
 from xattn_video.options.prefill_options import LongPrompt, prefill_settings
-from xattn_video.pipelines.run_checks import refuse_ranks
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     output_console,
@@ -35,7 +34,6 @@ def prefill(
     """Prefill a language model's long prompt in chunks: seconds, memory, density, the answer."""
     from xattn_video.cli.prefill_job import prepare_job, run_job, write_record
 
-    refuse_ranks("xattn-video prefill")
     quiet_libraries()
     job = prepare_job(prompt, load, settings)
     _print_plan(job)
