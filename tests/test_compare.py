@@ -81,6 +81,11 @@ def test_a_comparison_writes_tables_plots_and_videos(compare, tmp_path):
     files = [tmp_path / "o" / file for video in record["videos"] for file in video["files"]]
     assert len(files) == 6 + 4
     assert {read_clip(file).codec for file in files if file.suffix == ".mkv"} == {"ffv1"}
+    page = (tmp_path / "o/results.html").read_text()
+    assert page.count('<div class="player"') == 4
+    assert page.count('<div class="map"') == 4
+    assert "a red circle (seed 0), tau 0.3, warm-up 1, stride 16" in page
+    assert page.count("data:image/png") == 2
     side = read_clip(next(file for file in files if file.suffix == ".mp4"))
     assert side.frames.shape == (9, 64 + 24, 3 * 64 + 8, 3)
 
@@ -137,6 +142,7 @@ app({["compare", "--model", str(tiny_pipeline), *SMALL, *HERE, *SPARSE, PROMPT]!
     assert done.returncode == 0, done.stderr
     assert "VMAF is not measured: it needs ffmpeg, which was not to be used." in done.stderr
     assert not (tmp_path / "o/videos").exists()
+    assert "<video" not in (tmp_path / "o/results.html").read_text()
     assert json.loads((tmp_path / "o/results.json").read_text())["missing"]["VMAF"]
 
 
@@ -269,6 +275,9 @@ def test_two_files(tmp_path):
     assert record["num_identical"] == 1
     assert record["lowest_psnr"] < record["psnr"]
     assert (tmp_path / "o/side-by-side.mp4").exists()
+    page = (tmp_path / "o/results.html").read_text()
+    assert "difference, 4 times as bright" in page
+    assert "5, 1 identical" in page
 
 
 def test_files_that_lost_detail_are_warned_of(tmp_path):
