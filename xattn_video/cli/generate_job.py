@@ -1,5 +1,7 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
+import shlex
+import sys
 from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
 from xattn_video.cli.record import generation_record, job_record, shaping_record
 from xattn_video.cli.summary import print_summary
-from xattn_video.files import write_json
+from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
@@ -16,6 +18,7 @@ from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
     output_console,
+    print_labelled,
     print_message,
     print_warnings,
     quiet_libraries,
@@ -98,6 +101,7 @@ def run_job(job: GenerateJob) -> None:
     runs = _finished(job)
     try:
         _generate_missing(job, runs)
+        _write_page(job, runs)
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None
@@ -177,6 +181,17 @@ def _generate_one(
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
     print_summary(output_console(), request, result, files)
+
+
+def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+    """A web page of all videos that are there."""
+    from xattn_video.measure.generation_web import generation_web_page
+
+    if job.outputs.html is not None and runs:
+        record = job_record(job.load, job.fps, [runs[number] for number in sorted(runs)])
+        command = shlex.join(["xattn-video", *sys.argv[1:]])
+        write_text(job.outputs.html, generation_web_page(record, command).html())
+        print_labelled(output_console(), {"page": str(job.outputs.html)})
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
