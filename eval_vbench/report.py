@@ -17,6 +17,7 @@ from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, load_run
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder, write_json, write_text
+from xattn_video.measure.similarity import VMAF_LEFT_OUT
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
@@ -70,6 +71,8 @@ def _write(
     if scorer is not None:
         notes += [f"{name} was not measured: {why}" for name, why in scorer.missing.items()]
     results = []
+    # A dictionary keeps one of each.
+    left_out: dict[str, None] = {}
     for run in runs:
         pairs = {}
         if scorer is not None:
@@ -81,6 +84,9 @@ def _write(
                 lambda text: messages.print(text, soft_wrap=True),
             )
         results.append(compare(dense, run, pairs))
+        if any(pair.get("plain") for pair in pairs.values()):
+            left_out[f"VMAF was left out: {VMAF_LEFT_OUT}"] = None
+    notes += left_out
     plotted = plot_report(output / "report.png", dense, results)
     page = report_page(dense, results, notes, "report.png" if plotted else "")
     write_json(output / "report.json", report_values(dense, results) | {"notes": notes})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vbench_runs import SPARSE, invoke, make_run
 
-from eval_vbench import report
+from eval_vbench import report, report_plot
 from eval_vbench.dimensions import dimensions, totals
 from eval_vbench.report_page import report_page
 from eval_vbench.report_web import report_web_page
@@ -301,3 +301,17 @@ def test_only_shared_videos_are_paired():
     )
     assert (found.pairs, found.mean, found.low, found.high) == (1, 1.0, None, None)
     assert paired_difference({"a": 1.0}, {"b": 1.0}, {}) is None
+
+
+def test_the_plot_shows_small_differences(tmp_path, monkeypatch):
+    """Three scores of 0.9977 are three bars of one height on an axis from 0 to 1."""
+    drawn = []
+    monkeypatch.setattr(report_plot, "write_figure", lambda path, figure: drawn.append(figure))
+    scores = {"dense": {"a": 0.9977}, "tau 0.9": {"a": 0.9957}, "tau 0.8": {"a": 0.9997}}
+    report_plot.draw_differences(tmp_path / "p.png", {"scores": scores})
+    axes = drawn[0].axes[0]
+    heights = [bars[0].get_height() for bars in axes.containers]
+    assert heights == pytest.approx([-0.002, 0.002])
+    low, high = axes.get_ylim()
+    assert (high - low) < 0.02
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a\ndense 0.9977"]

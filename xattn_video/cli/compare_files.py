@@ -83,7 +83,7 @@ class FilesJob:
 
     def run(self) -> None:
         """Measure, print, and write the files."""
-        from xattn_video.measure.similarity import Scorer
+        from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 
         clips = self._read()
         scorer = Scorer()
@@ -96,6 +96,8 @@ class FilesJob:
                 )
         lines = _lines(similarity)
         lines |= {name: f"not measured: {why}" for name, why in scorer.missing.items()}
+        if similarity.plain:
+            lines["VMAF"] = f"left out: {VMAF_LEFT_OUT}"
         if self.folder is not None:
             self._write(self.folder, clips, similarity, scorer.missing)
             lines["results"] = str(self.folder)

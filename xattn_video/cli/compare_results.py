@@ -117,7 +117,8 @@ class ResultsFolder:
         records = self._records
         record = {
             **self._common,
-            "missing": {name: why for b in batches for name, why in b["missing"].items()},
+            "missing": {name: why for b in batches for name, why in b["missing"].items()}
+            | self._left_out(records),
             "backends": sorted({name for record in records for name in record["backends"]}),
             "rows": [asdict(row) for row in self.rows],
             # They are much the same from prompt to prompt: the first ones stand for all.
@@ -126,6 +127,15 @@ class ResultsFolder:
         }
         write_json(self.folder / "results.json", record)
         return record
+
+    @staticmethod
+    def _left_out(records: list[dict[str, Any]]) -> dict[str, str]:
+        """What could be measured and would mislead."""
+        from xattn_video.measure.similarity import VMAF_LEFT_OUT
+
+        found = [record["similarity"] for record in records if record["similarity"] is not None]
+        plain = any(similarity["plain"] for similarity in found)
+        return {"VMAF": VMAF_LEFT_OUT} if plain else {}
 
     def _measurement(self, record: dict[str, Any]) -> "Measurement":
         """Of a video, from its record."""
