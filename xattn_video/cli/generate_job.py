@@ -180,7 +180,7 @@ def _generate_one(
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
-    print_summary(output_console(), request, result, files)
+    print_summary(output_console(), request, result, files, job.load)
 
 
 def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:

@@ -32,8 +32,8 @@ _MIN_DISTANCE = 0.2
 _MIN_AREA = 0.004
 # A start counts as right within a third-wide window around the nominal one.
 _START_TOLERANCE = 1 / 6
-# Intersection over union with the ideal outline, in the worst frame. Dense videos of the held-out
-# prompts keep 0.88 and more; a dent that is seen at once leaves 0.8.
+# Intersection over union with the ideal outline, in the worst frame. Of 25 objects in dense videos
+# of 20 held-out prompts (33 frames, 15 steps) 22 keep more; what looks dented keeps less.
 _WHOLE_OUTLINE = 0.86
 
 
