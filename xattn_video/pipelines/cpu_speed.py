@@ -6,7 +6,7 @@ import torch
 def has_fast_dense(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a CPU multiplies matrices of the dtype in hardware of its own (AMX).
 
-    Dense attention gains most from it. docs/benchmarks.md has the curves of both.
+    Dense attention gains most from it; benchmarks/NOTES.md tells what was measured.
     """
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False

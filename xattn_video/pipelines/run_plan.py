@@ -131,7 +131,7 @@ def plan_run(
         warnings += _sparsity_warnings(
             sparse, counts.dense, steps, video_tokens, share, device.type
         )
-        if dense_steps < steps and has_fast_dense(device, options.resolved_dtype):
+        if counts.sparse and has_fast_dense(device, options.resolved_dtype):
             warnings.append(_FAST_DENSE)
         if options.device_is_here:
             backend, found = _choose_backend(shape, settings, options)
