@@ -51,7 +51,7 @@ class FullSize:
         """For a reader who has run something smaller."""
         return Figure(
             f"{self.dense_seconds / self.sparse_seconds:.2f}x",
-            "speed where it is meant for",
+            "speed at the size it is made for",
             f"{self.video}, {self.device}: {self.sparse_seconds:.0f} s a video instead of "
             f"{self.dense_seconds:.0f} s, density {self.density:.2f}; {self.weights} weights, "
             "so this shows speed only",
@@ -107,7 +107,7 @@ def _speed_here(row: MethodRow, record: Mapping[str, Any]) -> Figure | None:
         words = "sparse is slower here"
     if ratio < 1 - _NOISE and row.density is not None:
         left_out = 1 - row.density
-        words += f": leaving out {left_out:.0%} of them saves less than choosing them costs"
+        words += f": leaving out {left_out:.0%} of the blocks saves less than choosing costs"
     return Figure(f"{ratio:.2f}x", "speed of a sparse step here", f"{times}; {words}")
 
 
