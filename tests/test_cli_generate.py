@@ -136,6 +136,19 @@ def test_prompts_beyond_the_demo_models_words_are_warned_of():
     assert unknown_words([known]) == []
 
 
+def test_the_demo_tells_what_it_does_not_show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--height=32", "--width=32", "--num-frames=1", "--num-inference-steps=2"]
+    words = ["generate", "--model=demo", "--prompt=a red circle", "--device=cpu", *size]
+    code, out, err = run_cli(*words, "--warmup-steps=1")
+    assert code == 0, err
+    assert "`xattn-video demo --open` shows how near it is to dense attention's" in out
+    assert re.search(r"^full size +1\.\d\dx speed at the size it is made for; ", out, re.MULTILINE)
+    code, out, err = run_cli(*words, "--dense")
+    assert code == 0, err
+    assert "full size" not in out
+
+
 def test_default_names_are_numbered(generate, tmp_path):
     for _ in range(2):
         code, _, err = generate("--prompt=A red circle!", "--dense", "--seed=7")

@@ -382,3 +382,19 @@ def test_the_demo_models_clips_are_judged_from_their_pixels():
     assert judged["colour"] == [True]
     assert judge_demo_clip(prompt.replace("red", "green"), Clip(frames, 24))["colour"] == [False]
     assert judge_demo_clip("a cat", Clip(frames, 24)) is None
+
+
+def test_the_plot_of_densities_spreads_its_colours(monkeypatch, tmp_path):
+    from xattn_video.measure import comparison_plots
+
+    drawn = {}
+    monkeypatch.setattr(
+        comparison_plots, "write_figure", lambda path, made: drawn.update({path: made})
+    )
+    method = sparse_methods({"threshold": [0.9]}, warmup_steps=1)[0]
+    values = dict.fromkeys(MethodRow.__dataclass_fields__) | {"method": method, "num_videos": 1}
+    row = MethodRow(**values | {"identical": False, "psnr": 40.0, "density": 0.65})
+    grid = [[None, 0.63, 0.71]]
+    paths = comparison_plots.write_plots(tmp_path / "plot", [row], {method.name: grid})
+    (image,) = drawn[paths[-1]].axes[0].images
+    assert image.get_clim() == pytest.approx((0.6, 0.8))

@@ -266,7 +266,7 @@ def test_identical_frames_do_not_stretch_the_axis():
 
 def test_a_heat_map_spreads_its_colours_over_what_is_there():
     shown = HeatMap("one", [["dense", 0.63, 0.71]])
-    assert shown.limits == (0.6, 0.8)
+    assert shown.limits == pytest.approx((0.6, 0.8))
     assert shown.shaded == [
         [
             (None, "dense"),

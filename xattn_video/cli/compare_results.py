@@ -134,7 +134,7 @@ class ResultsFolder:
         from xattn_video.measure.similarity import VMAF_LEFT_OUT
 
         found = [record["similarity"] for record in records if record["similarity"] is not None]
-        plain = any(similarity["plain"] for similarity in found)
+        plain = any(similarity.get("plain") for similarity in found)
         return {"VMAF": VMAF_LEFT_OUT} if plain else {}
 
     def _measurement(self, record: dict[str, Any]) -> "Measurement":

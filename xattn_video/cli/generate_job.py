@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
 from xattn_video.cli.record import generation_record, job_record, shaping_record
-from xattn_video.cli.summary import print_summary
+from xattn_video.cli.summary import print_outlook, print_summary
 from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
@@ -102,6 +102,8 @@ def run_job(job: GenerateJob) -> None:
     try:
         _generate_missing(job, runs)
         _write_page(job, runs)
+        if job.load.model == DEMO and job.requests[0].sparse is not None:
+            print_outlook(output_console())
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None

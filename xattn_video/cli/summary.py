@@ -47,6 +47,17 @@ def print_summary(
     print_labelled(console, files | lines)
 
 
+def print_outlook(console: Console) -> None:
+    """Print what a run of the demo model does not show by itself."""
+    from xattn_video.measure.verdict import FullSize
+
+    lines = {
+        "picture": "`xattn-video demo --open` shows how near it is to dense attention's",
+        "full size": FullSize.read().figure.line,
+    }
+    print_labelled(console, lines)
+
+
 def _size(request: "GenerationRequest") -> str:
     video = request.video
     return f"{video.width}x{video.height}, {video.num_frames} frames, seed {request.seed}"

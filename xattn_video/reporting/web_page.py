@@ -135,8 +135,7 @@ class HeatMap:
         found = [cell for row in self.cells for cell in row if not isinstance(cell, str)]
         if not found:
             return 0.0, 1.0
-        low, high = math.floor(min(found) * 10) / 10, math.ceil(max(found) * 10) / 10
-        return low, max(high, round(low + 0.1, 1))
+        return round_limits(min(found), max(found), digits=1)
 
     @property
     def shaded(self) -> list[list[tuple[float | None, str]]]:
