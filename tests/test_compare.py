@@ -208,6 +208,11 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
         ([PROMPT, "--backend=fast"], "unknown attention backend 'fast'"),
         ([PROMPT, "--output=/proc/a"], "output cannot be written to '/proc/a'"),
         ([PROMPT, "--output=done"], "'done' already holds results.json; choose another --output"),
+        ([PROMPT, "--open", "--no-html"], "--open and --no-html exclude each other"),
+        (
+            ["--reference=a.mkv", "--candidate=a.mkv", "--open"],
+            "--open shows a page of the folder",
+        ),
         (["--reference=a.mkv"], "--reference and --candidate go together; give --candidate too"),
         (["--candidate=a.mkv"], "--reference and --candidate go together; give --reference too"),
         (

@@ -125,7 +125,8 @@ def _asked(record: Record) -> str:
     prompts = list(dict.fromkeys(video["prompt"] for video in record["videos"]))
     if len(prompts) == 1:
         return f"Prompt: {prompts[0]}"
-    return f"{len(prompts)} prompts, seeds {', '.join(map(str, record['seeds']))}."
+    seeds = record["seeds"]
+    return f"{len(prompts)} prompts, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
 
 
 def _settings(sparse: Sequence[MethodRow]) -> dict[str, str]:
