@@ -1,4 +1,4 @@
-"""The command line: `xattn-video demo | generate | compare | plan | bench | ...`."""
+"""The commands: `xattn-video demo | generate | compare | plan | bench | backends | prefill`."""
 
 from typing import Annotated
 
