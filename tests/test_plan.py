@@ -173,6 +173,16 @@ def test_videos_that_stay_dense_for_their_size_are_warned_of():
     assert plan(VideoSettings(height=128, width=128, num_frames=17), min_tokens=0).sparse_steps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cpu_that_is_fast_at_dense_attention_is_warned_of(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    video = VideoSettings(height=256, width=256, num_frames=33)
+    found = plan(video, load=LoadOptions(device="cpu", dtype=dtype)).warnings
+    assert any("fast in bfloat16 (AMX)" in text for text in found) == (dtype == torch.bfloat16)
+    dense = plan_run(ModelShape(), video, None, LoadOptions(device="cpu", dtype=dtype))
+    assert not any("AMX" in text for text in dense.warnings)
+
+
 def test_large_videos_on_a_cpu_are_warned_of():
     assert any("603 PFLOP on device 'cpu' take 167.6 hours" in text for text in plan().warnings)
 
@@ -206,7 +216,8 @@ def test_the_slow_backend_on_a_gpu_is_warned_of(monkeypatch):
     assert "needs Triton 3.4; pip install triton" in warnings[0]
 
 
-def test_ordinary_runs_have_no_warning():
+def test_ordinary_runs_have_no_warning(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     video = VideoSettings(height=256, width=256, num_frames=65, num_inference_steps=25)
     shape = ModelShape(heads=2, double_layers=2, single_layers=5)
     assert plan(video, shape=shape).warnings == ()

@@ -14,6 +14,7 @@ from xattn_video.cli.compare_options import (
     compared_requests,
 )
 from xattn_video.cli.outputs import ResumableFolder
+from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
@@ -32,6 +33,7 @@ def compare(
     load: Annotated["LoadOptions", loading()],
     video: Annotated[VideoSettings, video_settings()],
     details: CompareDetails,
+    page: PageWish,
     errors: ErrorsToExitCodes,
 ) -> None:
     """Measure how far sparse videos are from dense ones; the same command resumes it."""
@@ -40,7 +42,7 @@ def compare(
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)
     if files.reference is not None or files.candidate is not None:
         existing = FilesJob.of(
-            files.reference, files.candidate, asked, details.output, details.overwrite
+            files.reference, files.candidate, asked, details.output, details.overwrite, page
         )
         existing.check()
         errors.running = True
@@ -56,6 +58,7 @@ def compare(
         details.batch_size,
         details.videos,
         details.kept_mass,
+        page,
         errors.verbose,
         details.force,
     )

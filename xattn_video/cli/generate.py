@@ -50,6 +50,10 @@ class Files:
     plot: Path | None = knob(
         "PNG file: density by step and layer; a folder with --prompts-file.", panel="Files"
     )
+    html: Path | None = knob(
+        "HTML file: one page with the videos, density by step and layer, and what it cost.",
+        panel="Files",
+    )
     overwrite: bool = knob(
         "With --prompts-file: make every video anew, whatever is there.",
         False,
@@ -90,6 +94,8 @@ def generate(
             # Until the first has claimed the folder and named the files.
             ranks.meet()
         outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
+        if files.html is not None:
+            outputs = outputs.with_page(files.html)
         job = GenerateJob(
             load,
             requests,

@@ -1,5 +1,7 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
+import shlex
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from textwrap import shorten
@@ -7,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
 from xattn_video.cli.record import generation_record, job_record, shaping_record
-from xattn_video.cli.summary import print_summary
-from xattn_video.files import write_json
+from xattn_video.cli.summary import print_outlook, print_summary
+from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps
@@ -20,6 +22,7 @@ from xattn_video.reporting.console import (
     finishing_first,
     message_console,
     output_console,
+    print_labelled,
     print_message,
     print_warnings,
     quiet_libraries,
@@ -123,6 +126,11 @@ def run_job(job: GenerateJob) -> None:
         missing = job.ranks.share("missing prompts", lambda: _find_missing(job, runs))
         if missing:
             _generate_missing(job, missing, runs)
+        if job.ranks.is_first:
+            # Other ranks may have made videos too.
+            _write_page(job, runs | _finished(job))
+            if job.load.model == DEMO and job.requests[0].sparse is not None:
+                print_outlook(output_console())
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None
@@ -252,7 +260,18 @@ def _write_one(
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
-    print_summary(output_console(), request, result, files)
+    print_summary(output_console(), request, result, files, job.load)
+
+
+def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+    """A web page of all videos that are there."""
+    from xattn_video.measure.generation_web import generation_web_page
+
+    if job.outputs.html is not None and runs:
+        record = job_record(job.load, job.fps, [runs[number] for number in sorted(runs)])
+        command = shlex.join(["xattn-video", *sys.argv[1:]])
+        write_text(job.outputs.html, generation_web_page(record, command).html())
+        print_labelled(output_console(), {"page": str(job.outputs.html)})
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:

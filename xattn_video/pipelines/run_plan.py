@@ -10,6 +10,7 @@ from xattn_video.backends.table import available_backends, resolve_backend
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
+from xattn_video.pipelines.cpu_speed import has_fast_dense
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.memory import (
     MemoryEstimate,
@@ -30,6 +31,11 @@ PAPER_DENSITIES = (0.34, 0.455)
 DENSITIES = (0.2, *PAPER_DENSITIES, 0.6, 0.8)
 _SMALL_SHARE = 0.5
 _FEW_BLOCKS = 16
+_FAST_DENSE = (
+    "This CPU computes dense attention fast in bfloat16 (AMX): half of the blocks gain little or "
+    "nothing there, and a smaller share gains less than in float32, in which min_tokens on a CPU "
+    "was measured."
+)
 # What a CPU at one TFLOP/s does in an hour.
 _SLOW_CPU_TFLOP = 3600
 
@@ -141,6 +147,8 @@ def plan_run(
         warnings += _sparsity_warnings(
             sparse, counts.dense, steps, video_tokens, share, device.type
         )
+        if counts.sparse and has_fast_dense(device, options.resolved_dtype):
+            warnings.append(_FAST_DENSE)
         if options.device_is_here:
             backend, found = _choose_backend(shape, settings, options)
             warnings += found
