@@ -10,7 +10,6 @@ from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import Group, command, knob
 from xattn_video.options.groups import loading, sparse_settings
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
-from xattn_video.pipelines.run_checks import refuse_ranks
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import ErrorsToExitCodes
@@ -56,7 +55,6 @@ def demo(
     """Show what sparse attention does to a video: in about a minute, without GPU or download."""
     from xattn_video.measure.methods import method_of
 
-    refuse_ranks("xattn-video demo")
     job = CompareJob(
         load,
         (GenerationRequest(details.prompt, None, details.seed, DEMO_VIDEO, sparse=None),),
