@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its pictures and the README's table from benchmarks/results.
+"""Writes docs/benchmarks.md, its pictures and the README's tables from benchmarks/results.
 
     python -m benchmarks.write_page --folder preview    # the page and its pictures, as a preview
     python -m benchmarks.write_page --folder .          # this repository's page and README
@@ -14,7 +14,12 @@ from pathlib import Path
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
-from benchmarks.step_tables import render_step_pages
+from benchmarks.step_tables import (
+    PRESETS_BEGIN,
+    PRESETS_END,
+    render_presets,
+    render_step_pages,
+)
 from benchmarks.whole_videos import full_size_record, read_whole_videos
 from xattn_video.files import user_path, write_json, write_text
 from xattn_video.reporting.pages import replace_between
@@ -40,7 +45,8 @@ def write_pages(folder: Path) -> None:
     readme = folder / "README.md"
     if readme.exists():
         table = render_readme_table(files, videos)
-        pages[readme] = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
+        text = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
+        pages[readme] = replace_between(text, PRESETS_BEGIN, PRESETS_END, render_presets())
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
     pages |= render_step_pages(folder / "docs")
