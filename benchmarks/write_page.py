@@ -4,13 +4,14 @@
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
 It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md and docs/multi_gpu.md if those files exist; likewise what the package tells
+docs/fewer-blocks.md, docs/multi_gpu.md and docs/long_context.md if those files exist; likewise what the package tells
 of a run at full size.
 """
 
 import argparse
 from pathlib import Path
 
+from benchmarks import prefill_table
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
@@ -50,6 +51,12 @@ def write_pages(folder: Path) -> None:
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
     pages |= render_step_pages(folder / "docs")
+    prefills = folder / "docs/long_context.md"
+    if prefills.exists():
+        text = prefills.read_text(encoding="utf-8")
+        pages[prefills] = replace_between(
+            text, prefill_table.BEGIN, prefill_table.END, prefill_table.render_prefills()
+        )
     for picture in set(pictures.glob("*.png")) - set(drawn):
         picture.unlink()
     for path, text in pages.items():
