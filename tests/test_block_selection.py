@@ -6,8 +6,7 @@ pytest.importorskip("triton")
 
 from xattn_video import select_blocks
 from xattn_video.kernels.block_selection import block_selection
-from xattn_video.ops.blocks import BlockLists
-from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks
 from xattn_video.ops.selection import fewest_blocks
 
 BLOCK_SIZE = 64

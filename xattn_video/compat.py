@@ -14,8 +14,7 @@ from xattn_video.ops.arguments import (
     check_triple,
 )
 from xattn_video.ops.attention import run_attend
-from xattn_video.ops.blocks import BlockLists
-from xattn_video.ops.forced import diagonal_blocks, sink_blocks
+from xattn_video.ops.blocks import BlockLists, diagonal_blocks, sink_blocks
 from xattn_video.ops.problem import AttentionInputs, Problem
 from xattn_video.ops.scoring import (
     torch_block_scores,

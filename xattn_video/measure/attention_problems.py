@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn_video.ops.blocks import BlockLists
-from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks
 from xattn_video.ops.selection import select_block_lists
 
 BLOCK_SIZE = 128

@@ -20,8 +20,7 @@ from xattn_video.ops.arguments import (
     check_text,
     check_thresholds,
 )
-from xattn_video.ops.blocks import BlockLists
-from xattn_video.ops.forced import ForcedBlocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks
 from xattn_video.ops.scoring import Precision, ScoringInputs, compute_scores
 
 # Longer rows do not stay in the registers of a program; they are sorted.

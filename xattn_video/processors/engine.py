@@ -19,7 +19,6 @@ from torch import Tensor
 
 from xattn_video.backends.dense import attend_with, fastest_dense_kernel
 from xattn_video.errors import UnboundProcessorError
-from xattn_video.ops.attention import compute_attention
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.compensation import compensate, error_weights
 from xattn_video.ops.problem import AttentionInputs
@@ -193,7 +192,7 @@ def sparse_attention(
     It chooses them unless they are given.
     """
     settings, layout = forward.settings, forward.layout
-    longest = max(layout.key_lengths)
+    longest = forward.longest
     query = query.transpose(1, 2)
     key, value = key[:, :longest].transpose(1, 2), value[:, :longest].transpose(1, 2)
     scale = query.shape[-1] ** -0.5
@@ -226,9 +225,8 @@ def sparse_attention(
         forward.device_key_lengths,
         scale,
     )
-    assert forward.backend is not None
-    compensates = settings.compensation != "none"
-    out, lse = compute_attention(inputs, forward.backend, return_lse=compensates)
+    assert forward.attend is not None
+    out, lse = forward.attend(inputs, settings.compensation != "none")
     if lse is not None:
         out = compensate(inputs, out, lse, video_blocks, first_order)
     return out.transpose(1, 2), blocks

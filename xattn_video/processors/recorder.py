@@ -4,13 +4,15 @@ import collections
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from xattn_video.backends.table import load_backend
 from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.problem import AttentionInputs
 from xattn_video.policy.decision import Decision, DenseReason
 from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
 from xattn_video.policy.settings import SparseSettings
@@ -47,6 +49,7 @@ class AttendedLayer:
 
 
 Observer: TypeAlias = Callable[[AttendedLayer], None]
+BackendForward: TypeAlias = Callable[[AttentionInputs, bool], tuple[Tensor, Tensor | None]]
 SparseOperator: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, Tensor, "ForwardPass", BlockLists | None],
     tuple[Tensor, BlockLists | None],
@@ -71,6 +74,10 @@ class ForwardPass:
         operator: What computes a sparse layer.
         observers: Told of every layer that has attended.
         kept: What the layers keep for later steps; None where nothing is kept.
+
+    Attributes:
+        longest: Valid keys of the item that has most.
+        attend: The backend's function; None if all layers run dense.
     """
 
     settings: SparseSettings
@@ -83,6 +90,14 @@ class ForwardPass:
     operator: SparseOperator
     observers: tuple[Observer, ...]
     kept: KeptByPass | None = None
+    longest: int = field(init=False)
+    attend: "BackendForward | None" = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Once for all layers, which need not look anything up.
+        attend = None if self.backend is None else load_backend(self.backend).forward
+        object.__setattr__(self, "longest", max(self.layout.key_lengths))
+        object.__setattr__(self, "attend", attend)
 
 
 class LayerSlot:
