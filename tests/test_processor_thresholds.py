@@ -28,9 +28,9 @@ def seen_thresholds(monkeypatch):
     seen = []
     attend = processor.sparse_attention
 
-    def spy(query, key, value, threshold, forward):
+    def spy(query, key, value, threshold, forward, blocks):
         seen.append(threshold.flatten().tolist())
-        return attend(query, key, value, threshold, forward)
+        return attend(query, key, value, threshold, forward, blocks)
 
     monkeypatch.setattr(processor, "sparse_attention", spy)
     return seen
