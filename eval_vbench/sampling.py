@@ -36,7 +36,7 @@ class Sampling:
         fps: Frames per second of the files.
         lossless: Whether a lossless copy is kept.
         say: Prints a line of progress.
-        progress: Opens a display for the steps of the video that its argument names.
+        progress: Opens a display for the steps of a video: its title, the pipeline, the item.
     """
 
     run: RunFolder
@@ -46,7 +46,10 @@ class Sampling:
     fps: int
     lossless: bool
     say: Callable[[str], None]
-    progress: Callable[[str], AbstractContextManager[Callable[[StepRecord], None]]]
+    progress: Callable[
+        [str, "HunyuanVideoPipeline", VideoItem],
+        AbstractContextManager[Callable[[StepRecord], None]],
+    ]
 
     def missing(self, items: Sequence[VideoItem]) -> list[VideoItem]:
         """Those of this process's items that are not done."""
@@ -61,7 +64,8 @@ class Sampling:
         begun, attempts = time.perf_counter(), Attempts(self.run, self.say)
         for number, item in enumerate(items):
             title = f"{number + 1}/{len(items)} {item.file_name}"
-            with attempts.item(item.key, item.file_name), self.progress(title) as on_step:
+            display = self.progress(title, pipe, item)
+            with attempts.item(item.key, item.file_name), display as on_step:
                 self._sample_one(pipe, item, on_step)
             mean = (time.perf_counter() - begun) / (number + 1)
             left = len(items) - number - 1

@@ -1,8 +1,11 @@
 """Runs `eval_vbench.generate` after its arguments have been checked."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from eval_vbench.launch import Share
 from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
@@ -10,6 +13,7 @@ from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
+from xattn_video.pipelines.source import is_on_hub
 from xattn_video.pipelines.video import check_encoders
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
@@ -19,10 +23,11 @@ from xattn_video.reporting.console import (
     print_warnings,
     quiet_libraries,
 )
-from xattn_video.reporting.progress import GenerationProgress
+from xattn_video.reporting.progress import JobProgress, RunProgress
 
 if TYPE_CHECKING:
-    from xattn_video.pipelines.generation import StepRecord
+    from diffusers import HunyuanVideoPipeline
+
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -78,9 +83,7 @@ class SamplingJob:
             MissingPackageError: ffmpeg cannot write the videos.
         """
         first = self.items[0]
-        request = GenerationRequest(
-            first.prompt.text, seed=first.seed, video=self.video, sparse=self.sparse
-        )
+        request = self._request(first)
         # One rank is enough to warn.
         if self.share.rank == 0:
             print_warnings(check_runs(self.load, [request]))
@@ -111,10 +114,10 @@ class SamplingJob:
             RuntimeError: Some failed, or the run could not go on.
         """
         from eval_vbench.sampling import Sampling, wait_for_others
-        from xattn_video.pipelines.loading import load_pipeline
-        from xattn_video.pipelines.prompt_length import cut_prompts
 
         share, items = self.share, self.items
+        # The displays of several ranks would run into one another.
+        shown = JobProgress(message_console() if share.num_ranks == 1 else Console(quiet=True))
         sampling = Sampling(
             self.run,
             share,
@@ -123,7 +126,7 @@ class SamplingJob:
             self.fps,
             self.lossless,
             self._say,
-            self._progress,
+            partial(self._show_run, shown),
         )
         missing = sampling.missing(items)
         ours = len(share.of(items))
@@ -132,16 +135,28 @@ class SamplingJob:
             if not self.verbose:
                 quiet_libraries()
             self.run.forget_failures(item.key for item in missing)
-            self._say(f"loading {self.load.model}")
-            pipe = load_pipeline(self.load)
-            pipe.set_progress_bar_config(disable=True)
-            requests = [GenerationRequest(item.prompt.text, video=self.video) for item in missing]
-            print_warnings(cut_prompts(pipe, requests))
-            attempts = sampling.sample(pipe, missing)
+            with shown.running():
+                attempts = sampling.sample(self._load(missing, shown), missing)
             if attempts.failed:
                 wait_for_others(self.run, items)
             attempts.conclude(len(missing))
         output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
+
+    def _load(self, missing: list[VideoItem], shown: JobProgress) -> "HunyuanVideoPipeline":
+        """Load the model and announce the work."""
+        from xattn_video.pipelines.expected_work import ExpectedWork
+        from xattn_video.pipelines.loading import load_pipeline
+        from xattn_video.pipelines.prompt_length import cut_prompts
+
+        shown.load(self.load.model, downloads=is_on_hub(self.load.model))
+        pipe = load_pipeline(self.load)
+        pipe.set_progress_bar_config(disable=True)
+        requests = [self._request(item) for item in missing]
+        print_warnings(cut_prompts(pipe, requests))
+        work = ExpectedWork.of(pipe)
+        shown.left.decoding_steps = work.decoding_steps(self.video)
+        shown.expect([work.of_run(requests[0])] * len(missing))
+        return pipe
 
     @property
     def _prefix(self) -> str:
@@ -150,12 +165,15 @@ class SamplingJob:
     def _say(self, text: str) -> None:
         print_message(self._prefix + text)
 
-    def _progress(self, title: str) -> Any:
-        """Shows a video's steps; those of several ranks would run into one another."""
-        if self.share.num_ranks > 1:
-            return nullcontext(_ignore)
-        return GenerationProgress(message_console(), title, self.video.num_inference_steps)
+    def _show_run(
+        self, shown: JobProgress, title: str, pipe: "HunyuanVideoPipeline", item: VideoItem
+    ) -> AbstractContextManager[RunProgress]:
+        """Shows a video's steps; what writes it is timed with its decoding."""
+        from xattn_video.pipelines.expected_work import ExpectedWork
 
+        return shown.run(title, ExpectedWork.of(pipe).of_run(self._request(item)))
 
-def _ignore(step: "StepRecord") -> None:
-    """Show nothing of a step."""
+    def _request(self, item: VideoItem) -> GenerationRequest:
+        return GenerationRequest(
+            item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
+        )

@@ -11,7 +11,7 @@ from xattn_video.files import write_json
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
-from xattn_video.pipelines.source import DEMO
+from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     message_console,
@@ -20,7 +20,7 @@ from xattn_video.reporting.console import (
     print_warnings,
     quiet_libraries,
 )
-from xattn_video.reporting.progress import GenerationProgress
+from xattn_video.reporting.progress import JobProgress
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -129,22 +129,34 @@ def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None
     _write_report(job, runs)
     if not missing:
         return
-    # A plain line: a spinner would hide the bars of a download.
-    print_message(f"loading {job.load.model}")
-    pipe = load_pipeline(job.load)
-    pipe.set_progress_bar_config(disable=True)
-    print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
-    if folder is None:
-        _generate_one(job, pipe, 0, runs)
-        return
-    folder.forget_failures(keys[number] for number in missing)
-    attempts = Attempts(folder, print_message)
-    for number in missing:
-        video = job.outputs.videos[number]
-        with attempts.item(keys[number], video.name):
-            _generate_one(job, pipe, number, runs)
-            folder.add(keys[number], [video], {"run": runs[number]})
+    with JobProgress(message_console()).running() as shown:
+        shown.load(job.load.model, downloads=is_on_hub(job.load.model))
+        pipe = load_pipeline(job.load)
+        pipe.set_progress_bar_config(disable=True)
+        print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
+        _expect(job, pipe, len(missing), shown)
+        if folder is None:
+            _generate_one(job, pipe, 0, runs, shown)
+            return
+        folder.forget_failures(keys[number] for number in missing)
+        attempts = Attempts(folder, print_message)
+        for number in missing:
+            video = job.outputs.videos[number]
+            with attempts.item(keys[number], video.name):
+                _generate_one(job, pipe, number, runs, shown)
+                folder.add(keys[number], [video], {"run": runs[number]})
     attempts.conclude(len(missing))
+
+
+def _expect(
+    job: GenerateJob, pipe: "HunyuanVideoPipeline", videos: int, shown: JobProgress
+) -> None:
+    """Tell the display what is to come."""
+    from xattn_video.pipelines.expected_work import ExpectedWork
+
+    work, first = ExpectedWork.of(pipe), job.requests[0]
+    shown.left.decoding_steps = work.decoding_steps(first.video)
+    shown.expect([work.of_run(first) | {"writing": 1}] * videos)
 
 
 def _generate_one(
@@ -152,7 +164,9 @@ def _generate_one(
     pipe: "HunyuanVideoPipeline",
     number: int,
     runs: dict[int, dict[str, Any]],
+    shown: JobProgress,
 ) -> None:
+    from xattn_video.pipelines.expected_work import ExpectedWork
     from xattn_video.pipelines.generation import generate
     from xattn_video.pipelines.video import write_video_or_keep_frames
 
@@ -164,8 +178,8 @@ def _generate_one(
     title = shorten(request.prompt, 50, placeholder="...")
     if len(job.requests) > 1:
         title = f"{number + 1}/{len(job.requests)} {title}"
-    steps = request.video.num_inference_steps
-    with GenerationProgress(message_console(), title, steps) as progress:
+    units = ExpectedWork.of(pipe).of_run(request) | {"writing": 1}
+    with shown.run(title, units) as progress:
         result = generate(pipe, request, progress)
     replaced = video.exists()
     write_video_or_keep_frames(video, result.frames, job.fps)
@@ -176,7 +190,8 @@ def _generate_one(
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
-    print_summary(output_console(), request, result, files)
+    with shown.paused():
+        print_summary(output_console(), request, result, files)
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
