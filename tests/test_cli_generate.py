@@ -88,6 +88,7 @@ def test_a_terminal_shows_step_phase_density_and_times(width):
         with job.run(title, units) as progress:
             for step in steps:
                 progress(step)
+            job._progress.refresh()
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
     assert lines[0] == title
     # 23 steps of the one sparse second, and decoding for two dense steps of 1.5 seconds.
