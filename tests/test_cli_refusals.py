@@ -59,7 +59,7 @@ from command_line import SMALL, run_cli
             ["--prompt=a", "--num-inference-steps=0"],
             "num_inference_steps must be at least 1, got 0",
         ),
-        (["--prompt=a", "--fps=0"], "fps must be at least 1, got 0"),
+        (["--prompt=a", "--fps=0"], "fps must lie between 1 and 240, got 0"),
         (["--prompt=a", "--seed=-1"], "seed must lie between 0 and 2**63 - 1, got -1"),
         (["--prompt=a", "--negative-prompt=b"], "a negative prompt needs true_cfg_scale above 1"),
         (["--prompt=a", "--dtype=int8"], "dtype must be one of float32, float16, bfloat16"),

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,7 @@ def record() -> dict:
         "batch_size": 2,
         "missing": {"VMAF": "no ffmpeg."},
         "backends": ["triton"],
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.to_dict() for row in rows],
         "layer_densities": {method.name: [[None, 0.5], [None, 0.3]]},
     }
 

@@ -285,7 +285,7 @@ def test_failures_that_are_not_in_a_row_stop_no_run(tiny_pipeline, tmp_path, mon
         ("--num-prompts=41", "num_prompts must lie between 1 and 40 for suite 'demo', got 41"),
         ("--videos-per-prompt=3", "videos_per_prompt must be 1 (a reduced run) or 5"),
         ("--seed=-1", "seed must lie between 0 and 2**63 - 1, got -1"),
-        ("--fps=0", "fps must be at least 1, got 0; use 24."),
+        ("--fps=0", "fps must lie between 1 and 240, got 0; use 24."),
         ("--threshold=1.5", "threshold must lie in (0, 1], got 1.5"),
         ("--model=/nowhere", "model '/nowhere' is neither a folder nor a hub ID"),
     ],

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from xattn_video.cli.compare_files import FilesJob
 from xattn_video.cli.compare_job import CompareJob
 from xattn_video.cli.compare_options import (
@@ -12,6 +14,7 @@ from xattn_video.cli.compare_options import (
     ExistingFiles,
     compared_prompts,
     compared_requests,
+    refuse_unused,
 )
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.options.command import command
@@ -34,6 +37,7 @@ def compare(
     video: Annotated[VideoSettings, video_settings()],
     details: CompareDetails,
     errors: ErrorsToExitCodes,
+    context: typer.Context,
 ) -> None:
     """Measure how far sparse videos are from dense ones; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
@@ -41,9 +45,8 @@ def compare(
     refuse_ranks("xattn-video compare")
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)
     if files.reference is not None or files.candidate is not None:
-        existing = FilesJob.of(
-            files.reference, files.candidate, asked, details.output, details.overwrite
-        )
+        existing = FilesJob.of(files.reference, files.candidate, details.output, details.overwrite)
+        refuse_unused(context)
         existing.check()
         errors.running = True
         existing.run()

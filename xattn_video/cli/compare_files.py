@@ -37,23 +37,17 @@ class FilesJob:
         cls,
         reference: Path | None,
         candidate: Path | None,
-        prompts: tuple[object, ...],
         folder: Path | None,
         overwrite: bool,
     ) -> "FilesJob":
         """From the options as they were given.
 
         Raises:
-            ValueError: A file is not given, or prompts are.
+            ValueError: A file is not given.
         """
         if reference is None or candidate is None:
             lacking = "--reference" if reference is None else "--candidate"
             raise ValueError(f"--reference and --candidate go together; give {lacking} too.")
-        if any(prompt is not None for prompt in prompts):
-            raise ValueError(
-                "--reference and --candidate compare files that exist; "
-                "leave out the prompts, or the files to generate videos."
-            )
         return cls(reference, candidate, folder, overwrite)
 
     def check(self) -> None:

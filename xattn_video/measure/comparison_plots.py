@@ -17,7 +17,7 @@ Densities: TypeAlias = Sequence[Sequence[float | None]]
 """`[layers][steps]`, None where a layer was not sparse."""
 
 _Line: TypeAlias = tuple[int, int, int, str]
-"""Stride, warm-up steps, refresh_every or 0, and whether a tau or a density decides."""
+"""Stride, warm-up steps, refresh_every or 0, and whether tau, density or schedule decides."""
 
 
 def write_plots(
@@ -73,12 +73,12 @@ def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) ->
             marker="osD^"[strides.index(stride) % 4],
             label=f"warm-up {warmup}, stride {stride}"
             + (f", refresh {refresh}" if refresh else "")
-            + (", density" if share == "density" else ""),
+            + ("" if share == "tau" else f", {share}"),
         )
         # Lines of other strides and warm-ups run near it, with the same shares.
         for row in points if stride == strides[0] and warmup == colours[-1][0] else ():
             axes.annotate(
-                f"{_share(row):g}",
+                f"{_share(row):g}" if share != "schedule" else share,
                 (row.density or 0, row.psnr or 0),
                 textcoords="offset points",
                 xytext=(-4, 6),
@@ -165,13 +165,13 @@ def _line(row: MethodRow) -> _Line:
     settings = row.method.sparse
     assert settings is not None
     share = "tau" if settings.density is None else "density"
+    if not isinstance(_share(row), float | int):
+        share = "schedule"
     return settings.stride, settings.warmup_steps, settings.refresh_every or 0, share
 
 
-def _share(row: MethodRow) -> float:
-    """The threshold or density of a sparse row."""
+def _share(row: MethodRow) -> Any:
+    """The threshold or density of a sparse row, or its schedule."""
     settings = row.method.sparse
     assert settings is not None
-    share = settings.threshold if settings.density is None else settings.density
-    assert isinstance(share, float | int)
-    return share
+    return settings.threshold if settings.density is None else settings.density

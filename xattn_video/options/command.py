@@ -71,6 +71,15 @@ def group_of(cls: Any) -> Group:
     return Group(options, lambda values: cls(**{name: values[name] for name in options}))
 
 
+def given_options(context: typer.Context) -> list[tuple[str, str]]:
+    """Every option that was typed: the name of its argument, and its own first name."""
+    return [
+        (str(parameter.name), parameter.opts[0])
+        for parameter in context.command.params
+        if getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
