@@ -45,6 +45,12 @@ class RunOptions:
     lossless: bool = knob("Keep lossless copies, which PSNR and SSIM need.", True)
     seed: int = knob("Base seed; the seed of every video is derived from it.", 0)
     fps: int = knob("Frames per second of the file.", 24)
+    force: bool = knob("Run even if the memory seems too small.", False, "--force")
+    overwrite: bool = knob(
+        "Make every video of the run anew, whatever the folder holds; with one process only.",
+        False,
+        "--overwrite",
+    )
 
 
 @app.command(
@@ -78,7 +84,12 @@ def main(
         sparse,
         errors.verbose,
     )
-    job.check()
+    if asked.overwrite and share.num_ranks > 1:
+        raise ValueError(
+            "--overwrite removes the run's videos, which other ranks may be writing, got "
+            f"{share.num_ranks} ranks; give another --run, or remove the folder."
+        )
+    job.check(asked.force, asked.overwrite)
     with job.run.lock_rank(share.rank, share.num_ranks):
         errors.running = True
         job.generate()

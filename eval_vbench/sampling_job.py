@@ -17,10 +17,10 @@ from xattn_video.pipelines.source import is_on_hub
 from xattn_video.pipelines.video import check_encoders
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
-    message_console,
     output_console,
     print_message,
     print_warnings,
+    progress_console,
     quiet_libraries,
 )
 from xattn_video.reporting.progress import JobProgress, RunProgress
@@ -73,8 +73,12 @@ class SamplingJob:
         """All videos of the run, on all ranks."""
         return video_items(self.prompts, self.videos_per_prompt, self.seed)
 
-    def check(self) -> None:
+    def check(self, force: bool = False, overwrite: bool = False) -> None:
         """Check what would fail, and claim the folder for this run.
+
+        Args:
+            force: Run even if the memory seems too small.
+            overwrite: Remove the run's videos, whatever its settings.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -86,10 +90,10 @@ class SamplingJob:
         request = self._request(first)
         # One rank is enough to warn.
         if self.share.rank == 0:
-            print_warnings(check_runs(self.load, [request]))
+            print_warnings(check_runs(self.load, [request], force))
         check_output_folder(self.run.path, what="run")
         check_encoders(self.run.path, (".mp4", ".mkv") if self.lossless else (".mp4",), self.fps)
-        self.run.adopt(self.settings())
+        self.run.adopt(self.settings(), overwrite)
 
     def settings(self) -> dict[str, Any]:
         """All that the videos depend on."""
@@ -117,7 +121,7 @@ class SamplingJob:
 
         share, items = self.share, self.items
         # The displays of several ranks would run into one another.
-        shown = JobProgress(message_console() if share.num_ranks == 1 else Console(quiet=True))
+        shown = JobProgress(progress_console() if share.num_ranks == 1 else Console(quiet=True))
         sampling = Sampling(
             self.run,
             share,

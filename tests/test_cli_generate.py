@@ -249,7 +249,7 @@ def test_an_interruption_of_a_plot_counts_the_video(generate, monkeypatch, tmp_p
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
 def test_ctrl_c_leaves_no_part_of_a_video(tiny_pipeline, tmp_path):
     """In the middle of a run of many steps, once it has shown the first tenth of them."""
-    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    command = [sys.executable, "-m", "xattn_video", "generate", "--model", str(tiny_pipeline)]
     options = ["--num-inference-steps=1000", "--dense", f"--output={tmp_path / 'a.mp4'}"]
     process = subprocess.Popen(
         [*command, *SMALL, *options, "--prompt=a"],
@@ -367,7 +367,7 @@ def test_a_run_that_fails_exits_with_code_1(generate, monkeypatch, tmp_path):
 
 def test_the_command_itself(tiny_pipeline, tmp_path):
     """A process of its own: entry point, quiet libraries, exit code."""
-    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    command = [sys.executable, "-m", "xattn_video", "generate", "--model", str(tiny_pipeline)]
     done = subprocess.run(
         [*command, *SMALL, *SPARSE, "--prompt=a", f"--output={tmp_path / 'a.mp4'}"],
         capture_output=True,

@@ -29,7 +29,7 @@ WAITS = "echo part >$out; exec sleep 600"
 
 def command(name: str, model: Path, folder: Path) -> list[str]:
     """A run that writes a video into ``folder``."""
-    cli = ["xattn_video.cli", name, "--model", str(model), *SMALL, "--prompt=a"]
+    cli = ["xattn_video", name, "--model", str(model), *SMALL, "--prompt=a"]
     words = {
         "generate": [*cli, "--dense", f"--output={folder / 'v.mkv'}"],
         "generate mp4": [*cli, "--dense", f"--output={folder / 'v.mp4'}"],

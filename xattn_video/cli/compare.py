@@ -17,7 +17,7 @@ from xattn_video.cli.compare_options import (
     refuse_unused,
 )
 from xattn_video.cli.outputs import ResumableFolder
-from xattn_video.options.command import command
+from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.pipelines.run_checks import refuse_ranks
@@ -38,6 +38,7 @@ def compare(
     details: CompareDetails,
     errors: ErrorsToExitCodes,
     context: typer.Context,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how far sparse videos are from dense ones; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
@@ -49,7 +50,7 @@ def compare(
         refuse_unused(context)
         existing.check()
         errors.running = True
-        existing.run()
+        existing.run(as_json)
         return
     texts = compared_prompts(load.model, *asked)
     job = CompareJob(
@@ -69,4 +70,4 @@ def compare(
     with folder.lock():
         folder.adopt(job.settings(), details.overwrite)
         errors.running = True
-        job.run(folder)
+        job.run(folder, as_json)

@@ -1,10 +1,13 @@
 """Compares two video files: `xattn-video compare --reference a.mkv --candidate b.mkv`."""
 
+import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from xattn_video import __version__
 from xattn_video.cli.compare_results import check_new_results
@@ -67,8 +70,8 @@ class FilesJob:
             check_new_results(self.folder, self.overwrite)
             check_encoders(self.folder, [".mp4"], fps=24)
 
-    def run(self) -> None:
-        """Measure, print, and write the files."""
+    def run(self, as_json: bool = False) -> None:
+        """Measure, print the figures or JSON, and write the files."""
         from xattn_video.measure.similarity import Scorer
 
         clips = self._read()
@@ -85,7 +88,10 @@ class FilesJob:
         if self.folder is not None:
             self._write(self.folder, clips, similarity, scorer.missing)
             lines["results"] = str(self.folder)
-        print_labelled(output_console(), lines)
+        if as_json:
+            typer.echo(json.dumps(asdict(similarity) | {"missing": scorer.missing}, indent=2))
+        else:
+            print_labelled(output_console(), lines)
 
     def _read(self) -> "tuple[Clip, Clip]":
         from xattn_video.measure.clips import read_clip

@@ -1,5 +1,6 @@
 """Runs `xattn-video compare` after its arguments have been checked."""
 
+import json
 import math
 import shlex
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_results
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.record import run_record, shaping_record
@@ -19,11 +22,11 @@ from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
-    message_console,
     output_console,
     print_labelled,
     print_message,
     print_warnings,
+    progress_console,
     quiet_libraries,
 )
 from xattn_video.reporting.progress import JobProgress
@@ -111,8 +114,8 @@ class CompareJob:
             "kept_mass": self.kept_mass,
         }
 
-    def run(self, folder: ResumableFolder) -> None:
-        """Make what is missing in the folder, write the files, print the table.
+    def run(self, folder: ResumableFolder, as_json: bool = False) -> None:
+        """Make what is missing in the folder, write the files, print the table or JSON.
 
         Raises:
             RuntimeError: Videos failed.
@@ -134,6 +137,10 @@ class CompareJob:
             self._generate(missing, results, attempts)
         if results.rows:
             results.finish()
+        if results.rows and as_json:
+            rows = [row.to_dict() for row in results.rows]
+            typer.echo(json.dumps({"results": str(self.folder), "rows": rows}, indent=2))
+        elif results.rows:
             console = output_console()
             table = comparison_table(results.rows)
             console.print(table.terminal(console.width), crop=False)
@@ -152,7 +159,7 @@ class CompareJob:
         scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.videos)
         for name, why in scorer.missing.items():
             print_message(f"{name} is not measured: {why}")
-        with JobProgress(message_console()).running() as shown:
+        with JobProgress(progress_console()).running() as shown:
             self._measure_missing(missing, results, attempts, scorer, shown)
 
     def _measure_missing(

@@ -14,10 +14,10 @@ from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
-    message_console,
     output_console,
     print_message,
     print_warnings,
+    progress_console,
     quiet_libraries,
 )
 from xattn_video.reporting.progress import JobProgress
@@ -129,7 +129,7 @@ def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None
     _write_report(job, runs)
     if not missing:
         return
-    with JobProgress(message_console()).running() as shown:
+    with JobProgress(progress_console()).running() as shown:
         shown.load(job.load.model, downloads=is_on_hub(job.load.model))
         pipe = load_pipeline(job.load)
         pipe.set_progress_bar_config(disable=True)

@@ -1,16 +1,25 @@
 """Builds a command from a function; dataclasses among its arguments become options."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
 
-from xattn_video.reporting.console import ErrorsToExitCodes, expands_paths, log_choices
+from xattn_video.reporting.console import (
+    TYPED_OPTIONS,
+    ErrorsToExitCodes,
+    expands_paths,
+    log_choices,
+)
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 _VERBOSE = "Log choices; print the traceback of an error."
+_QUIET = "Print results, warnings and errors, and no progress."
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+"""The option of every command that prints a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +89,19 @@ def given_options(context: typer.Context) -> list[tuple[str, str]]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Messages:
+    verbose: bool = knob(_VERBOSE, False, "--verbose")
+    quiet: bool = knob(_QUIET, False, "--quiet", "-q")
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
     An argument that is a dataclass or is annotated with a `Group` stands for several options. The
     argument of type `ErrorsToExitCodes` is the context in which the command runs. Every other
-    argument is one option. Every command has ``--verbose``, and its errors become one line and an
-    exit code.
+    argument is one option. Every command has ``--verbose`` and ``--quiet``, and its errors become
+    one line, with the options as they are typed, and an exit code.
     """
     groups: dict[str, Group] = {}
     options: dict[str, inspect.Parameter] = {}
@@ -101,20 +116,34 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         else:
             options[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     single = [name for name in options if name in inspect.signature(function).parameters]
-    verbose = inspect.Parameter(
-        "verbose",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[bool, typer.Option("--verbose", help=_VERBOSE)],
-    )
+    options |= group_of(_Messages).options
+    names = _typed_names(options.values())
 
     def run(**values: Any) -> None:
-        log_choices(values["verbose"])
+        log_choices(values["verbose"], values["quiet"])
+        TYPED_OPTIONS.set(names)
         with ErrorsToExitCodes(values["verbose"]) as errors:
             arguments = {name: values[name] for name in single}
             arguments |= {name: group.make(values) for name, group in groups.items()}
             function(**arguments, **dict.fromkeys(running, errors))
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = inspect.Signature([*options.values(), verbose])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
     return expands_paths(run)
+
+
+def _typed_names(options: Iterable[inspect.Parameter]) -> dict[str, str]:
+    """The option that stands for a name of a field or an argument."""
+    typed = {}
+    for parameter in options:
+        declared = (*get_args(parameter.annotation)[1:], None)[0]
+        # In an annotation the first name stands where a default would be.
+        told = (
+            getattr(declared, "default", None),
+            *(getattr(declared, "param_decls", None) or ()),
+        )
+        names = [name for name in told if isinstance(name, str) and name.startswith("--")]
+        names = names or [f"--{parameter.name.replace('_', '-')}"]
+        for name in (parameter.name, *names):
+            typed[name.strip("-").replace("-", "_")] = names[0]
+    return typed
