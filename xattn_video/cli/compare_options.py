@@ -202,9 +202,21 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
         for name, numbers in grid.items()
         if name in ("warmup_steps", "stride") and len(numbers) == 1
     }
-    methods += [method_of(parse_setting(text, **own | single)) for text in whole_settings]
+    methods += [method_of(_whole(text, own | single)) for text in whole_settings]
     methods = list({method.name: method for method in methods}.values())
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
+
+
+def _whole(text: str, others: dict[str, Any]) -> SparseSettings:
+    """The settings of one --setting.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return parse_setting(text, **others)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--setting {text}: {error}") from None
 
 
 def compared_requests(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.pipelines.model_shape import ModelShape, shape_of_configs
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.run_plan import dense_step_flop
-from xattn_video.policy.decision import Run, count_dense_steps, count_refreshes
+from xattn_video.policy.decision import Run, StepCounts, count_steps
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -50,8 +50,8 @@ class ExpectedWork:
             videos: Made in one call.
             kept_mass: Whether the sparse steps measure kept mass.
         """
-        steps = dense = request.video.num_inference_steps
-        refreshes = 0
+        steps = request.video.num_inference_steps
+        counts = StepCounts(dense=steps)
         if request.sparse is not None:
             run = Run(
                 self.shape.layers,
@@ -60,11 +60,11 @@ class ExpectedWork:
                 self.device_type,
                 steps,
             )
-            dense = count_dense_steps(request.sparse, run)
-            refreshes = count_refreshes(request.sparse, run)
+            counts = count_steps(request.sparse, run)
         sparse = "sparse, kept mass" if kept_mass else "sparse"
-        units = {"text": 1, "dense": dense, "refresh": refreshes}
-        units |= {sparse: steps - dense - refreshes, "decoding": 1}
+        units = {"text": 1, "dense": counts.dense - counts.primes, "decoding": 1}
+        units |= {"refresh": counts.refreshes + counts.primes}
+        units |= {sparse: counts.sparse - counts.refreshes}
         return {kind: float(count * videos) for kind, count in units.items() if count}
 
     def decoding_steps(self, video: VideoSettings) -> float:

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
@@ -244,12 +245,24 @@ def describe(error: Exception) -> str:
 def as_typed(text: str) -> str:
     """A message with the options of the command that runs as they are typed.
 
-    A name of one word stands for its option only where a message is about its value.
+    A name of one word stands for its option only where a message is about its value, or in a list
+    of options. Within --setting, names are typed as they are.
     """
-    for name, typed in (TYPED_OPTIONS.get() or {}).items():
+    options = TYPED_OPTIONS.get() or {}
+    if text.startswith("--setting "):
+        return text
+    for name, typed in options.items():
         about = r"(?!\w)" if "_" in name else r"(?=( must| lies| cannot be written)\b|=)"
         text = re.sub(rf"(?<![\w./'-]){name}{about}", typed, text)
-    return text
+    return re.sub(r"[\w-]+(, [\w-]+)+", partial(_list_as_typed, options), text)
+
+
+def _list_as_typed(options: Mapping[str, str], found: re.Match[str]) -> str:
+    """A list of names, if some of them are options."""
+    words = found[0].split(", ")
+    if not any(word in options.values() for word in words):
+        return found[0]
+    return ", ".join(options.get(word, word) for word in words)
 
 
 def log_choices(verbose: bool, quiet: bool = False) -> None:
