@@ -59,7 +59,7 @@ def fail_at(monkeypatch):
 def kill_when(words: list[str], folder: Path, ready) -> None:
     """Run a command in a process of its own, and send it SIGKILL as soon as ``ready()``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "xattn_video.cli", *map(str, words)],
+        [sys.executable, "-m", "xattn_video", *map(str, words)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
