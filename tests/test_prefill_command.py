@@ -220,7 +220,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
         (["--model=random:gpt-5"], "no shape is called 'gpt-5'; use random: and one of llama-3-"),
         (["--model=random:tiny", "--needle=owl"], "the weights are random; leave --needle out."),
         (["--model=random:tiny", "--tokens=0"], "tokens must be at least 1, got 0"),
-        (["--model=random:tiny", "--chunk-size=0"], "chunk_size must be at least 1, got 0"),
+        (["--model=random:tiny", "--chunk-size=0"], "--chunk-size must be at least 1, got 0"),
         (["--model=random:tiny", "--depth=2"], "depth must lie in [0, 1], got 2; use 0.5."),
         (
             ["--model=random:tiny", "--compare=eager"],
