@@ -173,7 +173,7 @@ def _layer_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
             dense = problem.best_dense
             for total in _best_totals(problem) if dense is not None else ():
                 yield (
-                    f"attention of one layer, {total['n']:,} tokens",
+                    f"attention of one layer, {total['n']:,} tokens, {total['dtype']}",
                     file.device,
                     f"{total['density']:.3f}",
                     _ms_by(dense),

@@ -49,6 +49,11 @@ class WholeVideo:
         return self.content["offload"]
 
     @property
+    def gpus(self) -> int:
+        """How many shared the video; reports of before know of one."""
+        return self.content.get("ranks_per_video", 1)
+
+    @property
     def seconds(self) -> float:
         return self.run["seconds"]
 
@@ -81,7 +86,10 @@ class WholeVideo:
     @property
     def command(self) -> str:
         """The command, with only the options that differ from their defaults."""
-        words = ["xattn-video", "generate", "--model", MODEL, "--prompt", self.run["prompt"]]
+        words = ["xattn-video"]
+        if self.gpus > 1:
+            words = ["torchrun", "--nproc-per-node", str(self.gpus), "-m", "xattn_video.cli"]
+        words += ["generate", "--model", MODEL, "--prompt", self.run["prompt"]]
         words += ["--threshold", f"{self.run['sparse']['threshold']:g}"]
         steps, warmup_steps = self.run["num_inference_steps"], self.run["sparse"]["warmup_steps"]
         offload = LoadOptions(device="cuda", device_elsewhere=True).resolved_offload
@@ -111,6 +119,7 @@ def videos_table(videos: list[WholeVideo]) -> str:
         "density": lambda v: figure(v.density, ".3f"),
         "by": lambda v: ", ".join(v.run["report"]["backends"]),
         "offload": lambda v: v.offload,
+        "GPUs": lambda v: str(v.gpus),
         "s per dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
         "s per sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
         "s for text and decoding": lambda v: f"{v.other_seconds:.0f}",
@@ -122,24 +131,46 @@ def videos_table(videos: list[WholeVideo]) -> str:
 
 def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
     """Sparse videos against the dense one of the same size, steps and offloading."""
+    for video, other in _pairs(videos):
+        steps = f"{video.count(sparse=True)} of {video.run['num_inference_steps']}"
+        yield (
+            f"a whole video, {video.frames}, {steps} steps sparse",
+            video.device,
+            f"{video.density:.3f}",
+            f"{other.seconds:.0f} s",
+            f"{video.seconds:.0f} s",
+            f"{other.seconds / video.seconds:.2f}x",
+            "",
+        )
+
+
+def full_size_record(videos: list[WholeVideo]) -> dict[str, Any]:
+    """The fastest whole video, which the package carries to tell what full size gains."""
+    video, other = max(_pairs(videos), key=lambda pair: pair[1].seconds / pair[0].seconds)
+    return {
+        "video": f"HunyuanVideo, {video.frames}",
+        "device": video.device,
+        "weights": "random",
+        "steps": video.run["num_inference_steps"],
+        "sparse_steps": video.count(sparse=True),
+        "density": video.density,
+        "dense_seconds": other.seconds,
+        "sparse_seconds": video.seconds,
+        "sources": [f"benchmarks/results/generate/{one.stem}.json" for one in (other, video)],
+    }
+
+
+def _pairs(videos: list[WholeVideo]) -> Iterator[tuple[WholeVideo, WholeVideo]]:
+    """Every sparse video with its dense one."""
     for video, other in itertools.product(videos, videos):
         if video.density is not None and other.density is None and _alike(video, other):
-            steps = f"{video.count(sparse=True)} of {video.run['num_inference_steps']}"
-            yield (
-                f"a whole video, {video.frames}, {steps} steps sparse",
-                video.device,
-                f"{video.density:.3f}",
-                f"{other.seconds:.0f} s",
-                f"{video.seconds:.0f} s",
-                f"{other.seconds / video.seconds:.2f}x",
-                "",
-            )
+            yield video, other
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:
     """One sentence with the peak memory of every offload."""
     peaks: dict[str, float] = {}
-    for video in videos:
+    for video in (video for video in videos if video.gpus == 1):
         peaks[video.offload] = max(video.peak_memory_gib, peaks.get(video.offload, 0.0))
     by_size = sorted(peaks.items(), key=lambda peak: -peak[1])
     listed = ", ".join(f"{gib:.1f} GiB with `--offload {name}`" for name, gib in by_size)
@@ -149,4 +180,9 @@ def memory_by_offload(videos: list[WholeVideo]) -> str:
 def _alike(video: WholeVideo, other: WholeVideo) -> bool:
     keys = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale")
     same_run = all(video.run[key] == other.run[key] for key in keys)
-    return same_run and (video.device, video.offload) == (other.device, other.offload)
+    same_place = (video.device, video.gpus, video.offload) == (
+        other.device,
+        other.gpus,
+        other.offload,
+    )
+    return same_run and same_place

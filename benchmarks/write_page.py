@@ -4,7 +4,8 @@
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
 It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md and docs/multi_gpu.md if those files exist.
+docs/fewer-blocks.md and docs/multi_gpu.md if those files exist; likewise what the package tells
+of a run at full size.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
 from benchmarks.step_tables import render_step_pages
-from benchmarks.whole_videos import read_whole_videos
-from xattn_video.files import user_path, write_text
+from benchmarks.whole_videos import full_size_record, read_whole_videos
+from xattn_video.files import user_path, write_json, write_text
 from xattn_video.reporting.pages import replace_between
 
+FULL_SIZE = Path("xattn_video/measure/full_size.json")
 BEGIN, END = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
 
 
@@ -46,7 +48,10 @@ def write_pages(folder: Path) -> None:
         picture.unlink()
     for path, text in pages.items():
         write_text(path, text)
-    for path in (*pages, *drawn):
+    carried = [folder / FULL_SIZE] if (folder / FULL_SIZE).exists() else []
+    for path in carried:
+        write_json(path, full_size_record(videos))
+    for path in (*pages, *carried, *drawn):
         print(f"wrote {path}")
 
 

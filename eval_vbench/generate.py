@@ -2,8 +2,11 @@
 
 python -m eval_vbench.generate --run runs/dense --dense
 accelerate launch -m eval_vbench.generate --run runs/xattn-0.95 --threshold 0.95
+torchrun --nproc-per-node 8 -m -- eval_vbench.generate --run runs/dense --dense --gpus-per-video 2
 """
 
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +19,11 @@ from eval_vbench.run_folder import RunFolder
 from eval_vbench.sampling_job import SamplingJob
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading, sparse_settings, video_settings
+from xattn_video.pipelines.job_ranks import JobRanks, joined_ranks
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand
+from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, print_error
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
@@ -51,6 +55,7 @@ class RunOptions:
         False,
         "--overwrite",
     )
+    gpus_per_video: int = knob("GPUs that share each video, one process each.", 1)
 
 
 @app.command(
@@ -65,15 +70,20 @@ def main(
     video: Annotated[VideoSettings, video_settings(*_VIDEO)],
     sparse: Annotated[SparseSettings | None, sparse_settings()],
     errors: ErrorsToExitCodes,
+    ranks: JobRanks,
 ) -> None:
     """Generate a run's videos; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
 
-    share = launched_share()
+    count = asked.gpus_per_video
+    share = launched_share(count)
+    load = replace(load, num_gpus=count, device=load.device or _device_of(share))
+    if count > 1:
+        load = ranks.place(replace(load, device=None if load.device != "cpu" else "cpu"))
     job = SamplingJob(
         RunFolder(asked.run),
         share,
-        settle_offload(replace(load, device=load.device or _device_of(share)), video),
+        settle_offload(load, video),
         asked.suite or (DEMO_SUITE if load.model == DEMO else DEFAULT_SUITE),
         asked.num_prompts,
         asked.videos_per_prompt,
@@ -83,14 +93,16 @@ def main(
         video,
         sparse,
         errors.verbose,
+        ranks,
+        ranks.team(count),
     )
-    if asked.overwrite and share.num_ranks > 1:
+    if asked.overwrite and share.num_ranks * count > 1:
         raise ValueError(
             "--overwrite removes the run's videos, which other ranks may be writing, got "
-            f"{share.num_ranks} ranks; give another --run, or remove the folder."
+            f"{share.num_ranks * count} ranks; give another --run, or remove the folder."
         )
     job.check(asked.force, asked.overwrite)
-    with job.run.lock_rank(share.rank, share.num_ranks):
+    with job.run.lock_rank(share.rank, share.num_ranks) if job.writes else nullcontext():
         errors.running = True
         job.generate()
 
@@ -104,5 +116,13 @@ def _device_of(share: Share) -> str | None:
     return f"cuda:{share.local_rank}"
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point: processes that share videos join, others exchange nothing but files."""
+    if any(word.split("=")[0] == "--gpus-per-video" for word in sys.argv[1:]):
+        with joined_ranks(print_error) as ranks:
+            app(obj=ranks)
     app()
+
+
+if __name__ == "__main__":
+    run()

@@ -27,14 +27,26 @@ class Share:
         return list(items[self.rank :: self.num_ranks])
 
 
-def launched_share() -> Share:
-    """The share that the launcher set for this process.
+def launched_share(gpus_per_video: int = 1) -> Share:
+    """The share that the launcher set for this process, or for its neighbours together.
 
-    The processes exchange nothing but files, so no process group is opened that could time out
-    while one of them works on a long video.
+    Processes that share no video exchange nothing but files: no process group could time out while
+    one of them works on a long video.
+
+    Args:
+        gpus_per_video: Neighbours that generate each video of their share together.
+
+    Raises:
+        ValueError: The processes do not divide into such groups.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     rank, num_ranks, local_rank = (os.environ.get(name) for name in names)
+    count = int(num_ranks) if rank is not None and num_ranks is not None else 1
+    if gpus_per_video < 1 or count % gpus_per_video:
+        raise ValueError(
+            f"gpus_per_video must divide the number of processes, got {gpus_per_video} with "
+            f"{count}; start it with torchrun --nproc-per-node N -m -- eval_vbench.generate."
+        )
     if rank is None or num_ranks is None:
         return Share()
-    return Share(int(rank), int(num_ranks), int(local_rank or 0))
+    return Share(int(rank) // gpus_per_video, count // gpus_per_video, int(local_rank or 0))

@@ -4,6 +4,8 @@ python -m eval_vbench.report --dense runs/dense --sparse runs/xattn-0.95
 """
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +14,11 @@ import typer
 from eval_vbench.fidelity import fidelity_scorer, measure_fidelity
 from eval_vbench.report_page import report_page, report_values
 from eval_vbench.report_plot import plot_report
+from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, load_run
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder, write_json, write_text
+from xattn_video.measure.similarity import VMAF_LEFT_OUT
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
@@ -37,7 +41,7 @@ def main(
     sparse: Annotated[list[Path], typer.Option(help="A sparse run; can be repeated.")],
     errors: ErrorsToExitCodes,
     output: Annotated[
-        Path, typer.Option(help="Folder for report.md, report.json and report.png.")
+        Path, typer.Option(help="Folder for report.md, report.html, report.json and report.png.")
     ] = Path("report"),
     fidelity: Annotated[bool, typer.Option(help="Measure PSNR, SSIM and the other measures.")] = (
         True
@@ -66,7 +70,7 @@ def main(
 def _write(
     dense: CompleteRun, runs: list[CompleteRun], output: Path, fidelity: bool, device: str
 ) -> tuple[dict[str, Any], str]:
-    """Measure, write the three files, and return what two of them hold."""
+    """Measure, write the files, and return what two of them hold."""
     notes = []
     if not fidelity:
         notes.append("PSNR, SSIM and LPIPS were not requested.")
@@ -77,6 +81,8 @@ def _write(
     if scorer is not None:
         notes += [f"{name} was not measured: {why}" for name, why in scorer.missing.items()]
     results = []
+    # A dictionary keeps one of each.
+    left_out: dict[str, None] = {}
     for run in runs:
         pairs = {}
         if scorer is not None:
@@ -88,11 +94,18 @@ def _write(
                 print_message,
             )
         results.append(compare(dense, run, pairs))
+        if any(pair.get("plain") for pair in pairs.values()):
+            left_out[f"VMAF was left out: {VMAF_LEFT_OUT}"] = None
+    notes += left_out
     plotted = plot_report(output / "report.png", dense, results)
     page = report_page(dense, results, notes, "report.png" if plotted else "")
     values = report_values(dense, results) | {"notes": notes}
     write_json(output / "report.json", values)
     write_text(output / "report.md", page)
+    plot = (output / "report.png").read_bytes() if plotted else None
+    command_line = shlex.join(["python", "-m", "eval_vbench.report", *sys.argv[1:]])
+    web_page = report_web_page(dense, results, notes, plot, command_line, scorer is not None)
+    write_text(output / "report.html", web_page.html())
     return values, page
 
 

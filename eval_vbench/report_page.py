@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +63,87 @@ def report_page(
         notes: What could not be measured.
         plot: Name of the plot, if there is one.
     """
-    measures = [(dense.label, measures_of(dense))]
-    measures += [(result.run.label, result.measures) for result in results]
-    checks = [(dense.label, shares_right(dense))]
-    checks += [(result.run.label, result.checks) for result in results]
+    tables = ReportTables(dense, results)
     return render(
         _TEMPLATE,
         settings=dense.settings,
         num_videos=len(dense.items),
-        origin=_origin(dense, results),
+        origin=tables.origin,
         caveats=caveats(dense, results),
         notes=notes,
-        measures=Table.of(measures, _MEASURES),
-        checks=_checks_table(checks) if any(shares for _, shares in checks[1:]) else None,
-        results=[(result.run.label, _dimensions(result)) for result in results],
-        paper=None if dense.settings["suite"] == DEMO_SUITE else _paper_table(results),
+        measures=tables.measures,
+        checks=tables.checks,
+        results=[(result.run.label, tables.dimensions_text(result)) for result in results],
+        paper=tables.paper,
         not_measured=_NOT_MEASURED,
         plot=plot,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTables:
+    """The tables of a report, in whatever form it is written."""
+
+    dense: CompleteRun
+    results: Sequence[SparseResult]
+
+    @property
+    def origin(self) -> str:
+        """What made the videos."""
+        return _origin(self.dense, self.results)
+
+    @property
+    def measures(self) -> Table:
+        """Fidelity and cost of every run."""
+        rows = [(self.dense.label, measures_of(self.dense))]
+        rows += [(result.run.label, result.measures) for result in self.results]
+        return Table.of(rows, _MEASURES)
+
+    @property
+    def checks(self) -> Table | None:
+        """The demo model's own checks; None for another model."""
+        checks = [(self.dense.label, shares_right(self.dense))]
+        checks += [(result.run.label, result.checks) for result in self.results]
+        return _checks_table(checks) if any(shares for _, shares in checks[1:]) else None
+
+    @property
+    def paper(self) -> tuple[Table, str] | None:
+        """The paper's figures and their source; None for another suite."""
+        return None if self.dense.settings["suite"] == DEMO_SUITE else _paper_table(self.results)
+
+    def dimensions(self, result: SparseResult, mark: str = "") -> tuple[Table, str]:
+        """One row for each dimension that both runs were scored on, and what was not scored.
+
+        Args:
+            result: Of one sparse run.
+            mark: Stands on both sides of the totals' names.
+        """
+        table = Table.of(result.dimensions, _DIMENSIONS)
+        if result.totals is not None:
+            pairs = zip(*(asdict(totals).items() for totals in result.totals), strict=True)
+            rows = tuple(
+                (
+                    f"{mark}{name.capitalize()}{mark}",
+                    "",
+                    f"{a:.4f}",
+                    f"{b:.4f}",
+                    f"{b - a:+.4f}",
+                    "",
+                )
+                for (name, a), (_, b) in pairs
+            )
+            table = replace(table, rows=table.rows + rows)
+        missing = sorted(set(dimensions()) - {row.dimension for row in result.dimensions})
+        remark = (
+            f"{len(missing)} of {len(dimensions())} dimensions were not scored for both runs, so "
+            f"there is no Quality, Semantic or Total: {', '.join(missing)}."
+        )
+        return table, remark if missing else ""
+
+    def dimensions_text(self, result: SparseResult) -> str:
+        """Both as Markdown."""
+        table, remark = self.dimensions(result, mark="**")
+        return "\n\n".join([table.markdown()] * bool(table.rows) + [remark] * bool(remark))
 
 
 def _origin(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
@@ -101,24 +164,6 @@ def _checks_table(checks: Sequence[tuple[str, dict[str, float]]]) -> Table:
     names = list(checks[0][1])
     rows = [(run, *(figure(shares.get(name), ".1%") for name in names)) for run, shares in checks]
     return Table(("run", *names), tuple(rows))
-
-
-def _dimensions(result: SparseResult) -> str:
-    """One row for each dimension that both runs were scored on; the others are listed."""
-    table = Table.of(result.dimensions, _DIMENSIONS)
-    if result.totals is not None:
-        pairs = zip(*(asdict(totals).items() for totals in result.totals), strict=True)
-        rows = tuple(
-            (f"**{name.capitalize()}**", "", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", "")
-            for (name, a), (_, b) in pairs
-        )
-        table = replace(table, rows=table.rows + rows)
-    missing = sorted(set(dimensions()) - {row.dimension for row in result.dimensions})
-    remark = (
-        f"{len(missing)} of {len(dimensions())} dimensions were not scored for both runs, so "
-        f"there is no Quality, Semantic or Total: {', '.join(missing)}."
-    )
-    return "\n\n".join([table.markdown()] * bool(table.rows) + [remark] * bool(missing))
 
 
 def _paper_table(results: Sequence[SparseResult]) -> tuple[Table, str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from xattn_video.measure.clips import Clip
 from xattn_video.measure.comparison import judge_demo_clip
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate
 from xattn_video.pipelines.item_folder import Attempts
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.video import write_video
 from xattn_video.policy.settings import SparseSettings
@@ -37,6 +38,7 @@ class Sampling:
         lossless: Whether a lossless copy is kept.
         say: Prints a line of progress.
         progress: Opens a display for the steps of a video: its title, the pipeline, the item.
+        team: The ranks that share each video.
     """
 
     run: RunFolder
@@ -50,6 +52,7 @@ class Sampling:
         [str, "HunyuanVideoPipeline", VideoItem],
         AbstractContextManager[Callable[[StepRecord], None]],
     ]
+    team: JobRanks
 
     def missing(self, items: Sequence[VideoItem]) -> list[VideoItem]:
         """Those of this process's items that are not done."""
@@ -64,8 +67,10 @@ class Sampling:
         begun, attempts = time.perf_counter(), Attempts(self.run, self.say)
         for number, item in enumerate(items):
             title = f"{number + 1}/{len(items)} {item.file_name}"
-            display = self.progress(title, pipe, item)
-            with attempts.item(item.key, item.file_name), display as on_step:
+            # What fails on one rank leaves its team waiting: that ends the job.
+            alone = self.team.team_size == 1
+            attempt = attempts.item(item.key, item.file_name) if alone else nullcontext()
+            with attempt, self.progress(title, pipe, item) as on_step:
                 self._sample_one(pipe, item, on_step)
             mean = (time.perf_counter() - begun) / (number + 1)
             left = len(items) - number - 1
@@ -84,7 +89,10 @@ class Sampling:
         request = GenerationRequest(
             item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
         )
-        result = generate(pipe, request, on_step)
+        with self.team.computing(pipe) if self.team.team_size > 1 else nullcontext():
+            result = generate(pipe, request, on_step)
+        if not self.team.is_first_of_team:
+            return
         places = [self.run.video(item)]
         if self.lossless:
             places.append(self.run.lossless_video(item))

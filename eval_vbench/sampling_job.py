@@ -1,7 +1,7 @@
 """Runs `eval_vbench.generate` after its arguments have been checked."""
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,12 @@ from eval_vbench.launch import Share
 from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
 from xattn_video.pipelines.source import is_on_hub
 from xattn_video.pipelines.video import check_encoders
+from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     output_console,
@@ -28,6 +30,7 @@ from xattn_video.reporting.progress import JobProgress, RunProgress
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
+    from eval_vbench.sampling import Sampling
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -45,6 +48,8 @@ class SamplingJob:
         lossless: Whether lossless copies are kept.
         video, sparse: As in a request.
         verbose: Whether to show the messages of other libraries.
+        ranks: All that share videos; by default this one alone.
+        team: Those that share each video with this one.
     """
 
     run: RunFolder
@@ -59,9 +64,16 @@ class SamplingJob:
     video: VideoSettings
     sparse: SparseSettings | None
     verbose: bool
+    ranks: JobRanks = field(default_factory=JobRanks)
+    team: JobRanks = field(default_factory=JobRanks)
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the videos of its team."""
+        return self.team.is_first_of_team
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -121,7 +133,8 @@ class SamplingJob:
 
         share, items = self.share, self.items
         # The displays of several ranks would run into one another.
-        shown = JobProgress(progress_console() if share.num_ranks == 1 else Console(quiet=True))
+        alone = share.num_ranks == 1 and self.ranks.is_first
+        shown = JobProgress(progress_console() if alone else Console(quiet=True))
         sampling = Sampling(
             self.run,
             share,
@@ -131,11 +144,12 @@ class SamplingJob:
             self.lossless,
             self._say,
             partial(self._show_run, shown),
+            self.team,
         )
         missing = sampling.missing(items)
         ours = len(share.of(items))
         self._say(f"{ours - len(missing)} of {ours} videos are there")
-        if missing:
+        if self._any_missing(sampling):
             if not self.verbose:
                 quiet_libraries()
             self.run.forget_failures(item.key for item in missing)
@@ -147,20 +161,35 @@ class SamplingJob:
         output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
 
     def _load(self, missing: list[VideoItem], shown: JobProgress) -> "HunyuanVideoPipeline":
-        """Load the model and announce the work."""
+        """Load the model, let the team share it, and announce the work."""
         from xattn_video.pipelines.expected_work import ExpectedWork
         from xattn_video.pipelines.loading import load_pipeline
         from xattn_video.pipelines.prompt_length import cut_prompts
 
+        if self.share.num_ranks > 1:
+            self._say(f"loading {self.load.model}")
         shown.load(self.load.model, downloads=is_on_hub(self.load.model))
+        if self.team.team_size > 1:
+            self.ranks.connect(self.load.resolved_device)
         pipe = load_pipeline(self.load)
+        WorkSplit(self.team.team_size).share(pipe)
         pipe.set_progress_bar_config(disable=True)
         requests = [self._request(item) for item in missing]
         print_warnings(cut_prompts(pipe, requests))
         work = ExpectedWork.of(pipe)
         shown.left.decoding_steps = work.decoding_steps(self.video)
-        shown.expect([work.of_run(requests[0])] * len(missing))
+        # A rank may have nothing to make and help its team alone.
+        shown.expect([work.of_run(self._request(self.items[0]))] * len(missing))
         return pipe
+
+    def _any_missing(self, sampling: "Sampling") -> bool:
+        """Whether this rank is to make videos, or one of those that it opens a group with."""
+        if self.ranks.is_alone:
+            return bool(sampling.missing(self.items))
+        return self.ranks.share(
+            "any missing",
+            lambda: any(self.run.record(item.key) is None for item in self.items),
+        )
 
     @property
     def _prefix(self) -> str:

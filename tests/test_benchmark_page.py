@@ -153,8 +153,8 @@ def test_one_size_is_no_row_of_sizes(gpu_file):
 def test_the_readme_takes_the_fastest_backend(gpu_file):
     table = render_readme_table([gpu_file], []).splitlines()
     assert table[2] == (
-        "| attention of one layer, 119,056 tokens | A GPU | 0.345 | 298 ms (flash-attn-4) "
-        "| 149 ms (flash4) | 2.00x | 3.60x |"
+        "| attention of one layer, 119,056 tokens, bfloat16 | A GPU | 0.345 "
+        "| 298 ms (flash-attn-4) | 149 ms (flash4) | 2.00x | 3.60x |"
     )
     assert "8,192" in table[3]
 

@@ -57,8 +57,10 @@ def test_a_sparse_video_is_compared_with_the_dense_one_like_it():
 def test_the_page_shows_what_each_took():
     page = render_page([], [DENSE, SPARSE])
     assert "## Whole videos, 720x1280, 129 frames" in page
-    assert "| 4 dense, 0 sparse |  |  | model | 20.0 |  | 30 | 120 | 35.0 |" in page
-    assert "| 2 dense, 2 sparse | 0.340 | flash4 | model | 20.0 | 9.0 | 9 | 80 | 35.0 |" in page
+    assert "| 4 dense, 0 sparse |  |  | model | 1 | 20.0 |  | 30 | 120 | 35.0 |" in page
+    assert (
+        "| 2 dense, 2 sparse | 0.340 | flash4 | model | 1 | 20.0 | 9.0 | 9 | 80 | 35.0 |" in page
+    )
     assert "Whole videos" not in render_page([], [])
 
 
@@ -92,6 +94,17 @@ def test_the_command_leaves_out_defaults():
         "--report",
         "x.json",
     ]
+
+
+def test_a_video_of_several_gpus_is_told_apart():
+    content = DENSE.content | {"ranks_per_video": 2}
+    both = WholeVideo("two", content)
+    assert shlex.split(both.command)[:5] == [
+        *("torchrun", "--nproc-per-node", "2", "-m", "xattn_video.cli")
+    ]
+    assert "| 2 | 20.0 |" in render_page([], [both])
+    assert "1.50x" not in render_readme_table([], [both, SPARSE])
+    assert memory_by_offload([SPARSE, both]) == memory_by_offload([SPARSE])
 
 
 def test_only_videos_of_random_weights_are_read(tmp_path):

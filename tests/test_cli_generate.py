@@ -34,8 +34,15 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
         "--output=new/a.mp4",
         "--report=new/run.json",
         "--plot=new/run.png",
+        "--html=new/run.html",
     )
     assert code == 0, err
+    page = (tmp_path / "new/run.html").read_text()
+    assert "<h1>a red circle</h1>" in page
+    assert page.count('<div class="player"') == 1
+    assert "Step 1, layer 2: dense, warm-up" in page
+    assert "Step 3, layer 2: density 0." in page
+    assert re.search(r"^page +new/run\.html$", out, re.MULTILINE)
     assert imageio.imread(tmp_path / "new/a.mp4").shape == (9, 64, 64, 3)
     assert (tmp_path / "new/run.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "new/run.json").read_text())
@@ -138,6 +145,19 @@ def test_prompts_beyond_the_demo_models_words_are_warned_of():
     assert unknown_words([known]) == []
 
 
+def test_the_demo_tells_what_it_does_not_show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--height=32", "--width=32", "--num-frames=1", "--num-inference-steps=2"]
+    words = ["generate", "--model=demo", "--prompt=a red circle", "--device=cpu", *size]
+    code, out, err = run_cli(*words, "--warmup-steps=1")
+    assert code == 0, err
+    assert "`xattn-video demo --open` shows how near it is to dense attention's" in out
+    assert re.search(r"^full size +1\.\d\dx speed at the size it is made for; ", out, re.MULTILINE)
+    code, out, err = run_cli(*words, "--dense")
+    assert code == 0, err
+    assert "full size" not in out
+
+
 def test_default_names_are_numbered(generate, tmp_path):
     for _ in range(2):
         code, _, err = generate("--prompt=A red circle!", "--dense", "--seed=7")
@@ -158,7 +178,12 @@ def test_an_output_given_by_name_is_replaced_and_it_says_so(generate, tmp_path):
 def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
     (tmp_path / "p.txt").write_text("# two\na red circle\n\na blue ring\n")
     code, out, err = generate(
-        "--prompts-file=p.txt", *SPARSE, "--output=o", "--plot=plots", "--report=o/run.json"
+        "--prompts-file=p.txt",
+        *SPARSE,
+        "--output=o",
+        "--plot=plots",
+        "--report=o/run.json",
+        "--html=o/all.html",
     )
     assert code == 0, err
     stems = ["a-blue-ring-seed0", "a-red-circle-seed0"]
@@ -168,6 +193,9 @@ def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
     assert [video["prompt"] for video in runs] == ["a red circle", "a blue ring"]
     assert all(video["report"]["num_sparse_steps"] == 2 for video in runs)
     assert out.count("2/4 steps x 3/3 layers sparse") == 2
+    page = (tmp_path / "o/all.html").read_text()
+    assert "<h1>2 videos</h1>" in page
+    assert page.count('<div class="player"') == page.count('<div class="map"') == 2
 
 
 def test_many_prompts_load_the_model_once(generate, monkeypatch, tmp_path):

@@ -93,6 +93,7 @@ from command_line import SMALL, run_cli
         ),
         (["--prompt=a", "--report=a.txt"], "--report must end in .json"),
         (["--prompt=a", "--plot=a.jpg"], "--plot must end in .png"),
+        (["--prompt=a", "--html=a.txt"], "--html must end in .html"),
         (["--prompt=a", "--plot=a.png", "--dense"], "--dense has none"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",

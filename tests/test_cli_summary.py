@@ -9,11 +9,14 @@ from rich.console import Console
 
 from xattn_video.cli.summary import print_summary
 from xattn_video.pipelines.generation import GenerationResult, StepRecord
+from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.policy.settings import SparseSettings
 
+GPU = LoadOptions(device="cuda", device_elsewhere=True)
 
-def summary_of(dense, sparse, seconds=100.0, refresh=()) -> str:
+
+def summary_of(dense, sparse, seconds=100.0, refresh=(), load=GPU) -> str:
     """What is printed for steps of the given seconds."""
     times = [(s, "dense") for s in dense] + [(s, "refresh") for s in refresh]
     times += [(s, "sparse") for s in sparse]
@@ -26,7 +29,7 @@ def summary_of(dense, sparse, seconds=100.0, refresh=()) -> str:
     video = VideoSettings(256, 256, 65, len(times))
     request = GenerationRequest("a red circle", None, 7, video, SparseSettings())
     console = Console(file=io.StringIO(), width=200)
-    print_summary(console, request, result, {"video": "a.mp4"})
+    print_summary(console, request, result, {"video": "a.mp4"}, load)
     return console.file.getvalue()
 
 
@@ -58,6 +61,21 @@ def test_a_loss_says_what_would_pay():
     wanted = "lost       about 1.0 s against dense steps throughout (an estimate)"
     assert f"{wanted}; longer videos and lower thresholds pay" in text
     assert "saved" not in text
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "dtype", "pays"),
+    [
+        (True, torch.bfloat16, "dense attention is fast on this CPU in bfloat16 (AMX)"),
+        (True, torch.float32, "on a CPU in float32, longer videos and lower thresholds pay"),
+        (False, torch.bfloat16, "on a CPU in bfloat16, longer videos and lower thresholds pay"),
+    ],
+)
+def test_a_loss_on_a_cpu_knows_the_dtype(has_amx, dtype, pays, monkeypatch):
+    found = {"amx_bf16": has_amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    load = LoadOptions(device="cpu", dtype=dtype)
+    assert f"(an estimate); {pays}" in summary_of(dense=[1, 1], sparse=[1.5, 1.5], load=load)
 
 
 @pytest.mark.parametrize(("dense", "sparse"), [([1, 1], []), ([], [1, 1])])

@@ -86,6 +86,11 @@ def test_a_comparison_writes_tables_plots_and_videos(compare, tmp_path):
     files = [tmp_path / "o" / file for video in record["videos"] for file in video["files"]]
     assert len(files) == 6 + 4
     assert {read_clip(file).codec for file in files if file.suffix == ".mkv"} == {"ffv1"}
+    page = (tmp_path / "o/results.html").read_text()
+    assert page.count('<div class="player"') == 4
+    assert page.count('<div class="map"') == 4
+    assert "a red circle (seed 0), tau 0.3, warm-up 1, stride 16" in page
+    assert page.count("data:image/png") == 2
     side = read_clip(next(file for file in files if file.suffix == ".mp4"))
     assert side.frames.shape == (9, 64 + 24, 3 * 64 + 8, 3)
 
@@ -142,6 +147,7 @@ app({["compare", "--model", str(tiny_pipeline), *SMALL, *HERE, *SPARSE, PROMPT]!
     assert done.returncode == 0, done.stderr
     assert "VMAF is not measured: it needs ffmpeg, which was not to be used." in done.stderr
     assert not (tmp_path / "o/videos").exists()
+    assert "<video" not in (tmp_path / "o/results.html").read_text()
     assert json.loads((tmp_path / "o/results.json").read_text())["missing"]["VMAF"]
 
 
@@ -211,8 +217,8 @@ def test_compare_knows_every_setting_of_generate():
         for name in parameter.opts
     }
     # Every video is compared with dense; reports and plots are in the folder of the results; a
-    # preset is one of several settings, --setting preset=fast.
-    assert generate - known == {"--dense", "--report", "--plot", "--preset"}
+    # preset is one of several settings, --setting preset=fast; it runs as one process.
+    assert generate - known == {"--dense", "--report", "--plot", "--preset", "--parallel"}
 
 
 @pytest.mark.usefixtures("no_model")
@@ -252,6 +258,11 @@ def test_compare_knows_every_setting_of_generate():
         ([PROMPT, "--backend=fast"], "unknown attention backend 'fast'"),
         ([PROMPT, "--output=/proc/a"], "--output cannot be written to '/proc/a'"),
         ([PROMPT, "--output=done"], "'done' already holds results.json; choose another --output"),
+        ([PROMPT, "--open", "--no-html"], "--open and --no-html exclude each other"),
+        (
+            ["--reference=a.mkv", "--candidate=a.mkv", "--open"],
+            "--open shows a page of the folder",
+        ),
         (["--reference=a.mkv"], "--reference and --candidate go together; give --candidate too"),
         (["--candidate=a.mkv"], "--reference and --candidate go together; give --reference too"),
         (
@@ -323,6 +334,9 @@ def test_two_files(tmp_path):
     assert record["num_identical"] == 1
     assert record["lowest_psnr"] < record["psnr"]
     assert (tmp_path / "o/side-by-side.mp4").exists()
+    page = (tmp_path / "o/results.html").read_text()
+    assert "difference, 4 times as bright" in page
+    assert "5, 1 identical" in page
 
 
 def test_files_that_lost_detail_are_warned_of(tmp_path):
@@ -427,3 +441,19 @@ def test_the_demo_models_clips_are_judged_from_their_pixels():
     assert judged["colour"] == [True]
     assert judge_demo_clip(prompt.replace("red", "green"), Clip(frames, 24))["colour"] == [False]
     assert judge_demo_clip("a cat", Clip(frames, 24)) is None
+
+
+def test_the_plot_of_densities_spreads_its_colours(monkeypatch, tmp_path):
+    from xattn_video.measure import comparison_plots
+
+    drawn = {}
+    monkeypatch.setattr(
+        comparison_plots, "write_figure", lambda path, made: drawn.update({path: made})
+    )
+    method = sparse_methods({"threshold": [0.9]}, warmup_steps=1)[0]
+    values = dict.fromkeys(MethodRow.__dataclass_fields__) | {"method": method, "num_videos": 1}
+    row = MethodRow(**values | {"identical": False, "psnr": 40.0, "density": 0.65})
+    grid = [[None, 0.63, 0.71]]
+    paths = comparison_plots.write_plots(tmp_path / "plot", [row], {method.name: grid})
+    (image,) = drawn[paths[-1]].axes[0].images
+    assert image.get_clim() == pytest.approx((0.6, 0.8))

@@ -37,6 +37,7 @@ from xattn_video import (
 )
 from xattn_video.processors import context_parallel
 from xattn_video.processors.context_parallel import HUNYUAN_VIDEO_PLAN, is_split
+from xattn_video.processors.head_exchange import HeadExchange
 
 HEADS = 6
 BY_HEAD = ThresholdSchedule(
@@ -92,6 +93,7 @@ def compare(split: Any, case: str) -> dict[str, Any]:
         "difference": (found - expected).abs().max().item(),
         "kept": kept(processor),
         "expected kept": kept(alone_processor),
+        "imbalance": [forward.imbalance for forward in processor.report().forwards],
         "summary": processor.report().summary(),
         "expected summary": alone_processor.report().summary(),
         "shapes": [list(shape) for shape in shapes],
@@ -202,6 +204,26 @@ def test_two_ranks_compute_what_one_process_does(two_ranks, case):
 @pytest.mark.parametrize("case", CASES)
 def test_three_ranks_compute_what_one_process_does(three_ranks, case):
     assert_same(three_ranks, case)
+
+
+def test_the_last_steps_counts_balance_the_next_step(two_ranks, three_ranks):
+    for ranks in (two_ranks, three_ranks):
+        first, second = ranks[0]["by head"]["imbalance"]
+        assert 1 <= second < first
+        assert all(rank["by head"]["imbalance"] == [first, second] for rank in ranks)
+        assert ranks[0]["by density"]["imbalance"] == [1, 1]
+        assert ranks[0]["dense"]["imbalance"] == [None, None]
+
+
+def test_heads_of_unequal_work_are_dealt_out_to_and_fro():
+    counts = torch.tensor([9, 1, 8, 2, 7, 3])
+    exchange = HeadExchange(None, 0, 3, 6, 12, 4)
+    order = exchange.balanced_order(counts)
+    assert order.tolist() == [0, 1, 2, 3, 4, 5]
+    assert exchange.imbalance(counts) == 1
+    contiguous = counts.sort().values
+    assert exchange.imbalance(contiguous) == 1.7
+    assert exchange.ordered(exchange.balanced_order(contiguous)).imbalance(contiguous) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)

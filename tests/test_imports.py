@@ -154,7 +154,8 @@ def test_the_command_line_without_its_packages_is_one_line():
 
 def test_the_command_line_runs_without_what_only_measures():
     packages = {"torchmetrics", "matplotlib", "hypothesis", "pytest"}
-    code = "sys.argv[1:] = ['plan', '--model=demo']; from xattn_video.__main__ import main; main()"
+    words = ["plan", "--model=demo", "--dtype=float32"]
+    code = f"sys.argv[1:] = {words}; from xattn_video.__main__ import main; main()"
     run = run_without(packages, code)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("tokens ")

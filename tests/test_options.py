@@ -12,6 +12,7 @@ from command_line import SMALL, SPARSE, run_cli
 from typer.testing import CliRunner
 
 from xattn_video.cli import app
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.reporting.console import TYPED_OPTIONS, as_typed
 
 TESTS = Path(__file__).parent
@@ -174,15 +175,13 @@ def test_the_package_can_be_run():
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("command", ["generate", "compare"])
-def test_several_ranks_are_refused(command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("words", [["compare", "--prompt=a"], ["plan"], ["backends"]])
+def test_several_ranks_are_refused(words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, err = run_cli(command, "--prompt=a", "--device=cpu")
-    assert (code, out) == (2, "")
-    assert err.startswith(f"error: xattn-video {command} runs as one process, got WORLD_SIZE=2")
-    assert err.count("\n") == 1
+    result = CliRunner().invoke(app, words, obj=JobRanks(0, 2))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{words[0]} runs as one process, got 2 ranks; start it without" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

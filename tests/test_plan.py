@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from command_line import run_cli
 from rich.console import Console
 
 from xattn_video import ThresholdSchedule
@@ -172,6 +173,16 @@ def test_videos_that_stay_dense_for_their_size_are_warned_of():
     assert plan(VideoSettings(height=128, width=128, num_frames=17), min_tokens=0).sparse_steps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cpu_that_is_fast_at_dense_attention_is_warned_of(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    video = VideoSettings(height=256, width=256, num_frames=33)
+    found = plan(video, load=LoadOptions(device="cpu", dtype=dtype)).warnings
+    assert any("fast in bfloat16 (AMX)" in text for text in found) == (dtype == torch.bfloat16)
+    dense = plan_run(ModelShape(), video, None, LoadOptions(device="cpu", dtype=dtype))
+    assert not any("AMX" in text for text in dense.warnings)
+
+
 def test_large_videos_on_a_cpu_are_warned_of():
     assert any("603 PFLOP on device 'cpu' take 167.6 hours" in text for text in plan().warnings)
 
@@ -205,7 +216,8 @@ def test_the_slow_backend_on_a_gpu_is_warned_of(monkeypatch):
     assert "needs Triton 3.4; pip install triton" in warnings[0]
 
 
-def test_ordinary_runs_have_no_warning():
+def test_ordinary_runs_have_no_warning(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     video = VideoSettings(height=256, width=256, num_frames=65, num_inference_steps=25)
     shape = ModelShape(heads=2, double_layers=2, single_layers=5)
     assert plan(video, shape=shape).warnings == ()
@@ -247,3 +259,21 @@ def test_a_scoring_precision_that_cannot_be_had_is_a_warning(monkeypatch):
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: ["no 8 bits."])
     (warning,) = [w for w in plan(scoring_precision="float8").warnings if "float8" in w]
     assert warning.startswith('scoring precision "float8" is not available: no 8 bits.')
+
+
+def test_gpus_that_share_a_video_are_planned_for():
+    words = ["plan", "--model=demo", "--device=cpu", "--dtype=float32", "--height=512"]
+    one, two = (
+        json.loads(run_cli(*words, "--json", f"--num-gpus={number}")[1]) for number in (1, 2)
+    )
+    assert one["share"] == {"num_gpus": 1, "dense_step_speedup": 1.0, "sent_gib": 0.0}
+    assert two["memory"]["activations"] == one["memory"]["activations"] / 2
+    tokens, text, hidden, layers = two["video_tokens"], two["text_tokens"], 256, two["layers"]
+    # Half of what each holds goes to the other: three tensors of the video, then the output.
+    sent = (3 * tokens / 2 + tokens / 2 + text) / 2 * hidden * 4 * layers / 2**30
+    assert two["share"]["sent_gib"] == pytest.approx(sent)
+    assert 1.9 < two["share"]["dense_step_speedup"] < 2
+    code, out, err = run_cli(*words, "--num-gpus=3")
+    assert code == 0
+    assert "gpus       3 share each video, with these" in out
+    assert "heads do not divide among 3 GPUs" in err

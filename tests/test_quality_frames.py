@@ -13,7 +13,7 @@ from xattn_video.measure import lpips, vmaf
 from xattn_video.measure.clips import Clip, check_pair, read_clip
 from xattn_video.measure.frames import MAX_PSNR, relative_error, score_frames
 from xattn_video.measure.side_by_side import side_by_side
-from xattn_video.measure.similarity import Scorer
+from xattn_video.measure.similarity import Scorer, is_plain
 from xattn_video.pipelines.video import find_ffmpeg, write_video
 
 
@@ -167,7 +167,8 @@ def test_an_ffmpeg_without_vmaf_is_a_reason(monkeypatch):
 def test_vmaf_is_relative_to_the_references_own():
     if vmaf.vmaf_missing() is not None:
         pytest.skip(vmaf.vmaf_missing())
-    reference = Clip(moving_square(), 24)
+    texture = np.random.default_rng(1).integers(0, 40, moving_square().shape[1:], np.uint8)
+    reference = Clip(moving_square() // 2 + texture, 24)
     noise = np.random.default_rng(0).integers(0, 60, reference.frames.shape, np.uint8)
     scorer = Scorer()
     same = scorer.score(reference, reference)
@@ -175,6 +176,15 @@ def test_vmaf_is_relative_to_the_references_own():
     assert same.relative_vmaf == 100
     assert worse.vmaf_self == same.vmaf_self
     assert worse.relative_vmaf < 90
+
+
+def test_vmaf_is_left_out_on_plain_videos():
+    plain = Clip(moving_square(), 24)
+    similarity = Scorer().score(plain, plain)
+    assert similarity.plain
+    assert similarity.vmaf is None
+    texture = np.random.default_rng(0).integers(0, 20, plain.frames.shape, np.uint8)
+    assert not is_plain(Clip(plain.frames // 2 + texture, 24))
 
 
 def test_a_failing_ffmpeg_says_what_it_said(tmp_path):

@@ -97,6 +97,7 @@ def test_the_file_holds_every_layer_of_every_pass(tmp_path):
         "reasons": [None, None],
         "densities": [0.6, 0.2],
         "refreshed": [False, False],
+        "imbalance": None,
     }
     assert data["forwards"][3]["states"] == ["sparse", "skipped"]
     assert data["forwards"][0]["reasons"] == ["warm-up", "warm-up"]

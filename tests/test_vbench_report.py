@@ -9,9 +9,10 @@ import pytest
 import torch
 from vbench_runs import SPARSE, invoke, make_run
 
-from eval_vbench import report
+from eval_vbench import report, report_plot
 from eval_vbench.dimensions import dimensions, totals
 from eval_vbench.report_page import report_page
+from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import caveats, compare, load_run
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, scored_items, videos_digest, write_score
@@ -62,6 +63,12 @@ def test_a_report_holds_all_that_was_measured(runs):
     values = json.loads((runs / "report/report.json").read_text())
     assert (runs / "report/report.md").read_text() in page
     assert (runs / "report/report.png").stat().st_size > 1000
+    web_page = (runs / "report/report.html").read_text()
+    assert web_page.count('<div class="player"') == 2
+    assert "PSNR by frame: mean" in web_page
+    assert "temporal_flickering" in web_page
+    assert "data:image/png" in web_page
+    assert "Not comparable to the VBench leaderboard" in web_page
     (sparse,) = values["sparse"]
     measures = sparse["measures"]
     assert 5 < measures["psnr"] < 100
@@ -176,6 +183,11 @@ def test_sixteen_dimensions_have_totals(runs):
     assert sparse == totals({name: value - 0.01 for name, value in highest.items()})
     page = report_page(load_run(RunFolder(runs / "dense")), [result], [])
     assert "| **Total** |  | 1.0000 |" in page
+    runs_shown = load_run(RunFolder(runs / "dense")), [result]
+    text = report_web_page(*runs_shown, ["a note"], None, "a command", False).html()
+    assert "<video" not in text
+    assert ">Total</td>" in text
+    assert "a note" in text
     assert "Quality, Semantic or Total" not in page
 
 
@@ -289,3 +301,17 @@ def test_only_shared_videos_are_paired():
     )
     assert (found.pairs, found.mean, found.low, found.high) == (1, 1.0, None, None)
     assert paired_difference({"a": 1.0}, {"b": 1.0}, {}) is None
+
+
+def test_the_plot_shows_small_differences(tmp_path, monkeypatch):
+    """Three scores of 0.9977 are three bars of one height on an axis from 0 to 1."""
+    drawn = []
+    monkeypatch.setattr(report_plot, "write_figure", lambda path, figure: drawn.append(figure))
+    scores = {"dense": {"a": 0.9977}, "tau 0.9": {"a": 0.9957}, "tau 0.8": {"a": 0.9997}}
+    report_plot.draw_differences(tmp_path / "p.png", {"scores": scores})
+    axes = drawn[0].axes[0]
+    heights = [bars[0].get_height() for bars in axes.containers]
+    assert heights == pytest.approx([-0.002, 0.002])
+    low, high = axes.get_ylim()
+    assert (high - low) < 0.02
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a\ndense 0.9977"]

@@ -1,4 +1,4 @@
-"""The command line: `xattn-video generate | compare | plan | bench | backends | prefill`."""
+"""The commands: `xattn-video demo | generate | compare | plan | bench | backends | prefill`."""
 
 from typing import Annotated
 
@@ -8,11 +8,13 @@ from xattn_video import __version__
 from xattn_video.cli.backends import backends
 from xattn_video.cli.bench import bench
 from xattn_video.cli.compare import compare
+from xattn_video.cli.demo import demo
 from xattn_video.cli.generate import generate
 from xattn_video.cli.plan import plan
 from xattn_video.cli.prefill import prefill
 from xattn_video.options.command import CONTEXT_SETTINGS
-from xattn_video.reporting.console import OneLineErrors
+from xattn_video.pipelines.job_ranks import joined_ranks
+from xattn_video.reporting.console import OneLineErrors, print_error
 
 app = typer.Typer(
     name="xattn-video",
@@ -26,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 EXAMPLES = {
+    demo: "demo --open",
     generate: 'generate --prompt "a cat walks on the grass" --output cat.mp4',
     compare: "compare --model demo --demo-prompts 4 --thresholds 0.9,0.95",
     plan: "plan --num-frames 61 --device cuda",
@@ -60,4 +63,5 @@ def _options(
 
 def main() -> None:
     """Entry point of `xattn-video`."""
-    app()
+    with joined_ranks(print_error) as ranks:
+        app(obj=ranks)

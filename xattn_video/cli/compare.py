@@ -17,10 +17,10 @@ from xattn_video.cli.compare_options import (
     refuse_unused,
 )
 from xattn_video.cli.outputs import ResumableFolder
+from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.pipelines.run_checks import refuse_ranks
 from xattn_video.reporting.console import ErrorsToExitCodes
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def compare(
     load: Annotated["LoadOptions", loading()],
     video: Annotated[VideoSettings, video_settings()],
     details: CompareDetails,
+    page: PageWish,
     errors: ErrorsToExitCodes,
     context: typer.Context,
     as_json: AsJson = False,
@@ -43,10 +44,11 @@ def compare(
     """Measure how far sparse videos are from dense ones; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
 
-    refuse_ranks("xattn-video compare")
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)
     if files.reference is not None or files.candidate is not None:
-        existing = FilesJob.of(files.reference, files.candidate, details.output, details.overwrite)
+        existing = FilesJob.of(
+            files.reference, files.candidate, details.output, details.overwrite, page
+        )
         refuse_unused(context)
         existing.check()
         errors.running = True
@@ -62,6 +64,7 @@ def compare(
         details.batch_size,
         details.videos,
         details.kept_mass,
+        page,
         errors.verbose,
         details.force,
     )

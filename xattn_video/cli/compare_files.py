@@ -11,13 +11,15 @@ import typer
 
 from xattn_video import __version__
 from xattn_video.cli.compare_results import check_new_results
-from xattn_video.files import write_json
+from xattn_video.cli.page_file import PageWish, open_in_browser
+from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.video import check_encoders, write_video
 from xattn_video.reporting.console import output_console, print_labelled, print_warning
 
 if TYPE_CHECKING:
     from xattn_video.measure.clips import Clip
     from xattn_video.measure.similarity import Similarity
+    from xattn_video.reporting.web_page import WebPage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +30,14 @@ class FilesJob:
         reference, candidate: The files.
         folder: Where results.json and the videos side by side are written; None for nowhere.
         overwrite: Whether it may hold results.
+        page: Whether a web page is written there, and opened.
     """
 
     reference: Path
     candidate: Path
     folder: Path | None
     overwrite: bool
+    page: PageWish
 
     @classmethod
     def of(
@@ -42,16 +46,19 @@ class FilesJob:
         candidate: Path | None,
         folder: Path | None,
         overwrite: bool,
+        page: PageWish,
     ) -> "FilesJob":
         """From the options as they were given.
 
         Raises:
-            ValueError: A file is not given.
+            ValueError: A file is not given, or a page is to be opened and no folder is given.
         """
         if reference is None or candidate is None:
             lacking = "--reference" if reference is None else "--candidate"
             raise ValueError(f"--reference and --candidate go together; give {lacking} too.")
-        return cls(reference, candidate, folder, overwrite)
+        if page.open and folder is None:
+            raise ValueError("--open shows a page of the folder --output; give that too.")
+        return cls(reference, candidate, folder, overwrite, page)
 
     def check(self) -> None:
         """Check everything that could fail later.
@@ -72,7 +79,7 @@ class FilesJob:
 
     def run(self, as_json: bool = False) -> None:
         """Measure, print the figures or JSON, and write the files."""
-        from xattn_video.measure.similarity import Scorer
+        from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 
         clips = self._read()
         scorer = Scorer()
@@ -85,6 +92,8 @@ class FilesJob:
                 )
         lines = _lines(similarity)
         lines |= {name: f"not measured: {why}" for name, why in scorer.missing.items()}
+        if similarity.plain:
+            lines["VMAF"] = f"left out: {VMAF_LEFT_OUT}"
         if self.folder is not None:
             self._write(self.folder, clips, similarity, scorer.missing)
             lines["results"] = str(self.folder)
@@ -92,6 +101,26 @@ class FilesJob:
             typer.echo(json.dumps(asdict(similarity) | {"missing": scorer.missing}, indent=2))
         else:
             print_labelled(output_console(), lines)
+        if self.folder is not None and self.page.html:
+            path = self.folder / "results.html"
+            write_text(path, self._page(clips, lines).html())
+            if self.page.open:
+                open_in_browser(path)
+
+    def _page(self, clips: "tuple[Clip, Clip]", lines: dict[str, str]) -> "WebPage":
+        from xattn_video.measure.page_players import compared_player
+        from xattn_video.reporting.web_page import WebPage
+
+        names = self.reference.name, self.candidate.name
+        return WebPage(
+            title="Two videos and their difference",
+            lead=f"{names[0]} is the reference, {names[1]} is compared with it.",
+            players=(
+                compared_player(" and ".join(names), clips[0], names[1], clips[1], names[0]),
+            ),
+            facts=(("Measured", lines),),
+            command=shlex.join(["xattn-video", *sys.argv[1:]]),
+        )
 
     def _read(self) -> "tuple[Clip, Clip]":
         from xattn_video.measure.clips import read_clip

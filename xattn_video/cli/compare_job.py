@@ -15,6 +15,7 @@ import typer
 
 from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_results
 from xattn_video.cli.outputs import ResumableFolder
+from xattn_video.cli.page_file import PageWish, open_in_browser
 from xattn_video.cli.record import run_record, shaping_record
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
@@ -50,8 +51,10 @@ class CompareJob:
         batch_size: Videos generated in one call.
         videos: Whether videos are written and VMAF is measured, both of which need ffmpeg.
         kept_mass: Whether kept mass is measured, for the first batch.
+        page: Whether a web page is written, and opened.
         verbose: Whether to show the messages of other libraries.
         force: Whether to run even if the memory seems too small.
+        table: Whether the table is printed.
     """
 
     load: "LoadOptions"
@@ -62,8 +65,10 @@ class CompareJob:
     batch_size: int
     videos: bool
     kept_mass: bool
+    page: PageWish
     verbose: bool
     force: bool = False
+    table: bool = True
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -120,12 +125,13 @@ class CompareJob:
         Raises:
             RuntimeError: Videos failed.
         """
-        from xattn_video.measure.comparison_rows import comparison_table
         from xattn_video.measure.methods import DENSE
 
         if not self.verbose:
             quiet_libraries()
-        results = ResultsFolder(folder, (DENSE, *self.methods), self.videos, self._record())
+        results = ResultsFolder(
+            folder, (DENSE, *self.methods), self.videos, self.page.html, self._record()
+        )
         missing = {first: batch for first, batch in self._batches() if not results.resume(first)}
         count = sum(len(batch) for batch in missing.values())
         total = len(self.requests)
@@ -136,16 +142,24 @@ class CompareJob:
         if missing:
             self._generate(missing, results, attempts)
         if results.rows:
-            results.finish()
-        if results.rows and as_json:
+            self._print(results, results.finish(), as_json)
+            if self.page.open:
+                open_in_browser(results.page)
+        attempts.conclude(len(missing))
+
+    def _print(self, results: ResultsFolder, lines: dict[str, str], as_json: bool) -> None:
+        """Print the table and what there is to say of it, or JSON."""
+        from xattn_video.measure.comparison_rows import comparison_table
+
+        if as_json:
             rows = [row.to_dict() for row in results.rows]
             typer.echo(json.dumps({"results": str(self.folder), "rows": rows}, indent=2))
-        elif results.rows:
-            console = output_console()
+            return
+        console = output_console()
+        if self.table:
             table = comparison_table(results.rows)
             console.print(table.terminal(console.width), crop=False)
-            print_labelled(console, {"results": str(self.folder)})
-        attempts.conclude(len(missing))
+        print_labelled(console, lines)
 
     def _generate(
         self,

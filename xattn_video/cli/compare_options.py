@@ -32,7 +32,10 @@ _SEVERAL = {
     "refresh_every": ("refresh_every", "0,5,10, of which 0 is never"),
 }
 # What a comparison of two existing files uses.
-_OF_FILES = ("reference", "candidate", "output", "overwrite", "verbose", "quiet", "as_json")
+_OF_FILES = (
+    *("reference", "candidate", "output", "overwrite", "html", "open"),
+    *("verbose", "quiet", "as_json"),
+)
 
 
 @dataclass(frozen=True, slots=True)

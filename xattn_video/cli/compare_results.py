@@ -24,6 +24,7 @@ class ResultsFolder:
         folder: Holds no results but those of these settings.
         methods: What is compared.
         videos: Whether videos are written.
+        html: Whether the results are also written as a web page.
         common: What all videos share, for results.json.
     """
 
@@ -32,14 +33,21 @@ class ResultsFolder:
         folder: ResumableFolder,
         methods: "Sequence[Method]",
         videos: bool,
+        html: bool,
         common: dict[str, Any],
     ) -> None:
         self.folder = folder.path
         self._items = folder
         self._methods = {method.name: method for method in methods}
         self._videos = videos
+        self._html = html
         self._common = common
         self._batches: dict[int, dict[str, Any]] = {}
+
+    @property
+    def page(self) -> Path:
+        """The web page."""
+        return self.folder / "results.html"
 
     @property
     def rows(self) -> "list[MethodRow]":
@@ -91,22 +99,29 @@ class ResultsFolder:
         files = [self.folder / name for record in batch["videos"] for name in record["files"]]
         self._items.add(batch_key(first), files, batch)
 
-    def finish(self) -> None:
-        """Draw the plots and write results.md."""
+    def finish(self) -> dict[str, str]:
+        """Draw the plots, write results.md and results.html, and return what to print."""
         from xattn_video.measure.comparison_page import comparison_text, comparison_title
         from xattn_video.measure.comparison_plots import write_plots
+        from xattn_video.measure.comparison_web import comparison_web_page, single_verdict
 
         record = self._write_json()
         plots = write_plots(self.folder / "plot", self.rows, record["layer_densities"])
         text = comparison_text(record, [path.name for path in plots])
         write_text(self.folder / "results.md", f"# {comparison_title(record)}\n\n{text}")
+        lines = {name: figure.line for name, figure in single_verdict(record).items()}
+        if self._html:
+            write_text(self.page, comparison_web_page(record, self.folder, plots).html())
+            lines["page"] = str(self.page)
+        return lines | {"results": str(self.folder)}
 
     def _write_json(self) -> dict[str, Any]:
         batches = [batch for _, batch in sorted(self._batches.items(), reverse=True)]
         records = self._records
         record = {
             **self._common,
-            "missing": {name: why for b in batches for name, why in b["missing"].items()},
+            "missing": {name: why for b in batches for name, why in b["missing"].items()}
+            | self._left_out(records),
             "backends": sorted({name for record in records for name in record["backends"]}),
             "rows": [row.to_dict() for row in self.rows],
             # They are much the same from prompt to prompt: the first ones stand for all.
@@ -115,6 +130,15 @@ class ResultsFolder:
         }
         write_json(self.folder / "results.json", record)
         return record
+
+    @staticmethod
+    def _left_out(records: list[dict[str, Any]]) -> dict[str, str]:
+        """What could be measured and would mislead."""
+        from xattn_video.measure.similarity import VMAF_LEFT_OUT
+
+        found = [record["similarity"] for record in records if record["similarity"] is not None]
+        plain = any(similarity.get("plain") for similarity in found)
+        return {"VMAF": VMAF_LEFT_OUT} if plain else {}
 
     def _measurement(self, record: dict[str, Any]) -> "Measurement":
         """Of a video, from its record."""

@@ -1,16 +1,17 @@
 """`xattn-video generate`: one video or many, with one load of the model."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from xattn_video.cli.generate_job import GenerateJob, check_job, run_job
+from xattn_video.cli.generate_job import GenerateJob, check_job, claim_folder, run_job
 from xattn_video.cli.outputs import Prompts, PromptsFolder, choose_outputs
 from xattn_video.options.command import command, knob
 from xattn_video.options.groups import loading, sparse_settings, video_settings
+from xattn_video.pipelines.job_ranks import JobRanks, speak
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
-from xattn_video.pipelines.run_checks import refuse_ranks
+from xattn_video.pipelines.work_split import check_parallel, choose_split
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import ErrorsToExitCodes
 
@@ -27,6 +28,12 @@ class GenerateDetails:
     )
     seed: int = knob("Seed of the initial noise, for every prompt.", 0, panel="Video")
     fps: int = knob("Frames per second of the file.", 24, panel="Video")
+    parallel: str = knob(
+        "How the ranks that torchrun started share the work: ulysses (tokens of each video), cfg "
+        "(the two passes of true guidance), prompts (of a file) or auto.",
+        "auto",
+        panel="Model",
+    )
     force: bool = knob("Run even if the memory seems too small.", False, "--force", panel="Model")
 
 
@@ -42,6 +49,10 @@ class Files:
     report: Path | None = knob("JSON file: settings, times and what ran.", panel="Files")
     plot: Path | None = knob(
         "PNG file: density by step and layer; a folder with --prompts-file.", panel="Files"
+    )
+    html: Path | None = knob(
+        "HTML file: one page with the videos, density by step and layer, and what it cost.",
+        panel="Files",
     )
     overwrite: bool = knob(
         "With --prompts-file: make every video anew, whatever is there.",
@@ -60,24 +71,45 @@ def generate(
     sparse: Annotated[SparseSettings | None, sparse_settings()],
     files: Files,
     errors: ErrorsToExitCodes,
+    ranks: JobRanks,
 ) -> None:
     """Generate a video, or one for each line of a file; the same command resumes the latter."""
     from xattn_video.pipelines.memory import settle_offload
 
-    refuse_ranks("xattn-video generate")
-    load = settle_offload(load, video)
+    check_parallel(details.parallel, ranks.count)
+    load = ranks.place(load)
     requests = tuple(
         GenerationRequest(prompt, details.negative_prompt, details.seed, video, sparse)
         for prompt in prompts.read()
     )
+    ranks.agree("prompts", {"prompts": [request.prompt for request in requests]})
+    num_prompts = None if prompts.prompts_file is None else len(requests)
+    split = choose_split(details.parallel, ranks.count, load.model, video, num_prompts)
+    load = settle_offload(replace(load, num_gpus=split.ranks_per_pass), video)
+    if split.by_prompt:
+        speak()
     folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
-    with nullcontext() if folder is None else folder.lock():
+    with folder.lock() if folder is not None and ranks.is_first else nullcontext():
+        if not ranks.is_first:
+            # Until the first has claimed the folder and named the files.
+            ranks.meet()
         outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
+        if files.html is not None:
+            outputs = outputs.with_page(files.html)
         job = GenerateJob(
-            load, requests, outputs, details.fps, errors.verbose, details.force, folder
+            load,
+            requests,
+            outputs,
+            details.fps,
+            errors.verbose,
+            details.force,
+            folder,
+            ranks,
+            split,
         )
         check_job(job)
-        if folder is not None:
-            folder.adopt(job.settings(), files.overwrite)
+        if ranks.is_first:
+            claim_folder(job, files.overwrite)
+            ranks.meet()
         errors.running = True
         run_job(job)

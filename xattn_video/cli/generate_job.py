@@ -1,20 +1,30 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
-from dataclasses import asdict, dataclass
+import math
+import shlex
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
 from xattn_video.cli.record import generation_record, job_record, shaping_record
-from xattn_video.cli.summary import print_summary
-from xattn_video.files import write_json
+from xattn_video.cli.summary import print_outlook, print_summary
+from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
+from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
+    finishing_first,
     output_console,
+    print_labelled,
     print_message,
     print_warnings,
     progress_console,
@@ -25,6 +35,7 @@ from xattn_video.reporting.progress import JobProgress
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
+    from xattn_video.pipelines.generation import GenerationResult
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -37,6 +48,7 @@ class GenerateJob:
         verbose: Whether the libraries may speak.
         force: Whether to run what seems not to fit in memory.
         folder: Of the videos of a prompts file; None for a video by itself.
+        ranks, split: Who makes them, and how the work is shared.
     """
 
     load: "LoadOptions"
@@ -46,6 +58,8 @@ class GenerateJob:
     verbose: bool
     force: bool = False
     folder: PromptsFolder | None = None
+    ranks: JobRanks = field(default_factory=JobRanks)
+    split: WorkSplit = field(default_factory=WorkSplit)
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -76,14 +90,29 @@ def check_job(job: GenerateJob) -> None:
     if job.requests[0].sparse is None and any(job.outputs.plots):
         raise ValueError("--plot shows the density of sparse steps; --dense has none.")
     first = job.outputs.videos[0]
-    check_encoders(first.parent, [video.suffix.lower() for video in job.outputs.videos], job.fps)
+    if job.split.writes(job.ranks):
+        suffixes = [video.suffix.lower() for video in job.outputs.videos]
+        check_encoders(first.parent, suffixes, job.fps)
     if any(job.outputs.plots):
         require_matplotlib()
     # The requests share everything but the prompt.
     warnings = check_runs(job.load, job.requests[:1], job.force)
     if job.load.model == DEMO:
         warnings += unknown_words([request.prompt for request in job.requests])
-    print_warnings(warnings)
+    # One rank is enough to warn.
+    if job.ranks.is_first:
+        print_warnings(warnings)
+
+
+def claim_folder(job: GenerateJob, overwrite: bool) -> None:
+    """Make the folder of a prompts file that of this job.
+
+    Raises:
+        ValueError: It belongs to a run of other settings.
+    """
+    if job.folder is not None:
+        job.folder.adopt(job.settings(), overwrite)
+        job.folder.keep_names(job.requests, job.outputs.videos)
 
 
 def run_job(job: GenerateJob) -> None:
@@ -95,57 +124,107 @@ def run_job(job: GenerateJob) -> None:
     """
     if not job.verbose:
         quiet_libraries()
-    runs = _finished(job)
+    runs: dict[int, dict[str, Any]] = {}
     try:
-        _generate_missing(job, runs)
+        missing = job.ranks.share("missing prompts", lambda: _find_missing(job, runs))
+        if missing:
+            _generate_missing(job, missing, runs)
+        if job.ranks.is_first:
+            # Other ranks may have made videos too.
+            _write_page(job, runs | _finished(job))
+            if job.load.model == DEMO and job.requests[0].sparse is not None:
+                print_outlook(output_console())
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None
 
 
+def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int]:
+    """The numbers of the prompts whose videos earlier runs have not made; ``runs`` gets others."""
+    for number, record in _finished(job).items():
+        runs[number] = record
+        plot = job.outputs.plots[number]
+        lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
+        print_message(f"{job.outputs.videos[number]} is there{lacks}")
+    _write_report(job, runs)
+    return [number for number in range(len(job.requests)) if number not in runs]
+
+
 def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
-    """The records of the videos that earlier runs made, by the number of the prompt."""
-    found: dict[int, dict[str, Any]] = {}
+    """The records of the videos that are there, by the number of the prompt."""
     if job.folder is None:
-        return found
-    job.folder.keep_names(job.requests, job.outputs.videos)
-    for number, key in enumerate(prompt_keys(job.requests)):
-        record = job.folder.record(key)
-        if record is not None:
-            found[number] = record["run"]
-            plot = job.outputs.plots[number]
-            lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
-            print_message(f"{job.outputs.videos[number]} is there{lacks}")
-    return found
+        return {}
+    records = map(job.folder.record, prompt_keys(job.requests))
+    return {number: record["run"] for number, record in enumerate(records) if record is not None}
 
 
-def _generate_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+def _generate_missing(
+    job: GenerateJob, missing: list[int], runs: dict[int, dict[str, Any]]
+) -> None:
     """Add the record of every video to ``runs`` once it is written."""
+    with _display(job).running() as shown:
+        pipe = _load(job, missing, shown)
+        if job.folder is None:
+            _generate_one(job, pipe, 0, runs, shown)
+            return
+        keys = [prompt_keys(job.requests)[number] for number in missing]
+        if job.ranks.is_first:
+            job.folder.forget_failures(keys)
+        job.ranks.meet()
+        if job.split.ranks_per_video > 1:
+            for number in missing:
+                # What fails on one rank leaves the others waiting: no video can follow it.
+                _generate_one(job, pipe, number, runs, shown)
+            return
+        attempts = Attempts(job.folder, print_message)
+        share = _share_of(job, missing)
+        for made, number in enumerate(job.ranks.deal(missing)):
+            if made >= share:
+                # Others are slower: their videos come to this rank.
+                _expect(job, pipe, 1, shown)
+            with attempts.item(prompt_keys(job.requests)[number], job.outputs.videos[number].name):
+                _generate_one(job, pipe, number, runs, shown)
+    _conclude(job, attempts, keys)
+
+
+def _display(job: GenerateJob) -> JobProgress:
+    """Shows the first rank's work; the displays of several would run into one another."""
+    return JobProgress(progress_console() if job.ranks.is_first else Console(quiet=True))
+
+
+def _load(job: GenerateJob, missing: list[int], shown: JobProgress) -> "HunyuanVideoPipeline":
+    """Load the model, let the ranks share it, and announce the work."""
     from xattn_video.pipelines.loading import load_pipeline
     from xattn_video.pipelines.prompt_length import cut_prompts
 
-    missing = [number for number in range(len(job.requests)) if number not in runs]
-    keys, folder = prompt_keys(job.requests), job.folder
-    _write_report(job, runs)
-    if not missing:
-        return
-    with JobProgress(progress_console()).running() as shown:
-        shown.load(job.load.model, downloads=is_on_hub(job.load.model))
-        pipe = load_pipeline(job.load)
-        pipe.set_progress_bar_config(disable=True)
+    if not job.ranks.is_first:
+        print_message(f"loading {job.load.model}")
+    shown.load(job.load.model, downloads=is_on_hub(job.load.model))
+    if job.split.ranks_per_video > 1:
+        job.ranks.connect(job.load.resolved_device)
+    pipe = load_pipeline(job.load)
+    pipe.set_progress_bar_config(disable=True)
+    job.split.share(pipe)
+    if job.ranks.is_first:
         print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
-        _expect(job, pipe, len(missing), shown)
-        if folder is None:
-            _generate_one(job, pipe, 0, runs, shown)
-            return
-        folder.forget_failures(keys[number] for number in missing)
-        attempts = Attempts(folder, print_message)
-        for number in missing:
-            video = job.outputs.videos[number]
-            with attempts.item(keys[number], video.name):
-                _generate_one(job, pipe, number, runs, shown)
-                folder.add(keys[number], [video], {"run": runs[number]})
-    attempts.conclude(len(missing))
+    _expect(job, pipe, _share_of(job, missing), shown)
+    return pipe
+
+
+def _share_of(job: GenerateJob, missing: list[int]) -> int:
+    """How many videos this rank makes or helps to make, if all ranks are as fast."""
+    return math.ceil(len(missing) / job.ranks.count) if job.split.by_prompt else len(missing)
+
+
+def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
+    """Wait for the other ranks, and raise RuntimeError if videos failed on any of them."""
+    assert job.folder is not None
+    job.ranks.meet()
+    if job.ranks.is_first and not job.ranks.is_alone:
+        attempts.failed = sum(job.folder.failure(key) is not None for key in keys)
+        _write_report(job, _finished(job))
+    if job.ranks.is_first:
+        attempts.conclude(len(keys))
 
 
 def _expect(
@@ -168,6 +247,35 @@ def _generate_one(
 ) -> None:
     from xattn_video.pipelines.expected_work import ExpectedWork
     from xattn_video.pipelines.generation import generate
+
+    request, ranks = job.requests[number], job.ranks
+    title = shorten(request.prompt, 50, placeholder="...")
+    if len(job.requests) > 1:
+        title = f"{number + 1}/{len(job.requests)} {title}"
+    if not ranks.is_first:
+        print_message(title)
+    is_shared = job.split.ranks_per_video > 1
+    units = ExpectedWork.of(pipe).of_run(request) | {"writing": 1}
+    with (
+        ranks.computing(pipe) if is_shared else nullcontext(),
+        shown.run(title, units) as progress,
+    ):
+        result = generate(pipe, request, progress)
+    if not job.split.writes(ranks):
+        return
+    # A launcher ends all ranks when one has ended: what is finished is kept.
+    with nullcontext() if ranks.is_alone else finishing_first():
+        _write_one(job, number, result, runs, shown)
+
+
+def _write_one(
+    job: GenerateJob,
+    number: int,
+    result: "GenerationResult",
+    runs: dict[int, dict[str, Any]],
+    shown: JobProgress,
+) -> None:
+    """Write the files of a video, and say what they are."""
     from xattn_video.pipelines.video import write_video_or_keep_frames
 
     request, video, plot = (
@@ -175,27 +283,38 @@ def _generate_one(
         job.outputs.videos[number],
         job.outputs.plots[number],
     )
-    title = shorten(request.prompt, 50, placeholder="...")
-    if len(job.requests) > 1:
-        title = f"{number + 1}/{len(job.requests)} {title}"
-    units = ExpectedWork.of(pipe).of_run(request) | {"writing": 1}
-    with shown.run(title, units) as progress:
-        result = generate(pipe, request, progress)
     replaced = video.exists()
     write_video_or_keep_frames(video, result.frames, job.fps)
     runs[number] = generation_record(request, result, video)
     if plot is not None and result.report is not None:
         result.report.plot(plot)
-    _write_report(job, runs)
+    if not job.split.by_prompt:
+        _write_report(job, runs)
+    if job.folder is not None:
+        job.folder.add(prompt_keys(job.requests)[number], [video], {"run": runs[number]})
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
     with shown.paused():
-        print_summary(output_console(), request, result, files)
+        print_summary(output_console(), request, result, files, job.load)
+
+
+def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
+    """A web page of all videos that are there."""
+    from xattn_video.measure.generation_web import generation_web_page
+
+    if job.outputs.html is not None and runs:
+        record = job_record(job.load, job.fps, [runs[number] for number in sorted(runs)])
+        command = shlex.join(["xattn-video", *sys.argv[1:]])
+        write_text(job.outputs.html, generation_web_page(record, command).html())
+        print_labelled(output_console(), {"page": str(job.outputs.html)})
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     """Rewritten after every video, so that a run cut short leaves what it did."""
     if job.outputs.report is not None and runs:
         ordered = [runs[number] for number in sorted(runs)]
-        write_json(job.outputs.report, job_record(job.load, job.fps, ordered))
+        record = job_record(job.load, job.fps, ordered)
+        record["ranks"] = job.ranks.count
+        record["ranks_per_video"] = job.split.ranks_per_video
+        write_json(job.outputs.report, record)

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xattn_video.files import check_output_folder, check_output_path, read_record, write_json
@@ -19,11 +19,21 @@ _DEFAULT_FOLDER = Path("videos")
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The files of a run: a video and optionally a plot for each prompt, optionally a report."""
+    """The files of a run: a video and optionally a plot for each prompt, a report and a page."""
 
     videos: tuple[Path, ...]
     plots: tuple[Path | None, ...]
     report: Path | None
+    html: Path | None = None
+
+    def with_page(self, html: Path) -> "Outputs":
+        """Also a web page.
+
+        Raises:
+            ValueError: It could not be written.
+        """
+        check_output_path(html, (".html",), what="html")
+        return replace(self, html=html)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         f"VAE {memory.vae:.1f}, its decoding {memory.decoding:.1f}{_residuals(memory)}); "
         f"host about {memory.host:.1f} GiB",
         "offload": _offload(memory),
+        **_shared(run_plan),
         "device": f"{run_plan.device}, {run_plan.dtype}"
         + (", not on this machine" if not run_plan.device_is_here else ""),
         "backend": _backend(run_plan),
@@ -80,6 +81,18 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:
         print_warning(warning)
+
+
+def _shared(run_plan: "RunPlan") -> dict[str, str]:
+    """What several GPUs gain, and what they send."""
+    share = run_plan.share
+    if share.num_gpus == 1:
+        return {}
+    return {
+        "gpus": f"{share.num_gpus} share each video, with these {run_plan.memory.peak:.1f} GiB on "
+        f"each: a dense step at most {share.dense_step_speedup:.2f}x as fast as on one "
+        f"(arithmetic); each sends {share.sent_gib:.1f} GiB in a step"
+    }
 
 
 def _sparse_steps(run_plan: "RunPlan") -> str:

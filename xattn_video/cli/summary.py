@@ -8,6 +8,7 @@ from xattn_video.reporting.console import print_labelled
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.generation import GenerationResult
+    from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.request import GenerationRequest
 
 
@@ -16,6 +17,7 @@ def print_summary(
     request: "GenerationRequest",
     result: "GenerationResult",
     files: dict[str, str],
+    load: "LoadOptions",
 ) -> None:
     """Print the result and its costs, one labelled line each.
 
@@ -24,10 +26,15 @@ def print_summary(
         request: The request.
         result: The result of the request.
         files: The written files, by kind.
+        load: Device and dtype.
     """
+    from xattn_video.pipelines.cpu_speed import what_pays
+
     lines = {"size": _size(request), "attention": _attention(result)}
     if result.report is not None:
         lines["backend"] = ", ".join(result.report.backends) or "none needed"
+        if result.report.imbalance is not None:
+            lines["ranks"] = f"the busiest has {result.report.imbalance:.2f}x its share of blocks"
     lines["time"] = _time(result)
     saved = result.estimated_seconds_saved
     if saved is not None:
@@ -35,10 +42,22 @@ def print_summary(
         if saved >= 0:
             lines["saved"] = estimate
         else:
-            lines["lost"] = f"{estimate}; longer videos and lower thresholds pay"
+            pays = what_pays(load.resolved_device, load.resolved_dtype)
+            lines["lost"] = f"{estimate}; {pays}"
     if result.peak_memory_gib is not None:
         lines["memory"] = f"{result.peak_memory_gib:.2f} GiB at the peak"
     print_labelled(console, files | lines)
+
+
+def print_outlook(console: Console) -> None:
+    """Print what a run of the demo model does not show by itself."""
+    from xattn_video.measure.verdict import FullSize
+
+    lines = {
+        "picture": "`xattn-video demo --open` shows how near it is to dense attention's",
+        "full size": FullSize.read().figure.line,
+    }
+    print_labelled(console, lines)
 
 
 def _size(request: "GenerationRequest") -> str:

@@ -9,6 +9,7 @@ from xattn_video.files import write_figure
 from xattn_video.measure.comparison_rows import MethodRow
 from xattn_video.measure.frames import MAX_PSNR
 from xattn_video.measure.methods import DENSE_AGAIN
+from xattn_video.reporting.web_page import round_limits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,15 +150,23 @@ def _density_by_layer(grids: Mapping[str, Densities]) -> "Figure":
     figure = Figure(figsize=(1.5 + max(3.4, 2.9 * len(grids)), 3.8), layout="constrained")
     panels = figure.subplots(1, len(grids), squeeze=False, sharey=True)[0]
     image: Any = None
+    found = [cell for layers in grids.values() for row in layers for cell in row]
+    low, high = round_limits(*_extremes(found), digits=1)
     for axes, (label, layers) in zip(panels, grids.items(), strict=True):
         values = [[math.nan if cell is None else cell for cell in layer] for layer in layers]
         axes.set_facecolor("0.82")
-        image = axes.imshow(values, "viridis", vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(values, "viridis", vmin=low, vmax=high, aspect="auto")
         axes.set(xlabel="denoising step", title=label.replace(", ", "\n", 1))
         axes.locator_params(integer=True, nbins=6)
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(panels), label="density (grey: dense)", pad=0.01)
     return figure
+
+
+def _extremes(densities: Sequence[float | None]) -> tuple[float, float]:
+    """The lowest and the highest density."""
+    sparse = [density for density in densities if density is not None]
+    return min(sparse), max(sparse)
 
 
 def _line(row: MethodRow) -> _Line:

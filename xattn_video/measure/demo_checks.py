@@ -20,6 +20,8 @@ from xattn_video.pipelines.demo.rendering import (
 )
 
 ATTRIBUTES = ("background", "number", "colour", "start", "motion", "shape")
+OUTLINE = "outline"
+"""Judged beside what a prompt says: whether the objects keep their shape in every frame."""
 
 # Frames are looked at with about this many pixels on the shorter side.
 _WORKING_SIDE = 128
@@ -30,6 +32,9 @@ _MIN_DISTANCE = 0.2
 _MIN_AREA = 0.004
 # A start counts as right within a third-wide window around the nominal one.
 _START_TOLERANCE = 1 / 6
+# Intersection over union with the ideal outline, in the worst frame. Of 25 objects in dense videos
+# of 20 held-out prompts (33 frames, 15 steps) 22 keep more; what looks dented keeps less.
+_WHOLE_OUTLINE = 0.86
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class ObjectMeasurement:
         motion: The nearest of the grammar's motions, or "still".
         shape: The shape whose outline fits best.
         shape_fit: Intersection over union with that outline.
+        worst_fit: That of the worst frame.
     """
 
     colour: str
@@ -49,6 +55,7 @@ class ObjectMeasurement:
     motion: str
     shape: str
     shape_fit: float
+    worst_fit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ def score_clip(frames: Tensor, scene: Scene) -> dict[str, list[bool]]:
 
 
 def score_measurement(seen: ClipMeasurement, scene: Scene) -> dict[str, list[bool]]:
-    """For each of `ATTRIBUTES`, right or wrong.
+    """For each of `ATTRIBUTES` and for `OUTLINE`, right or wrong.
 
     Background and number are judged once a clip, the others once an object of the scene; an object
     that is not there is wrong in all of them.
@@ -91,6 +98,9 @@ def score_measurement(seen: ClipMeasurement, scene: Scene) -> dict[str, list[boo
         "start": [_starts_at(found, placement) for found, placement in starts],
         "motion": [found is not None and found.motion == item.motion for item, found in pairs],
         "shape": [found is not None and found.shape == item.shape for item, found in pairs],
+        OUTLINE: [
+            found is not None and found.worst_fit >= _WHOLE_OUTLINE for found in seen.objects
+        ],
     }
 
 
@@ -214,6 +224,7 @@ def _measure_object(
         motion=_measure_motion(track, course, num_objects),
         shape=shape,
         shape_fit=fit,
+        worst_fit=min(_outline_fit(region.mask, shape) for region in track),
     )
 
 

@@ -72,11 +72,12 @@ def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Met
 
 def method_of(sparse: SparseSettings) -> Method:
     """A method with the name and the words of its settings."""
-    share = "schedule"
     if sparse.density is not None:
         share = f"density {sparse.density:g}"
     elif isinstance(sparse.threshold, int | float):
         share = f"tau {sparse.threshold:g}"
+    else:
+        share = "schedule"
     parts = [share, f"warm-up {sparse.warmup_steps}", f"stride {sparse.stride}"]
     if sparse.token_order != "raster":
         parts.append(sparse.token_order)

@@ -9,7 +9,8 @@ from xattn_video.measure.clips import Clip, check_pair
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_GAIN = 4
+GAIN = 4
+"""How many times a difference is shown as bright as it is."""
 _GAP = 4
 _BAR_HEIGHT = 24
 _FONT_SIZES = range(15, 5, -1)
@@ -28,19 +29,26 @@ def side_by_side(
     """
     check_pair(reference, candidate)
     ours, theirs = reference.frames, candidate.frames
-    change = np.maximum(ours, theirs) - np.minimum(ours, theirs)
-    # Beyond 255 / 4 the product would start again at 0.
-    difference = np.minimum(change, 255 // _GAIN) * _GAIN
+    difference = amplified_difference(ours, theirs)
     num_frames, height, width = ours.shape[:3]
     gap = np.zeros((num_frames, height, _GAP, 3), np.uint8)
-    pictures = np.concatenate([ours, gap, theirs, gap, difference.astype(np.uint8)], axis=2)
-    labels = (reference_label, candidate_label, f"difference x{_GAIN}")
+    pictures = np.concatenate([ours, gap, theirs, gap, difference], axis=2)
+    labels = (reference_label, candidate_label, f"difference x{GAIN}")
     bar = _label_bar(width, labels)
     width = pictures.shape[2]
     canvas = np.zeros((num_frames, _even(_BAR_HEIGHT + height), _even(width), 3), np.uint8)
     canvas[:, :_BAR_HEIGHT, :width] = bar
     canvas[:, _BAR_HEIGHT : _BAR_HEIGHT + height, :width] = pictures
     return canvas
+
+
+def amplified_difference(
+    reference: "NDArray[np.uint8]", candidate: "NDArray[np.uint8]"
+) -> "NDArray[np.uint8]":
+    """`GAIN` times the absolute difference of two videos of one shape."""
+    change = np.maximum(reference, candidate) - np.minimum(reference, candidate)
+    # Beyond 255 / 4 the product would start again at 0.
+    return (np.minimum(change, 255 // GAIN) * GAIN).astype(np.uint8)
 
 
 def _label_bar(width: int, labels: tuple[str, ...]) -> "NDArray[np.uint8]":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
 
 from xattn_video.measure.clips import Clip, check_pair
@@ -12,6 +13,15 @@ from xattn_video.measure.frames import require_torchmetrics, score_frames
 from xattn_video.measure.lpips import lpips, lpips_missing
 from xattn_video.measure.vmaf import vmaf, vmaf_missing
 from xattn_video.pipelines.video import write_video
+
+VMAF_LEFT_OUT = (
+    "the videos are plain areas almost throughout, where VMAF takes differences that no one sees "
+    "for lost detail; PSNR and SSIM hold."
+)
+# Of 255: blocks of 8x8 pixels whose brightness varies less are plain. A video is plain in which
+# at least this share of them is: the demo model's videos have 0.8 and more.
+_PLAIN_DEVIATION, _PLAIN_SHARE = 2.0, 0.75
+_SEEN_FRAMES = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,7 @@ class Similarity:
         vmaf: As ffmpeg gives it; None where it has no VMAF.
         vmaf_self: The reference's against itself.
         lpips: None where its weights are not on disk.
+        plain: Whether the reference is made of plain areas, so that VMAF was left out.
     """
 
     psnr: float
@@ -36,6 +47,7 @@ class Similarity:
     vmaf: float | None = None
     vmaf_self: float | None = None
     lpips: float | None = None
+    plain: bool = False
 
     @property
     def relative_vmaf(self) -> float | None:
@@ -43,6 +55,16 @@ class Similarity:
         if self.vmaf is None or not self.vmaf_self:
             return None
         return 100 * self.vmaf / self.vmaf_self
+
+
+def is_plain(clip: Clip) -> bool:
+    """Whether a video is made of plain areas, as the demo model's are, and no camera's."""
+    chosen = np.linspace(0, len(clip.frames) - 1, min(_SEEN_FRAMES, len(clip.frames))).round()
+    luma = clip.frames[chosen.astype(int)] @ np.array([0.299, 0.587, 0.114], np.float32)
+    frames, rows, columns = luma.shape[0], luma.shape[1] // 8, luma.shape[2] // 8
+    # [F, rows, 8, columns, 8]
+    blocks = luma[:, : rows * 8, : columns * 8].reshape(frames, rows, 8, columns, 8)
+    return bool((blocks.std(axis=(2, 4)) < _PLAIN_DEVIATION).mean() >= _PLAIN_SHARE)
 
 
 class Scorer:
@@ -79,7 +101,8 @@ class Scorer:
             self._reference, self._vmaf_self = reference, None
         frames = score_frames(reference.frames, candidate.frames, self._device)
         has_vmaf, has_lpips = (name not in self.missing for name in ("VMAF", "LPIPS"))
-        vmaf_score = self._vmaf(reference, candidate) if has_vmaf else None
+        plain = is_plain(reference)
+        vmaf_score = self._vmaf(reference, candidate) if has_vmaf and not plain else None
         return Similarity(
             psnr=mean(frames.psnr),
             ssim=mean(frames.ssim),
@@ -89,6 +112,7 @@ class Scorer:
             vmaf=vmaf_score,
             vmaf_self=self._vmaf_self,
             lpips=lpips(reference.frames, candidate.frames, self._device) if has_lpips else None,
+            plain=plain,
         )
 
     def _vmaf(self, reference: Clip, candidate: Clip) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
 
+from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.reporting.console import (
     TYPED_OPTIONS,
     ErrorsToExitCodes,
@@ -99,17 +100,22 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
     An argument that is a dataclass or is annotated with a `Group` stands for several options. The
-    argument of type `ErrorsToExitCodes` is the context in which the command runs. Every other
-    argument is one option. Every command has ``--verbose`` and ``--quiet``, and its errors become
-    one line, with the options as they are typed, and an exit code.
+    argument of type `ErrorsToExitCodes` is the context in which the command runs, that of type
+    `JobRanks` this process among several, and that of type `typer.Context` what was typed. Every
+    other argument is one option. Every command has ``--verbose`` and ``--quiet``, and its errors
+    become one line, with the options as they are typed, and an exit code.
     """
     groups: dict[str, Group] = {}
     options: dict[str, inspect.Parameter] = {}
-    running = []
+    running, several, typed = [], [], []
     for name, parameter in inspect.signature(function).parameters.items():
         metadata = (*get_args(parameter.annotation)[1:], None)
         if parameter.annotation is ErrorsToExitCodes:
             running.append(name)
+        elif parameter.annotation is JobRanks:
+            several.append(name)
+        elif parameter.annotation is typer.Context:
+            typed.append(name)
         elif isinstance(metadata[0], Group) or is_dataclass(parameter.annotation):
             groups[name] = metadata[0] or group_of(parameter.annotation)
             options |= groups[name].options
@@ -118,17 +124,29 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     single = [name for name in options if name in inspect.signature(function).parameters]
     options |= group_of(_Messages).options
     names = _typed_names(options.values())
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
         log_choices(values["verbose"], values["quiet"])
         TYPED_OPTIONS.set(names)
-        with ErrorsToExitCodes(values["verbose"]) as errors:
+        ranks = context.obj or JobRanks()
+        with ErrorsToExitCodes(values["verbose"], ranks.first_failure) as errors:
+            if not ranks.is_alone and not several:
+                raise ValueError(
+                    f"{context.command_path} runs as one process, got {ranks.count} ranks; "
+                    "start it without torchrun or accelerate launch."
+                )
+            ranks.agree("options", values)
             arguments = {name: values[name] for name in single}
             arguments |= {name: group.make(values) for name, group in groups.items()}
-            function(**arguments, **dict.fromkeys(running, errors))
+            arguments |= dict.fromkeys(running, errors) | dict.fromkeys(several, ranks)
+            arguments |= dict.fromkeys(typed, context)
+            function(**arguments)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([context, *options.values()])  # type: ignore[attr-defined]
     return expands_paths(run)
 
 

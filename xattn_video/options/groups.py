@@ -56,11 +56,12 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _PlannedGpu:
-    """An additional option of `plan`, for a GPU in another machine."""
+    """Additional options of `plan`, for GPUs in another machine."""
 
     gpu_memory: float | None = knob(
         "Memory of the GPU, in GiB.", panel="Model", shown_default="what is free here"
     )
+    num_gpus: int = knob("GPUs that share each video.", 1, panel="Model")
 
 
 @dataclass(frozen=True, slots=True)

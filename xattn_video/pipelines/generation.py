@@ -18,7 +18,10 @@ from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.report import SparsityReport
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.processors import XAttnProcessor, enable_on_transformer
+from xattn_video.processors.context_parallel import is_split
+from xattn_video.processors.guidance_split import guidance_split
 from xattn_video.processors.recorder import Observer
+from xattn_video.processors.tile_split import tile_split
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -140,6 +143,9 @@ def generate_together(
 ) -> tuple[GenerationResult, ...]:
     """Generate several videos in one call of the pipeline.
 
+    Ranks that share the video, see `enable_context_parallel`, all call this with the same
+    requests.
+
     Args:
         pipe: The loaded pipeline; its attention processors are restored afterwards.
         requests: What to generate; they may differ only in prompt and seed.
@@ -159,21 +165,25 @@ def generate_together(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    with _attention(pipe, first.sparse) as handle:
-        processor = handle.processor if handle else None
+    with _attention(pipe, first.sparse) as handle, guidance_split(pipe.transformer) as guidance:
+        processor = handle.processor if handle and first.sparse else None
         if processor is not None:
             processor.observers.extend(observers)
         recorder = _StepRecorder(pipe, first.video.num_inference_steps, processor, on_step)
         # Denoising begins when the transformer is first called, after the text is encoded.
         hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
         try:
-            videos = pipe(
-                **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
-            ).frames
+            with tile_split(pipe.vae):
+                videos = pipe(
+                    **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
+                ).frames
             frames = [_to_bytes(video, pipe.vae.dtype) for video in videos]
         finally:
             hook.remove()
         report = processor.report() if processor else None
+        if report is not None and guidance is not None:
+            report = guidance.whole(report)
+            recorder.correct_densities(report)
     seconds = (time.perf_counter() - start) / len(requests)
     steps = tuple(replace(step, seconds=step.seconds / len(requests)) for step in recorder.steps)
     assert recorder.latents is not None
@@ -237,6 +247,12 @@ class _StepRecorder:
         self._last_end = self._now()
         return {}
 
+    def correct_densities(self, report: SparsityReport) -> None:
+        """Take the densities from a report that knows more than the processor of this rank."""
+        self.steps = [
+            replace(step, density=report.step_density(step.index)) for step in self.steps
+        ]
+
     def _now(self) -> float:
         """The time after the device has finished all its work."""
         if self._device.type == "cuda":
@@ -253,9 +269,10 @@ def _attention(
     pipe: "HunyuanVideoPipeline", settings: SparseSettings | None
 ) -> AbstractContextManager[Any]:
     """A context with sparse attention, or without any change."""
-    if settings is None:
+    if settings is None and not is_split(pipe.transformer):
         return nullcontext()
-    return enable_on_transformer(pipe, settings)
+    # Diffusers' own processor knows nothing of ranks.
+    return enable_on_transformer(pipe, settings or SparseSettings(threshold=1.0))
 
 
 def _check_shared_settings(requests: Sequence[GenerationRequest]) -> None:

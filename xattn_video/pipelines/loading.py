@@ -38,6 +38,8 @@ class LoadOptions:
         vae_tiling: Decode the video in tiles. If None, on but for the demo model.
         attention_backend: A Diffusers attention backend for the dense steps.
         device_elsewhere: The device may be another machine's: options to plan with, not to load.
+        processes: Processes of this machine that load the model and share its host memory.
+        num_gpus: GPUs that share the tokens of each video.
         gpu_memory: GiB of the GPU that is planned for, which is then the device unless one is
             given. If None, what is free on the device.
     """
@@ -50,6 +52,8 @@ class LoadOptions:
     attention_backend: str | None = None
     device_elsewhere: bool = False
     gpu_memory: float | None = None
+    processes: int = 1
+    num_gpus: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES.values():
@@ -58,6 +62,8 @@ class LoadOptions:
             raise ValueError(
                 f"offload must be one of {', '.join(get_args(Offload))}, got {self.offload!r}."
             )
+        if self.num_gpus < 1:
+            raise ValueError(f"num_gpus must be at least 1, got {self.num_gpus}; use 1.")
         device = self.resolved_device
         if self.gpu_memory is not None and not (device.type == "cuda" and self.gpu_memory > 0):
             raise ValueError(

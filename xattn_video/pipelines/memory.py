@@ -23,6 +23,8 @@ _VAE_TENSORS = 2
 _FRAME_COPIES = 2
 # Of the tiles that `enable_tiling` sets up.
 _TILE_SIDE, _TILE_FRAMES = 256, 17
+# Pixels of all these tiles, to those of the video: tiles are 4/3 as long as their distance.
+_TILE_OVERLAP = (4 / 3) ** 3
 # Python, torch and Diffusers.
 _PROCESS_GIB = 1.0
 # Group offload pins a copy of all weights: 78 GiB on the host for HunyuanVideo's 38.6.
@@ -89,7 +91,7 @@ def find_room(options: LoadOptions) -> Room:
         host = min(host, int(limit) / _GIB) if limit.isdigit() else host
     device = options.resolved_device
     gpu = torch.cuda.mem_get_info(device)[0] / _GIB if device.type == "cuda" else None
-    return Room(gpu, host)
+    return Room(gpu, host / options.processes)
 
 
 def estimate_memory(
@@ -111,8 +113,8 @@ def estimate_memory(
     vae = shape.vae_parameters * others / _GIB
     grid = shape.grid(video.height, video.width, video.num_frames)
     tokens = grid[0] * grid[1] * grid[2] + shape.text_tokens
-    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB
-    decoding = _decoding_gib(shape, video, options.resolved_vae_tiling, others)
+    activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB / options.num_gpus
+    decoding = _decoding_gib(shape, video, options, others)
     # As the VAE leaves them, in float32 and as bytes.
     values = 3 * video.num_frames * video.height * video.width
     frames = values * (others + 4 + 1) / _GIB
@@ -230,13 +232,17 @@ def _choose(memory: MemoryEstimate, room: Room) -> MemoryEstimate:
     )
 
 
-def _decoding_gib(shape: ModelShape, video: VideoSettings, tiling: bool, size: int) -> float:
+def _decoding_gib(
+    shape: ModelShape, video: VideoSettings, options: LoadOptions, size: int
+) -> float:
     """The memory of the VAE in addition to its weights."""
     values = tile = video.num_frames * video.height * video.width
-    if tiling:
+    if options.resolved_vae_tiling:
         tile = min(video.num_frames, _TILE_FRAMES)
         tile *= min(video.height, _TILE_SIDE) * min(video.width, _TILE_SIDE)
-    return (_VAE_TENSORS * shape.vae_channels * tile + _FRAME_COPIES * 3 * values) * size / _GIB
+    # GPUs that share a video hold every decoded tile at once.
+    copies = _FRAME_COPIES + (_TILE_OVERLAP if options.num_gpus > 1 else 0)
+    return (_VAE_TENSORS * shape.vae_channels * tile + copies * 3 * values) * size / _GIB
 
 
 def _remedy(shape: ModelShape, video: VideoSettings, options: LoadOptions, room: Room) -> str:

@@ -1,6 +1,5 @@
 """Checks of a run before the weights are loaded."""
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -61,18 +60,3 @@ def unknown_words(prompts: Sequence[str]) -> list[str]:
         except ValueError as error:
             return [str(error)]
     return []
-
-
-def refuse_ranks(command: str) -> None:
-    """Refuse to run as one of several processes, which would all write the same files.
-
-    Raises:
-        ValueError: A launcher such as torchrun or accelerate started several processes.
-    """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and count.isdecimal() and int(count) > 1:
-        raise ValueError(
-            f"{command} runs as one process, got WORLD_SIZE={count}: every rank would write the "
-            "same files; start it without torchrun or accelerate launch, or share many videos "
-            "among GPUs with accelerate launch -m eval_vbench.generate."
-        )

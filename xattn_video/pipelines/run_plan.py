@@ -10,6 +10,7 @@ from xattn_video.backends.table import available_backends, resolve_backend
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
+from xattn_video.pipelines.cpu_speed import has_fast_dense
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.memory import (
     MemoryEstimate,
@@ -30,6 +31,11 @@ PAPER_DENSITIES = (0.34, 0.455)
 DENSITIES = (0.2, *PAPER_DENSITIES, 0.6, 0.8)
 _SMALL_SHARE = 0.5
 _FEW_BLOCKS = 16
+_FAST_DENSE = (
+    "This CPU computes dense attention fast in bfloat16 (AMX): half of the blocks gain little or "
+    "nothing there, and a smaller share gains less than in float32, in which min_tokens on a CPU "
+    "was measured."
+)
 # What a CPU at one TFLOP/s does in an hour.
 _SLOW_CPU_TFLOP = 3600
 
@@ -44,6 +50,21 @@ class SpeedupBound:
     run: float
     """All steps, the dense ones included."""
     from_paper: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SharePlan:
+    """What several GPUs gain that share the tokens of each video, counting only arithmetic.
+
+    Attributes:
+        num_gpus: How many.
+        dense_step_speedup: The largest possible, against one GPU. Each computes all text tokens.
+        sent_gib: What each GPU sends to the others in a step.
+    """
+
+    num_gpus: int
+    dense_step_speedup: float
+    sent_gib: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +95,7 @@ class RunPlan:
     device_is_here: bool
     dtype: str
     backend: str | None
+    share: SharePlan
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,10 +147,17 @@ def plan_run(
         warnings += _sparsity_warnings(
             sparse, counts.dense, steps, video_tokens, share, device.type
         )
+        if counts.sparse and has_fast_dense(device, options.resolved_dtype):
+            warnings.append(_FAST_DENSE)
         if options.device_is_here:
             backend, found = _choose_backend(shape, settings, options)
             warnings += found
     warnings += [shortage] if shortage else []
+    if shape.heads % options.num_gpus:
+        warnings.append(
+            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs: one video cannot "
+            "be shared so. Use another number, or generate --prompts-file with --parallel prompts."
+        )
     warnings += _cpu_warnings(device, tflop * steps)
     return RunPlan(
         grid=grid,
@@ -153,6 +182,7 @@ def plan_run(
         device_is_here=options.device_is_here,
         dtype=str(options.resolved_dtype).removeprefix("torch."),
         backend=backend,
+        share=_share_plan(shape, video_tokens, forwards, options),
         warnings=tuple(warnings),
     )
 
@@ -169,6 +199,19 @@ def dense_step_flop(shape: ModelShape, video: VideoSettings) -> float:
     tokens = math.prod(shape.grid(video.height, video.width, video.num_frames))
     forwards = 2 if video.true_cfg_scale > 1 else 1
     return forwards * _arithmetic(shape, tokens + shape.text_tokens)[0]
+
+
+def _share_plan(
+    shape: ModelShape, video_tokens: int, forwards: int, options: LoadOptions
+) -> SharePlan:
+    count, text_tokens = options.num_gpus, shape.text_tokens
+    alone, share = _arithmetic(shape, video_tokens + text_tokens)
+    own_tokens = video_tokens / count + text_tokens
+    linear = alone * (1 - share) * own_tokens / (video_tokens + text_tokens)
+    # Queries, keys and values of the video there, the output of video and text back.
+    rows = (3 * video_tokens / count + own_tokens) * (count - 1) / count
+    sent = rows * shape.hidden * options.resolved_dtype.itemsize * shape.layers * forwards
+    return SharePlan(count, alone / (alone * share / count + linear), sent / 2**30)
 
 
 def _residual_bytes(shape: ModelShape, tokens: int, forwards: int, options: LoadOptions) -> int:

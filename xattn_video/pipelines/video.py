@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 _ENCODERS = {
     ".mp4": "-c:v libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart",
     ".mkv": "-c:v ffv1 -pix_fmt bgr0",
+    # For web pages: every free browser decodes it, and goes to any frame at once.
+    ".webm": "-c:v libvpx-vp9 -pix_fmt yuv420p -crf 22 -b:v 0 -g 12 -deadline good -cpu-used 5 "
+    "-row-mt 1 -vf scale=out_color_matrix=bt709 -colorspace bt709 -color_primaries bt709 "
+    "-color_trc bt709",
 }
-VIDEO_SUFFIXES = tuple(_ENCODERS)
+VIDEO_SUFFIXES = (".mp4", ".mkv")
 _LOSSLESS = ".mkv"
 # Mean difference in brightness, of 255. Coloured noise, the worst for 4:2:0, has 7.
 _MAX_LUMA_ERROR = 16
@@ -39,7 +43,8 @@ def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
     back.
 
     Args:
-        path: ``.mp4`` (H.264, 4:2:0, plays everywhere) or ``.mkv`` (FFV1, lossless).
+        path: ``.mp4`` (H.264, 4:2:0, plays everywhere), ``.mkv`` (FFV1, lossless) or ``.webm``
+            (VP9, 4:2:0, smaller, for web pages).
         frames: uint8 `[T, H, W, 3]`, RGB; H and W even.
         fps: Frames per second.
 

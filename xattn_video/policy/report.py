@@ -48,6 +48,8 @@ class ForwardRun:
         threshold: Tau of the step if it is one number for all layers and heads, else None.
         backend: The backend of the sparse layers; None if no layer ran sparse.
         layers: One entry per layer.
+        imbalance: Where ranks share the heads: the blocks of a layer's busiest rank over the mean
+            of the ranks, averaged over the sparse layers. None elsewhere.
     """
 
     step: int
@@ -56,6 +58,7 @@ class ForwardRun:
     threshold: float | None
     backend: str | None
     layers: tuple[LayerRun, ...]
+    imbalance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,12 @@ class SparsityReport:
         )
 
     @property
+    def imbalance(self) -> float | None:
+        """Blocks of the busiest rank over the mean, in the passes whose heads ranks share."""
+        found = [forward.imbalance for forward in self.forwards if forward.imbalance is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """The backends that computed the sparse layers."""
         return tuple(sorted({forward.backend for forward in self.forwards if forward.backend}))
@@ -173,6 +182,7 @@ class SparsityReport:
             "num_sparse_layers": len(self.sparse_layers),
             "density": self.density,
             "budget": self.budget,
+            "imbalance": self.imbalance,
             "refresh_steps": list(self.refresh_steps),
             "backends": list(self.backends),
             "dense_reasons": self.dense_reasons,
@@ -189,6 +199,7 @@ class SparsityReport:
                     "reasons": [run.reason for run in forward.layers],
                     "densities": [run.density for run in forward.layers],
                     "refreshed": [run.refreshed for run in forward.layers],
+                    "imbalance": forward.imbalance,
                 }
                 for forward in self.forwards
             ],

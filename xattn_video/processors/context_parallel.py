@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.hooks import apply_context_parallel
+from diffusers.hooks.context_parallel import ContextParallelGatherHook
 from diffusers.models._modeling_parallel import ParallelConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from xattn_video.errors import UnsupportedModelError
@@ -74,6 +75,8 @@ def enable_context_parallel(pipe_or_transformer: Any, degree: int | None = None)
         apply_context_parallel(
             transformer, config.context_parallel_config, family.context_parallel_plan
         )
+        if dist.get_backend() == "gloo":
+            _pad_gathers(transformer)
         undo.pop_all()
 
 
@@ -96,6 +99,11 @@ def disable_context_parallel(pipe_or_transformer: Any) -> None:
 def is_split(transformer: nn.Module) -> bool:
     """Whether tokens are split: not after an `enable_parallelism` that failed."""
     return any(_split_hooks(module) for module in transformer.modules())
+
+
+def ranks_of_tokens(transformer: Any) -> Any:
+    """The process group that shares the tokens of a transformer that is split."""
+    return transformer._parallel_config.context_parallel_config._ulysses_mesh.get_group()
 
 
 def offer_plan(transformer: Any, family: Family) -> None:
@@ -169,6 +177,40 @@ def check_splits(transformer: Any, family: Family, degree: int) -> None:
             f"context parallelism does not go with {cache}: each rank would skip blocks by its "
             "own tokens, and the others would wait for it; call transformer.disable_cache()."
         )
+
+
+class PaddedGatherHook(ContextParallelGatherHook):  # type: ignore[misc]
+    """Diffusers' own for gloo, which gathers equal parts alone: padded to the longest and cut."""
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        (place,) = self.metadata
+        group = self.parallel_config._flattened_mesh.get_group()
+        own = output.new_tensor([output.shape[place.gather_dim]], dtype=torch.long)
+        sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, own, group=group)
+        shape = list(output.shape)
+        shape[place.gather_dim] = int(max(sizes))
+        padded = output.new_zeros(shape)
+        padded.narrow(place.gather_dim, 0, int(own)).copy_(output)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        cut = [
+            part.narrow(place.gather_dim, 0, int(size))
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+        return torch.cat(cut, place.gather_dim)
+
+
+def _pad_gathers(transformer: nn.Module) -> None:
+    """Put `PaddedGatherHook` in the place of Diffusers' hooks that gather tokens."""
+    for module in transformer.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        for name in _split_hooks(module):
+            hook = registry.get_hook(name)
+            if isinstance(hook, ContextParallelGatherHook):
+                registry.remove_hook(name, recurse=False)
+                padded = PaddedGatherHook(hook.metadata, hook.parallel_config)
+                registry.register_hook(padded, name)
 
 
 def _parallel_config(degree: int) -> ParallelConfig:

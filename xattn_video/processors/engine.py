@@ -25,6 +25,7 @@ from xattn_video.ops.compensation import compensate, error_weights
 from xattn_video.ops.problem import AttentionInputs
 from xattn_video.ops.scoring import ScoringInputs
 from xattn_video.ops.selection import compute_selection
+from xattn_video.processors.head_exchange import HeadExchange
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import AttendedLayer, ForwardPass, LayerSlot
 
@@ -98,6 +99,9 @@ def _attend_now(
     query, key = query.to(value.dtype), key.to(value.dtype)
     layout, exchange = forward.layout, forward.exchange
     if exchange is not None:
+        if forward.kept is None:
+            # What layers keep from step to step stays with its heads.
+            exchange = exchange.ordered(slot.head_order)
         query, key, value = exchange.to_heads(query, key, value)
     if layout.permutation is not None:
         query, key, value = map(layout.to_canonical, (query, key, value))
@@ -106,21 +110,38 @@ def _attend_now(
     if slot.threshold is None:
         out = dense_attention(query, key, value, layout, forward.dense_backend)
     else:
-        out, blocks = _attend_sparsely(slot, forward, query, key, value)
+        threshold = slot.threshold if exchange is None else exchange.of_own_heads(slot.threshold)
+        out, blocks = _attend_sparsely(slot, forward, query, key, value, threshold)
     if slot.state == "dense":
         blocks = None
-    if blocks is not None:
-        slot.kept = blocks.counts.sum()
-        if exchange is not None:
-            slot.kept = exchange.sum_over_ranks(slot.kept)
+    _count_blocks(slot, exchange, blocks)
     for observer in forward.observers:
         observer(AttendedLayer(slot.name, forward, query, key, value, blocks))
     out = layout.from_canonical(out)
     return out.contiguous() if exchange is None else exchange.to_tokens(out)
 
 
+def _count_blocks(
+    slot: LayerSlot, exchange: HeadExchange | None, blocks: BlockLists | None
+) -> None:
+    """Note how many blocks were computed, over all ranks, and deal the heads out by that."""
+    if blocks is None:
+        return
+    if exchange is None:
+        slot.kept = blocks.counts.sum()
+        return
+    by_head = exchange.count_heads(blocks.counts.sum((0, 2)))
+    slot.kept, slot.imbalance = by_head.sum(), exchange.imbalance(by_head)
+    slot.head_order = exchange.balanced_order(by_head)
+
+
 def _attend_sparsely(
-    slot: LayerSlot, forward: ForwardPass, query: Tensor, key: Tensor, value: Tensor
+    slot: LayerSlot,
+    forward: ForwardPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
 ) -> tuple[Tensor, BlockLists | None]:
     """A sparse layer's output, with its residual where such are kept, and its blocks."""
     decision, kept = forward.decision, forward.kept
@@ -130,7 +151,7 @@ def _attend_sparsely(
         slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
         if not slot.refreshed:
             residuals.fetch(slot.name, query.device)
-    out, blocks = _choose_and_compute(slot, forward, query, key, value)
+    out, blocks = _choose_and_compute(slot, forward, query, key, value, threshold)
     if residuals is None:
         return out, blocks
     if not slot.refreshed:
@@ -142,14 +163,15 @@ def _attend_sparsely(
 
 
 def _choose_and_compute(
-    slot: LayerSlot, forward: ForwardPass, query: Tensor, key: Tensor, value: Tensor
+    slot: LayerSlot,
+    forward: ForwardPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: Tensor,
 ) -> tuple[Tensor, BlockLists | None]:
     """The operator's output, over the blocks that the layer kept where it is not to choose."""
-    threshold, kept = slot.threshold, forward.kept
-    assert threshold is not None
-    if forward.exchange is not None:
-        threshold = forward.exchange.of_own_heads(threshold)
-    blocks = None
+    kept, blocks = forward.kept, None
     if kept is not None and not (forward.decision.chooses or slot.refreshed):
         blocks = kept.blocks(slot.name)
     out, computed = forward.operator(query, key, value, threshold, forward, blocks)

@@ -28,7 +28,8 @@ _MAX_FORWARDS = 4096
 class AttendedLayer:
     """What an observer receives for a layer: tensors in canonical order, `[B, S, H, D]`.
 
-    Under context parallelism these are all tokens of the heads of this rank.
+    Under context parallelism these are all tokens of the heads of this rank, which change from
+    step to step.
 
     Args:
         layer: The name of the layer.
@@ -100,6 +101,8 @@ class LayerSlot:
         threshold: Tau, a scalar or `[H, 1]`, where it is to compute a sparse output.
         state, kept: What it did, and the number of blocks, a scalar that stays on the device.
         refreshed: Whether it computed both outputs.
+        head_order: How the next sparse step deals the heads out to ranks, see `HeadExchange`.
+        imbalance: The blocks of the busiest rank over the mean, a scalar on the device.
     """
 
     _numbers: ClassVar[Any] = itertools.count()
@@ -115,6 +118,8 @@ class LayerSlot:
         self.state: State = "skipped"
         self.kept: Tensor | None = None
         self.refreshed = False
+        self.head_order: Tensor | None = None
+        self.imbalance: Tensor | None = None
         number = next(self._numbers)
         self.handle = torch.tensor(number, device="cpu")
         self._by_number[number] = self
@@ -144,6 +149,7 @@ class _Record:
     reasons: tuple[DenseReason | None, ...] = ()
     refreshed: tuple[bool, ...] = ()
     kept: Tensor | None = None
+    imbalance: Tensor | None = None
 
 
 class Recorder:
@@ -179,7 +185,7 @@ class Recorder:
         for slot in self.slots:
             slot.forward = forward
             slot.state = "skipped"
-            slot.kept = None
+            slot.kept = slot.imbalance = None
             slot.refreshed = False
 
     def end_forward(self) -> None:
@@ -192,9 +198,8 @@ class Recorder:
         latest.states = tuple(slot.state for slot in self.slots)
         latest.reasons = tuple(slot.reason for slot in self.slots)
         latest.refreshed = tuple(slot.refreshed for slot in self.slots)
-        kept = [slot.kept for slot in self.slots if slot.kept is not None]
-        # A model spread over devices has its numbers on all of them.
-        latest.kept = torch.stack([count.to(kept[0].device) for count in kept]) if kept else None
+        latest.kept = _stacked([slot.kept for slot in self.slots])
+        latest.imbalance = _stacked([slot.imbalance for slot in self.slots])
 
     def report(self) -> SparsityReport:
         """The report of the latest generation so far; waits for the device."""
@@ -202,8 +207,16 @@ class Recorder:
             if record.kept is not None:
                 # Kept there: a report after every step copies each number once.
                 record.kept = record.kept.cpu()
+            if record.imbalance is not None:
+                record.imbalance = record.imbalance.cpu()
         runs = tuple(_as_run(record) for record in self._records if record.states)
         return SparsityReport(self.layer_names, runs, self.num_refused)
+
+
+def _stacked(found: list[Tensor | None]) -> Tensor | None:
+    """The numbers that layers have, on one device: a model may be spread over several."""
+    numbers = [number for number in found if number is not None]
+    return torch.stack([number.to(numbers[0].device) for number in numbers]) if numbers else None
 
 
 def _as_run(record: _Record) -> ForwardRun:
@@ -228,4 +241,5 @@ def _as_run(record: _Record) -> ForwardRun:
         record.threshold,
         record.backend if "sparse" in record.states else None,
         tuple(layers),
+        None if record.imbalance is None else float(record.imbalance.mean()),
     )

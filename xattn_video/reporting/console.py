@@ -1,5 +1,6 @@
 """The consoles of the command line, and its reports of errors."""
 
+import contextlib
 import functools
 import logging
 import re
@@ -8,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -177,6 +178,27 @@ def _say_again(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
+def _own_text(error: BaseException, text: str) -> str:
+    return text
+
+
+@contextlib.contextmanager
+def finishing_first() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP wait until the block within has ended."""
+    came: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in _ENDING_SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 class ErrorsToExitCodes:
     """Turns an exception into one line on stderr and an exit code.
 
@@ -185,14 +207,19 @@ class ErrorsToExitCodes:
 
     Args:
         verbose: Print the traceback too.
+        judge: Makes what is printed of an error and its text, "" for an interruption: where
+            several processes work together, another one may have failed first.
 
     Attributes:
         running: Set this when all arguments have been checked: from then on a ValueError is a
             failure of the run, not a wrong argument.
     """
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(
+        self, verbose: bool, judge: Callable[[BaseException, str], str] = _own_text
+    ) -> None:
         self.verbose = verbose
+        self._judge = judge
         self.running = False
         self._handled: list[signal.Signals] = []
 
@@ -214,18 +241,36 @@ class ErrorsToExitCodes:
         if isinstance(error, Terminated) and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number in self._handled:
-            signal.signal(number, signal.SIG_DFL)
-        if isinstance(error, Terminated):
-            print_interruption(str(error), error.number.name)
-            raise typer.Exit(128 + error.number) from None
+            # A launcher ends all processes when one has failed: this one says why first.
+            signal.signal(number, signal.SIG_DFL if error is None else signal.SIG_IGN)
+        try:
+            self._report(kind, error, trace)
+        finally:
+            for number in self._handled:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _report(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Print an error, and raise its exit code."""
         if isinstance(error, KeyboardInterrupt):
+            cause = self._judge(error, "")
+            if cause:
+                print_error(cause)
+                raise typer.Exit(FAILED) from None
+            if isinstance(error, Terminated):
+                print_interruption(str(error), error.number.name)
+                raise typer.Exit(128 + error.number) from None
             print_interruption(str(error))
             raise typer.Exit(INTERRUPTED) from None
         if not isinstance(error, Exception) or isinstance(error, typer.Exit):
             return
         if self.verbose:
             sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
-        print_error(describe(error))
+        print_error(self._judge(error, describe(error)))
         bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 
 def render(template: Path, **values: object) -> str:
-    """A Markdown page: a jinja2 template with its values filled in."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    """A page: a jinja2 template with its values filled in, escaped if it is ``.html.jinja``."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
+        autoescape=select_autoescape(["html.jinja"]),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

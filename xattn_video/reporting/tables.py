@@ -68,6 +68,12 @@ class Table:
             cells = {name: column for name, column in cells.items() if any(column)}
         return cls(tuple(cells), tuple(zip(*cells.values(), strict=True)), num_left)
 
+    def turned(self) -> "Table":
+        """Columns as rows, for a few items with many columns."""
+        lines = tuple(zip(*self.rows, strict=True))
+        first, *others = zip(self.columns, lines, strict=True)
+        return Table((first[0], *first[1]), tuple((heading, *cells) for heading, cells in others))
+
     def terminal(self, width: int) -> Group:
         """For a console ``width`` characters wide; print it with ``crop=False``.
 

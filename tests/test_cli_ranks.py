@@ -1,0 +1,100 @@
+"""`xattn-video generate` on several ranks: the same video, and one line where a rank fails."""
+
+import json
+
+import pytest
+from command_line import SMALL, SPARSE
+from launched import launch
+
+
+@pytest.fixture
+def words(tiny_pipeline):
+    return ["generate", "--model", tiny_pipeline, *SMALL]
+
+
+def without_balance(report):
+    forwards = [{k: v for k, v in run.items() if k != "imbalance"} for run in report["forwards"]]
+    return report | {"imbalance": None, "forwards": forwards}
+
+
+def test_two_ranks_make_the_video_that_one_makes(words, generate, tmp_path):
+    asked = ["--prompt=a red circle", *SPARSE, "--report=run.json"]
+    assert generate(*asked, "--output=alone.mp4")[0] == 0
+    alone = json.loads((tmp_path / "run.json").read_text())["runs"][0]
+    first, second = launch([*words, *asked, "--output=both.mp4"], 2, tmp_path)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    both = json.loads((tmp_path / "run.json").read_text())["runs"][0]
+    assert 1 <= both["report"]["imbalance"] < 1.5
+    assert "ranks      the busiest has 1." in first.out
+    assert without_balance(both["report"]) == without_balance(alone["report"])
+    assert "2/4 steps x 3/3 layers sparse" in first.out
+    assert "step 4/4  sparse" in first.err
+    assert (second.out, second.err) == ("", "")
+
+
+def test_dense_videos_of_uneven_tokens_are_shared(words, generate, tmp_path):
+    """5 x 3 x 3 = 45 video tokens on two ranks."""
+    asked = ["--prompt=a", "--dense", "--num-frames=17", "--height=48", "--width=48"]
+    assert generate(*asked, "--output=alone.mp4")[0] == 0
+    first, second = launch([*words, *asked, "--output=both.mp4"], 2, tmp_path)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    assert "dense in all 4 steps" in first.out
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.mp4"))}
+
+
+@pytest.mark.usefixtures("prompts")
+def test_prompts_are_dealt_out(words, generate, tmp_path):
+    asked = ["--prompts-file=p.txt", *SPARSE, "--report=run.json"]
+    assert generate(*asked, "--output=alone")[0] == 0
+    first, second = launch([*words, *asked, "--output=both"], 2, tmp_path)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "alone")
+    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [run["prompt"] for run in runs] == ["first", "second", "third"]
+    assert "[1] " in second.err
+    min((tmp_path / "both/resume/items").iterdir()).unlink()
+    first, second = launch([*words, *asked, "--output=both"], 2, tmp_path)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert first.err.count(" is there\n") == 2
+    assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "alone")
+
+
+def test_different_options_are_one_line(words, tmp_path):
+    asked = [*words, "--prompt=a", "--dense", "--output=a.mp4"]
+    first, second = launch({0: asked, 1: [*asked, "--num-frames=17"]}, 2, tmp_path)
+    assert (first.code, second.code) == (1, 2)
+    assert first.err == (
+        "error: rank 1: it was given other options than rank 0: --num-frames 9 and 17 (rank 0 and "
+        "this rank); give all ranks the same.\n"
+    )
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_wrong_argument_is_told_once(words, tmp_path):
+    first, second = launch([*words, "--prompt=a", "--fps=0"], 2, tmp_path)
+    assert first.code == 2
+    assert first.err == "error: --fps must lie between 1 and 240, got 0; use 24.\n"
+    assert second.err == ""
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_halves_of_the_ranks_compute_one_pass_each(num_ranks, words, generate, tmp_path):
+    asked = ["--prompt=a", *SPARSE, "--true-cfg-scale=2", "--report=run.json"]
+    assert generate(*asked, "--output=alone.mp4")[0] == 0
+    (alone,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    first, *others = launch([*words, *asked, "--output=both.mp4"], num_ranks, tmp_path)
+    assert [first.code, *(other.code for other in others)] == [0] * num_ranks, first.err
+    assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    (both,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert without_balance(both["report"]) == without_balance(alone["report"])
+    assert [s["density"] for s in both["steps"]] == [s["density"] for s in alone["steps"]]

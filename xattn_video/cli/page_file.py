@@ -1,0 +1,30 @@
+"""The web page of a command: whether it is written, and how it is opened."""
+
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+
+from xattn_video.options.command import knob
+from xattn_video.reporting.console import print_message
+
+
+@dataclass(frozen=True, slots=True)
+class PageWish:
+    """Whether the results become a web page, and whether a browser shows it."""
+
+    html: bool = knob(
+        "Write results.html, one page that shows it all and needs no other file.",
+        True,
+        panel="Files",
+    )
+    open: bool = knob("Open that page in the browser.", False, "--open", panel="Files")
+
+    def __post_init__(self) -> None:
+        if self.open and not self.html:
+            raise ValueError("--open and --no-html exclude each other; give only one.")
+
+
+def open_in_browser(page: Path) -> None:
+    """Show a page; where there is no browser, say where it is."""
+    if not webbrowser.open(page.resolve().as_uri()):
+        print_message(f"there is no browser here; copy {page} to a machine that has one")

@@ -1,0 +1,122 @@
+"""What a sparse run comes to: how near to dense, what it gained here, what full size gains."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from xattn_video.measure.comparison_rows import MethodRow
+from xattn_video.reporting.web_page import Figure
+
+_FULL_SIZE = Path(__file__).with_name("full_size.json")
+# dB: what is commonly held to be hard to see, and to be seen when looked for.
+_HARD_TO_SEE, _TO_BE_SEEN = 40.0, 30.0
+# A step that takes this share less or more is no faster or slower.
+_NOISE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class FullSize:
+    """A whole video at full size, dense and sparse, as committed in benchmarks/results.
+
+    Attributes:
+        video, device: What was measured on.
+        weights: Of the model.
+        density: Kept over valid blocks of the sparse steps.
+        dense_seconds, sparse_seconds: From the prompt to the frames.
+        steps, sparse_steps: Denoising steps, and those that ran sparse.
+        sources: The files that say so.
+    """
+
+    video: str
+    device: str
+    weights: str
+    density: float
+    dense_seconds: float
+    sparse_seconds: float
+    steps: int
+    sparse_steps: int
+    sources: tuple[str, ...]
+
+    @classmethod
+    def read(cls) -> "FullSize":
+        """What the package carries."""
+        values = json.loads(_FULL_SIZE.read_text(encoding="utf-8"))
+        return cls(**values | {"sources": tuple(values["sources"])})
+
+    @property
+    def figure(self) -> Figure:
+        """For a reader who has run something smaller."""
+        return Figure(
+            f"{self.dense_seconds / self.sparse_seconds:.2f}x",
+            "speed at the size it is made for",
+            f"{self.video}, {self.device}: {self.sparse_seconds:.0f} s a video instead of "
+            f"{self.dense_seconds:.0f} s, density {self.density:.2f}; {self.weights} weights, "
+            "so this shows speed only",
+        )
+
+
+def verdict(row: MethodRow, record: Mapping[str, Any]) -> dict[str, Figure]:
+    """Up to three figures of one sparse method, by a short name.
+
+    Args:
+        row: Its row of the table.
+        record: The content of results.json.
+    """
+    found = {"picture": _nearness(row)}
+    here = _speed_here(row, record)
+    if here is not None:
+        found["speed here"] = here
+    if not _at_full_size(record):
+        found["full size"] = FullSize.read().figure
+    return found
+
+
+def _nearness(row: MethodRow) -> Figure:
+    if row.identical or row.psnr is None:
+        return Figure("identical", "to dense", "every frame is the dense video's, bit for bit")
+    if row.psnr >= _HARD_TO_SEE:
+        words = "hard to see the difference"
+    elif row.psnr >= _TO_BE_SEEN:
+        words = "small differences show when looked for"
+    else:
+        words = "the difference shows"
+    ssim = "" if row.ssim is None else f"SSIM {row.ssim:.4f}; "
+    return Figure(f"{row.psnr:.1f} dB", "PSNR against dense", f"{ssim}{words}")
+
+
+def _speed_here(row: MethodRow, record: Mapping[str, Any]) -> Figure | None:
+    """A sparse step against a dense one, of which the medians are compared."""
+    dense = _step_seconds(record, "dense", "dense_step_seconds")
+    sparse = _step_seconds(record, row.method.name, "sparse_step_seconds")
+    if dense is None or sparse is None:
+        return None
+    blocks = "" if row.density is None else f" with {row.density:.0%} of the blocks"
+    times = (
+        f"a sparse step takes {sparse:.2f} s{blocks}, a dense one {dense:.2f} s "
+        f"({record['device']}, {record['dtype']})"
+    )
+    ratio = dense / sparse
+    if ratio > 1 + _NOISE:
+        words = "sparse is faster here"
+    elif ratio >= 1 - _NOISE:
+        words = "no gain here"
+    else:
+        words = "sparse is slower here"
+    if ratio < 1 - _NOISE and row.density is not None:
+        left_out = 1 - row.density
+        words += f": leaving out {left_out:.0%} of the blocks saves less than choosing costs"
+    return Figure(f"{ratio:.2f}x", "speed of a sparse step here", f"{times}; {words}")
+
+
+def _step_seconds(record: Mapping[str, Any], method: str, name: str) -> float | None:
+    found = [video[name] for video in record["videos"] if video["method"] == method]
+    measured = [seconds for seconds in found if seconds is not None]
+    return median(measured) if measured else None
+
+
+def _at_full_size(record: Mapping[str, Any]) -> bool:
+    """Whether the run itself shows what sparse attention is meant for."""
+    return record["device"] not in ("cpu", "mps") and record["video_tokens"] >= 2**15

@@ -1,0 +1,236 @@
+"""Watches the ranks of a job from a thread of each, so that none waits for one that has ended.
+
+Every rank tells a common store that it lives, and how far it is. The first failure is kept there:
+it ends all ranks, with one line that names its rank.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FAILED = 1
+_BEAT_SECONDS = 0.5
+# A rank that says nothing for so long is counted as ended, even if nothing else speaks for it.
+PATIENCE_SECONDS = 45.0
+# The same where a connection broke or the launcher ends the others: then one has ended.
+SUSPICION_SECONDS = 4.0
+# For the main thread to find the failure by itself: it waits for a rank, or writes a file.
+_WAITING_GRACE, _WORKING_GRACE = 2.0, 25.0
+_TOLD_SECONDS = 10.0
+# Of the longest time between two layers.
+_SLOWNESS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """The first failure of a job.
+
+    Attributes:
+        rank: Whose; None if all ranks stand still.
+        text: One line.
+        shared: Whether it failed in work that the ranks share, or alone.
+    """
+
+    rank: int | None
+    text: str
+    shared: bool = True
+
+    def __str__(self) -> str:
+        if self.rank is None:
+            return self.text
+        # What only the first rank does needs no rank.
+        return (
+            self.text if self.rank == 0 and not self.shared else f"rank {self.rank}: {self.text}"
+        )
+
+
+class RankLostError(RuntimeError):
+    """Another rank has failed; the watch knows why."""
+
+
+class RankWatch:
+    """Tells the others that this rank lives, and finds out who does not.
+
+    Args:
+        store: Of the job, a `torch.distributed.Store`.
+        rank, count: This process's, and of all.
+        tell: Prints an error.
+
+    Attributes:
+        failure: The first one, once it is known.
+        is_computing: Whether the ranks wait for one another.
+        team: The ranks that wait for one another then.
+    """
+
+    def __init__(self, store: Any, rank: int, count: int, tell: Callable[[str], None]) -> None:
+        self.failure: RankFailure | None = None
+        self.is_computing = False
+        self.team = range(count)
+        self._store, self._rank = store, rank
+        # A client of its own: one that waits holds the others up.
+        self._thread_store = store.clone()
+        self._tell = tell
+        self._others = [other for other in range(count) if other != rank]
+        now = time.monotonic()
+        # What a rank last said, and when that changed: that it lives, and how far it is.
+        self._heard: dict[int, tuple[str, float]] = {}
+        self._reached = dict.fromkeys(range(count), (0, now))
+        self._progress, self._slowest, self._ticked = 0, 0.0, now
+        self._beats = 0
+        self._found_at: float | None = None
+        self._claim = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, after all ranks are through."""
+        self._stopped.set()
+        self._thread.join()
+
+    def tick(self, *_: object) -> None:
+        """Note that the main thread has got on; also a forward pre-hook."""
+        now = time.monotonic()
+        if self._progress:
+            self._slowest = max(self._slowest, now - self._ticked)
+        self._progress, self._ticked = self._progress + 1, now
+
+    def check(self) -> None:
+        """Raise RankLostError if a rank has failed."""
+        if self.failure is not None:
+            raise RankLostError(str(self.failure))
+
+    def publish(self, text: str, rank: int | None = None) -> RankFailure:
+        """Say that this rank, or another, has failed; returns the first failure of the job."""
+        rank = self._rank if rank is None else rank
+        return self._publish(self._store, RankFailure(rank, text, self.is_computing))
+
+    def leave(self, why: str) -> None:
+        """Say that this rank ends, which is no failure of its own."""
+        self._store.set(f"left/{self._rank}", why)
+
+    def say_told(self) -> None:
+        """Say that the error has been printed."""
+        self._store.set("told", "1")
+
+    def wait_until_told(self, seconds: float = _TOLD_SECONDS) -> None:
+        """Wait until the first rank has printed it: a launcher ends all when one has ended."""
+        self._tell_once(self._store)
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not self._store.check(["told"]):
+            time.sleep(0.05)
+
+    def suspect(self, seconds: float, *, heed_left: bool) -> RankFailure | None:
+        """Wait for what ended another rank; None if all of them live.
+
+        Args:
+            seconds: At most.
+            heed_left: Whether a rank that was interrupted counts.
+        """
+        ends = time.monotonic() + seconds
+        while self.failure is None and time.monotonic() < ends:
+            now = time.monotonic()
+            for other in self._others:
+                said, since = self._heard.get(other, ("", now))
+                if said.startswith("left"):
+                    if heed_left:
+                        return self.publish(said.removeprefix("left "), other)
+                elif now - since > SUSPICION_SECONDS:
+                    return self.publish(
+                        "it ended without a message: killed, or out of host memory", other
+                    )
+            time.sleep(0.1)
+        return self.failure
+
+    def claim(self) -> None:
+        """Let this thread alone end the process; never returns if the watch does already."""
+        if not self._claim.acquire(blocking=False):
+            threading.Event().wait()
+
+    def _tell_once(self, store: Any) -> None:
+        """Print the failure if this rank is to: the first, or the next if that has ended."""
+        if self.failure is None or self._rank != (1 if self.failure.rank == 0 else 0):
+            return
+        with suppress(RuntimeError):
+            if not store.check(["told"]):
+                self._tell(str(self.failure))
+                store.set("told", "1")
+
+    def _publish(self, store: Any, failure: RankFailure) -> RankFailure:
+        first = store.compare_set("failure", "", json.dumps(asdict(failure)))
+        self.failure = RankFailure(**json.loads(first))
+        return self.failure
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_BEAT_SECONDS):
+            try:
+                self._beat()
+                self._judge()
+            except RuntimeError:
+                # A launcher's store lives as long as the launcher, another as long as rank 0.
+                self.failure = self.failure or RankFailure(0, "it ended without a message")
+            if self.failure is not None:
+                self._end_stuck_process()
+
+    def _beat(self) -> None:
+        """Say that this rank lives, and hear the others."""
+        store, now = self._thread_store, time.monotonic()
+        self._beats += 1
+        store.set(f"beat/{self._rank}", f"{self._beats} {self._progress}")
+        self._note_progress(self._rank, self._progress, now)
+        for other in self._others:
+            # A `get` waits for the key, with the client's lock held.
+            if store.check([f"left/{other}"]):
+                said = f"left {store.get(f'left/{other}').decode()}"
+            elif store.check([f"beat/{other}"]):
+                said = store.get(f"beat/{other}").decode()
+                self._note_progress(other, int(said.split()[1]), now)
+            else:
+                continue
+            if self._heard.get(other, ("", 0.0))[0] != said:
+                self._heard[other] = (said, now)
+        if store.check(["failure"]):
+            self.failure = RankFailure(**json.loads(store.get("failure")))
+
+    def _note_progress(self, rank: int, progress: int, now: float) -> None:
+        if self._reached[rank][0] != progress:
+            self._reached[rank] = (progress, now)
+
+    def _judge(self) -> None:
+        """Publish the failure of a rank that is silent, was interrupted or stands still."""
+        now = time.monotonic()
+        for other, (said, since) in self._heard.items():
+            if said.startswith("left"):
+                self._publish(self._thread_store, RankFailure(other, said.removeprefix("left ")))
+            elif now - since > PATIENCE_SECONDS:
+                text = f"it has not answered for {PATIENCE_SECONDS:.0f} s"
+                self._publish(self._thread_store, RankFailure(other, text))
+        patience = max(PATIENCE_SECONDS, _SLOWNESS * self._slowest)
+        if not self.is_computing or any(
+            now - max(self._reached[rank][1], self._ticked) < patience for rank in self.team
+        ):
+            return
+        least = min(self.team, key=lambda rank: self._reached[rank][0])
+        if self._reached[least][0] < self._progress:
+            text = f"it has computed nothing for {patience:.0f} s, and the others wait for it"
+            self._publish(self._thread_store, RankFailure(least, text))
+
+    def _end_stuck_process(self) -> None:
+        """End the process if its main thread does not: it waits for a rank that is gone."""
+        self._found_at = self._found_at or time.monotonic()
+        grace = _WAITING_GRACE if self.is_computing else _WORKING_GRACE
+        if time.monotonic() - self._found_at < grace or not self._claim.acquire(blocking=False):
+            return
+        self._tell_once(self._thread_store)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)

@@ -1,0 +1,122 @@
+"""How the ranks of a job share the work: one video, or many prompts."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from xattn_video.pipelines.request import VideoSettings
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.job_ranks import JobRanks
+
+Asked = Literal["auto", "ulysses", "cfg", "prompts"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSplit:
+    """What each rank does.
+
+    Attributes:
+        num_ranks: Of the job.
+        by_prompt: Whether each rank makes videos of its own.
+        by_pass: Whether each half of the ranks computes one of the two passes of true guidance.
+    """
+
+    num_ranks: int = 1
+    by_prompt: bool = False
+    by_pass: bool = False
+
+    @property
+    def ranks_per_video(self) -> int:
+        """How many compute one video together."""
+        return 1 if self.by_prompt else self.num_ranks
+
+    @property
+    def ranks_per_pass(self) -> int:
+        """How many share the tokens of a forward pass."""
+        return self.ranks_per_video // (2 if self.by_pass else 1)
+
+    def writes(self, ranks: "JobRanks") -> bool:
+        """Whether the rank has videos to write."""
+        return self.by_prompt or ranks.is_first
+
+    def share(self, pipe: Any) -> None:
+        """Set a loaded pipeline up for it."""
+        from xattn_video.processors.context_parallel import (
+            enable_context_parallel,
+            ranks_of_tokens,
+        )
+        from xattn_video.processors.guidance_split import enable_guidance_split
+        from xattn_video.processors.tile_split import enable_tile_split
+
+        if self.ranks_per_pass > 1:
+            enable_context_parallel(pipe, self.ranks_per_pass)
+        if self.by_pass:
+            enable_guidance_split(pipe)
+            enable_tile_split(pipe)
+        elif self.ranks_per_video > 1:
+            enable_tile_split(pipe, ranks_of_tokens(pipe.transformer))
+
+
+def check_parallel(asked: str, num_ranks: int) -> None:
+    """Raise ValueError unless the way to share is known and there are ranks for it."""
+    if asked not in get_args(Asked):
+        raise ValueError(f"parallel must be one of {', '.join(get_args(Asked))}, got {asked!r}.")
+    if asked != "auto" and num_ranks == 1:
+        raise ValueError(
+            f"--parallel {asked} shares the work of several ranks, got one; start it with "
+            "torchrun --nproc-per-node N -m xattn_video.cli, or leave it out."
+        )
+
+
+def choose_split(
+    asked: str,
+    num_ranks: int,
+    model: str,
+    video: VideoSettings,
+    num_prompts: int | None,
+) -> WorkSplit:
+    """How the ranks share the work, before anything is loaded.
+
+    Args:
+        asked: One of `Asked`. ``auto`` deals out the prompts of a file if every rank has one, and
+            else lets all ranks share each video: by passes where true guidance runs two, with
+            the tokens of each pass split beyond two ranks, else by tokens alone.
+        num_ranks: Of the job.
+        model: As in `LoadOptions`.
+        video: The size of each video.
+        num_prompts: In the prompts file; None for a single prompt.
+
+    Raises:
+        ValueError: The ranks cannot share it so.
+    """
+    from xattn_video.pipelines.model_shape import read_model_shape
+    from xattn_video.pipelines.source import find_model
+
+    check_parallel(asked, num_ranks)
+    if num_ranks == 1:
+        return WorkSplit()
+    if asked == "prompts" and num_prompts is None:
+        raise ValueError(
+            "--parallel prompts deals out the prompts of a file; give --prompts-file, or "
+            "--parallel ulysses for one video."
+        )
+    if asked == "prompts" or (asked == "auto" and (num_prompts or 0) >= num_ranks):
+        return WorkSplit(num_ranks, by_prompt=True)
+    guided = video.true_cfg_scale > 1
+    if asked == "cfg" and (not guided or num_ranks % 2):
+        raise ValueError(
+            "--parallel cfg lets each half of the ranks compute one of two passes, got "
+            f"true_cfg_scale={video.true_cfg_scale:g} with {num_ranks} ranks; use "
+            "--true-cfg-scale above 1 and an even number of ranks, or --parallel ulysses."
+        )
+    by_pass = asked == "cfg" or (asked == "auto" and guided and num_ranks % 2 == 0)
+    split = WorkSplit(num_ranks, by_pass=by_pass)
+    heads = read_model_shape(find_model(model)).heads
+    if heads % split.ranks_per_pass:
+        fitting = [part for part in range(2, heads + 1) if heads % part == 0]
+        fitting = [part * 2 if by_pass else part for part in fitting]
+        raise ValueError(
+            f"{heads} heads do not divide among {split.ranks_per_pass} ranks; use "
+            f"{', '.join(map(str, fitting))} ranks, or --prompts-file with --parallel prompts."
+        )
+    return split

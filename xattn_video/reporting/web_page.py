@@ -1,0 +1,212 @@
+"""One self-contained web page of a run: videos in step, curves, heat maps, tables, the command."""
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xattn_video.reporting.pages import render
+from xattn_video.reporting.tables import Table
+
+_FOLDER = Path(__file__).parent / "web"
+# Of a curve's height in its own units; CSS gives the pixels.
+_HEIGHT = 100
+_WIDTH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number that stands out, what it is, and what it means."""
+
+    value: str
+    label: str
+    note: str = ""
+
+    @property
+    def line(self) -> str:
+        """For a terminal."""
+        return f"{self.value} {self.label}{self.note and f'; {self.note}'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A measure of every frame.
+
+    Attributes:
+        name, unit: Such as "PSNR" and "dB".
+        values: One for each frame.
+        digits: Behind the decimal point.
+        cap: The value of an identical frame.
+    """
+
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    digits: int
+    cap: float
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError(f"a curve needs a value, got none for {self.name}; leave it out.")
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Round numbers around all values; identical frames would only stretch the axis."""
+        shown = [value for value in self.values if value < self.cap] or [self.cap]
+        return round_limits(min(shown), max(shown), self.digits)
+
+    @property
+    def points(self) -> str:
+        """Of an SVG polyline, 1000 wide and 100 high."""
+        low, high = self.limits
+        last = max(1, len(self.values) - 1)
+        heights = [(min(value, high) - low) / (high - low) for value in self.values]
+        return " ".join(
+            f"{_WIDTH * number / last:.1f},{_HEIGHT * (1 - height):.1f}"
+            for number, height in enumerate(heights)
+        )
+
+    @property
+    def summary(self) -> str:
+        """The mean and the worst frame, for people who do not see the line."""
+        if min(self.values) >= self.cap:
+            return f"{self.name}: every frame is identical"
+        worst = min(range(len(self.values)), key=self.values.__getitem__)
+        mean = sum(self.values) / len(self.values)
+        return (
+            f"{self.name} by frame: mean {self.text(mean)}, "
+            f"lowest {self.text(self.values[worst])} at frame {worst + 1}"
+        )
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:.{self.digits}f}{f' {self.unit}' if self.unit else ''}"
+
+    @property
+    def texts(self) -> list[str]:
+        """Of every frame."""
+        return ["identical" if value >= self.cap else self.text(value) for value in self.values]
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Videos that play in step: one file holds their pictures side by side.
+
+    Attributes:
+        title: What tells it from the other players.
+        labels: One for each picture, left to right.
+        video: A WebM file, ``len(labels) * width`` by ``height`` pixels.
+        width, height: Of one picture, in pixels.
+        num_frames, fps: Of the video.
+        curves: Measures by frame.
+    """
+
+    title: str
+    labels: tuple[str, ...]
+    video: bytes
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    curves: tuple[Curve, ...] = ()
+
+    @property
+    def data(self) -> str:
+        """The file as base64."""
+        return base64.b64encode(self.video).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """Density by layer and step.
+
+    Attributes:
+        title: What tells it from the other maps.
+        cells: ``[layers][steps]``: a density, or in words what ran instead.
+    """
+
+    title: str
+    cells: Sequence[Sequence[float | str]]
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Tenths around all densities."""
+        found = [cell for row in self.cells for cell in row if not isinstance(cell, str)]
+        if not found:
+            return 0.0, 1.0
+        return round_limits(min(found), max(found), digits=1)
+
+    @property
+    def shaded(self) -> list[list[tuple[float | None, str]]]:
+        """Each cell's shade, 0 at the lower limit and 1 at the upper one, and its text."""
+        low, high = self.limits
+        return [
+            [
+                (None, cell)
+                if isinstance(cell, str)
+                else ((cell - low) / (high - low), f"density {cell:.3f}")
+                for cell in row
+            ]
+            for row in self.cells
+        ]
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether a cell is not sparse."""
+        return any(isinstance(cell, str) for row in self.cells for cell in row)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A PNG and what it shows."""
+
+    caption: str
+    png: bytes
+
+    @property
+    def data(self) -> str:
+        """The file as base64."""
+        return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class WebPage:
+    """What a page shows, from top to bottom; what is empty is left out.
+
+    Attributes:
+        title, lead: The heading and a sentence below it.
+        figures: What matters most.
+        players, heat_maps: One is shown, a list chooses among several.
+        tables, facts: By heading: a table, or text by label.
+        pictures: Plots.
+        notes: What a reader must know.
+        command: What made all of this.
+    """
+
+    title: str
+    lead: str
+    figures: tuple[Figure, ...] = ()
+    players: tuple[Player, ...] = ()
+    heat_maps: tuple[HeatMap, ...] = ()
+    tables: tuple[tuple[str, Table], ...] = ()
+    facts: tuple[tuple[str, dict[str, str]], ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    notes: tuple[str, ...] = ()
+    command: str = ""
+
+    def html(self) -> str:
+        """The page, which needs no other file and no network."""
+        parts = {
+            name: (_FOLDER / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")
+        }
+        return render(_FOLDER / "page.html.jinja", page=self, **parts)
+
+
+def round_limits(low: float, high: float, digits: int) -> tuple[float, float]:
+    """Round numbers below and above both, apart by at least one unit of the last digit shown."""
+    least = 10.0**-digits
+    step = 10 ** math.floor(math.log10(max(high - low, 2 * least)))
+    step = max(least, step / 2 if high - low < 2 * step else step)
+    floor, ceil = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return floor * step, max(ceil, floor + 1) * step
