@@ -45,7 +45,7 @@ def _video_and_device(record: Mapping[str, Any]) -> str:
     video = record["video"]
     return (
         f"{record['model']}, {video['width']}x{video['height']}x{video['num_frames']}, "
-        f"{record['device']}"
+        f"{video['num_inference_steps']} steps, {record['device']}"
     )
 
 
@@ -82,8 +82,7 @@ def psnr_grid(record: Mapping[str, Any]) -> str:
     columns: dict[str, Callable[[float], str]] = {"threshold": lambda tau: f"{tau:g}"}
     columns |= {f"warm-up of {warmup}": partial(cell, warmup) for warmup in warmups}
     facts = (
-        f"{_video_and_device(record)}, {record['video']['num_inference_steps']} steps, "
-        f"{record['num_prompts']} prompts, stride {stride}, backend "
+        f"{_video_and_device(record)}, {record['num_prompts']} prompts, stride {stride}, backend "
         f"{', '.join(record['backends'])}:"
     )
     return f"{facts}\n\n{Table.of(taus, columns).markdown()}\n"

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Densities: TypeAlias = Sequence[Sequence[float | None]]
 """`[layers][steps]`, None where a layer was not sparse."""
 
-_Line: TypeAlias = tuple[int, int, int, str]
-"""Stride, warm-up steps, refresh_every or 0, and whether tau, density or schedule decides."""
+_Line: TypeAlias = tuple[int, int, str, str]
+"""Stride, warm-up steps, what else is set, and whether tau, density or schedule decides."""
 
 
 def write_plots(
@@ -39,8 +39,8 @@ def write_plots(
         return []
     noise = [row for row in rows if row.method == DENSE_AGAIN]
     figures = {"psnr-density": _psnr_over_density(sparse, noise)}
-    plain = [row for row in sparse if _line(row)[2:] == (0, "tau")]
-    if plain:
+    plain = [row for row in sparse if _line(row)[2:] == ("", "tau")]
+    if len({_line(row) for row in plain}) > 1:
         figures["psnr-grid"] = _psnr_grid(plain)
     shown = _rows_to_show([row for row in plain if row.method.name in densities])
     if shown:
@@ -54,32 +54,33 @@ def write_plots(
 
 
 def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) -> "Figure":
-    """A line for each warm-up, stride and refresh, a point for each threshold or density."""
+    """A line for each kind of setting, a point for each threshold, density and refresh."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
+    palette = colormaps["tab20" if len({_line(row)[1:] for row in rows}) > 10 else "tab10"]
     lines: dict[_Line, list[MethodRow]] = {}
     for row in rows:
         lines.setdefault(_line(row), []).append(row)
     strides = sorted({line[0] for line in lines})
     colours = sorted({line[1:] for line in lines})
-    for (stride, warmup, refresh, share), points in sorted(lines.items()):
+    for (stride, warmup, others, share), points in sorted(lines.items()):
         points = sorted(points, key=lambda row: row.density or 0)
+        at = f"stride {stride}" if len(strides) > 1 else ""
         axes.plot(
             [row.density or 0 for row in points],
             [row.psnr or 0 for row in points],
-            color=f"C{colours.index((warmup, refresh, share))}",
+            color=palette(colours.index((warmup, others, share)) % palette.N),
             linestyle=("-", "--", ":", "-.")[strides.index(stride) % 4],
             marker="osD^"[strides.index(stride) % 4],
-            label=f"warm-up {warmup}, stride {stride}"
-            + (f", refresh {refresh}" if refresh else "")
-            + ("" if share == "tau" else f", {share}"),
+            label=", ".join(filter(None, (share, others, f"warm-up {warmup}", at))),
         )
         # Lines of other strides and warm-ups run near it, with the same shares.
         for row in points if stride == strides[0] and warmup == colours[-1][0] else ():
             axes.annotate(
-                f"{_share(row):g}" if share != "schedule" else share,
+                _point(row),
                 (row.density or 0, row.psnr or 0),
                 textcoords="offset points",
                 xytext=(-4, 6),
@@ -94,7 +95,7 @@ def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) ->
     axes.set(
         xlabel="density of the sparse steps (kept / valid blocks)",
         ylabel="PSNR against dense, dB",
-        title="Nearness to dense; at the points: threshold or density",
+        title="Nearness to dense\n(at the points: threshold or density / refresh distance)",
     )
     axes.grid(color="0.9")
     figure.legend(loc="outside right upper", frameon=False)
@@ -176,7 +177,19 @@ def _line(row: MethodRow) -> _Line:
     share = "tau" if settings.density is None else "density"
     if not isinstance(_share(row), float | int):
         share = "schedule"
-    return settings.stride, settings.warmup_steps, settings.refresh_every or 0, share
+    # The first three parts of a label are the share, the warm-up and the stride.
+    others = ", ".join(row.method.label.split(", ")[3:])
+    if settings.refresh_every is not None:
+        others = others.removesuffix(f" {settings.refresh_every}") + "es"
+    return settings.stride, settings.warmup_steps, others, share
+
+
+def _point(row: MethodRow) -> str:
+    """What tells a point of a line from the others."""
+    assert row.method.sparse is not None
+    every, share = row.method.sparse.refresh_every, _share(row)
+    text = f"{share:g}" if isinstance(share, float | int) else "schedule"
+    return text + ("" if every is None else f" / {every}")
 
 
 def _share(row: MethodRow) -> Any:
