@@ -1,18 +1,53 @@
 """Tables of whole steps, for the pages on fewer blocks and on several GPUs."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from xattn_video.measure.methods import method_of
 from xattn_video.policy.decision import Run, count_steps
-from xattn_video.policy.presets import parse_setting
+from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
 from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table
 
 # Of the whole video: 720x1280, 129 frames, 50 steps.
 NUM_VIDEO_TOKENS, NUM_STEPS = 118_800, 50
+PRESET_VIDEOS = RESULTS / "quality_fewer" / "fewer-blocks-512-h100.json"
+PRESETS_BEGIN = "<!-- presets: begin, written by benchmarks.write_page -->\n"
+PRESETS_END = "<!-- presets: end -->"
 BEGIN, END = "<!-- steps: begin, written by benchmarks.write_page -->\n", "<!-- steps: end -->"
+
+
+def render_presets() -> str:
+    """The table of presets: the demo's picture, and the mean step of HunyuanVideo at 720p."""
+    record = json.loads(PRESET_VIDEOS.read_text(encoding="utf-8"))
+    video = record["video"]
+    steps = [
+        row for file in read_results(RESULTS / "fewer_blocks") for row in file.content["rows"]
+    ]
+    seconds = {
+        method_of(parse_setting(mean["setting"])).name: mean["latency_ms"] / 1e3
+        for mean in _mean_steps(steps)
+    }
+    dense_s = next(row["latency_ms"] for row in steps if row["phase"] == "dense") / 1e3
+    sparse = [row for row in record["rows"] if row["method"]["sparse"]]
+    names = {method_of(preset_settings(name, min_tokens=0)).name: name for name in PRESETS}
+    columns = {
+        "setting": lambda row: names.get(row["method"]["name"], row["method"]["label"]),
+        "PSNR": lambda row: f"{row['psnr']:.1f} dB",
+        "SSIM": lambda row: f"{row['ssim']:.3f}",
+        "computed blocks": lambda row: f"{row['density']:.0%}",
+        "mean step": lambda row: _seconds(seconds.get(row["method"]["name"])),
+    }
+    facts = (
+        f"Demo model, {video['width']}x{video['height']}x{video['num_frames']}, "
+        f"{video['num_inference_steps']} steps, {record['num_prompts']} prompts, against dense "
+        f"attention from the same noise. The mean step is HunyuanVideo's at 720x1280x129 on "
+        f"an H100, refreshes included; a dense one takes {dense_s:.1f} s:"
+    )
+    return f"{facts}\n\n{Table.of(sparse, columns).markdown()}\n"
 
 
 def render_step_pages(docs: Path) -> dict[Path, str]:
@@ -114,3 +149,7 @@ def _section(files: list[ResultFile], table: Table) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"

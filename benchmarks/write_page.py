@@ -1,20 +1,26 @@
-"""Writes docs/benchmarks.md, its pictures and the README's table from benchmarks/results.
+"""Writes docs/benchmarks.md, its pictures and the README's tables from benchmarks/results.
 
     python -m benchmarks.write_page --folder preview    # the page and its pictures, as a preview
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
 It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md and docs/multi_gpu.md if those files exist; likewise what the package tells
+docs/fewer-blocks.md, docs/multi_gpu.md and docs/long_context.md if those files exist; likewise what the package tells
 of a run at full size.
 """
 
 import argparse
 from pathlib import Path
 
+from benchmarks import prefill_table
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
-from benchmarks.step_tables import render_step_pages
+from benchmarks.step_tables import (
+    PRESETS_BEGIN,
+    PRESETS_END,
+    render_presets,
+    render_step_pages,
+)
 from benchmarks.whole_videos import full_size_record, read_whole_videos
 from xattn_video.files import user_path, write_json, write_text
 from xattn_video.reporting.pages import replace_between
@@ -40,10 +46,17 @@ def write_pages(folder: Path) -> None:
     readme = folder / "README.md"
     if readme.exists():
         table = render_readme_table(files, videos)
-        pages[readme] = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
+        text = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
+        pages[readme] = replace_between(text, PRESETS_BEGIN, PRESETS_END, render_presets())
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
     pages |= render_step_pages(folder / "docs")
+    prefills = folder / "docs/long_context.md"
+    if prefills.exists():
+        text = prefills.read_text(encoding="utf-8")
+        pages[prefills] = replace_between(
+            text, prefill_table.BEGIN, prefill_table.END, prefill_table.render_prefills()
+        )
     for picture in set(pictures.glob("*.png")) - set(drawn):
         picture.unlink()
     for path, text in pages.items():

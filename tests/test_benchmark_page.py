@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results_writer, write_page
+from benchmarks import prefill_table, results_writer, write_page
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
-from benchmarks.step_tables import render_step_pages
+from benchmarks.step_tables import (
+    PRESETS_BEGIN,
+    PRESETS_END,
+    render_presets,
+    render_step_pages,
+)
 from benchmarks.whole_videos import read_whole_videos
 from benchmarks.write_page import BEGIN, END
 from xattn_video.reporting.pages import replace_between
@@ -240,6 +245,11 @@ def test_the_committed_page_is_what_the_files_say():
     assert page == render_page(files, videos), rerun
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert replace_between(readme, BEGIN, END, render_readme_table(files, videos)) == readme, rerun
+    prefills = (ROOT / "docs/long_context.md").read_text(encoding="utf-8")
+    table = prefill_table.render_prefills()
+    assert replace_between(prefills, prefill_table.BEGIN, prefill_table.END, table) == prefills
+    presets = replace_between(readme, PRESETS_BEGIN, PRESETS_END, render_presets())
+    assert presets == readme, rerun
     pictures = {name for file in files for name in figure_names(file).values()}
     assert {path.name for path in (ROOT / "docs/images/benchmarks").iterdir()} == pictures, rerun
 
@@ -283,7 +293,8 @@ def test_pages_are_written_only_where_they_are_told(tmp_path, capsys, monkeypatc
 
 def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_path):
     readme, pictures = tmp_path / "README.md", tmp_path / "docs/images/benchmarks"
-    readme.write_text(f"a\n{write_page.BEGIN}old{write_page.END}\nb")
+    empty = f"{PRESETS_BEGIN}old{PRESETS_END}"
+    readme.write_text(f"a\n{write_page.BEGIN}old{write_page.END}\nb\n{empty}")
     pictures.mkdir(parents=True)
     (pictures / "gone.png").write_text("")
     write_page.write_pages(tmp_path)

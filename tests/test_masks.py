@@ -34,7 +34,7 @@ def decide(block_size=128, min_tokens=0, **request):
         ({"kv_length": 1000}, CausalBounds((0,), 300)),
         ({"kv_length": 1000, "q_offset": torch.tensor(400)}, CausalBounds((0,), 700)),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
 )
 def test_the_decision(request_, expected):
     assert decide(**request_) == expected

@@ -95,23 +95,26 @@ def _attend_head(
     for alike in plain.values():
         for first in range(0, len(alike), _ROWS_AT_ONCE):
             some = alike[first : first + _ROWS_AT_ONCE]
-            attended = _attend_rows(whole, key, value, some, inputs.scale)
-            for (row, _), rows_out in zip(some, attended, strict=True):
-                out[item, head, row * block_size : (row + 1) * block_size] = rows_out
-        if lse is None:
-            continue
-        for row, indices in alike:
-            lse[item, head, row * block_size : (row + 1) * block_size] = _log_sum_exp(
-                whole[row], key[indices.to(key.device)].flatten(0, 1), None, inputs.scale
-            )
+            attended = _attend_rows(whole, key, value, some, inputs.scale, lse is not None)
+            for (row, _), row_out, row_lse in zip(some, *attended, strict=True):
+                tokens = slice(row * block_size, (row + 1) * block_size)
+                out[item, head, tokens] = row_out
+                if lse is not None:
+                    lse[item, head, tokens] = row_lse
 
 
 def _attend_rows(
-    query: Tensor, key: Tensor, value: Tensor, rows: list[tuple[int, Tensor]], scale: float
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: list[tuple[int, Tensor]],
+    scale: float,
+    needs_lse: bool,
+) -> tuple[Tensor, Tensor]:
     """Attention of some rows, each over its own blocks, equally many: `[R, block_size, D]`.
 
-    Query, key and value are in blocks, `[N, block_size, D]`.
+    Query, key and value are in blocks, `[N, block_size, D]`. The log-sum-exp, `[R, block_size]`,
+    means nothing unless it is needed.
     """
     numbers = torch.tensor([row for row, _ in rows], device=query.device)
     picked = torch.cat([indices for _, indices in rows]).to(key.device)
@@ -119,7 +122,15 @@ def _attend_rows(
     keys = key.index_select(0, picked).view(shape)
     values = value.index_select(0, picked).view(shape)
     queries = query.index_select(0, numbers)[:, None]
-    return F.scaled_dot_product_attention(queries, keys, values, scale=scale)[:, 0]
+    if needs_lse and query.device.type == "cpu":
+        # What SDPA runs here, with the log-sum-exp that SDPA keeps to itself.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, scale=scale
+        )
+        return out[:, 0], lse.view(len(rows), -1)
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[:, 0]
+    lse = _log_sum_exp(queries, keys, None, scale)[:, 0] if needs_lse else out[..., 0]
+    return out, lse
 
 
 def _split_blocks(tokens: Tensor, block_size: int) -> Tensor:
@@ -141,8 +152,7 @@ def _attend(
 
 
 def _log_sum_exp(query: Tensor, key: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Natural logarithm of each query's sum of exponentials, float32 `[Sq]`."""
-    # SDPA keeps it to itself.
+    """Natural logarithm of each query's sum of exponentials, float32 `[..., Sq]`."""
     products = (query.float() @ key.float().mT) * scale
     if visible is not None:
         products = products.masked_fill(~visible, -torch.inf)

@@ -1,0 +1,40 @@
+"""The table of prefills on docs/long_context.md, from the reports of `xattn-video prefill`."""
+
+import json
+from typing import Any
+
+from benchmarks.results_files import RESULTS
+from xattn_video.reporting.tables import Table
+
+PREFILLS = RESULTS / "prefill"
+BEGIN = "<!-- prefills: begin, written by benchmarks.write_page -->\n"
+END = "<!-- prefills: end -->"
+
+
+def render_prefills() -> str:
+    """A row for each report, the shortest prompt first, and what they ran on."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
+    files.sort(key=lambda file: file["tokens"])
+    columns = {
+        "weights": lambda file: file["model"],
+        "tokens": lambda file: f"{file['tokens']:,}",
+        "density": lambda file: f"{file['settings']['density']:g}",
+        "sparse": lambda file: f"{file['runs']['sparse']['seconds']:.2f} s",
+        "dense": lambda file: _seconds(file["runs"].get("dense")),
+        "faster": lambda file: f"{file['speedup']:.2f}x" if "dense" in file["runs"] else "",
+        "peak": lambda file: f"{file['runs']['sparse']['peak_memory_gib']:.1f} GiB",
+        "planned": lambda file: f"{file['plan']['peak']:.1f} GiB",
+    }
+    facts = sorted(
+        {
+            f"- {file['device']}, {file['dtype']}, stride {file['settings']['stride']}, chunks of "
+            f"{file['chunk_size']:,}: "
+            + ", ".join(f"{name} {version}" for name, version in file["versions"].items())
+            for file in files
+        }
+    )
+    return "\n".join([Table.of(files, columns).markdown(), "", *facts]) + "\n"
+
+
+def _seconds(run: dict[str, Any] | None) -> str:
+    return "" if run is None else f"{run['seconds']:.2f} s"
