@@ -4,8 +4,8 @@
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
 It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md, docs/multi_gpu.md and docs/long_context.md if those files exist; likewise what the package tells
-of a run at full size.
+docs/fewer-blocks.md, docs/multi_gpu.md and docs/long_context.md if those files exist; likewise
+what the package tells of a run at full size.
 """
 
 import argparse
