@@ -49,6 +49,12 @@ class RunOptions:
     lossless: bool = knob("Keep lossless copies, which PSNR and SSIM need.", True)
     seed: int = knob("Base seed; the seed of every video is derived from it.", 0)
     fps: int = knob("Frames per second of the file.", 24)
+    force: bool = knob("Run even if the memory seems too small.", False, "--force")
+    overwrite: bool = knob(
+        "Make every video of the run anew, whatever the folder holds; with one process only.",
+        False,
+        "--overwrite",
+    )
     gpus_per_video: int = knob("GPUs that share each video, one process each.", 1)
 
 
@@ -90,7 +96,12 @@ def main(
         ranks,
         ranks.team(count),
     )
-    job.check()
+    if asked.overwrite and share.num_ranks * count > 1:
+        raise ValueError(
+            "--overwrite removes the run's videos, which other ranks may be writing, got "
+            f"{share.num_ranks * count} ranks; give another --run, or remove the folder."
+        )
+    job.check(asked.force, asked.overwrite)
     with job.run.lock_rank(share.rank, share.num_ranks) if job.writes else nullcontext():
         errors.running = True
         job.generate()

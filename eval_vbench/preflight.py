@@ -18,11 +18,13 @@ class Weights:
 
     Attributes:
         path: Its place within the folder of weights.
-        source: Where to get it.
+        source: Where to get it: the address of a file, or a command.
+        sha256: How its checksum begins, where its source states it.
     """
 
     path: str
     source: str
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,10 @@ class Needs:
 
 _HUB = "https://huggingface.co/OpenGVLab/VBench_Used_Models/resolve/main"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
-_VIT_B = Weights(
-    "clip_model/ViT-B-32.pt",
-    f"{_CLIP}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-)
-_VIT_L = Weights(
-    "clip_model/ViT-L-14.pt",
-    f"{_CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-)
+_VIT_B_SUM = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+_VIT_L_SUM = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+_VIT_B = Weights("clip_model/ViT-B-32.pt", f"{_CLIP}/{_VIT_B_SUM}/ViT-B-32.pt", sha256=_VIT_B_SUM)
+_VIT_L = Weights("clip_model/ViT-L-14.pt", f"{_CLIP}/{_VIT_L_SUM}/ViT-L-14.pt", sha256=_VIT_L_SUM)
 _DINO = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
 _BERT = Weights(
     f"{HUGGING_FACE_HOME}/hub/models--bert-base-uncased/snapshots",
@@ -118,6 +116,8 @@ NEEDS = {
                 "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
                 "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/"
                 "musiq_spaq_ckpt-358bb6af.pth",
+                # As torch.hub names files: by the beginning of their checksum.
+                sha256="358bb6af",
             ),
         ),
     ),
@@ -219,7 +219,7 @@ def missing_needs(dimension: str, environment: Environment, weights_folder: Path
     return missing_modules(dimension, environment) + [
         Missing(Path(weights.path).name, str(weights_folder / weights.path), weights.source)
         for weights in NEEDS[dimension].weights
-        if not _is_there(weights_folder / weights.path)
+        if not is_there(weights_folder / weights.path)
     ]
 
 
@@ -248,7 +248,7 @@ def _missing_line(entry: Missing) -> str:
     return f"    {entry.what}\n        to    {entry.where}\n        from  {entry.source}"
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     """Whether a file or folder exists and is not empty; wget leaves empty files."""
     if path.is_dir():
         return any(path.iterdir())

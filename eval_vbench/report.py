@@ -3,10 +3,11 @@
 python -m eval_vbench.report --dense runs/dense --sparse runs/xattn-0.95
 """
 
+import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,22 +19,27 @@ from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, l
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.measure.similarity import VMAF_LEFT_OUT
+from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
-    expands_paths,
-    message_console,
     output_console,
+    print_message,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(cls=OneLineCommand)
-@expands_paths
+@app.command(
+    cls=OneLineCommand,
+    context_settings=CONTEXT_SETTINGS,
+    epilog="Example: python -m eval_vbench.report --dense runs/dense --sparse runs/xattn-0.95",
+)
+@command
 def main(
     dense: Annotated[Path, typer.Option(help="The run with dense attention.")],
     sparse: Annotated[list[Path], typer.Option(help="A sparse run; can be repeated.")],
+    errors: ErrorsToExitCodes,
     output: Annotated[
         Path, typer.Option(help="Folder for report.md, report.html, report.json and report.png.")
     ] = Path("report"),
@@ -41,26 +47,30 @@ def main(
         True
     ),
     device: Annotated[str, typer.Option(help="Device for these measures: cpu or cuda.")] = "cpu",
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare runs: VBench's dimensions, fidelity, density, time."""
-    with ErrorsToExitCodes(verbose) as errors:
-        folders = [dense, *sparse]
-        if len({folder.resolve() for folder in folders}) < len(folders):
-            raise ValueError("a run is given twice; compare different runs.")
-        reference, *runs = (load_run(RunFolder(folder)) for folder in folders)
-        for run in runs:
-            check_comparable(reference, run)
-        check_output_folder(output)
-        errors.running = True
-        _write(reference, runs, output, fidelity, device)
+    folders = [dense, *sparse]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is given twice; compare different runs.")
+    reference, *runs = (load_run(RunFolder(folder)) for folder in folders)
+    for run in runs:
+        check_comparable(reference, run)
+    check_output_folder(output)
+    errors.running = True
+    values, page = _write(reference, runs, output, fidelity, device)
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+        return
+    console = output_console()
+    console.print(page, soft_wrap=True)
+    console.print(f"report     {output}", soft_wrap=True)
 
 
 def _write(
     dense: CompleteRun, runs: list[CompleteRun], output: Path, fidelity: bool, device: str
-) -> None:
-    """Measure, and write the files."""
-    messages = message_console()
+) -> tuple[dict[str, Any], str]:
+    """Measure, write the files, and return what two of them hold."""
     notes = []
     if not fidelity:
         notes.append("PSNR, SSIM and LPIPS were not requested.")
@@ -81,7 +91,7 @@ def _write(
                 run.folder,
                 run.items,
                 scorer,
-                lambda text: messages.print(text, soft_wrap=True),
+                print_message,
             )
         results.append(compare(dense, run, pairs))
         if any(pair.get("plain") for pair in pairs.values()):
@@ -89,15 +99,14 @@ def _write(
     notes += left_out
     plotted = plot_report(output / "report.png", dense, results)
     page = report_page(dense, results, notes, "report.png" if plotted else "")
-    write_json(output / "report.json", report_values(dense, results) | {"notes": notes})
+    values = report_values(dense, results) | {"notes": notes}
+    write_json(output / "report.json", values)
     write_text(output / "report.md", page)
     plot = (output / "report.png").read_bytes() if plotted else None
-    command = shlex.join(["python", "-m", "eval_vbench.report", *sys.argv[1:]])
-    web_page = report_web_page(dense, results, notes, plot, command, scorer is not None)
+    command_line = shlex.join(["python", "-m", "eval_vbench.report", *sys.argv[1:]])
+    web_page = report_web_page(dense, results, notes, plot, command_line, scorer is not None)
     write_text(output / "report.html", web_page.html())
-    console = output_console()
-    console.print(page, soft_wrap=True)
-    console.print(f"report     {output}", soft_wrap=True)
+    return values, page
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Sampling:
         fps: Frames per second of the files.
         lossless: Whether a lossless copy is kept.
         say: Prints a line of progress.
-        progress: Opens a display for the steps of the video that its argument names.
+        progress: Opens a display for the steps of a video: its title, the pipeline, the item.
         team: The ranks that share each video.
     """
 
@@ -48,7 +48,10 @@ class Sampling:
     fps: int
     lossless: bool
     say: Callable[[str], None]
-    progress: Callable[[str], AbstractContextManager[Callable[[StepRecord], None]]]
+    progress: Callable[
+        [str, "HunyuanVideoPipeline", VideoItem],
+        AbstractContextManager[Callable[[StepRecord], None]],
+    ]
     team: JobRanks
 
     def missing(self, items: Sequence[VideoItem]) -> list[VideoItem]:
@@ -67,7 +70,7 @@ class Sampling:
             # What fails on one rank leaves its team waiting: that ends the job.
             alone = self.team.team_size == 1
             attempt = attempts.item(item.key, item.file_name) if alone else nullcontext()
-            with attempt, self.progress(title) as on_step:
+            with attempt, self.progress(title, pipe, item) as on_step:
                 self._sample_one(pipe, item, on_step)
             mean = (time.perf_counter() - begun) / (number + 1)
             left = len(items) - number - 1

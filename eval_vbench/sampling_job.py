@@ -1,8 +1,11 @@
 """Runs `eval_vbench.generate` after its arguments have been checked."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from eval_vbench.launch import Share
 from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
@@ -11,21 +14,23 @@ from xattn_video.files import check_output_folder
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
+from xattn_video.pipelines.source import is_on_hub
 from xattn_video.pipelines.video import check_encoders
 from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
-    message_console,
     output_console,
     print_message,
     print_warnings,
+    progress_console,
     quiet_libraries,
 )
-from xattn_video.reporting.progress import GenerationProgress
+from xattn_video.reporting.progress import JobProgress, RunProgress
 
 if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
     from eval_vbench.sampling import Sampling
-    from xattn_video.pipelines.generation import StepRecord
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -80,8 +85,12 @@ class SamplingJob:
         """All videos of the run, on all ranks."""
         return video_items(self.prompts, self.videos_per_prompt, self.seed)
 
-    def check(self) -> None:
+    def check(self, force: bool = False, overwrite: bool = False) -> None:
         """Check what would fail, and claim the folder for this run.
+
+        Args:
+            force: Run even if the memory seems too small.
+            overwrite: Remove the run's videos, whatever its settings.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -90,15 +99,13 @@ class SamplingJob:
             MissingPackageError: ffmpeg cannot write the videos.
         """
         first = self.items[0]
-        request = GenerationRequest(
-            first.prompt.text, seed=first.seed, video=self.video, sparse=self.sparse
-        )
+        request = self._request(first)
         # One rank is enough to warn.
         if self.share.rank == 0:
-            print_warnings(check_runs(self.load, [request]))
+            print_warnings(check_runs(self.load, [request], force))
         check_output_folder(self.run.path, what="run")
         check_encoders(self.run.path, (".mp4", ".mkv") if self.lossless else (".mp4",), self.fps)
-        self.run.adopt(self.settings())
+        self.run.adopt(self.settings(), overwrite)
 
     def settings(self) -> dict[str, Any]:
         """All that the videos depend on."""
@@ -123,10 +130,11 @@ class SamplingJob:
             RuntimeError: Some failed, or the run could not go on.
         """
         from eval_vbench.sampling import Sampling, wait_for_others
-        from xattn_video.pipelines.loading import load_pipeline
-        from xattn_video.pipelines.prompt_length import cut_prompts
 
         share, items = self.share, self.items
+        # The displays of several ranks would run into one another.
+        alone = share.num_ranks == 1 and self.ranks.is_first
+        shown = JobProgress(progress_console() if alone else Console(quiet=True))
         sampling = Sampling(
             self.run,
             share,
@@ -135,7 +143,7 @@ class SamplingJob:
             self.fps,
             self.lossless,
             self._say,
-            self._progress,
+            partial(self._show_run, shown),
             self.team,
         )
         missing = sampling.missing(items)
@@ -145,19 +153,34 @@ class SamplingJob:
             if not self.verbose:
                 quiet_libraries()
             self.run.forget_failures(item.key for item in missing)
-            self._say(f"loading {self.load.model}")
-            if self.team.team_size > 1:
-                self.ranks.connect(self.load.resolved_device)
-            pipe = load_pipeline(self.load)
-            WorkSplit(self.team.team_size).share(pipe)
-            pipe.set_progress_bar_config(disable=True)
-            requests = [GenerationRequest(item.prompt.text, video=self.video) for item in missing]
-            print_warnings(cut_prompts(pipe, requests))
-            attempts = sampling.sample(pipe, missing)
+            with shown.running():
+                attempts = sampling.sample(self._load(missing, shown), missing)
             if attempts.failed:
                 wait_for_others(self.run, items)
             attempts.conclude(len(missing))
         output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
+
+    def _load(self, missing: list[VideoItem], shown: JobProgress) -> "HunyuanVideoPipeline":
+        """Load the model, let the team share it, and announce the work."""
+        from xattn_video.pipelines.expected_work import ExpectedWork
+        from xattn_video.pipelines.loading import load_pipeline
+        from xattn_video.pipelines.prompt_length import cut_prompts
+
+        if self.share.num_ranks > 1:
+            self._say(f"loading {self.load.model}")
+        shown.load(self.load.model, downloads=is_on_hub(self.load.model))
+        if self.team.team_size > 1:
+            self.ranks.connect(self.load.resolved_device)
+        pipe = load_pipeline(self.load)
+        WorkSplit(self.team.team_size).share(pipe)
+        pipe.set_progress_bar_config(disable=True)
+        requests = [self._request(item) for item in missing]
+        print_warnings(cut_prompts(pipe, requests))
+        work = ExpectedWork.of(pipe)
+        shown.left.decoding_steps = work.decoding_steps(self.video)
+        # A rank may have nothing to make and help its team alone.
+        shown.expect([work.of_run(self._request(self.items[0]))] * len(missing))
+        return pipe
 
     def _any_missing(self, sampling: "Sampling") -> bool:
         """Whether this rank is to make videos, or one of those that it opens a group with."""
@@ -175,12 +198,15 @@ class SamplingJob:
     def _say(self, text: str) -> None:
         print_message(self._prefix + text)
 
-    def _progress(self, title: str) -> Any:
-        """Shows a video's steps; those of several ranks would run into one another."""
-        if self.share.num_ranks > 1:
-            return nullcontext(_ignore)
-        return GenerationProgress(message_console(), title, self.video.num_inference_steps)
+    def _show_run(
+        self, shown: JobProgress, title: str, pipe: "HunyuanVideoPipeline", item: VideoItem
+    ) -> AbstractContextManager[RunProgress]:
+        """Shows a video's steps; what writes it is timed with its decoding."""
+        from xattn_video.pipelines.expected_work import ExpectedWork
 
+        return shown.run(title, ExpectedWork.of(pipe).of_run(self._request(item)))
 
-def _ignore(step: "StepRecord") -> None:
-    """Show nothing of a step."""
+    def _request(self, item: VideoItem) -> GenerationRequest:
+        return GenerationRequest(
+            item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
+        )

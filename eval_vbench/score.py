@@ -1,96 +1,202 @@
-"""Score a run with VBench, which lives in an environment of its own.
+"""Score a run, or any folder of videos, with VBench, which lives in an environment of its own.
 
 python -m eval_vbench.score --run runs/dense --vbench-python vbench-env/bin/python
+python -m eval_vbench.score --videos my-videos --vbench-python vbench-env/bin/python
+python -m eval_vbench.score --download --dimensions motion_smoothness
 """
 
+import json
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any, TypeAlias
 
 import typer
 
-from eval_vbench.dimensions import check_dimensions
+from eval_vbench import dimensions as vbench
+from eval_vbench.downloads import download_weights
+from eval_vbench.own_videos import OwnVideos
 from eval_vbench.preflight import (
     Environment,
+    Missing,
     missing_needs,
     preflight_table,
     probe_environment,
 )
 from eval_vbench.run_folder import RunFolder
-from eval_vbench.score_files import read_scores, write_score
+from eval_vbench.score_files import Score, read_scores, write_score
 from eval_vbench.vbench_process import ScoringError, check_videos, run_dimensions, score_dimension
+from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command, knob
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
-    expands_paths,
     message_console,
     output_console,
+    print_error,
+    print_message,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_DEFAULT_PYTHON = Path("vbench-env/bin/python")
 
 
-@app.command(cls=OneLineCommand)
-@expands_paths
-def main(
-    run: Annotated[Path, typer.Option(help="A run that eval_vbench.generate made.")],
-    vbench_python: Annotated[
-        Path, typer.Option(help="Python of the environment that eval_vbench.setup_vbench made.")
-    ] = _DEFAULT_PYTHON,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of VBench's weights.",
-            show_default="$VBENCH_CACHE_DIR or ~/.cache/vbench, as VBench itself",
-        ),
-    ] = None,
-    dimensions: Annotated[
-        str | None,
-        typer.Option(help="Names, separated by commas.", show_default="all of the prompts"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")
-    ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Skip dimensions that cannot be scored.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback.")] = False,
-) -> None:
-    """Score a run; existing scores are kept."""
-    with ErrorsToExitCodes(verbose) as errors:
-        folder = RunFolder(run)
-        check_videos(folder)
-        names = _chosen(folder, dimensions)
-        environment = probe_environment(vbench_python)
-        place = weights or Path(os.environ.get("VBENCH_CACHE_DIR", "~/.cache/vbench"))
-        place = place.expanduser().resolve()
-        scored = read_scores(folder)
-        lacking = {name: missing_needs(name, environment, place) for name in names}
-        output_console().print(preflight_table(lacking, scored), soft_wrap=True)
-        unready = [name for name in names if lacking[name] and name not in scored]
-        if unready and not skip_missing:
-            raise ValueError(
-                f"{len(unready)} of {len(names)} dimensions cannot be scored, see above; supply "
-                "what they lack, or score the others with --skip-missing."
-            )
-        todo = [name for name in names if name not in unready and name not in scored]
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What is scored, and with what."""
+
+    run: Path | None = knob("A run that eval_vbench.generate made.")
+    videos: Path | None = knob(
+        "Any folder of .mp4 or .gif files instead; the scores go to its folder vbench."
+    )
+    vbench_python: Path = knob(
+        "Python of the environment that eval_vbench.setup_vbench made.",
+        Path("vbench-env/bin/python"),
+    )
+    weights: Path | None = knob(
+        "Folder of VBench's weights.",
+        shown_default="$VBENCH_CACHE_DIR or ~/.cache/vbench, as VBench itself",
+    )
+    dimensions: str | None = knob(
+        "Names, separated by commas.", shown_default="all that these videos can have"
+    )
+    device: str | None = knob("cpu or cuda.", shown_default="cuda if there is one")
+    skip_missing: bool = knob("Skip dimensions that cannot be scored.", False, "--skip-missing")
+    download: bool = knob(
+        "First fetch the weights that are missing, with their checksums; without --run and "
+        "--videos nothing else is done.",
+        False,
+        "--download",
+    )
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where VBench's weights are."""
+        place = self.weights or Path(os.environ.get("VBENCH_CACHE_DIR", "~/.cache/vbench"))
+        return place.expanduser().resolve()
+
+
+class RunVideos:
+    """The videos of a run; has what `OwnVideos` has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = RunFolder(folder)
+
+    def check(self) -> None:
+        """Raise ValueError unless they are complete, with nothing among them."""
+        check_videos(self.run)
+
+    def dimensions(self) -> list[str]:
+        """The dimensions that the run's prompts belong to."""
+        return run_dimensions(self.run)
+
+    def scores(self) -> dict[str, Score]:
+        """Those of the videos as they are now."""
+        return read_scores(self.run)
+
+    def score(
+        self, dimension: str, environment: Environment, weights: Path, device: str | None
+    ) -> Score:
+        """Let VBench score one dimension."""
+        return score_dimension(self.run, dimension, environment, weights, device)
+
+    def keep(self, score: Score) -> None:
+        """Write a score to its file."""
+        write_score(self.run, score)
+
+
+_Videos: TypeAlias = RunVideos | OwnVideos
+
+
+@app.command(
+    cls=OneLineCommand,
+    context_settings=CONTEXT_SETTINGS,
+    epilog="Example: python -m eval_vbench.score --run runs/dense --vbench-python "
+    "vbench-env/bin/python",
+)
+@command
+def main(asked: Scored, errors: ErrorsToExitCodes, as_json: AsJson = False) -> None:
+    """Score a run or a folder of videos; existing scores are kept."""
+    videos = _videos(asked)
+    if videos is not None:
+        videos.check()
+    names = _chosen(videos, asked.dimensions)
+    place = asked.weights_folder
+    if asked.download:
         errors.running = True
-        _score(folder, todo, environment, place, device)
+        download_weights(names, place, print_message)
+    if videos is None:
+        return
+    environment = probe_environment(asked.vbench_python)
+    scored = videos.scores()
+    lacking = {name: missing_needs(name, environment, place) for name in names}
+    console = message_console() if as_json else output_console()
+    console.print(preflight_table(lacking, scored), soft_wrap=True)
+    unready = [name for name in names if lacking[name] and name not in scored]
+    if unready and not asked.skip_missing:
+        raise ValueError(
+            f"{len(unready)} of {len(names)} dimensions cannot be scored, see above; supply "
+            "what they lack (--download fetches weights), or score the others with "
+            "--skip-missing."
+        )
+    todo = [name for name in names if name not in unready and name not in scored]
+    errors.running = True
+    try:
+        for name in _score(videos, todo, environment, asked):
+            if not as_json:
+                output_console().print(name, soft_wrap=True)
+    finally:
+        if as_json:
+            typer.echo(json.dumps(_json(videos.scores(), lacking), indent=2))
 
 
-def _chosen(run: RunFolder, given: str | None) -> list[str]:
+def _videos(asked: Scored) -> _Videos | None:
+    """What is scored; None where weights are only fetched.
+
+    Raises:
+        ValueError: Both were given, or neither and nothing is fetched.
+    """
+    if asked.run is not None and asked.videos is not None:
+        raise ValueError("--run and --videos exclude each other; give one of them.")
+    if asked.run is not None:
+        return RunVideos(asked.run)
+    if asked.videos is not None:
+        return OwnVideos(asked.videos)
+    if not asked.download:
+        raise ValueError("give --run or --videos, or --download to fetch weights; got none.")
+    return None
+
+
+def _json(scores: dict[str, Score], lacking: dict[str, list[Missing]]) -> dict[str, Any]:
+    """The scores, and what the other dimensions lack."""
+    return {
+        "scores": {
+            name: {"score": s.score, "videos": len(s.videos)} for name, s in scores.items()
+        },
+        "lacking": {
+            name: [asdict(entry) for entry in missing]
+            for name, missing in lacking.items()
+            if missing and name not in scores
+        },
+    }
+
+
+def _chosen(videos: _Videos | None, given: str | None) -> list[str]:
     """The dimensions to score.
 
     Raises:
-        ValueError: Unknown ones, or ones that no prompt of the run belongs to.
+        ValueError: Unknown ones, or ones that these videos cannot have.
     """
-    possible = run_dimensions(run)
+    possible = list(vbench.dimensions()) if videos is None else videos.dimensions()
     if given is None:
         return possible
     names = [name.strip() for name in given.split(",")]
-    check_dimensions(names)
+    vbench.check_dimensions(names)
     foreign = [name for name in names if name not in possible]
+    if foreign and isinstance(videos, OwnVideos):
+        raise ValueError(
+            f"{', '.join(foreign)} need VBench's own prompts; videos without them can be scored "
+            f"on {', '.join(possible)}."
+        )
     if foreign:
         raise ValueError(
             f"no prompt of this run belongs to {', '.join(foreign)}; "
@@ -100,25 +206,25 @@ def _chosen(run: RunFolder, given: str | None) -> list[str]:
 
 
 def _score(
-    run: RunFolder, names: list[str], environment: Environment, weights: Path, device: str | None
-) -> None:
-    """Score one dimension after the other; one that fails does not stop the rest.
+    videos: _Videos, names: Sequence[str], environment: Environment, asked: Scored
+) -> Iterator[str]:
+    """Score one dimension after the other, and yield a line for each; one that fails does not
+    stop the rest.
 
     Raises:
         ScoringError: Some failed.
     """
-    messages, results = message_console(), output_console()
     failed = 0
     for number, name in enumerate(names):
-        messages.print(f"{number + 1}/{len(names)} {name}", soft_wrap=True)
+        print_message(f"{number + 1}/{len(names)} {name}")
         try:
-            score = score_dimension(run, name, environment, weights, device)
+            score = videos.score(name, environment, asked.weights_folder, asked.device)
         except ScoringError as error:
-            messages.print(f"failed: {name}: {error}", soft_wrap=True)
+            print_error(f"failed: {name}: {error}")
             failed += 1
             continue
-        write_score(run, score)
-        results.print(f"{name:<24}{score.score:.4f}  {len(score.videos)} videos", soft_wrap=True)
+        videos.keep(score)
+        yield f"{name:<24}{score.score:.4f}  {len(score.videos)} videos"
     if failed:
         raise ScoringError(
             f"{failed} of {len(names)} dimensions failed, as listed above; the others are kept, "

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from eval_vbench.dimensions import dimensions
 from eval_vbench.prompts import VideoItem
@@ -32,8 +33,13 @@ class Score:
 
 def write_score(run: RunFolder, score: Score) -> None:
     """Keep a score."""
-    run.scores.mkdir(exist_ok=True)
-    write_json(run.scores / f"{score.dimension}.json", asdict(score))
+    write_score_file(run.scores, score)
+
+
+def write_score_file(folder: Path, score: Score) -> None:
+    """Keep a score in a folder."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{score.dimension}.json", asdict(score))
 
 
 def read_score(run: RunFolder, dimension: str) -> Score | None:
@@ -42,16 +48,26 @@ def read_score(run: RunFolder, dimension: str) -> Score | None:
     Raises:
         ValueError: The file holds something else.
     """
-    file = run.scores / f"{dimension}.json"
+    score = read_score_file(run.scores / f"{dimension}.json")
+    if score is None:
+        return None
+    return score if score.digest == videos_digest(run, scored_items(run, dimension)) else None
+
+
+def read_score_file(file: Path) -> Score | None:
+    """The score in a file; None if there is no file.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
     try:
-        score = Score(**json.loads(file.read_text(encoding="utf-8")))
+        return Score(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(
             f"{file} is not what eval_vbench.score writes ({error}); remove it and score again."
         ) from None
-    return score if score.digest == videos_digest(run, scored_items(run, dimension)) else None
 
 
 def read_scores(run: RunFolder) -> dict[str, Score]:

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from eval_vbench.preflight import NEEDS, missing_modules, probe_environment
+from xattn_video.options.command import CONTEXT_SETTINGS, command
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
     OneLineCommand,
-    expands_paths,
     output_console,
 )
 
@@ -25,31 +25,35 @@ REQUIREMENTS = Path(__file__).with_name("requirements-vbench.txt")
 _NEWEST_PYTHON = (3, 11)
 
 
-@app.command(cls=OneLineCommand)
-@expands_paths
+@app.command(
+    cls=OneLineCommand,
+    context_settings=CONTEXT_SETTINGS,
+    epilog="Example: python -m eval_vbench.setup_vbench vbench-env --python python3.11",
+)
+@command
 def main(
     folder: Annotated[Path, typer.Argument(help="The environment's folder.")],
+    errors: ErrorsToExitCodes,
     python: Annotated[
         Path, typer.Option(help="Python 3.11 or older to create the environment with.")
     ] = Path(sys.executable),
 ) -> None:
     """Make an environment with VBench in it; several GB, several minutes."""
-    with ErrorsToExitCodes(verbose=False) as errors:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{str(folder)!r} is not empty; remove it, or give another folder.")
-        _check_version(python)
-        errors.running = True
-        subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
-        inside = folder / "bin" / "python"
-        subprocess.run(
-            [str(inside), "-m", "pip", "install", "--requirement", str(REQUIREMENTS)], check=True
-        )
-        environment = probe_environment(inside)
-        ready = [name for name in NEEDS if not missing_modules(name, environment)]
-        console = output_console()
-        console.print(f"python     {inside}", soft_wrap=True)
-        console.print(f"modules    there for {len(ready)} of {len(NEEDS)} dimensions")
-        console.print("next       python -m eval_vbench.score tells what else is missing")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty; remove it, or give another folder.")
+    _check_version(python)
+    errors.running = True
+    subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
+    inside = folder / "bin" / "python"
+    subprocess.run(
+        [str(inside), "-m", "pip", "install", "--requirement", str(REQUIREMENTS)], check=True
+    )
+    environment = probe_environment(inside)
+    ready = [name for name in NEEDS if not missing_modules(name, environment)]
+    console = output_console()
+    console.print(f"python     {inside}", soft_wrap=True)
+    console.print(f"modules    there for {len(ready)} of {len(NEEDS)} dimensions")
+    console.print("next       python -m eval_vbench.score tells what else is missing")
 
 
 def _check_version(python: Path) -> None:

@@ -102,16 +102,45 @@ def score_dimension(
     ]
     run.scores.mkdir(exist_ok=True)
     log = run.scores / f"{dimension}.log"
+    answer = run_vbench(run.videos, dimension, entries, log, environment, weights_folder, device)
+    score, videos = read_answer(dimension, answer, [item.file_name for item in items])
+    return Score(dimension, score, videos, videos_digest(run, items), VBENCH_VERSION)
+
+
+def run_vbench(
+    videos: Path,
+    dimension: str,
+    entries: list[dict[str, Any]] | None,
+    log: Path,
+    environment: Environment,
+    weights_folder: Path,
+    device: str | None,
+) -> dict[str, Any]:
+    """VBench's own result for one dimension of a folder of videos.
+
+    Args:
+        videos: The folder.
+        dimension: A dimension that can be scored.
+        entries: Those of VBench's prompts that the videos were made from; None for other videos.
+        log: Where its output goes.
+        environment: VBench's environment.
+        weights_folder: The folder of the weights.
+        device: None means CUDA if VBench's torch finds it, else the CPU.
+
+    Raises:
+        ScoringError: VBench failed.
+    """
     with tempfile.TemporaryDirectory(prefix="vbench-") as folder:
         request = {
             "full_info": str(Path(folder, "full_info.json")),
             "output": folder,
             "name": dimension,
-            "videos": str(run.videos.resolve()),
+            "videos": str(videos.resolve()),
+            "mode": "custom_input" if entries is None else "vbench_standard",
             "dimension": dimension,
             "device": device,
         }
-        Path(request["full_info"] or "").write_text(json.dumps(entries), encoding="utf-8")
+        Path(request["full_info"] or "").write_text(json.dumps(entries or []), encoding="utf-8")
         request_file = Path(folder, "request.json")
         request_file.write_text(json.dumps(request), encoding="utf-8")
         with log.open("w", encoding="utf-8") as output:
@@ -129,13 +158,12 @@ def score_dimension(
         result = Path(folder, f"{dimension}_eval_results.json")
         if not result.is_file():
             raise ScoringError(f"VBench wrote no result; see {log}.")
-        answer = json.loads(result.read_text(encoding="utf-8"))
-    score, videos = read_answer(dimension, answer, items)
-    return Score(dimension, score, videos, videos_digest(run, items), VBENCH_VERSION)
+        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return answer
 
 
 def read_answer(
-    dimension: str, answer: dict[str, Any], items: list[VideoItem]
+    dimension: str, answer: dict[str, Any], names: list[str]
 ) -> tuple[float, dict[str, float]]:
     """The aggregate and the value of each video in VBench's result.
 
@@ -147,10 +175,10 @@ def read_answer(
     videos = {
         Path(entry["video_path"]).name: float(entry["video_results"]) / scale for entry in listed
     }
-    missing = sorted({item.file_name for item in items} - set(videos))
+    missing = sorted(set(names) - set(videos))
     if not videos or (missing and dimension not in _MAY_DROP_VIDEOS):
         raise ScoringError(
-            f"VBench scored {len(videos)} of {len(items)} videos; missing are {_some(missing)}."
+            f"VBench scored {len(videos)} of {len(names)} videos; missing are {_some(missing)}."
         )
     values = {"the aggregate": float(aggregate), **videos}
     broken = [name for name, value in values.items() if not math.isfinite(value)]

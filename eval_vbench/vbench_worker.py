@@ -49,7 +49,7 @@ def score(request_file: Path) -> None:
         dimension_list=[request["dimension"]],
         local=True,
         read_frame=False,
-        mode="vbench_standard",
+        mode=request["mode"],
         imaging_quality_preprocessing_mode="longer",
     )
 

@@ -78,7 +78,7 @@ def test_json_holds_the_rows_and_the_conclusions():
         ("--density=0", "density must lie in (0, 1], got 0.0"),
         ("--backend=none", "unknown attention backend 'none'"),
         ("--seconds=0", "the seconds for a row must be above 0, got 0.0"),
-        ("--stride=12", "stride must divide block_size, got stride=12"),
+        ("--stride=12", "--stride must divide block_size, got --stride=12"),
     ],
 )
 def test_bad_arguments_are_refused(option, message):

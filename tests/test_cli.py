@@ -28,10 +28,10 @@ def test_backends_lists_every_backend_with_its_reasons():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--head-dim=0", "head_dim must be at least 1, got 0"),
-        ("--block-size=0", "block_size must be at least 1 token, got 0"),
-        ("--dtype=int4", "dtype must be one of float32, float16, bfloat16, got 'int4'"),
-        ("--device=meta", "device must be cpu, cuda or cuda:N, got 'meta'"),
+        ("--head-dim=0", "--head-dim must be at least 1, got 0"),
+        ("--block-size=0", "--block-size must be at least 1 token, got 0"),
+        ("--dtype=int4", "--dtype must be one of float32, float16, bfloat16, got 'int4'"),
+        ("--device=meta", "--device must be cpu, cuda or cuda:N, got 'meta'"),
     ],
 )
 def test_backends_refuses_what_no_problem_has(option, message):

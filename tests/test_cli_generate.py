@@ -22,7 +22,7 @@ from xattn_video.pipelines.generation import StepRecord
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.machine import machine_record
-from xattn_video.reporting.progress import GenerationProgress
+from xattn_video.reporting.progress import JobProgress, TimeLeft
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,8 +61,9 @@ def test_a_video_with_its_report_and_plot(generate, tmp_path):
     for text in ("new/a.mp4", "new/run.json", "new/run.png", "torch_gather", "2 dense steps of"):
         assert text in out
     assert "an estimate" in out
-    assert re.search(r"^  step 2/4  dense  [\d.]+ s$", err, re.MULTILINE)
-    assert re.search(r"^  step 4/4  sparse, density 0\.\d\d  [\d.]+ s$", err, re.MULTILINE)
+    line = r"^  step 2/4  dense  [\d.]+ s  over \d:\d\d:\d\d left$"
+    assert re.search(line, err, re.MULTILINE), err
+    assert re.search(r"^  step 4/4  sparse, density 0\.\d\d  [\d.]+ s  over ", err, re.MULTILINE)
     assert "\x1b" not in out + err
 
 
@@ -88,23 +89,31 @@ def test_a_terminal_shows_step_phase_density_and_times(width):
     console = Console(file=screen, force_terminal=True, no_color=True, width=width)
     steps = [StepRecord(0, 25, 1.5, False, None), StepRecord(1, 25, 1.0, True, 0.41)]
     title = "a red circle moving left to right over a blue b..."
-    with GenerationProgress(console, title, 25) as progress:
-        for step in steps:
-            progress(step)
+    with JobProgress(console, TimeLeft(2.0)).running() as job:
+        units = {"text": 1, "dense": 1, "sparse": 24, "decoding": 1}
+        job.expect([units])
+        with job.run(title, units) as progress:
+            for step in steps:
+                progress(step)
+            job._progress.refresh()
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
     assert lines[0] == title
-    bar = r" 2/25 sparse, density 0\.41 \d:\d\d:\d\d [-\d]:[-\d]+:[-\d]+\s*$"
+    # 23 steps of the one sparse second, and decoding for two dense steps of 1.5 seconds.
+    bar = r" step 2/25 sparse, density 0\.41 0:00:00 about 0:00:26 left\s*$"
     assert any(re.search(bar, line) for line in lines), lines
 
 
 def test_a_refresh_is_shown_as_one():
     screen = io.StringIO()
-    with GenerationProgress(Console(file=screen), "a red circle", 2) as progress:
+    job = JobProgress(Console(file=screen))
+    units = {"text": 1, "refresh": 1, "sparse": 1}
+    job.expect([units])
+    with job.run("a red circle", units) as progress:
         progress(StepRecord(0, 2, 2.0, True, 0.41, refreshed=True))
         progress(StepRecord(1, 2, 1.0, True, 0.41))
     assert screen.getvalue().splitlines()[1:] == [
-        "  step 1/2  refresh  2.00 s",
-        "  step 2/2  sparse, density 0.41  1.00 s",
+        "  step 1/2  refresh  2.00 s  about 0:00:02 left",
+        "  step 2/2  sparse, density 0.41  1.00 s  about 0:00:00 left",
     ]
 
 
@@ -268,7 +277,7 @@ def test_an_interruption_of_a_plot_counts_the_video(generate, monkeypatch, tmp_p
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
 def test_ctrl_c_leaves_no_part_of_a_video(tiny_pipeline, tmp_path):
     """In the middle of a run of many steps, once it has shown the first tenth of them."""
-    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    command = [sys.executable, "-m", "xattn_video", "generate", "--model", str(tiny_pipeline)]
     options = ["--num-inference-steps=1000", "--dense", f"--output={tmp_path / 'a.mp4'}"]
     process = subprocess.Popen(
         [*command, *SMALL, *options, "--prompt=a"],
@@ -386,7 +395,7 @@ def test_a_run_that_fails_exits_with_code_1(generate, monkeypatch, tmp_path):
 
 def test_the_command_itself(tiny_pipeline, tmp_path):
     """A process of its own: entry point, quiet libraries, exit code."""
-    command = [sys.executable, "-m", "xattn_video.cli", "generate", "--model", str(tiny_pipeline)]
+    command = [sys.executable, "-m", "xattn_video", "generate", "--model", str(tiny_pipeline)]
     done = subprocess.run(
         [*command, *SMALL, *SPARSE, "--prompt=a", f"--output={tmp_path / 'a.mp4'}"],
         capture_output=True,

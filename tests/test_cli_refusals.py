@@ -19,8 +19,8 @@ from command_line import SMALL, run_cli
             ["--prompts-file=missing.txt"],
             "cannot read the prompts file 'missing.txt': No such file",
         ),
-        (["--prompt=a", "--threshold=0"], "threshold must lie in (0, 1], got 0.0"),
-        (["--prompt=a", "--threshold=1.5"], "threshold must lie in (0, 1], got 1.5"),
+        (["--prompt=a", "--threshold=0"], "--threshold must lie in (0, 1], got 0.0"),
+        (["--prompt=a", "--threshold=1.5"], "--threshold must lie in (0, 1], got 1.5"),
         (
             ["--prompt=a", "--threshold=0.9", "--dense"],
             "--threshold and --dense exclude each other",
@@ -37,34 +37,40 @@ from command_line import SMALL, run_cli
             ["--preset=fast", "--threshold=0.9"],
             "--threshold and --preset exclude each other",
         ),
-        (["--preset=best"], "preset must be one of quality, balanced, fast, got 'best'"),
+        (["--preset=best"], "--preset must be one of quality, balanced, fast, got 'best'"),
         (
             ["--preset=fast", "--token-order=hilbert"],
-            "preset='fast' sets threshold, density, token_order",
+            "--preset='fast' sets --threshold, --density, --token-order",
         ),
-        (["--prompt=a", "--density=1.5"], "density must lie in (0, 1], got 1.5"),
-        (["--prompt=a", "--refresh-every=0"], "refresh_every must be at least 1 step, got 0"),
+        (["--prompt=a", "--density=1.5"], "--density must lie in (0, 1], got 1.5"),
+        (["--prompt=a", "--refresh-every=0"], "--refresh-every must be at least 1 step, got 0"),
         (["--prompt=a", "--refresh-every=60"], "at most the number of denoising steps, got 60"),
-        (["--prompt=a", "--residual=host"], "residual='host' says where to keep"),
+        (["--prompt=a", "--residual=host"], "--residual='host' says where to keep"),
         (["--prompt=a", "--schedule=missing.json"], "cannot read the schedule 'missing.json'"),
-        (["--prompt=a", "--stride=12"], "stride must divide block_size, got stride=12"),
-        (["--prompt=a", "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
+        (["--prompt=a", "--stride=12"], "--stride must divide --block-size, got --stride=12"),
+        (["--prompt=a", "--warmup-steps=-1"], "--warmup-steps must be at least 0, got -1"),
         (
             ["--prompt=a", "--height=100"],
-            "height must be a positive multiple of 16 pixels, got 100",
+            "--height must be a positive multiple of 16 pixels, got 100",
         ),
-        (["--prompt=a", "--width=0"], "width must be a positive multiple of 16 pixels, got 0"),
-        (["--prompt=a", "--num-frames=10"], "num_frames must be 4k + 1, such as 33, 65 or 129"),
+        (["--prompt=a", "--width=0"], "--width must be a positive multiple of 16 pixels, got 0"),
+        (["--prompt=a", "--num-frames=10"], "--num-frames must be 4k + 1, such as 33, 65 or 129"),
         (
             ["--prompt=a", "--num-inference-steps=0"],
-            "num_inference_steps must be at least 1, got 0",
+            "--num-inference-steps must be at least 1, got 0",
         ),
-        (["--prompt=a", "--fps=0"], "fps must be at least 1, got 0"),
-        (["--prompt=a", "--seed=-1"], "seed must lie between 0 and 2**63 - 1, got -1"),
-        (["--prompt=a", "--negative-prompt=b"], "a negative prompt needs true_cfg_scale above 1"),
-        (["--prompt=a", "--dtype=int8"], "dtype must be one of float32, float16, bfloat16"),
-        (["--prompt=a", "--device=tpu9"], "device must be cpu, cuda or cuda:N, got 'tpu9'"),
-        (["--prompt=a", "--offload=all"], "offload must be one of none, model, sequential, group"),
+        (["--prompt=a", "--fps=0"], "--fps must lie between 1 and 240, got 0"),
+        (["--prompt=a", "--seed=-1"], "--seed must lie between 0 and 2**63 - 1, got -1"),
+        (
+            ["--prompt=a", "--negative-prompt=b"],
+            "a negative prompt needs --true-cfg-scale above 1",
+        ),
+        (["--prompt=a", "--dtype=int8"], "--dtype must be one of float32, float16, bfloat16"),
+        (["--prompt=a", "--device=tpu9"], "--device must be cpu, cuda or cuda:N, got 'tpu9'"),
+        (
+            ["--prompt=a", "--offload=all"],
+            "--offload must be one of none, model, sequential, group",
+        ),
         (["--prompt=a", "--offload=model"], "offload='model' moves parts off an accelerator"),
         (["--prompt=a", "--backend=fast"], "unknown attention backend 'fast'"),
         (
@@ -77,17 +83,17 @@ from command_line import SMALL, run_cli
         ),
         (
             ["--prompt=a", "--output=a.gif"],
-            "output must end in .mp4 or .mkv, got 'a.gif'; give the name of such a file",
+            "--output must end in .mp4 or .mkv, got 'a.gif'; give the name of such a file",
         ),
-        (["--prompt=a", "--output=/proc/a.mp4"], "output cannot be written to '/proc'"),
-        (["--prompt=a", "--report=/proc/a.json"], "report cannot be written to '/proc'"),
+        (["--prompt=a", "--output=/proc/a.mp4"], "--output cannot be written to '/proc'"),
+        (["--prompt=a", "--report=/proc/a.json"], "--report cannot be written to '/proc'"),
         (
             ["--prompt=a", f"--output={'a' * 252}.mp4"],
             ".mp4': File name too long; use another",
         ),
-        (["--prompt=a", "--report=a.txt"], "report must end in .json"),
-        (["--prompt=a", "--plot=a.jpg"], "plot must end in .png"),
-        (["--prompt=a", "--html=a.txt"], "html must end in .html"),
+        (["--prompt=a", "--report=a.txt"], "--report must end in .json"),
+        (["--prompt=a", "--plot=a.jpg"], "--plot must end in .png"),
+        (["--prompt=a", "--html=a.txt"], "--html must end in .html"),
         (["--prompt=a", "--plot=a.png", "--dense"], "--dense has none"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
@@ -105,10 +111,10 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, message, generate
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--stride=12", "stride must divide block_size, got stride=12"),
-        ("--block-size=0", "block_size must be at least 1 token, got 0"),
-        ("--warmup-steps=-1", "warmup_steps must be at least 0, got -1"),
-        ("--min-tokens=-1", "min_tokens must be at least 0, got -1"),
+        ("--stride=12", "--stride must divide --block-size, got --stride=12"),
+        ("--block-size=0", "--block-size must be at least 1 token, got 0"),
+        ("--warmup-steps=-1", "--warmup-steps must be at least 0, got -1"),
+        ("--min-tokens=-1", "--min-tokens must be at least 0, got -1"),
         ("--backend=fast", "unknown attention backend 'fast'"),
         ("--scoring-precision=int8", "got 'int8'"),
     ],
@@ -154,7 +160,7 @@ def test_folders_that_cannot_be_written_are_refused(option, generate, tmp_path):
     for folder in ("/proc/videos", "file"):
         code, _, err = generate("--prompts-file=p.txt", f"--{option}={folder}")
         assert code == 2
-        assert f"error: {option} cannot be written to {folder!r}" in err
+        assert f"error: --{option} cannot be written to {folder!r}" in err
 
 
 @pytest.fixture
@@ -179,9 +185,9 @@ def locked(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["generate", "--output={}/a.mp4"], "output cannot be written to"),
-        (["generate", "--output=a.mp4", "--report={}/a.json"], "report cannot be written to"),
-        (["generate", "--output=a.mp4", "--plot={}/a.png"], "plot cannot be written to"),
+        (["generate", "--output={}/a.mp4"], "--output cannot be written to"),
+        (["generate", "--output=a.mp4", "--report={}/a.json"], "--report cannot be written to"),
+        (["generate", "--output=a.mp4", "--plot={}/a.png"], "--plot cannot be written to"),
         (["generate", "--output=a.mp4", "--model={}/model"], "cannot read the model"),
         (["plan", "--model={}/model"], "cannot read the model"),
         (["compare", "--reference={}/a.mkv", "--candidate={}/b.mkv"], "cannot read"),

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import run_cli
+from typer.main import get_command
 
+from xattn_video.cli import app
 from xattn_video.cli.compare_options import GRID, compared_prompts, parse_numbers
 from xattn_video.measure.clips import read_clip
 from xattn_video.measure.comparison import Measurement, judge_demo_clip
@@ -17,6 +19,7 @@ from xattn_video.measure.comparison_rows import MethodRow, summarise
 from xattn_video.measure.methods import DENSE, sparse_methods
 from xattn_video.measure.similarity import Similarity
 from xattn_video.pipelines.video import write_video
+from xattn_video.policy.schedule import ThresholdSchedule
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--height=64", "--width=64", "--num-frames=9", "--num-inference-steps=3"]
@@ -31,7 +34,9 @@ def compare(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run_compare(*arguments: object) -> tuple[int, str, str]:
-        return run_cli("compare", "--model", tiny_pipeline, *SMALL, *HERE, *SPARSE, *arguments)
+        generating = ["--model", tiny_pipeline, *SMALL, *HERE, *SPARSE]
+        existing = any(str(argument).startswith("--candidate") for argument in arguments)
+        return run_cli("compare", *([] if existing else generating), *arguments)
 
     return run_compare
 
@@ -182,6 +187,40 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
     assert len(names(thresholds="0.9", setting=[other])) == 2
 
 
+def test_a_schedule_is_compared_beside_the_thresholds_and_resumed(compare, tmp_path):
+    ThresholdSchedule.linear(0.4, 0.9, 3).save(tmp_path / "s.json")
+    settings = (PROMPT, "--schedule=s.json", "--threshold=0.3", "--no-videos", "--no-kept-mass")
+    code, out, err = compare(*settings, "--no-noise-ceiling")
+    assert code == 0, err
+    record = json.loads((tmp_path / "compare/results.json").read_text())
+    assert [row["method"]["label"] for row in record["rows"]] == [
+        "dense",
+        "tau 0.3, warm-up 1, stride 8",
+        "schedule, warm-up 1, stride 8",
+    ]
+    row = MethodRow.from_dict(record["rows"][2])
+    assert row.method.sparse.schedule == ThresholdSchedule.linear(0.4, 0.9, 3)
+    assert (tmp_path / "compare/plot-psnr-density.png").exists()
+    assert max(map(len, out.splitlines())) <= 80
+    assert compare(*settings, "--no-noise-ceiling")[0] == 0
+
+
+def test_compare_knows_every_setting_of_generate():
+    known = {
+        name
+        for parameter in get_command(app).commands["compare"].params
+        for name in parameter.opts
+    }
+    generate = {
+        name
+        for parameter in get_command(app).commands["generate"].params
+        for name in parameter.opts
+    }
+    # Every video is compared with dense; reports and plots are in the folder of the results; a
+    # preset is one of several settings, --setting preset=fast; it runs as one process.
+    assert generate - known == {"--dense", "--report", "--plot", "--preset", "--parallel"}
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -192,21 +231,32 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
         (["--demo-prompts=4"], "--demo-prompts are for --model demo, got "),
         ([PROMPT, "--thresholds=0.9;0.95"], "--thresholds must be numbers separated by commas"),
         ([PROMPT, "--thresholds="], "--thresholds must be numbers separated by commas, got ''"),
-        ([PROMPT, "--thresholds=0.9,2"], "threshold must lie in (0, 1], got 2.0"),
+        ([PROMPT, "--thresholds=0.9,2"], "--thresholds must lie in (0, 1], got 2.0"),
         ([PROMPT, "--warmup-steps=1.5"], "--warmup-steps must be whole numbers"),
-        ([PROMPT, "--warmup-steps=-1"], "warmup_steps must be at least 0, got -1"),
-        ([PROMPT, "--strides=8,12"], "stride must divide block_size, got stride=12"),
         ([PROMPT, "--setting=speed=2"], "a setting must be NAME=VALUE,... with the names preset,"),
         ([PROMPT, "--setting=density"], "got 'density'"),
         ([PROMPT, "--setting=preset=best"], "preset must be one of quality, balanced, fast"),
         ([PROMPT, "--setting=preset=fast,density=0.3"], "sets threshold, density,"),
         ([PROMPT, "--setting=density=2"], "density must lie in (0, 1], got 2"),
+        ([PROMPT, "--warmup-steps=-1"], "--warmup-steps must be at least 0, got -1"),
+        ([PROMPT, "--strides=8,12"], "--strides must divide --block-size, got --strides=12"),
         ([PROMPT, "--seeds=a"], "--seeds must be whole numbers separated by commas, got 'a'"),
-        ([PROMPT, "--seeds=-1"], "seed must lie between 0 and 2**63 - 1, got -1"),
-        ([PROMPT, "--fps=0"], "fps must be at least 1, got 0"),
-        ([PROMPT, "--batch-size=0"], "batch_size must be at least 1, got 0"),
+        ([PROMPT, "--seeds=-1"], "--seeds must lie between 0 and 2**63 - 1, got -1"),
+        ([PROMPT, "--seeds=1,1"], "--seeds must be different numbers, got 1 more than once in"),
+        (
+            [PROMPT, "--thresholds=0.9,0.90"],
+            "--thresholds must be different numbers, got 0.9",
+        ),
+        ([PROMPT, "--fps=0"], "--fps must lie between 1 and 240, got 0"),
+        ([PROMPT, "--fps=1000000"], "--fps must lie between 1 and 240, got 1000000; use 24"),
+        (
+            [PROMPT, "--true-cfg-scale=0"],
+            "--true-cfg-scale must be a finite number of at least 1, ",
+        ),
+        ([PROMPT, "--schedule=no.json"], "cannot read the schedule 'no.json': No such file"),
+        ([PROMPT, "--batch-size=0"], "--batch-size must be at least 1, got 0"),
         ([PROMPT, "--backend=fast"], "unknown attention backend 'fast'"),
-        ([PROMPT, "--output=/proc/a"], "output cannot be written to '/proc/a'"),
+        ([PROMPT, "--output=/proc/a"], "--output cannot be written to '/proc/a'"),
         ([PROMPT, "--output=done"], "'done' already holds results.json; choose another --output"),
         ([PROMPT, "--open", "--no-html"], "--open and --no-html exclude each other"),
         (
@@ -217,7 +267,11 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
         (["--candidate=a.mkv"], "--reference and --candidate go together; give --reference too"),
         (
             ["--reference=a.mkv", "--candidate=a.mkv", PROMPT],
-            "compare files that exist; leave out",
+            "compare files that exist and generate nothing; leave out --prompt, or the files.",
+        ),
+        (
+            ["--reference=a.mkv", "--candidate=a.mkv", "--thresholds=0.9", "--no-kept-mass"],
+            "leave out --thresholds, --kept-mass, or the files.",
         ),
         (["--reference=a.mkv", "--candidate=no.mkv"], "there is no video 'no.mkv'"),
         (["--reference=a.mkv", "--candidate=p.txt"], "cannot read 'p.txt' as a video"),

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "xattn_video"
 # What a backend is given and takes: data types that the folder below the operator may name.
 VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
-HOSTS = OPERATOR | {"files", "policy", "processors"}
+HOSTS = OPERATOR | {"files", "policy", "processors", "top_level"}
 MEASURED = HOSTS | {"pipelines", "measure", "reporting"}
 LANGUAGE = OPERATOR | {"files", "policy", "language"}
 
@@ -21,6 +21,7 @@ LANGUAGE = OPERATOR | {"files", "policy", "language"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "top_level": set(),
     "kernels": {"kernels"},
     "ops.blocks": set(),
     "ops.problem": {"ops.blocks"},

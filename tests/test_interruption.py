@@ -29,7 +29,7 @@ WAITS = "echo part >$out; exec sleep 600"
 
 def command(name: str, model: Path, folder: Path) -> list[str]:
     """A run that writes a video into ``folder``."""
-    cli = ["xattn_video.cli", name, "--model", str(model), *SMALL, "--prompt=a"]
+    cli = ["xattn_video", name, "--model", str(model), *SMALL, "--prompt=a"]
     words = {
         "generate": [*cli, "--dense", f"--output={folder / 'v.mkv'}"],
         "generate mp4": [*cli, "--dense", f"--output={folder / 'v.mp4'}"],
@@ -221,7 +221,7 @@ def test_an_ffmpeg_that_cannot_encode_is_found_before_the_model_is_loaded(
         ffmpeg.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
     _, _, module, *words = command(name, tiny_pipeline, tmp_path / "out")
-    if module == "xattn_video.cli":
+    if module == "xattn_video":
         code, _, err = run_cli(*words)
     else:
         code, _, err = invoke(vbench_generate.app, *words)

@@ -258,7 +258,7 @@ def test_plan_plans_for_a_gpu_of_any_size():
 def test_a_gpu_without_memory_is_refused(words):
     code, _, err = run_cli("plan", *words)
     assert code == 2
-    assert "gpu_memory must be above 0 GiB on a CUDA device" in err
+    assert "--gpu-memory must be above 0 GiB on a CUDA device" in err
 
 
 def test_small_runs_are_let_through(tiny_pipeline):

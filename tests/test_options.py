@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from command_line import SMALL, SPARSE, run_cli
 from typer.testing import CliRunner
 
-from eval_vbench import generate as vbench_generate
 from xattn_video.cli import app
 from xattn_video.pipelines.job_ranks import JobRanks
+from xattn_video.reporting.console import TYPED_OPTIONS, as_typed
 
 TESTS = Path(__file__).parent
 # A process of its own in which `SparseSettings` has one more field, put there before anything else
@@ -63,7 +64,7 @@ def test_a_new_knob_is_an_option_with_help_default_and_check(command, tmp_path):
     assert "Choose blocks so often. [default: 4]" in line
     given = {"plan": [], "eval_vbench": ["--run", tmp_path / "r"]}.get(command, ["--prompt=a"])
     code, out, err = run_with_a_knob(command, *given, "--choose-every=0", "--device=cpu")
-    assert (code, err) == (2, "error: choose_every must be at least 1, got 0; use 4.\n")
+    assert (code, err) == (2, "error: --choose-every must be at least 1, got 0; use 4.\n")
 
 
 def test_a_new_knob_is_in_the_report(tiny_pipeline, tmp_path):
@@ -104,10 +105,63 @@ def test_the_options_of_an_example_exist():
             assert not word.startswith("--") or word in shown
 
 
-def test_eval_vbench_has_them_too():
-    result = CliRunner().invoke(vbench_generate.app, ["-h"])
+@pytest.mark.parametrize("name", ["generate", "report", "score", "setup_vbench"])
+def test_eval_vbench_has_them_too(name):
+    module = import_module(f"eval_vbench.{name}")
+    result = CliRunner().invoke(module.app, ["-h"])
     assert result.exit_code == 0
-    assert "Example: python -m eval_vbench.generate" in result.stdout
+    assert f"Example: python -m eval_vbench.{name}" in " ".join(result.stdout.split())
+    assert "-q" in result.stdout
+
+
+def test_every_command_that_prints_a_table_prints_json_too():
+    for name in ("compare", "plan", "bench", "backends"):
+        assert "--json" in run_cli(name, "-h")[1]
+    for name in ("report", "score"):
+        app = import_module(f"eval_vbench.{name}").app
+        assert "--json" in CliRunner().invoke(app, ["-h"]).stdout
+    code, out, err = run_cli("backends", "--json", "--device=cpu")
+    found = json.loads(out)
+    assert (code, err, found["auto"]) == (0, "", "torch_gather")
+    assert found["reasons_against"]["torch_gather"] == []
+
+
+def test_shells_can_complete_the_commands(monkeypatch):
+    monkeypatch.setenv("_XATTN_VIDEO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "xattn-video pl")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    result = CliRunner().invoke(app, [], prog_name="xattn-video")
+    assert result.stdout.split() == ["plan"]
+
+
+def test_quiet_leaves_the_results_and_the_warnings(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "generate",
+        "--prompt=a",
+        f"--model={tiny_pipeline}",
+        *SMALL,
+        "--warmup-steps=9",
+        "--min-tokens=0",
+    )
+    code, out, err = run_cli(*words, "-q")
+    assert code == 0, err
+    assert out.startswith("video ")
+    assert all(line.startswith("warning: ") for line in err.splitlines())
+    # Options are named as they are typed in warnings as well.
+    assert "No step is sparse: --warmup-steps=9, --cooldown-steps=0 and steps" in err
+    code, out, err = run_cli(*words)
+    assert "loading " in err
+
+
+def test_a_message_names_options_as_typed_and_leaves_other_words_alone():
+    TYPED_OPTIONS.set({"stride": "--stride", "block_size": "--block-size", "seed": "--seed"})
+    text = "stride must divide block_size, got stride=12; a seed in 'a/seed=1' is no strides."
+    assert as_typed(text) == (
+        "--stride must divide --block-size, got --stride=12; a seed in 'a/seed=1' is no strides."
+    )
+    TYPED_OPTIONS.set(None)
+    assert as_typed(text) == text
 
 
 def test_the_package_can_be_run():

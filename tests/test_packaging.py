@@ -1,11 +1,15 @@
 """What an installed copy holds."""
 
 import ast
+import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from eval_vbench import run_hunyuan
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "xattn_video"
@@ -30,7 +34,8 @@ def setuptools_table(pyproject):
 def data_files():
     return {
         path
-        for path in PACKAGE.rglob("*")
+        for package in (PACKAGE, ROOT / "eval_vbench")
+        for path in package.rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc") and not path.is_symlink()
     }
 
@@ -45,8 +50,65 @@ def test_every_data_file_is_shipped(setuptools_table):
     assert data_files() <= shipped
 
 
-def test_the_package_alone_is_shipped(setuptools_table):
-    assert setuptools_table["packages"]["find"]["include"] == ["xattn_video", "xattn_video.*"]
+def test_the_package_and_eval_vbench_alone_are_shipped(setuptools_table):
+    include = setuptools_table["packages"]["find"]["include"]
+    assert include == ["xattn_video", "xattn_video.*", "eval_vbench"]
+
+
+def test_the_script_is_reached_after_an_installation(pyproject, monkeypatch):
+    assert pyproject["project"]["scripts"]["xattn-run-hunyuan"] == "eval_vbench.run_hunyuan:main"
+    found = []
+    monkeypatch.setattr(run_hunyuan.os, "execvpe", lambda *words: found.append(words))
+    monkeypatch.setattr(sys, "argv", ["xattn-run-hunyuan", "--plan", "runs"])
+    run_hunyuan.main()
+    ((name, words, environment),) = found
+    assert (name, words[2:]) == ("bash", ["--plan", "runs"])
+    assert Path(words[1]).samefile(ROOT / "scripts/run_hunyuan.sh")
+    assert environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    monkeypatch.setattr(run_hunyuan, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'xattn-video\[metrics\]'"):
+        run_hunyuan.main()
+
+
+@pytest.fixture(scope="module")
+def long_description():
+    spec = importlib.util.spec_from_file_location("xattn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.long_description
+
+
+def test_the_links_of_the_readme_are_absolute_on_pypi(long_description):
+    readme = (ROOT / "README.md").read_text()
+    text = long_description(readme, '[project.urls]\nRepository = "https://example.org/o/x/"\n')
+    assert "[docs/usage.md](https://example.org/o/x/blob/main/docs/usage.md)" in text
+    assert "(https://example.org/o/x/raw/main/docs/images/demo.png)" in text
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+
+
+def test_without_an_address_the_links_of_the_readme_are_plain_text(long_description):
+    text = long_description("![a](b.png) [c](d.md#e) [f](https://g.org) [h](#i)", "")
+    assert text == " c [f](https://g.org) [h](#i)"
+
+
+def test_what_is_imported_through_the_links_of_a_clone_is_the_packages_own():
+    code = """
+import sys
+from processors.families.hunyuan_video import HUNYUAN_VIDEO
+from processors.processor import XAttnProcessor
+from processors import XAttnProcessor as again
+from pipelines.request import VideoSettings
+import xattn_video.pipelines.request
+import xattn_video.processors.families.hunyuan_video as family
+assert XAttnProcessor is again is xattn_video.XAttnProcessor
+assert HUNYUAN_VIDEO is family.HUNYUAN_VIDEO
+assert VideoSettings is xattn_video.pipelines.request.VideoSettings
+assert family.__spec__.name == family.__name__ == "xattn_video.processors.families.hunyuan_video"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def requirements(pyproject, *extras) -> set[str]:

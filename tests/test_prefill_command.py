@@ -64,6 +64,28 @@ def test_random_weights_are_timed_and_marked(tmp_path):
     assert "found" not in sparse
 
 
+def test_json_is_what_the_report_holds_and_quiet_hides_the_chunks(tmp_path):
+    report = tmp_path / "run.json"
+    words = [*RANDOM, *SPARSE, "--json", "-q", f"--report={report}"]
+    code, out, err = run_cli("prefill", *words)
+    assert code == 0, err
+    assert json.loads(out) == json.loads(report.read_text())
+    assert err == "warning: Speed and memory only: the weights are random.\n"
+
+
+def test_json_of_a_plan_has_no_runs(no_weights):
+    code, out, err = run_cli("prefill", *RANDOM, *SPARSE, "--plan", "--json")
+    assert code == 0, err
+    assert json.loads(out)["runs"] == {}
+    assert json.loads(out)["plan"]["kv_cache"] > 0
+
+
+def test_errors_name_options_as_they_are_typed(no_weights):
+    code, _, err = run_cli("prefill", *RANDOM, "--block-size=17")
+    assert code == 2
+    assert err.startswith("error: --stride must divide --block-size, got --stride=8, ")
+
+
 def test_a_schedule_file_gives_layers_their_own_thresholds(tmp_path):
     schedule, report = tmp_path / "taus.json", tmp_path / "run.json"
     schedule.write_text('{"points": [[0, 0.5]], "layers": {"1": [[0, 1.0]]}}')
@@ -220,7 +242,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
         (["--model=random:gpt-5"], "no shape is called 'gpt-5'; use random: and one of llama-3-"),
         (["--model=random:tiny", "--needle=owl"], "the weights are random; leave --needle out."),
         (["--model=random:tiny", "--tokens=0"], "tokens must be at least 1, got 0"),
-        (["--model=random:tiny", "--chunk-size=0"], "chunk_size must be at least 1, got 0"),
+        (["--model=random:tiny", "--chunk-size=0"], "--chunk-size must be at least 1, got 0"),
         (["--model=random:tiny", "--depth=2"], "depth must lie in [0, 1], got 2; use 0.5."),
         (
             ["--model=random:tiny", "--compare=eager"],

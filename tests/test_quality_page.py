@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,7 @@ def record() -> dict:
         "batch_size": 2,
         "missing": {"VMAF": "no ffmpeg."},
         "backends": ["triton"],
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.to_dict() for row in rows],
         "layer_densities": {method.name: [[None, 0.5], [None, 0.3]]},
     }
 
@@ -72,13 +71,15 @@ def test_the_page_shows_the_runs_and_nothing_of_the_last_ones(script, page, tmp_
     assert text.startswith("# Before\n")
     assert text.endswith("\n\nAfter.\n")
     assert "stale" not in text
-    assert text.count("### demo, 256x256x65, NVIDIA H100, stride 8\n") == 1
+    assert text.count("### demo, 256x256x65, 25 steps, NVIDIA H100, stride 8\n") == 1
     for shown in ("torch 2.9", "xattn-video compare --model demo", "31.25", "75.0%", "4,352"):
         assert shown in text
     assert "VMAF is not measured: no ffmpeg." in text
-    for plot in ("psnr-density", "psnr-grid", "density-layers"):
+    for plot in ("psnr-density", "density-layers"):
         assert f"(images/quality-demo-h100-{plot}.png)" in text
         assert (page.parent / f"images/quality-demo-h100-{plot}.png").is_file()
+    # One warm-up and one stride make no grid.
+    assert "psnr-grid" not in text
 
 
 def test_a_grid_of_psnr_goes_into_a_page_of_its_own(script, page, tmp_path, monkeypatch):
@@ -89,7 +90,7 @@ def test_a_grid_of_psnr_goes_into_a_page_of_its_own(script, page, tmp_path, monk
     assert run(script, monkeypatch, results, "--page", page, "--grid", readme) == 0
     assert readme.read_text() == (
         f"Before.\n\n{script.GRID_BEGIN}"
-        "demo, 256x256x65, NVIDIA H100, 25 steps, 2 prompts, stride 8, backend triton:\n\n"
+        "demo, 256x256x65, 25 steps, NVIDIA H100, 2 prompts, stride 8, backend triton:\n\n"
         "| threshold | warm-up of 1 |\n| --- | ---: |\n| 0.9 | 31.2 dB, density 0.40 |\n"
         f"{script.GRID_END}\n\nAfter.\n"
     )

@@ -59,7 +59,7 @@ def fail_at(monkeypatch):
 def kill_when(words: list[str], folder: Path, ready) -> None:
     """Run a command in a process of its own, and send it SIGKILL as soon as ``ready()``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "xattn_video.cli", *map(str, words)],
+        [sys.executable, "-m", "xattn_video", *map(str, words)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -163,7 +163,7 @@ def test_other_settings_are_refused(generate, tmp_path, monkeypatch):
     before = bytes_of(tmp_path / "videos")
     monkeypatch.setattr(loading, "load_pipeline", lambda options: pytest.fail("loaded"))
     for words, difference in (
-        ([*SPARSE, "--num-inference-steps=3"], "num_inference_steps 4 and 3 (in the folder"),
+        ([*SPARSE, "--num-inference-steps=3"], "--num-inference-steps 4 and 3 (in the folder"),
         ([*SPARSE, "--seed=1"], "seed 0 and 1 (in the folder"),
         ([*SPARSE, "--fps=12"], "fps 24 and 12 (in the folder"),
         ([*SPARSE, "--threshold=0.9"], "threshold 0.8 and 0.9 (in the folder"),
@@ -277,7 +277,7 @@ def test_a_comparison_of_other_settings_is_refused(compare, monkeypatch):
         (["--prompt=first", "--seeds=1"], "seeds [0] and [1]"),
         (["--prompt=another"], 'prompts ["first"] and ["another"]'),
         (["--prompt=first", "--thresholds=0.3"], "tau0.6-warmup1-stride8 {"),
-        (["--prompt=first", "--no-kept-mass"], "kept_mass true and false"),
+        (["--prompt=first", "--no-kept-mass"], "--kept-mass true and false"),
     ):
         code, _, err = compare("--no-videos", *words)
         assert code == 2

@@ -35,8 +35,22 @@ def test_a_terminal_has_figures_to_the_right():
     assert printed(TABLE, 80) == ["what it is   ms", "a|b <x>     1.5", "c"]
 
 
-def test_a_narrow_terminal_breaks_headings_and_never_a_cell():
-    assert printed(TABLE, 5) == ["what it", "is          ms", "a|b <x>    1.5", "c"]
+def test_a_narrow_terminal_gets_the_columns_below_each_other_and_nothing_is_broken():
+    table = Table(
+        ("setting", "speed-up", "step speed-up", "GiB"), (("tau 0.9", "1.20x", "1.50x", "10.2"),)
+    )
+    assert printed(table, 80) == [
+        "setting  speed-up  step speed-up   GiB",
+        "tau 0.9     1.20x          1.50x  10.2",
+    ]
+    assert printed(table, 30) == [
+        "setting  speed-up",
+        "tau 0.9     1.20x",
+        "",
+        "setting  step speed-up   GiB",
+        "tau 0.9          1.50x  10.2",
+    ]
+    assert printed(TABLE, 5) == ["what it is   ms", "a|b <x>     1.5", "c"]
 
 
 def test_rows_are_made_by_the_columns():

@@ -193,7 +193,7 @@ def test_the_cost_is_printed_first(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "scripts/run_hunyuan.sh [--plan]"),
+        ([], "xattn-run-hunyuan, or in a clone scripts/run_hunyuan.sh:"),
         (["--tau", "0.9"], "unknown option --tau"),
         (["--gpus", "0", "runs"], "not a positive number: 0"),
         (["--num-prompts", "all", "runs"], "not a positive number: all"),

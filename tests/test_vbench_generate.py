@@ -136,7 +136,7 @@ def test_one_rank_of_two_makes_the_same_videos(finished, tiny_pipeline, tmp_path
         ("--threshold=0.7", "threshold 0.8 and 0.7"),
         ("--seed=1", "seed 0 and 1"),
         ("--height=80", "height 64 and 80"),
-        ("--videos-per-prompt=5", "videos_per_prompt 1 and 5"),
+        ("--videos-per-prompt=5", "--videos-per-prompt 1 and 5"),
     ],
 )
 def test_other_settings_are_refused(finished, tiny_pipeline, option, message):
@@ -281,12 +281,15 @@ def test_failures_that_are_not_in_a_row_stop_no_run(tiny_pipeline, tmp_path, mon
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--suite=long", "suite must be one of gpt_enhanced, hunyuan, original, demo, got 'long'"),
-        ("--num-prompts=41", "num_prompts must lie between 1 and 40 for suite 'demo', got 41"),
-        ("--videos-per-prompt=3", "videos_per_prompt must be 1 (a reduced run) or 5"),
-        ("--seed=-1", "seed must lie between 0 and 2**63 - 1, got -1"),
-        ("--fps=0", "fps must be at least 1, got 0; use 24."),
-        ("--threshold=1.5", "threshold must lie in (0, 1], got 1.5"),
+        (
+            "--suite=long",
+            "--suite must be one of gpt_enhanced, hunyuan, original, demo",
+        ),
+        ("--num-prompts=41", "--num-prompts must lie between 1 and 40 for suite 'demo', got 41"),
+        ("--videos-per-prompt=3", "--videos-per-prompt must be 1 (a reduced run) or 5"),
+        ("--seed=-1", "--seed must lie between 0 and 2**63 - 1, got -1"),
+        ("--fps=0", "--fps must lie between 1 and 240, got 0; use 24."),
+        ("--threshold=1.5", "--threshold must lie in (0, 1], got 1.5"),
         ("--model=/nowhere", "model '/nowhere' is neither a folder nor a hub ID"),
     ],
 )
@@ -303,3 +306,26 @@ def test_the_settings_are_readable(finished):
     assert content["settings"]["sparse"]["threshold"] == 0.8
     assert content["settings"]["sparse"]["scoring_precision"] == "exact"
     assert len(content["hash"]) == 64
+
+
+def test_a_run_of_other_settings_is_made_anew_where_that_is_asked(
+    finished, tiny_pipeline, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    code, _, messages = make_run(folder, tiny_pipeline, "--dense")
+    assert (code, "holds a run of other settings" in messages) == (2, True)
+    code, _, messages = make_run(folder, tiny_pipeline, "--dense", "--overwrite", prompts=1)
+    assert code == 0, messages
+    assert "0 of 1 videos are there" in messages
+    assert len(list((folder / "videos").iterdir())) == 1
+    assert RunFolder(folder).settings()["sparse"] is None
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_run_is_made_anew_only_by_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = make_run(tmp_path / "r", "demo", "--overwrite")
+    assert code == 2
+    assert "error: --overwrite removes the run's videos, which other ranks may be" in err

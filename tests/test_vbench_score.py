@@ -277,3 +277,56 @@ def test_words_that_are_no_option_are_one_line(command):
     (line,) = err.splitlines()
     assert line.startswith("error: No such option: --nonsense")
     assert line.endswith("--help.")
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A folder of one's own videos, with another file among them."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number, video in enumerate((made / "videos").iterdir()):
+        shutil.copy(video, folder / f"mine {number}.mp4")
+    (folder / "notes.txt").write_text("x")
+    return folder
+
+
+def score_own(folder, *arguments):
+    python = f"--vbench-python={sys.executable}"
+    return invoke(score.app, f"--videos={folder}", python, *arguments)
+
+
+def test_ones_own_videos_are_scored_and_not_scored_again(own, fake, weights, monkeypatch):
+    code, table, messages = score_own(own, f"--weights={weights}")
+    assert code == 0, messages
+    assert "temporal_flickering     0.9000  2 videos" in table
+    kept = json.loads((own / "vbench/imaging_quality.json").read_text())
+    assert kept["videos"] == {"mine 0.mp4": 0.6, "mine 1.mp4": 0.6}
+    assert len(list((own / "vbench").glob("*.json"))) == 10
+    monkeypatch.setenv("FAKE_VBENCH", "raise")
+    code, out, messages = score_own(own, f"--weights={weights}", "--json")
+    assert code == 0, messages
+    assert json.loads(out)["scores"]["motion_smoothness"] == {"score": 0.9, "videos": 2}
+    (own / "mine 0.mp4").unlink()
+    assert score_own(own, f"--weights={weights}", "--dimensions=dynamic_degree")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --run or --videos, or --download to fetch weights; got none."),
+        (["--videos=a", "--run=b"], "--run and --videos exclude each other; give one of them."),
+        (["--videos=/nowhere"], "'/nowhere' is no folder; give one that holds videos."),
+        (["--videos=."], "'.' holds no video that VBench takes; expected files that end in .mp4"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(score.app, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+
+
+def test_a_dimension_that_needs_vbenchs_prompts_is_refused(own, fake):
+    code, _, err = score_own(own, "--dimensions=color,dynamic_degree")
+    assert code == 2
+    assert "error: color need VBench's own prompts; videos without them can be scored on" in err

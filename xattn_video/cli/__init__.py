@@ -25,7 +25,6 @@ app = typer.Typer(
     "130 it was interrupted (Ctrl-C), 143 it was terminated (SIGTERM).",
     cls=OneLineErrors,
     context_settings=CONTEXT_SETTINGS,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 EXAMPLES = {

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from xattn_video.options.command import command, knob
+from xattn_video.options.command import AsJson, command, knob
 from xattn_video.options.groups import loading, sparse_subset, video_settings
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
-    message_console,
     output_console,
     print_labelled,
     print_warning,
+    progress_console,
 )
 from xattn_video.reporting.tables import Table, figure
 
@@ -59,7 +59,7 @@ def bench(
     sparse: Annotated[SparseSettings, sparse_subset("stride", "warmup_steps", "backend")],
     timing: Timing,
     errors: ErrorsToExitCodes,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time dense attention and XAttention on random tensors of a video's size."""
     from xattn_video.measure.attention_problems import AttentionProblem
@@ -74,7 +74,7 @@ def bench(
     tokens = run_plan.video_tokens + run_plan.text_tokens
     problem = AttentionProblem("bench", tokens, shape.heads, shape.head_dim)
     _warn_of_waiting(4e-12 * tokens**2 * shape.hidden, load.resolved_device.type)
-    messages = message_console()
+    messages = progress_console()
 
     def show(row: dict[str, Any]) -> None:
         # The arguments have proved sound once something was measured.

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from xattn_video.cli.compare_files import FilesJob
 from xattn_video.cli.compare_job import CompareJob
 from xattn_video.cli.compare_options import (
@@ -12,10 +14,11 @@ from xattn_video.cli.compare_options import (
     ExistingFiles,
     compared_prompts,
     compared_requests,
+    refuse_unused,
 )
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish
-from xattn_video.options.command import command
+from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.reporting.console import ErrorsToExitCodes
@@ -35,6 +38,8 @@ def compare(
     details: CompareDetails,
     page: PageWish,
     errors: ErrorsToExitCodes,
+    context: typer.Context,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how far sparse videos are from dense ones; the same command resumes it."""
     from xattn_video.pipelines.memory import settle_offload
@@ -42,11 +47,12 @@ def compare(
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)
     if files.reference is not None or files.candidate is not None:
         existing = FilesJob.of(
-            files.reference, files.candidate, asked, details.output, details.overwrite, page
+            files.reference, files.candidate, details.output, details.overwrite, page
         )
+        refuse_unused(context)
         existing.check()
         errors.running = True
-        existing.run()
+        existing.run(as_json)
         return
     texts = compared_prompts(load.model, *asked)
     job = CompareJob(
@@ -67,4 +73,4 @@ def compare(
     with folder.lock():
         folder.adopt(job.settings(), details.overwrite)
         errors.running = True
-        job.run(folder)
+        job.run(folder, as_json)

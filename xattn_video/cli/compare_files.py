@@ -1,10 +1,13 @@
 """Compares two video files: `xattn-video compare --reference a.mkv --candidate b.mkv`."""
 
+import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from xattn_video import __version__
 from xattn_video.cli.compare_results import check_new_results
@@ -41,7 +44,6 @@ class FilesJob:
         cls,
         reference: Path | None,
         candidate: Path | None,
-        prompts: tuple[object, ...],
         folder: Path | None,
         overwrite: bool,
         page: PageWish,
@@ -49,17 +51,11 @@ class FilesJob:
         """From the options as they were given.
 
         Raises:
-            ValueError: A file is not given, or prompts are, or a page is to be opened and no
-                folder is given.
+            ValueError: A file is not given, or a page is to be opened and no folder is given.
         """
         if reference is None or candidate is None:
             lacking = "--reference" if reference is None else "--candidate"
             raise ValueError(f"--reference and --candidate go together; give {lacking} too.")
-        if any(prompt is not None for prompt in prompts):
-            raise ValueError(
-                "--reference and --candidate compare files that exist; "
-                "leave out the prompts, or the files to generate videos."
-            )
         if page.open and folder is None:
             raise ValueError("--open shows a page of the folder --output; give that too.")
         return cls(reference, candidate, folder, overwrite, page)
@@ -81,8 +77,8 @@ class FilesJob:
             check_new_results(self.folder, self.overwrite)
             check_encoders(self.folder, [".mp4"], fps=24)
 
-    def run(self) -> None:
-        """Measure, print, and write the files."""
+    def run(self, as_json: bool = False) -> None:
+        """Measure, print the figures or JSON, and write the files."""
         from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 
         clips = self._read()
@@ -101,7 +97,10 @@ class FilesJob:
         if self.folder is not None:
             self._write(self.folder, clips, similarity, scorer.missing)
             lines["results"] = str(self.folder)
-        print_labelled(output_console(), lines)
+        if as_json:
+            typer.echo(json.dumps(asdict(similarity) | {"missing": scorer.missing}, indent=2))
+        else:
+            print_labelled(output_console(), lines)
         if self.folder is not None and self.page.html:
             path = self.folder / "results.html"
             write_text(path, self._page(clips, lines).html())

@@ -1,5 +1,6 @@
 """Runs `xattn-video compare` after its arguments have been checked."""
 
+import json
 import math
 import shlex
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_results
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish, open_in_browser
@@ -17,20 +20,21 @@ from xattn_video.cli.record import run_record, shaping_record
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
-from xattn_video.pipelines.source import DEMO
+from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
-    message_console,
     output_console,
     print_labelled,
     print_message,
     print_warnings,
+    progress_console,
     quiet_libraries,
 )
-from xattn_video.reporting.progress import GenerationProgress
+from xattn_video.reporting.progress import JobProgress
 
 if TYPE_CHECKING:
     from xattn_video.measure.methods import Method
+    from xattn_video.measure.similarity import Scorer
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -115,13 +119,12 @@ class CompareJob:
             "kept_mass": self.kept_mass,
         }
 
-    def run(self, folder: ResumableFolder) -> None:
-        """Make what is missing in the folder, write the files, print the table.
+    def run(self, folder: ResumableFolder, as_json: bool = False) -> None:
+        """Make what is missing in the folder, write the files, print the table or JSON.
 
         Raises:
             RuntimeError: Videos failed.
         """
-        from xattn_video.measure.comparison_rows import comparison_table
         from xattn_video.measure.methods import DENSE
 
         if not self.verbose:
@@ -139,15 +142,24 @@ class CompareJob:
         if missing:
             self._generate(missing, results, attempts)
         if results.rows:
-            lines = results.finish()
-            console = output_console()
-            if self.table:
-                table = comparison_table(results.rows)
-                console.print(table.terminal(console.width), crop=False)
-            print_labelled(console, lines)
+            self._print(results, results.finish(), as_json)
             if self.page.open:
                 open_in_browser(results.page)
         attempts.conclude(len(missing))
+
+    def _print(self, results: ResultsFolder, lines: dict[str, str], as_json: bool) -> None:
+        """Print the table and what there is to say of it, or JSON."""
+        from xattn_video.measure.comparison_rows import comparison_table
+
+        if as_json:
+            rows = [row.to_dict() for row in results.rows]
+            typer.echo(json.dumps({"results": str(self.folder), "rows": rows}, indent=2))
+            return
+        console = output_console()
+        if self.table:
+            table = comparison_table(results.rows)
+            console.print(table.terminal(console.width), crop=False)
+        print_labelled(console, lines)
 
     def _generate(
         self,
@@ -155,27 +167,45 @@ class CompareJob:
         results: ResultsFolder,
         attempts: Attempts,
     ) -> None:
-        """Load the model, generate and measure what is missing."""
-        from xattn_video.measure.comparison import Comparison, judge_demo_clip
+        """Generate and measure what is missing, with one display for all of it."""
         from xattn_video.measure.similarity import Scorer
-        from xattn_video.pipelines.loading import load_pipeline
-        from xattn_video.pipelines.prompt_length import cut_prompts
 
         scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.videos)
         for name, why in scorer.missing.items():
             print_message(f"{name} is not measured: {why}")
-        print_message(f"loading {self.load.model}")
+        with JobProgress(progress_console()).running() as shown:
+            self._measure_missing(missing, results, attempts, scorer, shown)
+
+    def _measure_missing(
+        self,
+        missing: dict[int, tuple[GenerationRequest, ...]],
+        results: ResultsFolder,
+        attempts: Attempts,
+        scorer: "Scorer",
+        shown: JobProgress,
+    ) -> None:
+        """Load the model and measure with it."""
+        from xattn_video.measure.comparison import Comparison, judge_demo_clip
+        from xattn_video.pipelines.expected_work import ExpectedWork
+        from xattn_video.pipelines.loading import load_pipeline
+        from xattn_video.pipelines.prompt_length import cut_prompts
+
+        shown.load(self.load.model, downloads=is_on_hub(self.load.model))
         pipe = load_pipeline(self.load)
         pipe.set_progress_bar_config(disable=True)
         print_warnings(cut_prompts(pipe, self.requests))
         judge = judge_demo_clip if self.load.model == DEMO else None
         comparison = Comparison(pipe, self.methods, scorer, self.fps, judge)
-        comparison.warm_up(self.requests[: self.batch_size], partial(_show_steps, "", 1))
+        shown.left.decoding_steps = ExpectedWork.of(pipe).decoding_steps(self.requests[0].video)
+        for first, batch in missing.items():
+            kept_mass = self.kept_mass and first == 1
+            shown.expect(comparison.expected(batch, measure_kept_mass=kept_mass))
+        comparison.warm_up(self.requests[: self.batch_size], shown.run)
         for first, batch in missing.items():
             title = (
                 f"{first}/{len(self.requests)} {shorten(batch[0].prompt, 40, placeholder='...')}"
             )
-            progress = partial(_show_steps, f"{title}: ", batch[0].video.num_inference_steps)
+            progress = partial(shown.run, prefix=f"{title}: ")
             with attempts.item(batch_key(first), title):
                 for outcomes in comparison.run(
                     batch, progress, measure_kept_mass=self.kept_mass and first == 1
@@ -205,8 +235,3 @@ class CompareJob:
             "seeds": list(dict.fromkeys(request.seed for request in self.requests)),
             "batch_size": self.batch_size,
         }
-
-
-def _show_steps(title: str, steps: int, label: str) -> GenerationProgress:
-    """A display for one generation."""
-    return GenerationProgress(message_console(), f"{title}{label}", steps)

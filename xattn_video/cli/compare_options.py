@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
+
 from xattn_video.cli.outputs import Prompts
-from xattn_video.options.command import Group, group_of, knob, option
-from xattn_video.options.groups import given_sparse, sparse_options
+from xattn_video.options.command import Group, given_options, group_of, knob, option
+from xattn_video.options.groups import given_sparse, read_schedule, sparse_options
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.presets import parse_setting
@@ -29,6 +31,11 @@ _SEVERAL = {
     "density": ("densities", "0.1,0.2"),
     "refresh_every": ("refresh_every", "0,5,10, of which 0 is never"),
 }
+# What a comparison of two existing files uses.
+_OF_FILES = (
+    *("reference", "candidate", "output", "overwrite", "html", "open"),
+    *("verbose", "quiet", "as_json"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,11 @@ class CompareDetails:
     """What else is generated, measured and written."""
 
     seeds: str = knob(
-        "Seeds of the initial noise, such as 0,1; each for every prompt.", "0", panel=_GRID
+        "Seeds of the initial noise, such as 0,1; each for every prompt.",
+        "0",
+        "--seeds",
+        "--seed",
+        panel=_GRID,
     )
     kept_mass: bool = knob(
         "Also measure the true softmax mass of the kept blocks, in one more generation of the "
@@ -86,16 +97,16 @@ class CompareDetails:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wholes:
+class _Further:
     setting: list[str] | None = knob(
         "One more setting, such as preset=fast or density=0.2,refresh_every=5; may be given "
         "several times. Without --thresholds and --densities only these are compared.",
         panel=_GRID,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Ceiling:
+    schedule: Path | None = knob(
+        "JSON file with a threshold for each step, to compare beside the thresholds, if any.",
+        panel=_GRID,
+    )
     noise_ceiling: bool = knob(
         "Also compare dense with dense: how far apart two equal runs are.", True, panel=_GRID
     )
@@ -131,13 +142,34 @@ def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[
     """The numbers of a list such as "0.9,0.95".
 
     Raises:
-        ValueError: A part of the list is not a number.
+        ValueError: A part of the list is not a number, or comes twice.
     """
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"{name} must be {what} separated by commas, got {text!r}.") from None
+    twice = next((number for number in numbers if numbers.count(number) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{name} must be different numbers, got {twice:g} more than once in {text!r}; "
+            "give each once."
+        )
+    return numbers
+
+
+def refuse_unused(context: typer.Context) -> None:
+    """Refuse options that a comparison of two existing files has no use for.
+
+    Raises:
+        ValueError: One was given.
+    """
+    unused = [name for parameter, name in given_options(context) if parameter not in _OF_FILES]
+    if unused:
+        raise ValueError(
+            "--reference and --candidate compare files that exist and generate nothing; "
+            f"leave out {', '.join(unused)}, or the files."
+        )
 
 
 def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
@@ -149,13 +181,15 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     from xattn_video.measure.methods import DENSE_AGAIN, method_of, sparse_methods
 
     whole = ("warmup_steps", "stride", "refresh_every")
-    grid = {
+    grid: dict[str, list[Any]] = {
         knob_name: parse_numbers(
             values[name], int if knob_name in whole else float, f"--{name.replace('_', '-')}"
         )
         for knob_name, (name, _) in _SEVERAL.items()
         if values[name] is not None
     }
+    if values["schedule"] is not None:
+        grid.setdefault("threshold", []).append(read_schedule(values["schedule"]))
     several = {name for name, _ in _SEVERAL.values()}
     shared = given_sparse({name: values[name] for name in values if name not in several})
     whole_settings = values["setting"] or []
@@ -171,9 +205,21 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
         for name, numbers in grid.items()
         if name in ("warmup_steps", "stride") and len(numbers) == 1
     }
-    methods += [method_of(parse_setting(text, **own | single)) for text in whole_settings]
+    methods += [method_of(_whole(text, own | single)) for text in whole_settings]
     methods = list({method.name: method for method in methods}.values())
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
+
+
+def _whole(text: str, others: dict[str, Any]) -> SparseSettings:
+    """The settings of one --setting.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return parse_setting(text, **others)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--setting {text}: {error}") from None
 
 
 def compared_requests(
@@ -184,7 +230,7 @@ def compared_requests(
     Raises:
         ValueError: The seeds are not a list of numbers, or a request is invalid.
     """
-    numbers = dict.fromkeys(parse_numbers(seeds, int, "--seeds"))
+    numbers = parse_numbers(seeds, int, "--seeds")
     return tuple(
         GenerationRequest(prompt, negative_prompt, seed, video, sparse=None)
         for prompt in dict.fromkeys(prompts)
@@ -201,11 +247,21 @@ def _grid() -> Group:
             text = f"{source.metadata['help'].rstrip('.')}; several such as {example}."
             default = None if source.default is None else str(source.default)
             options[name] = option(
-                source, name=name, kind=str | None, default=default, help=text, panel=_GRID
+                source,
+                name=name,
+                names=_names(name, source.name),
+                kind=str | None,
+                default=default,
+                help=text,
+                panel=_GRID,
             )
-    options |= group_of(_Wholes).options | group_of(_Ceiling).options
-    options |= sparse_options(without=tuple(_SEVERAL))
+    options |= group_of(_Further).options | sparse_options(without=tuple(_SEVERAL))
     return Group(options, _compared_methods)
+
+
+def _names(*names: str) -> tuple[str, ...]:
+    """The options of these names; that of `generate` is understood too."""
+    return tuple(dict.fromkeys(f"--{name.replace('_', '-')}" for name in names))
 
 
 GRID = _grid()

@@ -1,7 +1,7 @@
 """The folder of a comparison: results.json and results.md, videos and plots."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +78,12 @@ class ResultsFolder:
         """
         empty = {"videos": [], "layer_densities": {}, "missing": missing}
         batch = self._batches.setdefault(first, empty)
+        from xattn_video.measure.methods import DENSE
+
         for number, outcome in enumerate(outcomes, first):
             files = self._write_videos(number, outcome) if self._videos else []
-            record = asdict(outcome.measurement) | {"method": outcome.measurement.method.name}
+            measured = outcome.measurement
+            record = asdict(replace(measured, method=DENSE)) | {"method": measured.method.name}
             record["prompt_tokens"] = [asdict(count) for count in outcome.result.prompt_tokens]
             record["files"] = [file.relative_to(self.folder).as_posix() for file in files]
             batch["videos"].append(record)
@@ -120,7 +123,7 @@ class ResultsFolder:
             "missing": {name: why for b in batches for name, why in b["missing"].items()}
             | self._left_out(records),
             "backends": sorted({name for record in records for name in record["backends"]}),
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [row.to_dict() for row in self.rows],
             # They are much the same from prompt to prompt: the first ones stand for all.
             "layer_densities": {k: v for b in batches for k, v in b["layer_densities"].items()},
             "videos": records,

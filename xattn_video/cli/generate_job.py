@@ -1,11 +1,14 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
+import math
 import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
 from xattn_video.cli.record import generation_record, job_record, shaping_record
@@ -15,19 +18,19 @@ from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
-from xattn_video.pipelines.source import DEMO
+from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     finishing_first,
-    message_console,
     output_console,
     print_labelled,
     print_message,
     print_warnings,
+    progress_console,
     quiet_libraries,
 )
-from xattn_video.reporting.progress import GenerationProgress
+from xattn_video.reporting.progress import JobProgress
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -159,36 +162,58 @@ def _generate_missing(
     job: GenerateJob, missing: list[int], runs: dict[int, dict[str, Any]]
 ) -> None:
     """Add the record of every video to ``runs`` once it is written."""
+    with _display(job).running() as shown:
+        pipe = _load(job, missing, shown)
+        if job.folder is None:
+            _generate_one(job, pipe, 0, runs, shown)
+            return
+        keys = [prompt_keys(job.requests)[number] for number in missing]
+        if job.ranks.is_first:
+            job.folder.forget_failures(keys)
+        job.ranks.meet()
+        if job.split.ranks_per_video > 1:
+            for number in missing:
+                # What fails on one rank leaves the others waiting: no video can follow it.
+                _generate_one(job, pipe, number, runs, shown)
+            return
+        attempts = Attempts(job.folder, print_message)
+        share = _share_of(job, missing)
+        for made, number in enumerate(job.ranks.deal(missing)):
+            if made >= share:
+                # Others are slower: their videos come to this rank.
+                _expect(job, pipe, 1, shown)
+            with attempts.item(prompt_keys(job.requests)[number], job.outputs.videos[number].name):
+                _generate_one(job, pipe, number, runs, shown)
+    _conclude(job, attempts, keys)
+
+
+def _display(job: GenerateJob) -> JobProgress:
+    """Shows the first rank's work; the displays of several would run into one another."""
+    return JobProgress(progress_console() if job.ranks.is_first else Console(quiet=True))
+
+
+def _load(job: GenerateJob, missing: list[int], shown: JobProgress) -> "HunyuanVideoPipeline":
+    """Load the model, let the ranks share it, and announce the work."""
     from xattn_video.pipelines.loading import load_pipeline
     from xattn_video.pipelines.prompt_length import cut_prompts
 
-    folder, ranks = job.folder, job.ranks
-    # A plain line: a spinner would hide the bars of a download.
-    print_message(f"loading {job.load.model}")
+    if not job.ranks.is_first:
+        print_message(f"loading {job.load.model}")
+    shown.load(job.load.model, downloads=is_on_hub(job.load.model))
     if job.split.ranks_per_video > 1:
-        ranks.connect(job.load.resolved_device)
+        job.ranks.connect(job.load.resolved_device)
     pipe = load_pipeline(job.load)
     pipe.set_progress_bar_config(disable=True)
     job.split.share(pipe)
-    if ranks.is_first:
+    if job.ranks.is_first:
         print_warnings(cut_prompts(pipe, [job.requests[number] for number in missing]))
-    if folder is None:
-        _generate_one(job, pipe, 0, runs)
-        return
-    keys = [prompt_keys(job.requests)[number] for number in missing]
-    if ranks.is_first:
-        folder.forget_failures(keys)
-    ranks.meet()
-    if job.split.ranks_per_video > 1:
-        for number in missing:
-            # What fails on one rank leaves the others waiting: no video can follow it.
-            _generate_one(job, pipe, number, runs)
-        return
-    attempts = Attempts(folder, print_message)
-    for number in ranks.deal(missing):
-        with attempts.item(prompt_keys(job.requests)[number], job.outputs.videos[number].name):
-            _generate_one(job, pipe, number, runs)
-    _conclude(job, attempts, keys)
+    _expect(job, pipe, _share_of(job, missing), shown)
+    return pipe
+
+
+def _share_of(job: GenerateJob, missing: list[int]) -> int:
+    """How many videos this rank makes or helps to make, if all ranks are as fast."""
+    return math.ceil(len(missing) / job.ranks.count) if job.split.by_prompt else len(missing)
 
 
 def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
@@ -202,36 +227,45 @@ def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
         attempts.conclude(len(keys))
 
 
+def _expect(
+    job: GenerateJob, pipe: "HunyuanVideoPipeline", videos: int, shown: JobProgress
+) -> None:
+    """Tell the display what is to come."""
+    from xattn_video.pipelines.expected_work import ExpectedWork
+
+    work, first = ExpectedWork.of(pipe), job.requests[0]
+    shown.left.decoding_steps = work.decoding_steps(first.video)
+    shown.expect([work.of_run(first) | {"writing": 1}] * videos)
+
+
 def _generate_one(
     job: GenerateJob,
     pipe: "HunyuanVideoPipeline",
     number: int,
     runs: dict[int, dict[str, Any]],
+    shown: JobProgress,
 ) -> None:
+    from xattn_video.pipelines.expected_work import ExpectedWork
     from xattn_video.pipelines.generation import generate
 
     request, ranks = job.requests[number], job.ranks
     title = shorten(request.prompt, 50, placeholder="...")
     if len(job.requests) > 1:
         title = f"{number + 1}/{len(job.requests)} {title}"
+    if not ranks.is_first:
+        print_message(title)
     is_shared = job.split.ranks_per_video > 1
-    with ranks.computing(pipe) if is_shared else nullcontext(), _progress(job, title) as progress:
+    units = ExpectedWork.of(pipe).of_run(request) | {"writing": 1}
+    with (
+        ranks.computing(pipe) if is_shared else nullcontext(),
+        shown.run(title, units) as progress,
+    ):
         result = generate(pipe, request, progress)
     if not job.split.writes(ranks):
         return
     # A launcher ends all ranks when one has ended: what is finished is kept.
     with nullcontext() if ranks.is_alone else finishing_first():
-        _write_one(job, number, result, runs)
-
-
-def _progress(job: GenerateJob, title: str) -> Any:
-    """Shows a video's steps; those of several ranks would run into one another."""
-    if job.ranks.is_first:
-        return GenerationProgress(
-            message_console(), title, job.requests[0].video.num_inference_steps
-        )
-    print_message(title)
-    return nullcontext()
+        _write_one(job, number, result, runs, shown)
 
 
 def _write_one(
@@ -239,6 +273,7 @@ def _write_one(
     number: int,
     result: "GenerationResult",
     runs: dict[int, dict[str, Any]],
+    shown: JobProgress,
 ) -> None:
     """Write the files of a video, and say what they are."""
     from xattn_video.pipelines.video import write_video_or_keep_frames
@@ -260,7 +295,8 @@ def _write_one(
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
-    print_summary(output_console(), request, result, files, job.load)
+    with shown.paused():
+        print_summary(output_console(), request, result, files, job.load)
 
 
 def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from xattn_video.options.command import command
+from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, sparse_settings, video_settings
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
@@ -32,7 +32,7 @@ def plan(
     load: Annotated["LoadOptions", loading(*_LOADING, elsewhere=True)],
     video: Annotated[VideoSettings, video_settings(*_VIDEO)],
     sparse: Annotated[SparseSettings | None, sparse_settings()],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate a run without loading weights: tokens, steps, memory, and whether it pays."""
     from xattn_video.pipelines.model_shape import read_model_shape

@@ -1,9 +1,13 @@
 """`xattn-video prefill`: a long prompt through a language model, sparse and dense."""
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from xattn_video.files import write_json
 from xattn_video.language.prefill_settings import PrefillSettings
-from xattn_video.options.command import command
+from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading
 from xattn_video.options.prefill_options import LongPrompt, prefill_settings
 from xattn_video.reporting.console import (
@@ -30,21 +34,32 @@ def prefill(
     load: Annotated["LoadOptions", loading("dtype", "device")],
     settings: Annotated[PrefillSettings, prefill_settings()],
     errors: ErrorsToExitCodes,
+    as_json: AsJson = False,
 ) -> None:
     """Prefill a language model's long prompt in chunks: seconds, memory, density, the answer."""
-    from xattn_video.cli.prefill_job import prepare_job, run_job, write_record
+    from xattn_video.cli.prefill_job import job_record, prepare_job, run_job
 
     quiet_libraries()
     job = prepare_job(prompt, load, settings)
-    _print_plan(job)
+    if not as_json:
+        _print_plan(job)
+    if job.speed_only is not None:
+        print_warning(f"Speed and memory only: {job.speed_only}.")
     if prompt.plan:
+        if as_json:
+            typer.echo(json.dumps(job_record(job, {}), indent=2))
         return
     job.check_memory()
     errors.running = True
     runs = run_job(job, print_message)
-    _print_runs(job, runs)
+    record = job_record(job, runs)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        _print_runs(job, runs)
+    _warn_of_dense(runs["sparse"].report)
     if prompt.report is not None:
-        write_record(job, runs, prompt.report)
+        write_json(prompt.report, record)
 
 
 def _print_plan(job: "PrefillJob") -> None:
@@ -55,8 +70,6 @@ def _print_plan(job: "PrefillJob") -> None:
         "memory": _memory(plan, job.free_gib),
     }
     print_labelled(output_console(), lines)
-    if job.speed_only is not None:
-        print_warning(f"Speed and memory only: {job.speed_only}.")
 
 
 def _memory(plan: "PrefillPlan", free: float | None) -> str:
@@ -89,8 +102,11 @@ def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
     print_labelled(console, lines)
     console.print()
     console.print(_layers(sparse.report).terminal(console.width), crop=False)
-    if not sparse.report.sparse_layers:
-        reasons = ", ".join(sparse.report.dense_reasons)
+
+
+def _warn_of_dense(report: "PrefillReport | None") -> None:
+    if report is not None and not report.sparse_layers:
+        reasons = ", ".join(report.dense_reasons)
         print_warning(
             f"Nothing ran sparse ({reasons}); a longer prompt does, or --min-tokens 0 to try it."
         )

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from xattn_video.files import check_output_path, write_json
+from xattn_video.files import check_output_path
 from xattn_video.language.kv_memory import (
     PrefillPlan,
     describe_prefill_shortage,
@@ -164,11 +163,10 @@ def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun
     return runs
 
 
-def write_record(job: PrefillJob, runs: dict[str, PrefillRun], path: Path) -> None:
-    """Write what was planned, asked and measured as JSON."""
+def job_record(job: PrefillJob, runs: dict[str, PrefillRun]) -> dict[str, Any]:
+    """What was planned, asked and measured, as JSON values; without runs only the first two."""
     machine = machine_record(job.load.resolved_device)
     machine["versions"] |= installed_versions(("transformers",))
-    sparse, *others = runs.values()
     content: dict[str, Any] = {
         **machine,
         "model": job.source.name,
@@ -180,11 +178,12 @@ def write_record(job: PrefillJob, runs: dict[str, PrefillRun], path: Path) -> No
         "plan": job.plan.to_dict(),
         "runs": {kind: _record(job, run) for kind, run in runs.items()},
     }
-    for other in others:
+    for other in list(runs.values())[1:]:
+        sparse = runs["sparse"]
         content["speedup"] = other.seconds / sparse.seconds
         if job.speed_only is None:
             content["kl_divergence"] = sparse.divergence_from(other)
-    write_json(path, content)
+    return content
 
 
 def _record(job: PrefillJob, run: PrefillRun) -> dict[str, Any]:

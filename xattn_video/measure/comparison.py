@@ -1,6 +1,6 @@
 """Generates prompts with every method, and compares each video with the dense video."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from xattn_video.measure.clips import Clip
 from xattn_video.measure.frames import relative_error
 from xattn_video.measure.methods import DENSE, Method
 from xattn_video.measure.similarity import Scorer, Similarity
+from xattn_video.pipelines.expected_work import ExpectedWork
 from xattn_video.pipelines.generation import GenerationResult, StepRecord, generate_together
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.processors.observers import KeptMass
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
 OnStep: TypeAlias = Callable[[StepRecord], None]
-Progress: TypeAlias = Callable[[str], AbstractContextManager[OnStep]]
+Progress: TypeAlias = Callable[[str, Mapping[str, float], int], AbstractContextManager[OnStep]]
 Attributes: TypeAlias = dict[str, list[bool]]
 
 
@@ -96,21 +97,45 @@ class Comparison:
 
         Args:
             requests: Generated together; their sparse settings do not matter.
-            progress: Opens a display for the steps of what its argument names.
+            progress: Opens a display for the steps of what its arguments name: a label, its units
+                of work and its number of videos.
             measure_kept_mass: Also measure kept mass, in a further generation for each method.
         """
         references: tuple[Outcome, ...] = ()
         for method in (DENSE, *self.methods):
             requests = [replace(request, sparse=method.sparse) for request in requests]
-            with progress(method.label) as on_step:
+            timed, again = self._work(requests, measure_kept_mass)
+            with progress(method.label, timed, len(requests)) as on_step:
                 results = generate_together(self.pipe, requests, on_step)
             masses = None
-            if measure_kept_mass and method.sparse is not None:
-                with progress(f"{method.label}, kept mass") as on_step:
+            if again is not None:
+                with progress(f"{method.label}, kept mass", again, len(requests)) as on_step:
                     masses = generate_for_kept_mass(self.pipe, requests, on_step)
             outcomes = self._measure(method, requests, results, references, masses)
             references = references or outcomes
             yield outcomes
+
+    def expected(
+        self, requests: Sequence[GenerationRequest], *, measure_kept_mass: bool = False
+    ) -> Iterator[dict[str, float]]:
+        """The units of work that `run` will show for these requests."""
+        for method in (DENSE, *self.methods):
+            batch = [replace(request, sparse=method.sparse) for request in requests]
+            yield from filter(None, self._work(batch, measure_kept_mass))
+
+    def _work(
+        self, requests: Sequence[GenerationRequest], measure_kept_mass: bool
+    ) -> tuple[dict[str, float], dict[str, float] | None]:
+        """Of the timed generation of a method, and of the one for kept mass; what follows the
+        last of them measures and writes."""
+        work, first, videos = ExpectedWork.of(self.pipe), requests[0], len(requests)
+        timed = work.of_run(first, videos)
+        if first.sparse is None:
+            return timed | {"writing": videos}, None
+        written = {"writing and measuring": float(videos)}
+        if not measure_kept_mass:
+            return timed | written, None
+        return timed, work.of_run(first, videos, kept_mass=True) | written
 
     def warm_up(self, requests: Sequence[GenerationRequest], progress: Progress) -> None:
         """Do everything that happens only once before the first timed video.
@@ -123,7 +148,7 @@ class Comparison:
         for settings in (None, *strides.values()):
             if settings is not None:
                 settings = replace(settings, warmup_steps=0, cooldown_steps=0, refresh_every=None)
-            with progress("first use, not timed") as on_step:
+            with progress("first use, not timed", {}, len(requests)) as on_step:
                 generate_together(
                     self.pipe,
                     [replace(request, sparse=settings, video=one_step) for request in requests],

@@ -18,7 +18,7 @@ Densities: TypeAlias = Sequence[Sequence[float | None]]
 """`[layers][steps]`, None where a layer was not sparse."""
 
 _Line: TypeAlias = tuple[int, int, str, str]
-"""Stride, warm-up steps, what else is set, and whether a tau or a density decides."""
+"""Stride, warm-up steps, what else is set, and whether tau, density or schedule decides."""
 
 
 def write_plots(
@@ -175,6 +175,8 @@ def _line(row: MethodRow) -> _Line:
     settings = row.method.sparse
     assert settings is not None
     share = "tau" if settings.density is None else "density"
+    if not isinstance(_share(row), float | int):
+        share = "schedule"
     # The first three parts of a label are the share, the warm-up and the stride.
     others = ", ".join(row.method.label.split(", ")[3:])
     if settings.refresh_every is not None:
@@ -185,14 +187,13 @@ def _line(row: MethodRow) -> _Line:
 def _point(row: MethodRow) -> str:
     """What tells a point of a line from the others."""
     assert row.method.sparse is not None
-    every = row.method.sparse.refresh_every
-    return f"{_share(row):g}" + ("" if every is None else f" / {every}")
+    every, share = row.method.sparse.refresh_every, _share(row)
+    text = f"{share:g}" if isinstance(share, float | int) else "schedule"
+    return text + ("" if every is None else f" / {every}")
 
 
-def _share(row: MethodRow) -> float:
-    """The threshold or density of a sparse row."""
+def _share(row: MethodRow) -> Any:
+    """The threshold or density of a sparse row, or its schedule."""
     settings = row.method.sparse
     assert settings is not None
-    share = settings.threshold if settings.density is None else settings.density
-    assert isinstance(share, float | int)
-    return share
+    return settings.threshold if settings.density is None else settings.density

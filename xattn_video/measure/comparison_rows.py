@@ -1,13 +1,12 @@
 """Summarises measurements: one row for each method, and its cells as text."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
 from typing import Any
 
 from xattn_video.measure.comparison import Measurement
 from xattn_video.measure.methods import DENSE, Method
-from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.tables import Table, figure
 
 
@@ -48,12 +47,14 @@ class MethodRow:
     followed: float | None
     still_followed: float | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(replace(self, method=DENSE)) | {"method": self.method.to_dict()}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MethodRow":
-        """The inverse of `dataclasses.asdict`."""
-        sparse = values["method"]["sparse"]
-        settings = None if sparse is None else SparseSettings(**sparse)
-        return cls(**values | {"method": Method(**values["method"] | {"sparse": settings})})
+        """The inverse of `to_dict`."""
+        return cls(**values | {"method": Method.from_dict(values["method"])})
 
 
 def summarise(measurements: Iterable[Measurement]) -> list[MethodRow]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
 
@@ -22,6 +23,22 @@ class Method:
     label: str
     sparse: SparseSettings | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        sparse = None if self.sparse is None else self.sparse.to_dict()
+        return {"name": self.name, "label": self.label, "sparse": sparse}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Method":
+        """The inverse of `to_dict`."""
+        sparse = values["sparse"]
+        if sparse is not None:
+            threshold = sparse.get("threshold")
+            if isinstance(threshold, Mapping):
+                threshold = ThresholdSchedule.from_dict(threshold)
+            sparse = SparseSettings(**{**sparse, "threshold": threshold})
+        return cls(values["name"], values["label"], sparse)
+
 
 DENSE = Method("dense", "dense")
 DENSE_AGAIN = Method("dense-again", "dense again")
@@ -31,8 +48,9 @@ def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Met
     """Every combination of the grid; none comes twice.
 
     Args:
-        grid: {field of `SparseSettings`: its values}. Thresholds and densities exclude each
-            other: each of either is combined with the rest. A refresh_every of 0 is never.
+        grid: {field of `SparseSettings`: its values}. Thresholds, of which one may be a
+            schedule, and densities exclude each other: each of either is combined with the rest.
+            A refresh_every of 0 is never.
         shared: Other arguments of `SparseSettings`.
 
     Raises:

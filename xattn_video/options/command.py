@@ -1,17 +1,26 @@
 """Builds a command from a function; dataclasses among its arguments become options."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
 
 from xattn_video.pipelines.job_ranks import JobRanks
-from xattn_video.reporting.console import ErrorsToExitCodes, expands_paths, log_choices
+from xattn_video.reporting.console import (
+    TYPED_OPTIONS,
+    ErrorsToExitCodes,
+    expands_paths,
+    log_choices,
+)
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 _VERBOSE = "Log choices; print the traceback of an error."
+_QUIET = "Print results, warnings and errors, and no progress."
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+"""The option of every command that prints a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,41 +81,56 @@ def group_of(cls: Any) -> Group:
     return Group(options, lambda values: cls(**{name: values[name] for name in options}))
 
 
+def given_options(context: typer.Context) -> list[tuple[str, str]]:
+    """Every option that was typed: the name of its argument, and its own first name."""
+    return [
+        (str(parameter.name), parameter.opts[0])
+        for parameter in context.command.params
+        if getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Messages:
+    verbose: bool = knob(_VERBOSE, False, "--verbose")
+    quiet: bool = knob(_QUIET, False, "--quiet", "-q")
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
     An argument that is a dataclass or is annotated with a `Group` stands for several options. The
-    argument of type `ErrorsToExitCodes` is the context in which the command runs, and that of type
-    `JobRanks` this process among several. Every other argument is one option. Every command has
-    ``--verbose``, and its errors become one line and an exit code.
+    argument of type `ErrorsToExitCodes` is the context in which the command runs, that of type
+    `JobRanks` this process among several, and that of type `typer.Context` what was typed. Every
+    other argument is one option. Every command has ``--verbose`` and ``--quiet``, and its errors
+    become one line, with the options as they are typed, and an exit code.
     """
     groups: dict[str, Group] = {}
     options: dict[str, inspect.Parameter] = {}
-    running, several = [], []
+    running, several, typed = [], [], []
     for name, parameter in inspect.signature(function).parameters.items():
         metadata = (*get_args(parameter.annotation)[1:], None)
         if parameter.annotation is ErrorsToExitCodes:
             running.append(name)
         elif parameter.annotation is JobRanks:
             several.append(name)
+        elif parameter.annotation is typer.Context:
+            typed.append(name)
         elif isinstance(metadata[0], Group) or is_dataclass(parameter.annotation):
             groups[name] = metadata[0] or group_of(parameter.annotation)
             options |= groups[name].options
         else:
             options[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     single = [name for name in options if name in inspect.signature(function).parameters]
+    options |= group_of(_Messages).options
+    names = _typed_names(options.values())
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
-    verbose = inspect.Parameter(
-        "verbose",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[bool, typer.Option("--verbose", help=_VERBOSE)],
-    )
 
     def run(context: typer.Context, **values: Any) -> None:
-        log_choices(values["verbose"])
+        log_choices(values["verbose"], values["quiet"])
+        TYPED_OPTIONS.set(names)
         ranks = context.obj or JobRanks()
         with ErrorsToExitCodes(values["verbose"], ranks.first_failure) as errors:
             if not ranks.is_alone and not several:
@@ -118,8 +142,26 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             arguments = {name: values[name] for name in single}
             arguments |= {name: group.make(values) for name, group in groups.items()}
             arguments |= dict.fromkeys(running, errors) | dict.fromkeys(several, ranks)
+            arguments |= dict.fromkeys(typed, context)
             function(**arguments)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = inspect.Signature([context, *options.values(), verbose])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([context, *options.values()])  # type: ignore[attr-defined]
     return expands_paths(run)
+
+
+def _typed_names(options: Iterable[inspect.Parameter]) -> dict[str, str]:
+    """The option that stands for a name of a field or an argument."""
+    typed = {}
+    for parameter in options:
+        declared = (*get_args(parameter.annotation)[1:], None)[0]
+        # In an annotation the first name stands where a default would be.
+        told = (
+            getattr(declared, "default", None),
+            *(getattr(declared, "param_decls", None) or ()),
+        )
+        names = [name for name in told if isinstance(name, str) and name.startswith("--")]
+        names = names or [f"--{parameter.name.replace('_', '-')}"]
+        for name in (parameter.name, *names):
+            typed[name.strip("-").replace("-", "_")] = names[0]
+    return typed

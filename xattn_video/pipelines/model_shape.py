@@ -1,8 +1,10 @@
 """The sizes of a model, read from its configuration files and tensor headers only."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from xattn_video.pipelines.model_files import read_shapes
 from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported
@@ -75,14 +77,22 @@ def read_model_shape(source: ModelSource) -> ModelShape:
     if source.name == HUNYUAN_VIDEO and source.folder is None:
         return ModelShape()
     check_supported(source)
-    transformer = source.read_json("transformer/config.json")
-    vae = source.read_json("vae/config.json")
-    default = ModelShape()
-    text_parameters, vae_parameters = _TEXT_PARAMETERS, _VAE_PARAMETERS
+    shape = shape_of_configs(
+        source.read_json("transformer/config.json"), source.read_json("vae/config.json")
+    )
     if source.folder is not None:
         parts = (source.folder / name for name in ("text_encoder", "text_encoder_2"))
-        text_parameters = sum(map(count_parameters, parts))
-        vae_parameters = count_parameters(source.folder / "vae")
+        shape = replace(
+            shape,
+            text_parameters=sum(map(count_parameters, parts)),
+            vae_parameters=count_parameters(source.folder / "vae"),
+        )
+    return shape
+
+
+def shape_of_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> ModelShape:
+    """The shape that the configurations of a transformer and a VAE describe."""
+    default = ModelShape()
     return ModelShape(
         heads=transformer.get("num_attention_heads", default.heads),
         head_dim=transformer.get("attention_head_dim", default.head_dim),
@@ -95,8 +105,6 @@ def read_model_shape(source: ModelSource) -> ModelShape:
         spatial_compression=vae.get("spatial_compression_ratio", default.spatial_compression),
         temporal_compression=vae.get("temporal_compression_ratio", default.temporal_compression),
         vae_channels=min(vae.get("block_out_channels", [default.vae_channels])),
-        text_parameters=text_parameters,
-        vae_parameters=vae_parameters,
     )
 
 

@@ -8,6 +8,9 @@ from xattn_video.policy.settings import SparseSettings
 SIZE_STEP = 16
 """Pixels that one latent patch covers on each side."""
 
+MAX_FPS = 240
+"""Frames per second that players follow."""
+
 
 @dataclass(frozen=True, slots=True)
 class VideoSettings:
@@ -51,11 +54,16 @@ class VideoSettings:
             raise ValueError(
                 f"num_inference_steps must be at least 1, got {self.num_inference_steps}; use 50."
             )
-        for name, usual in (("guidance_scale", 6), ("true_cfg_scale", 1)):
+        # Below 1 the pipeline leaves the second forward out without a word.
+        for name, least, usual in (
+            ("guidance_scale", 0, "6"),
+            ("true_cfg_scale", 1, "1 for none"),
+        ):
             scale = getattr(self, name)
-            if not 0 <= scale < float("inf"):
+            if not least <= scale < float("inf"):
                 raise ValueError(
-                    f"{name} must be a finite number of at least 0, got {scale}; use {usual}."
+                    f"{name} must be a finite number of at least {least}, got {scale:g}; "
+                    f"use {usual}."
                 )
 
 
@@ -113,5 +121,5 @@ def _check_text(what: str, text: str) -> None:
 
 def check_fps(fps: int) -> None:
     """Raise ValueError unless a video can have this frame rate."""
-    if fps < 1:
-        raise ValueError(f"fps must be at least 1, got {fps}; use 24.")
+    if not 1 <= fps <= MAX_FPS:
+        raise ValueError(f"fps must lie between 1 and {MAX_FPS}, got {fps}; use 24.")

@@ -194,6 +194,13 @@ def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:
     return attention + linear, attention / (attention + linear)
 
 
+def dense_step_flop(shape: ModelShape, video: VideoSettings) -> float:
+    """Floating-point operations of a dense step, in the layers of the transformer."""
+    tokens = math.prod(shape.grid(video.height, video.width, video.num_frames))
+    forwards = 2 if video.true_cfg_scale > 1 else 1
+    return forwards * _arithmetic(shape, tokens + shape.text_tokens)[0]
+
+
 def _share_plan(
     shape: ModelShape, video_tokens: int, forwards: int, options: LoadOptions
 ) -> SharePlan:

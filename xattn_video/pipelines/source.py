@@ -96,6 +96,11 @@ def find_model(name: str) -> ModelSource:
     )
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether loading a model may download it."""
+    return find_model(name).folder is None
+
+
 def check_supported(source: ModelSource) -> None:
     """Refuse every pipeline except HunyuanVideo's, from its model_index.json only.
 

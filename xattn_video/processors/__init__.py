@@ -6,6 +6,7 @@ from xattn_video.processors.context_parallel import (
 )
 from xattn_video.processors.enable import XAttentionHandle, enable_on_transformer
 from xattn_video.processors.processor import XAttnProcessor
+from xattn_video.top_level import become
 
 __all__ = [
     "XAttentionHandle",
@@ -14,3 +15,6 @@ __all__ = [
     "enable_context_parallel",
     "enable_on_transformer",
 ]
+
+if __name__ == "processors":
+    become(__name__)

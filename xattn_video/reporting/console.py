@@ -3,12 +3,15 @@
 import contextlib
 import functools
 import logging
+import re
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
@@ -23,6 +26,12 @@ from xattn_video.files import user_path
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+TYPED_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("typed_options", default=None)
+"""Of the command that runs: the option as typed of each name that messages have for it."""
+
+# With --quiet its level is ERROR.
+_PROGRESS = logging.getLogger("xattn_video.progress")
 
 BAD_ARGUMENT = 2
 FAILED = 1
@@ -45,18 +54,26 @@ def output_console() -> Console:
 
 
 def message_console() -> Console:
-    """Progress, warnings and errors, on stderr."""
+    """Warnings and errors, on stderr."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def progress_console() -> Console:
+    """Progress, on stderr; nothing with --quiet."""
+    console = message_console()
+    console.quiet = not _PROGRESS.isEnabledFor(logging.WARNING)
+    return console
 
 
 def print_message(text: str) -> None:
     """Print a line of progress on stderr, uncut."""
-    message_console().print(text, soft_wrap=True)
+    progress_console().print(text, soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
     """Print one warning on stderr."""
-    message_console().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+    line = Text.assemble(("warning: ", "yellow"), as_typed(text))
+    message_console().print(line, soft_wrap=True)
 
 
 def print_warnings(texts: Iterable[str]) -> None:
@@ -67,7 +84,8 @@ def print_warnings(texts: Iterable[str]) -> None:
 
 def print_error(text: str) -> None:
     """Print an error on stderr."""
-    message_console().print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    line = Text.assemble(("error: ", "bold red"), as_typed(text))
+    message_console().print(line, soft_wrap=True)
 
 
 def print_interruption(done: str = "", by: str = "") -> None:
@@ -269,8 +287,39 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; run again with --verbose for the traceback."
 
 
-def log_choices(verbose: bool) -> None:
-    """If ``verbose``, log the choices of this package; else hide even the hub's retries."""
+def as_typed(text: str) -> str:
+    """A message with the options of the command that runs as they are typed.
+
+    A name of one word stands for its option only where a message is about its value, or in a list
+    of options. Within --setting, names are typed as they are.
+    """
+    options = TYPED_OPTIONS.get() or {}
+    if text.startswith("--setting "):
+        return text
+    for name, typed in options.items():
+        about = r"(?!\w)" if "_" in name else r"(?=( must| lies| cannot be written)\b|=)"
+        text = re.sub(rf"(?<![\w./'-]){name}{about}", typed, text)
+    return re.sub(r"[\w-]+(, [\w-]+)+", partial(_list_as_typed, options), text)
+
+
+def _list_as_typed(options: Mapping[str, str], found: re.Match[str]) -> str:
+    """A list of names, if some of them are options."""
+    words = found[0].split(", ")
+    if not any(word in options.values() for word in words):
+        return found[0]
+    return ", ".join(options.get(word, word) for word in words)
+
+
+def log_choices(verbose: bool, quiet: bool = False) -> None:
+    """If ``verbose``, log the choices of this package; else hide even the hub's retries.
+
+    If ``quiet``, show no progress, not even that of downloads.
+    """
+    _PROGRESS.setLevel(logging.ERROR if quiet else logging.NOTSET)
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("xattn_video").setLevel(logging.INFO)

@@ -1,9 +1,10 @@
 """One table that can be shown on a terminal, in Markdown and in HTML."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 
 T = TypeVar("T")
@@ -73,22 +74,41 @@ class Table:
         first, *others = zip(self.columns, lines, strict=True)
         return Table((first[0], *first[1]), tuple((heading, *cells) for heading, cells in others))
 
-    def terminal(self, width: int) -> RichTable:
+    def terminal(self, width: int) -> Group:
         """For a console ``width`` characters wide; print it with ``crop=False``.
 
-        Where that is too narrow the headings break between words, and never a cell.
+        Where that is too narrow, further columns follow below, under the first one again. No
+        heading and no cell is broken.
         """
-        table = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-        needed = 0
-        for (heading, side), *cells in zip(self._sided(self.columns), *self.rows, strict=True):
-            column = max(map(len, (*heading.split(), *cells)), default=0)
-            table.add_column(heading, justify=side, min_width=column)
-            needed += column + _GAP
-        for row in self.rows:
-            table.add_row(*row)
-        if needed > width:
-            table.width = needed
-        return table
+        parts: list[RenderableType] = []
+        for columns in self._fitting(width):
+            table = RichTable(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+            table.width = self._width(columns)
+            for column in columns:
+                side = self._side(column)
+                table.add_column(self.columns[column], justify=side, no_wrap=True)
+            for row in self.rows:
+                table.add_row(*(row[column] for column in columns))
+            parts += ["", table] if parts else [table]
+        return Group(*parts)
+
+    def _fitting(self, width: int) -> list[list[int]]:
+        """The columns of each part; every part has the first column and at least one more."""
+        parts = [[0]]
+        for column in range(1, len(self.columns)):
+            if len(parts[-1]) > 1 and self._width([*parts[-1], column]) > width:
+                parts.append([0])
+            parts[-1].append(column)
+        return parts
+
+    def _width(self, columns: Sequence[int]) -> int:
+        """Characters of these columns side by side."""
+        widths = [
+            max(len(self.columns[column]), *(len(row[column]) for row in self.rows), 0)
+            for column in columns
+        ]
+        # The last column has no gap to its right.
+        return sum(widths) + _GAP * (len(columns) - 1)
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
@@ -108,10 +128,10 @@ class Table:
 
     def _sided(self, cells: tuple[str, ...]) -> list[tuple[str, str]]:
         """Each cell with the side it is aligned to."""
-        return [
-            (cell, "left" if number < self.num_left else "right")
-            for number, cell in enumerate(cells)
-        ]
+        return [(cell, self._side(number)) for number, cell in enumerate(cells)]
+
+    def _side(self, column: int) -> Literal["left", "right"]:
+        return "left" if column < self.num_left else "right"
 
 
 def figure(value: float | None, form: str, unit: str = "") -> str:

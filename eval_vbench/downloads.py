@@ -1,0 +1,150 @@
+"""Fetches the weights that VBench needs, each with its checksum."""
+
+import shutil
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable
+from http.client import HTTPException
+from pathlib import Path
+
+from eval_vbench.preflight import HUGGING_FACE_HOME, NEEDS, Weights, is_there
+from xattn_video.files import read_record, write_json
+from xattn_video.pipelines.item_folder import file_digest
+
+CHECKSUMS = "checksums.json"
+_SECONDS = 30
+
+
+class DownloadError(RuntimeError):
+    """Weights could not be fetched, or are not what they should be."""
+
+
+def download_weights(dimensions: Iterable[str], folder: Path, say: Callable[[str], None]) -> None:
+    """Fetch what these dimensions lack, and check what an earlier download noted.
+
+    The checksum of a file is compared with the one that its source states: in its address, or in
+    the answer of the Hugging Face hub. Where none is stated, the checksum of the first download
+    counts; checksums.json holds them all.
+
+    Args:
+        dimensions: VBench's names.
+        folder: Of the weights.
+        say: Prints a line.
+
+    Raises:
+        DownloadError: Some could not be fetched, or were changed since.
+    """
+    wanted = {entry.path: entry for name in dimensions for entry in NEEDS[name].weights}
+    failed = 0
+    for entry in wanted.values():
+        try:
+            say(f"{entry.path}: {_provide(entry, folder)}")
+        except (OSError, HTTPException, ValueError, RuntimeError, subprocess.SubprocessError) as e:
+            say(f"failed: {entry.path}: {' '.join(str(e).split())}; from {entry.source}")
+            failed += 1
+    if failed:
+        raise DownloadError(
+            f"{failed} of {len(wanted)} weights could not be had, as listed above; the others are "
+            f"in {str(folder)!r}. Put these where the list says, or run the same command again."
+        )
+
+
+def _provide(entry: Weights, folder: Path) -> str:
+    """Fetch one of them unless it is there, and tell what its checksum is and says."""
+    place = folder / entry.path
+    sums = read_record(folder / CHECKSUMS) or {}
+    if is_there(place):
+        if place.is_dir() or entry.path not in sums:
+            return "is there"
+        if file_digest(place) != sums[entry.path]:
+            raise DownloadError("is not what was downloaded; remove it")
+        return f"is there, sha256 {sums[entry.path]} as it was downloaded"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not entry.source.startswith("https://"):
+        return _run(entry, folder)
+    stated = entry.sha256 or _stated_by_the_hub(entry.source)
+    digest = _fetch(entry.source, place, stated)
+    _note(folder, entry.path, digest)
+    return f"fetched, sha256 {digest} {'as stated' if stated else '(none is stated)'}"
+
+
+def _fetch(address: str, place: Path, stated: str) -> str:
+    """Download a file to its place and return its checksum."""
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".download-") as folder:
+        file = Path(folder, place.name)
+        with (
+            urllib.request.urlopen(address, timeout=_SECONDS) as answer,
+            file.open("wb") as output,
+        ):
+            shutil.copyfileobj(answer, output, 2**20)
+            expected = answer.headers.get("Content-Length")
+        size = file.stat().st_size
+        if size == 0 or (expected is not None and size != int(expected)):
+            raise DownloadError(f"was cut short, got {size} of {expected} bytes")
+        digest = file_digest(file)
+        if not digest.startswith(stated):
+            raise DownloadError(f"has sha256 {digest}, expected {stated}")
+        file.replace(place)
+    return digest
+
+
+def _stated_by_the_hub(address: str) -> str:
+    """The checksum of a large file, which the Hugging Face hub sends ahead of it; else nothing."""
+    if not address.startswith("https://huggingface.co/"):
+        return ""
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=_SECONDS) as answer:
+            headers = answer.headers
+    except urllib.error.HTTPError as error:
+        headers = error.headers
+    stated = str(headers.get("X-Linked-Etag", "")).strip('"')
+    return stated if len(stated) == 64 else ""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The hub states the checksum, and sends elsewhere for the file."""
+
+    def redirect_request(self, *args: object, **options: object) -> None:
+        return None
+
+
+def _run(entry: Weights, folder: Path) -> str:
+    """Provide what a command is given for."""
+    command, *_, last = entry.source.split()
+    place = folder / entry.path
+    if command == "git":
+        home = place.parent
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", last, str(home)], check=True)
+        done = subprocess.run(
+            ["git", "-C", str(home), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return f"fetched, git commit {done.stdout.strip()}"
+    if command == "unzip":
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+            archive = Path(temporary, "archive.zip")
+            _fetch(last, archive, entry.sha256)
+            with zipfile.ZipFile(archive) as members:
+                member = next(name for name in members.namelist() if name.endswith(place.name))
+                unpacked = Path(members.extract(member, temporary))
+            unpacked.replace(place)
+        digest = file_digest(place)
+        _note(folder, entry.path, digest)
+        return f"fetched, sha256 {digest} (none is stated)"
+    from huggingface_hub import snapshot_download
+
+    # It checks the checksums of the hub itself.
+    name = entry.source.split()[2]
+    snapshot_download(name, cache_dir=str(folder / HUGGING_FACE_HOME / "hub"))
+    return "fetched, checked by huggingface_hub"
+
+
+def _note(folder: Path, path: str, digest: str) -> None:
+    sums = read_record(folder / CHECKSUMS) or {}
+    write_json(folder / CHECKSUMS, sums | {path: digest})

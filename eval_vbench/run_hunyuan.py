@@ -1,0 +1,27 @@
+"""`xattn-run-hunyuan`: runs the script of that name that ships with the package."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_suffix(".sh")
+# Of the extra `metrics`, which the script's commands need; it brings the others.
+_NEEDED = ("diffusers", "filelock", "torchmetrics", "typer")
+
+
+def main() -> None:
+    """Become the script; it finds this Python first."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"error: the script needs {', '.join(missing)}, not installed here; "
+            "pip install 'xattn-video[metrics]' (in a clone: pip install -e '.[metrics]')."
+        )
+    folder = str(Path(sys.executable).parent)
+    path = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
+    os.execvpe("bash", ["bash", str(SCRIPT), *sys.argv[1:]], {**os.environ, "PATH": path})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,0 @@
-"""`python -m xattn_video.cli`, where the script `xattn-video` is not on the path."""
-
-from xattn_video.cli import main
-
-main()

@@ -1,0 +1,89 @@
+"""What a generation will spend its time on, known before it begins."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xattn_video.pipelines.model_shape import ModelShape, shape_of_configs
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.pipelines.run_plan import dense_step_flop
+from xattn_video.policy.decision import Run, StepCounts, count_steps
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanVideoPipeline
+
+# The convolutions of a VAE are slower by about this much than a step's matrix products: the demo
+# model's decoding on a CPU. It only serves until a decoding was timed.
+_CONVOLUTIONS_SLOWER = 3.0
+# Enough latents for the work of each of them to be that of many.
+_PROBE = (3, 16, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedWork:
+    """The work of a model's generations, by kind.
+
+    Attributes:
+        shape: Of the model.
+        device_type: Where it runs.
+        vae_config: The configuration of its VAE.
+    """
+
+    shape: ModelShape
+    device_type: str
+    vae_config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, pipe: "HunyuanVideoPipeline") -> "ExpectedWork":
+        """For a loaded pipeline."""
+        shape = shape_of_configs(pipe.transformer.config, pipe.vae.config)
+        return cls(shape, pipe._execution_device.type, pipe.vae.config)
+
+    def of_run(
+        self, request: GenerationRequest, videos: int = 1, kept_mass: bool = False
+    ) -> dict[str, float]:
+        """Units of work of each kind in one call of the pipeline, for `RunProgress`.
+
+        Args:
+            request: One of the videos, which share their settings.
+            videos: Made in one call.
+            kept_mass: Whether the sparse steps measure kept mass.
+        """
+        steps = request.video.num_inference_steps
+        counts = StepCounts(dense=steps)
+        if request.sparse is not None:
+            run = Run(
+                self.shape.layers,
+                self.shape.heads,
+                math.prod(self._grid(request.video)),
+                self.device_type,
+                steps,
+            )
+            counts = count_steps(request.sparse, run)
+        sparse = "sparse, kept mass" if kept_mass else "sparse"
+        units = {"text": 1, "dense": counts.dense - counts.primes, "decoding": 1}
+        units |= {"refresh": counts.refreshes + counts.primes}
+        units |= {sparse: counts.sparse - counts.refreshes}
+        return {kind: float(count * videos) for kind, count in units.items() if count}
+
+    def decoding_steps(self, video: VideoSettings) -> float:
+        """Dense steps that take about as long as decoding does, by arithmetic."""
+        latents = math.prod(self._grid(video)) * self.shape.patch_size**2
+        decoding = latents * self.shape.patch_size_t * _flop_of_latent(self.vae_config)
+        return _CONVOLUTIONS_SLOWER * decoding / dense_step_flop(self.shape, video)
+
+    def _grid(self, video: VideoSettings) -> tuple[int, int, int]:
+        return self.shape.grid(video.height, video.width, video.num_frames)
+
+
+def _flop_of_latent(vae_config: Mapping[str, Any]) -> float:
+    """Floating-point operations of decoding one latent, counted without computing any."""
+    import torch
+    from diffusers import AutoencoderKLHunyuanVideo
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae = AutoencoderKLHunyuanVideo.from_config(vae_config)
+        vae.decode(torch.empty(1, vae.config.latent_channels, *_PROBE))
+    return counter.get_total_flops() / math.prod(_PROBE)
