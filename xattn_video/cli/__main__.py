@@ -1,0 +1,5 @@
+"""`python -m xattn_video.cli`, where the script `xattn-video` is not on the path."""
+
+from xattn_video.cli import main
+
+main()
