@@ -43,6 +43,7 @@ HEADS = 6
 BY_HEAD = ThresholdSchedule(
     ((0, 0.5),), heads={(1, 0): ((0, 0.9),), (1, 5): ((0, 0.2),), (3, 4): ((0, 0.8),)}
 )
+COUNTED = {"density": 0.4, "token_order": "hilbert", "compensation": "first-order"}
 # Frames, rows and columns of latents; valid text tokens; options of the processor.
 CASES: dict[str, tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]] = {
     "even": ((3, 8, 8), (16,), {"threshold": 0.5}),
@@ -54,6 +55,9 @@ CASES: dict[str, tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]] =
     "dense batch": ((3, 8, 8), (10, 3), {"threshold": 0.5, "warmup_steps": 9}),
     "by density": ((5, 10, 14), (5,), {"threshold": None, "density": 0.3}),
     "refreshed": ((5, 10, 14), (10, 3), {"threshold": 0.5, "refresh_every": 2}),
+    "skipped blocks count": ((5, 10, 14), (10, 3), {"threshold": None} | COUNTED),
+    "kept blocks": ((5, 10, 14), (5,), {"threshold": None, "mask_every": 2} | COUNTED),
+    "all of it": ((5, 10, 14), (5,), {"threshold": None, "refresh_every": 2} | COUNTED),
 }
 
 
