@@ -94,6 +94,7 @@ def test_refreshes_cost_steps_and_memory():
     assert found.memory.peak == pytest.approx(plain.memory.peak + gib)
     twice = plan(VideoSettings(true_cfg_scale=6.0), **REFRESH)
     assert twice.memory.residuals == pytest.approx(2 * gib)
+    assert [bound.density for bound in found.speedup_bounds][:2] == [0.1, 0.2]
     for bound in found.speedup_bounds:
         # By hand: 6 dense steps, one of which is sparse too, and 44 sparse ones, of which 8 are
         # dense too; these and the last warm-up step choose blocks.

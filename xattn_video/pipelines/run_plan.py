@@ -175,7 +175,7 @@ def plan_run(
         dense_step_tflop=tflop,
         attention_share=share,
         scoring_share=share * scoring,
-        speedup_bounds=_speedup_bounds(share, scoring, counts) if sparse else (),
+        speedup_bounds=_speedup_bounds(share, scoring, counts, sparse.density) if sparse else (),
         memory=memory,
         shortage=shortage,
         device=str(device),
@@ -226,10 +226,12 @@ def _residual_bytes(shape: ModelShape, tokens: int, forwards: int, options: Load
     )
 
 
-def _speedup_bounds(share: float, scoring: float, counts: StepCounts) -> tuple[SpeedupBound, ...]:
-    """Amdahl's bound for a row of densities."""
+def _speedup_bounds(
+    share: float, scoring: float, counts: StepCounts, asked: float | None
+) -> tuple[SpeedupBound, ...]:
+    """Amdahl's bound for a row of densities, among them the one that was asked for."""
     bounds = []
-    for density in DENSITIES:
+    for density in sorted({*DENSITIES, *([] if asked is None else [asked])}):
         sparse_cost = 1 - share + share * (density + scoring)
         # Attentions of the whole run, in those of a dense step.
         attentions = counts.dense + counts.refreshes + counts.choices * scoring
