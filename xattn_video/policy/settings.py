@@ -176,7 +176,8 @@ class SparseSettings:
 
         From the default on, XAttention with half of the blocks is faster than the best dense
         kernel. On CUDA this was measured on an H100 with flash4 and triton. Elsewhere it is the
-        shortest length that was measured on a CPU. docs/benchmarks.md has the curves.
+        shortest length that was measured on a CPU, in float32; a CPU with AMX gains less in
+        bfloat16. docs/benchmarks.md has the curves.
         """
         if self.min_tokens is not None:
             return self.min_tokens
