@@ -11,7 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from eval_vbench.preflight import HUGGING_FACE_HOME, NEEDS, Weights, is_there
-from xattn_video.files import read_record, write_json
+from xattn_video.files import atomic_path, read_record, write_json
 from xattn_video.pipelines.item_folder import file_digest
 
 CHECKSUMS = "checksums.json"
@@ -73,21 +73,19 @@ def _provide(entry: Weights, folder: Path) -> str:
 
 def _fetch(address: str, place: Path, stated: str) -> str:
     """Download a file to its place and return its checksum."""
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".download-") as folder:
-        file = Path(folder, place.name)
+    with atomic_path(place) as temporary:
         with (
             urllib.request.urlopen(address, timeout=_SECONDS) as answer,
-            file.open("wb") as output,
+            temporary.open("r+b") as output,
         ):
             shutil.copyfileobj(answer, output, 2**20)
             expected = answer.headers.get("Content-Length")
-        size = file.stat().st_size
+        size = temporary.stat().st_size
         if size == 0 or (expected is not None and size != int(expected)):
             raise DownloadError(f"was cut short, got {size} of {expected} bytes")
-        digest = file_digest(file)
+        digest = file_digest(temporary)
         if not digest.startswith(stated):
             raise DownloadError(f"has sha256 {digest}, expected {stated}")
-        file.replace(place)
     return digest
 
 
