@@ -73,13 +73,17 @@ def _provide(entry: Weights, folder: Path) -> str:
 
 def _fetch(address: str, place: Path, stated: str) -> str:
     """Download a file to its place and return its checksum."""
-    with atomic_path(place) as temporary:
-        with (
-            urllib.request.urlopen(address, timeout=_SECONDS) as answer,
-            temporary.open("r+b") as output,
-        ):
-            shutil.copyfileobj(answer, output, 2**20)
-            expected = answer.headers.get("Content-Length")
+    with (
+        urllib.request.urlopen(address, timeout=_SECONDS) as answer,
+        atomic_path(place) as temporary,
+    ):
+        try:
+            with temporary.open("r+b") as output:
+                shutil.copyfileobj(answer, output, 2**20)
+        except (TimeoutError, ConnectionError) as error:
+            # Not a failure to write, which other system errors are.
+            raise DownloadError(f"was cut short: {error}") from error
+        expected = answer.headers.get("Content-Length")
         size = temporary.stat().st_size
         if size == 0 or (expected is not None and size != int(expected)):
             raise DownloadError(f"was cut short, got {size} of {expected} bytes")
