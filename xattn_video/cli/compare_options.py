@@ -196,16 +196,13 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     methods = []
     if not whole_settings or "threshold" in grid or "density" in grid:
         methods = sparse_methods(grid, **shared)
-    # What is left at its default contradicts no preset.
-    defaults = {source.name: source.default for source in fields(SparseSettings)}
-    own = {name: value for name, value in shared.items() if value != defaults[name]}
     # A list of one value is no grid, and holds for these as well.
     single = {
         name: numbers[0]
         for name, numbers in grid.items()
         if name in ("warmup_steps", "stride") and len(numbers) == 1
     }
-    methods += [method_of(_whole(text, own | single)) for text in whole_settings]
+    methods += [method_of(_whole(text, shared | single)) for text in whole_settings]
     methods = list({method.name: method for method in methods}.values())
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
 

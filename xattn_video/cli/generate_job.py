@@ -234,7 +234,8 @@ def _expect(
     from xattn_video.pipelines.expected_work import ExpectedWork
 
     work, first = ExpectedWork.of(pipe), job.requests[0]
-    shown.left.decoding_steps = work.decoding_steps(first.video)
+    if shown.left.decoding_steps is None:
+        shown.left.decoding_steps = work.decoding_steps(first.video)
     shown.expect([work.of_run(first) | {"writing": 1}] * videos)
 
 

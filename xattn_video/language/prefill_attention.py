@@ -204,7 +204,7 @@ class PrefillAttention:
             if layer is not None and layer < self.settings.dense_layers:
                 reason = "dense layer"
             elif all(tau == 1 for tau in taus):
-                reason = "threshold 1" if self.settings.sparse.density is None else "density 1"
+                reason = self.settings.sparse.keeps_all_reason
             threshold = torch.tensor(taus, dtype=torch.float32)[:, None].to(query.device)
             self._plans[place] = _LayerPlan(threshold, reason)
         return self._plans[place]

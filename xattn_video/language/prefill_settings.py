@@ -88,9 +88,7 @@ class PrefillSettings:
     @property
     def dense_reason(self) -> str | None:
         """Why every layer runs dense by these settings; None if one can run sparse."""
-        if not self.sparse.schedule.is_dense:
-            return None
-        return "threshold 1" if self.sparse.density is None else "density 1"
+        return self.sparse.keeps_all_reason if self.sparse.schedule.is_dense else None
 
     def min_tokens_on(self, device_type: str) -> int:
         """Tokens from which prefill runs sparse.

@@ -105,9 +105,9 @@ def _speed_here(row: MethodRow, record: Mapping[str, Any]) -> Figure | None:
         words = "no gain here"
     else:
         words = "sparse is slower here"
-    if ratio < 1 - _NOISE and row.density is not None:
-        left_out = 1 - row.density
-        words += f": leaving out {left_out:.0%} of the blocks saves less than choosing costs"
+        if row.density is not None:
+            left_out = 1 - row.density
+            words += f": leaving out {left_out:.0%} of the blocks saves less than choosing costs"
     return Figure(f"{ratio:.2f}x", "speed of a sparse step here", f"{times}; {words}")
 
 

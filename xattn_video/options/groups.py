@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.options.command import Group, group_of, knob, option
 from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings, default_settings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
-from xattn_video.policy.presets import preset_settings
+from xattn_video.policy.presets import settings_of
 from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
@@ -164,10 +164,15 @@ def sparse_subset(*names: str) -> Group:
 
 
 def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `SparseSettings` that were given, with the demo model's default."""
+    """The arguments of `SparseSettings` that were given, with the demo model's default.
+
+    What is left at its default is not among them: it contradicts no preset.
+    """
+    defaults = {source.name: source.default for source in fields(SparseSettings)}
+    given = _given(fields(SparseSettings), values)
     # The demo model is meant to show sparse attention.
     own = {"min_tokens": 0} if chosen_model(values) == DEMO else {}
-    return own | _given(fields(SparseSettings), values)
+    return own | {name: value for name, value in given.items() if value != defaults[name]}
 
 
 def sparse_settings() -> Group:
@@ -187,29 +192,24 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
     ways = {"--threshold": values["threshold"], "--schedule": values["schedule"]}
     ways |= {"--dense": values["dense"] or None, "--density": values["density"]}
     ways |= {"--preset": values["preset"]}
-    chosen = [name for name, value in ways.items() if value is not None]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
+    check_one_way(ways)
     given = given_sparse(values)
     if values["schedule"] is not None:
         given["threshold"] = read_schedule(values["schedule"])
     # This also checks values that --dense leaves unused.
-    sparse = sparse_of(given, values["preset"])
+    sparse = settings_of(values["preset"], **given)
     return None if values["dense"] else sparse
 
 
-def sparse_of(given: dict[str, Any], preset: str | None = None) -> SparseSettings:
-    """The settings of the arguments that were given, a preset's where one is named.
+def check_one_way(ways: dict[str, Any]) -> None:
+    """Raise ValueError if several options were given that exclude each other.
 
-    Raises:
-        ValueError: A value is out of range, or contradicts the preset.
+    Args:
+        ways: {the option as typed: its value, None if it was not given}.
     """
-    if preset is None:
-        return SparseSettings(**given)
-    # What is left at its default contradicts nothing.
-    defaults = {source.name: source.default for source in fields(SparseSettings)}
-    chosen = {name: value for name, value in given.items() if value != defaults[name]}
-    return preset_settings(preset, **chosen)
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
 
 
 def read_schedule(file: Path) -> ThresholdSchedule:

@@ -11,15 +11,15 @@ from xattn_video.language.prefill_settings import (
     PrefillSettings,
 )
 from xattn_video.options.command import Group, knob, option
-from xattn_video.options.groups import SPARSITY, read_schedule
-from xattn_video.policy.settings import SparseSettings
+from xattn_video.options.groups import SPARSITY, check_one_way, read_schedule
+from xattn_video.policy.settings import MIN_TOKENS_CUDA, SparseSettings
 
 DEFAULT_NEEDLE = "blue lanterns by the river"
 # What differs from video.
 _CHANGES: dict[str, dict[str, str]] = {
     "threshold": {"shown_default": f"{DEFAULT_PREFILL_THRESHOLD}"},
     "min_tokens": {
-        "shown_default": f"16384 on CUDA, else {MIN_TOKENS_CPU}",
+        "shown_default": f"{MIN_TOKENS_CUDA} on CUDA, else {MIN_TOKENS_CPU}",
         "help": "With fewer tokens so far, a chunk runs dense.",
     },
 }
@@ -97,10 +97,7 @@ def prefill_settings() -> Group:
 
 
 def _make(values: dict[str, Any]) -> PrefillSettings:
-    ways = {f"--{name}": values[name] for name in ("threshold", "schedule", "density")}
-    chosen = [name for name, value in ways.items() if value is not None]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
+    check_one_way({f"--{name}": values[name] for name in ("threshold", "schedule", "density")})
     threshold = values["threshold"]
     if values["schedule"] is not None:
         threshold = read_schedule(values["schedule"])

@@ -3,16 +3,19 @@
 import torch
 
 
+def cpu_has(capability: str) -> bool:
+    """Whether the CPU has one of `torch.cpu.get_capabilities`; False where torch cannot tell."""
+    # Older torch cannot be asked.
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return bool(ask and ask().get(capability))
+
+
 def has_fast_dense(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a CPU multiplies matrices of the dtype in hardware of its own (AMX).
 
     Dense attention gains most from it; benchmarks/NOTES.md tells what was measured.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return False
-    # Older torch cannot be asked.
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    return bool(ask and ask().get("amx_bf16"))
+    return device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16")
 
 
 def what_pays(device: torch.device, dtype: torch.dtype) -> str:

@@ -158,7 +158,7 @@ def _dense_reason(settings: SparseSettings, step: int, run: Run) -> DenseReason 
     elif step >= first_cool:
         reason = "cool-down"
     elif _keeps_all(settings, step, run):
-        reason = "threshold 1" if settings.density is None else "density 1"
+        reason = settings.keeps_all_reason
     elif run.num_video_tokens < settings.min_tokens_on(run.device_type):
         reason = "too few tokens"
     elif run.needs_grad:

@@ -43,6 +43,15 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
     return SparseSettings(**PRESETS[preset], **options)  # type: ignore[index]
 
 
+def settings_of(preset: str | None, **options: Any) -> SparseSettings:
+    """The settings of a preset where one is named, else of the options alone.
+
+    Raises:
+        ValueError, TypeError: As `preset_settings` and `SparseSettings`.
+    """
+    return SparseSettings(**options) if preset is None else preset_settings(preset, **options)
+
+
 def parse_setting(text: str, **options: Any) -> SparseSettings:
     """The settings of a text such as "density=0.2,refresh_every=5" or "preset=fast".
 
@@ -68,6 +77,4 @@ def parse_setting(text: str, **options: Any) -> SparseSettings:
             given[name] = json.loads(value)
         except json.JSONDecodeError:
             given[name] = value
-    preset = given.pop("preset", None)
-    given = options | given
-    return SparseSettings(**given) if preset is None else preset_settings(preset, **given)
+    return settings_of(given.pop("preset", None), **options | given)

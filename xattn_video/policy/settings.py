@@ -13,7 +13,7 @@ TokenOrder: TypeAlias = Literal["raster", "hilbert"]
 Compensation: TypeAlias = Literal["none", "means", "first-order"]
 
 DEFAULT_THRESHOLD = 0.95
-_MIN_TOKENS_CUDA = 16384
+MIN_TOKENS_CUDA = 16384
 _MIN_TOKENS_ELSEWHERE = 2048
 
 
@@ -79,7 +79,7 @@ class SparseSettings:
         default=None,
         metadata={
             "help": "With fewer video tokens, every step stays dense.",
-            "shown_default": f"{_MIN_TOKENS_CUDA} on CUDA, else {_MIN_TOKENS_ELSEWHERE}; demo 0",
+            "shown_default": f"{MIN_TOKENS_CUDA} on CUDA, else {_MIN_TOKENS_ELSEWHERE}; demo 0",
         },
     )
     backend: str = field(
@@ -167,6 +167,11 @@ class SparseSettings:
         return share
 
     @property
+    def keeps_all_reason(self) -> 'Literal["threshold 1", "density 1"]':
+        """What a layer that is asked to keep every block runs dense for."""
+        return "threshold 1" if self.density is None else "density 1"
+
+    @property
     def keeps_between_steps(self) -> bool:
         """Whether a step uses what an earlier one kept."""
         return self.refresh_every is not None or self.mask_every != 1
@@ -181,7 +186,7 @@ class SparseSettings:
         """
         if self.min_tokens is not None:
             return self.min_tokens
-        return _MIN_TOKENS_CUDA if device_type == "cuda" else _MIN_TOKENS_ELSEWHERE
+        return MIN_TOKENS_CUDA if device_type == "cuda" else _MIN_TOKENS_ELSEWHERE
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

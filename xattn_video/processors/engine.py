@@ -142,7 +142,10 @@ def _attend_sparsely(
     value: Tensor,
     threshold: Tensor,
 ) -> tuple[Tensor, BlockLists | None]:
-    """A sparse layer's output, with its residual where such are kept, and its blocks."""
+    """A sparse layer's output, with its residual where such are kept, and its blocks.
+
+    It computes the blocks that the layer kept, where it is not to choose anew.
+    """
     decision, kept = forward.decision, forward.kept
     residuals = None if kept is None else kept.residuals
     if residuals is not None:
@@ -150,7 +153,13 @@ def _attend_sparsely(
         slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
         if not slot.refreshed:
             residuals.fetch(slot.name, query.device)
-    out, blocks = _choose_and_compute(slot, forward, query, key, value, threshold)
+    blocks = None
+    if kept is not None and not (decision.chooses or slot.refreshed):
+        blocks = kept.blocks(slot.name)
+    chooses = blocks is None
+    out, blocks = forward.operator(query, key, value, threshold, forward, blocks)
+    if kept is not None and chooses and blocks is not None:
+        kept.keep_blocks(slot.name, blocks)
     if residuals is None:
         return out, blocks
     if not slot.refreshed:
@@ -159,24 +168,6 @@ def _attend_sparsely(
     if not decision.last_sparse:
         residuals.keep(slot.name, dense, out)
     return dense, blocks
-
-
-def _choose_and_compute(
-    slot: LayerSlot,
-    forward: ForwardPass,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    threshold: Tensor,
-) -> tuple[Tensor, BlockLists | None]:
-    """The operator's output, over the blocks that the layer kept where it is not to choose."""
-    kept, blocks = forward.kept, None
-    if kept is not None and not (forward.decision.chooses or slot.refreshed):
-        blocks = kept.blocks(slot.name)
-    out, computed = forward.operator(query, key, value, threshold, forward, blocks)
-    if kept is not None and blocks is None and computed is not None:
-        kept.keep_blocks(slot.name, computed)
-    return out, computed
 
 
 def sparse_attention(

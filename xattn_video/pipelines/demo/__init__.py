@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from xattn_video.pipelines.cpu_speed import cpu_has
 from xattn_video.pipelines.demo.grammar import (
     BACKGROUNDS,
     COLOURS,
@@ -68,6 +69,5 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 if the device supports it natively, else float32."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16
-    # Older torch cannot be asked; float32 is right everywhere.
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    return torch.bfloat16 if ask and ask().get("avx512_bf16") else torch.float32
+    # float32 is right everywhere.
+    return torch.bfloat16 if cpu_has("avx512_bf16") else torch.float32
