@@ -30,6 +30,7 @@ from xattn_video.processors.families.hunyuan_video_qkv import (
     prepare_eagerly,
     prepare_fused,
 )
+from xattn_video.processors.layout import TokenLayout
 
 DOUBLE, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"
 
@@ -148,6 +149,23 @@ def test_a_sparse_step_gives_what_it_gave_without_the_kernel(launches, monkeypat
     monkeypatch.setattr(session, "kernel_runs_on", lambda device: False)
     torch.testing.assert_close(run(transformer, lengths=(10, 3)), found, rtol=1e-5, atol=1e-5)
     assert len(launches) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernel_brings_tokens_into_their_order(compiled, launches, monkeypatch):
+    transformer, processor = with_processor(None, density=0.5, token_order="hilbert")
+    if compiled:
+        torch.compiler.reset()
+        transformer.compile(backend="eager", fullgraph=True)
+    else:
+        monkeypatch.setattr(TokenLayout, "to_canonical", None)
+    found = run(transformer, lengths=(10, 3))
+    assert states(processor.report()) == ["sparse"]
+    # Of an order, the graph of a compiled model knows nothing.
+    assert [len(tensors) for tensors in launches] == ([3, 3, 2, 2] if compiled else [3] * 4)
+    monkeypatch.undo()
+    transformer, _ = with_processor(None, density=0.5, token_order="hilbert")
+    torch.testing.assert_close(run(transformer, lengths=(10, 3)), found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -141,15 +141,16 @@ def test_blocks_of_wrong_tensors_are_named(blocks):
 
 ATTENDING = ["xattention", "attend", "block_sparse_attention"]
 SCORING = ["xattention", "select", "block_scores"]
+ALL = [*ATTENDING, "select", "block_scores"]
 
 
 @pytest.mark.parametrize(
     ("function", "name", "value"),
     [
-        *((f, "causal", v) for f in {*ATTENDING, *SCORING} for v in (None, "yes", 1)),
-        *((f, "scale", v) for f in {*ATTENDING, *SCORING} for v in ("1", [1.0], float("nan"))),
+        *((f, "causal", v) for f in ALL for v in (None, "yes", 1)),
+        *((f, "scale", v) for f in ALL for v in ("1", [1.0], float("nan"))),
         *((f, "backend", v) for f in ATTENDING for v in (None, 3, ["triton"])),
-        *((f, "block_size", v) for f in {*ATTENDING, *SCORING} for v in (None, "64", 64.0)),
+        *((f, "block_size", v) for f in ALL for v in (None, "64", 64.0)),
         *((f, "stride", v) for f in SCORING for v in (None, "8", [8])),
         *((f, "num_text_tokens", v) for f in ("xattention", "select") for v in (None, 1.0, "1")),
         *((f, "scoring_precision", v) for f in ("xattention", "select") for v in (None, 8)),

@@ -102,6 +102,14 @@ def test_values_are_joined_as_they_are(device):
     assert all(torch.equal(a, b) for a, b in zip(found[:2], without, strict=True))
 
 
+def test_tokens_go_to_their_places(device):
+    video, text, weights, rotary_emb = make_inputs(2, 65, 17, 3, 64, torch.float16, device, 3)
+    places = torch.randperm(65 + 17, device=device)
+    expected = qk_norm_rope(video, text, weights, rotary_emb, EPS)
+    found = qk_norm_rope(video, text, weights, rotary_emb, EPS, places)
+    assert all(torch.equal(a[:, places], b) for a, b in zip(found, expected, strict=True))
+
+
 def test_slices_of_joint_tensors(device):
     """What a single-stream block gives: video and text in one tensor, one pair of norms."""
     video, text, weights, rotary_emb = make_inputs(2, 65, 17, 3, 64, torch.float32, device)

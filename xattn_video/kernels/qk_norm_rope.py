@@ -1,8 +1,8 @@
 """The steps between the projections of joint text-video attention and the attention itself.
 
 One pass over memory does the RMS normalisation of queries and keys, the rotary embedding of the
-video tokens, and the joining of video and text, `[B, S, H, D]`. Values are rounded to the inputs'
-dtype where Diffusers' RMSNorm and apply_rotary_emb round them.
+video tokens, the joining of video and text, `[B, S, H, D]`, and a new order of the tokens. Values
+are rounded to the inputs' dtype where Diffusers' RMSNorm and apply_rotary_emb round them.
 
 A program holds the rotary embedding of a few tokens and walks their heads.
 """
@@ -43,11 +43,11 @@ def _rotate(rows, cos, sin):
 @triton.jit
 def _prepare_tokens(
     query_ptr, key_ptr, value_ptr, joint_query_ptr, joint_key_ptr, joint_value_ptr,
-    query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr, first, num_tokens, stride_s, stride_h,
-    H, eps,
+    query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr, place_ptr, first, num_tokens, start,
+    stride_s, stride_h, H, eps,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one tile of tokens, of the video or of the text."""
+    """All heads of one tile of tokens, of the video or of the text, which begins at ``start``."""
     columns = tl.arange(0, PADDED_DIM)
     mask_d = columns < HEAD_DIM
     query_weight = tl.load(query_weight_ptr + columns, mask=mask_d, other=0.0).to(tl.float32)
@@ -56,7 +56,10 @@ def _prepare_tokens(
     tokens = (first + tl.arange(0, TILE)).to(tl.int64)[:, None]
     mask = (tokens < num_tokens) & mask_d[None, :]
     offsets = tokens * stride_s + columns[None, :]
-    joint_offsets = tokens * (H * HEAD_DIM) + columns[None, :]
+    places = start + tokens
+    if place_ptr is not None:
+        places = tl.load(place_ptr + places, mask=tokens < num_tokens, other=0)
+    joint_offsets = places * (H * HEAD_DIM) + columns[None, :]
     if ROTATED:
         cos = tl.load(cos_ptr + tokens * HEAD_DIM + columns[None, :], mask=mask, other=0.0)
         sin = tl.load(sin_ptr + tokens * HEAD_DIM + columns[None, :], mask=mask, other=0.0)
@@ -81,7 +84,7 @@ def _qk_norm_rope_kernel(
     query_ptr, key_ptr, value_ptr, text_query_ptr, text_key_ptr, text_value_ptr,
     joint_query_ptr, joint_key_ptr, joint_value_ptr,
     query_weight_ptr, key_weight_ptr, text_query_weight_ptr, text_key_weight_ptr,
-    cos_ptr, sin_ptr,
+    cos_ptr, sin_ptr, place_ptr,
     stride_b, stride_s, stride_h, text_stride_b, text_stride_s, text_stride_h,
     num_video, num_text, H, eps,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
@@ -89,7 +92,6 @@ def _qk_norm_rope_kernel(
     """One tile of tokens of one item; the tiles of the video come first."""
     b = tl.program_id(1).to(tl.int64)
     joint = b * (num_video + num_text) * (H * HEAD_DIM)
-    joint_text = joint + num_video.to(tl.int64) * (H * HEAD_DIM)
     tile = tl.program_id(0)
     video_tiles = tl.cdiv(num_video, TILE)
     joins_values: tl.constexpr = value_ptr is not None
@@ -99,17 +101,18 @@ def _qk_norm_rope_kernel(
             value_ptr + b * stride_b if joins_values else None,
             joint_query_ptr + joint, joint_key_ptr + joint,
             joint_value_ptr + joint if joins_values else None,
-            query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr,
-            tile * TILE, num_video, stride_s, stride_h, H, eps, HEAD_DIM, PADDED_DIM, TILE, True,
+            query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr, place_ptr,
+            tile * TILE, num_video, 0, stride_s, stride_h, H, eps,
+            HEAD_DIM, PADDED_DIM, TILE, True,
         )  # fmt: skip
     else:
         _prepare_tokens(
             text_query_ptr + b * text_stride_b, text_key_ptr + b * text_stride_b,
             text_value_ptr + b * text_stride_b if joins_values else None,
-            joint_query_ptr + joint_text, joint_key_ptr + joint_text,
-            joint_value_ptr + joint_text if joins_values else None,
-            text_query_weight_ptr, text_key_weight_ptr, None, None,
-            (tile - video_tiles) * TILE, num_text, text_stride_s, text_stride_h, H, eps,
+            joint_query_ptr + joint, joint_key_ptr + joint,
+            joint_value_ptr + joint if joins_values else None,
+            text_query_weight_ptr, text_key_weight_ptr, None, None, place_ptr,
+            (tile - video_tiles) * TILE, num_text, num_video, text_stride_s, text_stride_h, H, eps,
             HEAD_DIM, PADDED_DIM, TILE, False,
         )  # fmt: skip
 
@@ -128,6 +131,7 @@ def qk_norm_rope(
     weights: Sequence[Tensor],
     rotary_emb: tuple[Tensor, Tensor],
     eps: float,
+    places: Tensor | None = None,
 ) -> list[Tensor]:
     """Normalise queries and keys, rotate those of the video and join them with those of the text.
 
@@ -139,10 +143,11 @@ def qk_norm_rope(
             `[D]`, of the same dtype.
         rotary_emb: Cosines and sines, float32 `[Sv, D]`; columns 2i and 2i + 1 are a pair.
         eps: Added to the mean square.
+        places: int64 `[Sv + St]`: the place of each token in the result, the video's first. None
+            keeps their order.
 
     Returns:
-        Queries, keys and, if given, values: each `[B, Sv + St, H, D]`, contiguous, the video
-        first.
+        Queries, keys and, if given, values: each `[B, Sv + St, H, D]`, contiguous.
     """
     B, num_video, H, D = video[0].shape
     num_text = text[0].shape[1]
@@ -160,7 +165,7 @@ def qk_norm_rope(
     with torch.cuda.device_of(video[0]):
         _qk_norm_rope_kernel[(tiles, B)](
             *video, *no_values, *text, *no_values, *joint, *no_values,
-            *(weight.contiguous() for weight in weights), cos, sin,
+            *(weight.contiguous() for weight in weights), cos, sin, places,
             *video[0].stride()[:3], *text[0].stride()[:3], num_video, num_text, H, eps,
             HEAD_DIM=D, PADDED_DIM=padded_dim, TILE=tile, num_warps=_NUM_WARPS,
         )  # fmt: skip

@@ -36,7 +36,12 @@ HOW_TO_BIND = (
 
 
 def attend(
-    slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    slot: LayerSlot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    ordered: bool = False,
 ) -> Tensor:
     """Compute the attention of one layer as decided for its forward pass.
 
@@ -44,9 +49,11 @@ def attend(
         slot: The slot of the layer.
         query, key, value: `[B, S, H, D]`, in the model's order of tokens.
         attention_mask: The mask that Diffusers gives its own processor.
+        ordered: Whether queries, keys and values are in canonical order already, see
+            `canonical_places`.
 
     Returns:
-        `[B, S, H, D]`, contiguous.
+        `[B, S, H, D]`, contiguous, in the model's order.
 
     Raises:
         UnboundProcessorError: No forward pass of the transformer is running.
@@ -60,7 +67,19 @@ def attend(
             query, key, value, attention_mask, slot.handle
         )
         return out
-    return _attend_now(slot, query, key, value, attention_mask)
+    return _attend_now(slot, query, key, value, attention_mask, ordered)
+
+
+def canonical_places(slot: LayerSlot) -> Tensor | None:
+    """Where each token belongs, int64 `[S]`, if `attend` should be given tokens in that order.
+
+    None: give it the model's order. Ranks trade tokens in the model's order, and a compiled graph
+    has no order of its own.
+    """
+    forward = slot.forward
+    if torch.compiler.is_compiling() or forward is None or forward.exchange is not None:
+        return None
+    return forward.layout.inverse
 
 
 def unbound_error() -> UnboundProcessorError:
@@ -87,7 +106,12 @@ def _attend_with_gradients(
 
 
 def _attend_now(
-    slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    slot: LayerSlot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    ordered: bool = False,
 ) -> Tensor:
     forward = slot.forward
     if forward is None:
@@ -102,7 +126,7 @@ def _attend_now(
             # What layers keep from step to step stays with its heads.
             exchange = exchange.ordered(slot.head_order)
         query, key, value = exchange.to_heads(query, key, value)
-    if layout.permutation is not None:
+    if layout.permutation is not None and not ordered:
         query, key, value = map(layout.to_canonical, (query, key, value))
     blocks: BlockLists | None = None
     slot.state = "sparse" if slot.reason is None else "dense"

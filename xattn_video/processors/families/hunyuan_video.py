@@ -60,18 +60,21 @@ def attention(
 
     # 2. to 4. QK normalization, rotary embedding of the video, QKV projections of the text
     heads = (query, key, value)
+    ordered = False
     if (
         slot.fuses
         and image_rotary_emb is not None
         and can_fuse(attn, heads, encoder_hidden_states, image_rotary_emb)
     ):
-        heads = prepare_fused(attn, heads, encoder_hidden_states, image_rotary_emb)
+        places = engine.canonical_places(slot)
+        heads = prepare_fused(attn, heads, encoder_hidden_states, image_rotary_emb, places)
+        ordered = places is not None
     else:
         heads = prepare_eagerly(attn, heads, encoder_hidden_states, image_rotary_emb)
     query, key, value = heads
 
     # 5. Attention
-    hidden_states = engine.attend(slot, query, key, value, attention_mask)
+    hidden_states = engine.attend(slot, query, key, value, attention_mask, ordered)
     hidden_states = hidden_states.flatten(2, 3)
     hidden_states = hidden_states.to(query.dtype)
 

@@ -86,26 +86,36 @@ def can_fuse(
 
 
 def prepare_fused(
-    attn: Attention, video: Heads, encoder_hidden_states: Tensor, image_rotary_emb: RotaryEmb
+    attn: Attention,
+    video: Heads,
+    encoder_hidden_states: Tensor,
+    image_rotary_emb: RotaryEmb,
+    places: Tensor | None = None,
 ) -> Heads:
-    """Compute the result of `prepare_eagerly` with one kernel; only if `can_fuse` allows it."""
+    """Compute the result of `prepare_eagerly` with one kernel; only if `can_fuse` allows it.
+
+    Token t comes to ``places[t]``, int64 `[Sv + St]`, where such are given.
+    """
     norms = _norms(attn)
     weights = [norm.weight for norm in norms]
     if attn.add_q_proj is not None:
         text = _project_text(attn, encoder_hidden_states)
         query, key, value = torch.ops.xattn_video.qk_norm_rope(
-            video, text, weights, *image_rotary_emb, norms[0].eps
+            video, text, weights, *image_rotary_emb, norms[0].eps, places
         )
         return query, key, value
     num_text_tokens = encoder_hidden_states.shape[1]
-    query, key = torch.ops.xattn_video.qk_norm_rope(
-        [tokens[:, :-num_text_tokens] for tokens in video[:2]],
-        [tokens[:, -num_text_tokens:] for tokens in video[:2]],
+    # Values are joined already.
+    moved = video[:2] if places is None else video
+    query, key, *values = torch.ops.xattn_video.qk_norm_rope(
+        [tokens[:, :-num_text_tokens] for tokens in moved],
+        [tokens[:, -num_text_tokens:] for tokens in moved],
         [*weights, *weights],
         *image_rotary_emb,
         norms[0].eps,
+        places,
     )
-    return query, key, video[2]
+    return query, key, values[0] if values else video[2]
 
 
 def prepare_eagerly(
@@ -211,11 +221,12 @@ def _qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
+    places: Tensor | None,
 ) -> list[Tensor]:
     # Imported here because Triton may be missing.
     from xattn_video.kernels.qk_norm_rope import qk_norm_rope
 
-    return qk_norm_rope(video, text, weights, (cos, sin), eps)
+    return qk_norm_rope(video, text, weights, (cos, sin), eps, places)
 
 
 # Opaque to torch.compile, so that a compiled transformer keeps whole graphs.
@@ -224,8 +235,8 @@ _op = torch.library.custom_op(
     _qk_norm_rope,
     mutates_args=(),
     schema=(
-        "(Tensor[] video, Tensor[] text, Tensor[] weights, Tensor cos, Tensor sin, float eps) "
-        "-> Tensor[]"
+        "(Tensor[] video, Tensor[] text, Tensor[] weights, Tensor cos, Tensor sin, float eps, "
+        "Tensor? places) -> Tensor[]"
     ),
 )
 
