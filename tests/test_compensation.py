@@ -161,6 +161,28 @@ def test_the_kernel_gives_the_same(first_order, head_dim, device):
     )
 
 
+@BOTH
+@pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs Triton")
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_the_kernel_takes_masses_far_apart(first_order, dtype, device):
+    """Skipped blocks with 1e6 times the mass of the computed ones, or a millionth of it."""
+    query, key, value, mask = problem(1, 1, 512, 128, 128, dtype, device=device)
+    mask[:, :, :3, :3] = ~torch.eye(3, dtype=torch.bool, device=device)
+    direction = query.mean((0, 1, 2)) + 1
+    query = query * 0.1 + direction
+    key = key * 0.1
+    key[:, :, :128] += 14 * 128**0.5 * direction / direction.square().sum()
+    inputs = query, key, value, mask, 3
+    torch.testing.assert_close(
+        compensated(*inputs, first_order, 128).double().cpu(),
+        expected(*(one.cpu() for one in inputs[:4]), 3, first_order, 128),
+        rtol=0,
+        atol={torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype],
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "flex", "torch_gather"])
 def test_every_backend_gives_the_same(backend, device):

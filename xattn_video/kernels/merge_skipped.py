@@ -1,8 +1,8 @@
 """Adds to block-sparse attention what the skipped blocks contribute in the mean.
 
 A program holds one block of queries and walks the mean keys of all blocks, of which it drops those
-that the row computed. Their softmax and the one of the computed blocks are merged through the
-log-sum-exp.
+that the row computed. The log-sum-exp of the computed blocks is the unit of all masses, so that no
+maximum need be found.
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from xattn_video.kernels.support import with_unit_stride
 
-_LOWEST = tl.constexpr(-1e38)
+# Of a mass, in powers of 2: 928 of them times values stay finite.
+_LARGEST = tl.constexpr(80.0)
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_TILE_N = 64
 
 
 @triton.jit
@@ -36,11 +36,11 @@ def _load_matrix(
 def _merge_skipped_kernel(
     query_ptr, key_ptr, value_ptr, slope_ptr, mask_ptr, lse_ptr, out_ptr,
     stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os,
-    stride_mb, stride_mh, stride_mr, stride_lb, stride_lh, H, Sq, N, scale, log2_size,
+    stride_mb, stride_mh, stride_mr, stride_lb, stride_lh, H, Sq, N, scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_N: tl.constexpr, SLOPES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: out = (1 - share) * out + share * mean of the skipped."""
+    """One block of queries of one head."""
     row = tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     first = row * BLOCK_SIZE
@@ -51,7 +51,12 @@ def _merge_skipped_kernel(
     keys = key_ptr + (batch * H + head) * N * HEAD_DIM
     values = value_ptr + (batch * H + head) * N * HEAD_DIM
     kept_row = mask_ptr + batch * stride_mb + head * stride_mh + row.to(tl.int64) * stride_mr
-    maximum = tl.full([BLOCK_SIZE], _LOWEST, tl.float32)
+    rows = first + tl.arange(0, BLOCK_SIZE)
+    lse_ptrs = lse_ptr + batch * stride_lb + head * stride_lh + rows
+    lse = tl.load(lse_ptrs, mask=rows < Sq, other=0.0) * _LOG2_E
+    # Masses are relative to that of the computed blocks, or to 1 where there are none.
+    computed = tl.where(lse > float("-inf"), 1.0, 0.0)
+    lse = tl.where(lse > float("-inf"), lse, 0.0)
     total = tl.zeros([BLOCK_SIZE], tl.float32)
     mean = tl.zeros([BLOCK_SIZE, PADDED_DIM], tl.float32)
     scale_log2 = scale * _LOG2_E
@@ -59,41 +64,29 @@ def _merge_skipped_kernel(
         columns = start + tl.arange(0, TILE_N)
         kept = tl.load(kept_row + columns, mask=columns < N, other=1)
         key = _load_matrix(keys, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM)
-        products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION) * scale_log2
-        skipped = (kept == 0)[None, :]
-        products = tl.where(skipped, products, _LOWEST)
-        new_maximum = tl.maximum(maximum, tl.max(products, axis=1))
-        correction = tl.exp2(maximum - new_maximum)
-        weights = tl.where(skipped, tl.exp2(products - new_maximum[:, None]), 0.0)
-        total = total * correction + tl.sum(weights, axis=1)
+        products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+        exponents = tl.minimum(products * scale_log2 - lse[:, None], _LARGEST)
+        weights = tl.where((kept == 0)[None, :], tl.exp2(exponents), 0.0)
+        total += tl.sum(weights, axis=1)
         value = _load_matrix(values, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM)
-        mean = tl.dot(
-            weights.to(value.dtype), value, mean * correction[:, None],
-            input_precision=INPUT_PRECISION,
-        )  # fmt: skip
-        maximum = new_maximum
-    skips = total > 0
-    total = tl.where(skips, total, 1.0)
-    mean = mean / total[:, None]
+        if value.dtype == tl.float16:
+            # Weights leave its range. TF32 has as many digits.
+            mean = tl.dot(weights, value.to(tl.float32), mean, input_precision="tf32")
+        else:
+            mean = tl.dot(weights.to(value.dtype), value, mean, input_precision=INPUT_PRECISION)
     if SLOPES:
         slopes = slope_ptr + ((batch * H + head) * tl.num_programs(0) + row) * HEAD_DIM * HEAD_DIM
         slope = _load_matrix(
             slopes, HEAD_DIM, 0, HEAD_DIM, PADDED_DIM, HEAD_DIM, PADDED_DIM
         )  # fmt: skip
-        mean += tl.dot(query, slope, input_precision=INPUT_PRECISION) * scale
-    rows = first + tl.arange(0, BLOCK_SIZE)
-    lse_ptrs = lse_ptr + batch * stride_lb + head * stride_lh + rows
-    lse = tl.load(lse_ptrs, mask=rows < Sq, other=0.0) * _LOG2_E
-    # The mass of the skipped blocks over all mass.
-    below = lse - (maximum + tl.log2(total) + log2_size)
-    share = 1 / (1 + tl.exp2(tl.minimum(below, 126.0)))
-    share = tl.where(skips, share, 0.0)[:, None]
+        mean += tl.dot(query, slope, input_precision=INPUT_PRECISION) * (scale * total)[:, None]
     dims = tl.arange(0, PADDED_DIM)
     out_ptrs = out_ptr + batch * stride_ob + head * stride_oh
     out_ptrs = out_ptrs + rows.to(tl.int64)[:, None] * stride_os + dims[None, :]
     inside = (rows < Sq)[:, None] & (dims < HEAD_DIM)[None, :]
     out = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
-    out = out + share * (mean - out)
+    mass = tl.maximum(computed + total * BLOCK_SIZE, 1e-30)
+    out = (out * computed[:, None] + mean * BLOCK_SIZE) / mass[:, None]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -125,6 +118,8 @@ def merge_skipped(
     if slopes is not None:
         slopes = slopes.contiguous()
     B, H, Sq, head_dim = query.shape
+    # Large tiles fit in shared memory; float16 is widened there.
+    fits = query.dtype == torch.bfloat16
     with torch.cuda.device_of(query):
         _merge_skipped_kernel[(-(-Sq // block_size), B * H)](
             query,
@@ -142,13 +137,12 @@ def merge_skipped(
             Sq,
             mean_keys.shape[2],
             scale,
-            math.log2(block_size),
             HEAD_DIM=head_dim,
             PADDED_DIM=triton.next_power_of_2(head_dim),
             BLOCK_SIZE=block_size,
-            TILE_N=_TILE_N,
+            TILE_N=128 if fits else 64,
             SLOPES=slopes is not None,
             INPUT_PRECISION="ieee",
             num_warps=8 if block_size == 128 else 4,
-            num_stages=2,
+            num_stages=3 if fits else 2,
         )
