@@ -31,14 +31,14 @@ def _block_moments_kernel(
         value_ptrs + rows[:, None] * stride_vs + columns[None, :], mask=inside, other=0.0
     )
     mean_key = tl.sum(key.to(tl.float32), axis=0) / BLOCK_SIZE
-    centred = (key.to(tl.float32) - mean_key[None, :]).to(key.dtype)
+    mean_value = tl.sum(value.to(tl.float32), axis=0) / BLOCK_SIZE
     # [PADDED_DIM, PADDED_DIM]
-    covariance = tl.dot(tl.trans(centred), value, input_precision="ieee") / BLOCK_SIZE
+    products = tl.dot(tl.trans(key), value, input_precision="ieee") / BLOCK_SIZE
+    covariance = products - mean_key[:, None] * mean_value[None, :]
     number = head_of_all.to(tl.int64) * N + block
     if NORMS:
         tl.store(norm_ptr + number, tl.sqrt(tl.sum(covariance * covariance)))
     else:
-        mean_value = tl.sum(value.to(tl.float32), axis=0) / BLOCK_SIZE
         places = number * HEAD_DIM + columns
         dtype = mean_key_ptr.dtype.element_ty
         tl.store(mean_key_ptr + places, mean_key.to(dtype), mask=columns < HEAD_DIM)

@@ -1,8 +1,8 @@
 """Adds to block-sparse attention what the skipped blocks contribute in the mean.
 
-A program holds one block of queries and walks the mean keys of all blocks, of which it drops those
-that the row computed. The log-sum-exp of the computed blocks is the unit of all masses, so that no
-maximum need be found.
+To merge, a program holds one block of queries and walks the mean keys of all blocks, of which it
+drops those that the row computed. The log-sum-exp of the computed blocks is the unit of all
+masses, so that no maximum need be found.
 """
 
 import math
@@ -16,6 +16,7 @@ from xattn_video.kernels.support import with_unit_stride
 
 # Of a mass, in powers of 2: 928 of them times values stay finite.
 _LARGEST = tl.constexpr(80.0)
+_LOWEST = tl.constexpr(-1e38)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -88,6 +89,49 @@ def _merge_skipped_kernel(
     mass = tl.maximum(computed + total * BLOCK_SIZE, 1e-30)
     out = (out * computed[:, None] + mean * BLOCK_SIZE) / mass[:, None]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "N"])
+def _softmax_of_skipped_kernel(
+    product_ptr, mask_ptr, weight_ptr, stride_mb, stride_mh, stride_mr, H, N, scale,
+    PADDED_N: tl.constexpr,
+):  # fmt: skip
+    """One row of blocks of one head."""
+    row, head_of_all = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, head = head_of_all // H, head_of_all % H
+    columns = tl.arange(0, PADDED_N)
+    kept_row = mask_ptr + batch * stride_mb + head * stride_mh + row.to(tl.int64) * stride_mr
+    skipped = tl.load(kept_row + columns, mask=columns < N, other=1) == 0
+    places = (head_of_all * tl.num_programs(0) + row) * N + columns
+    products = tl.load(product_ptr + places, mask=skipped, other=0.0).to(tl.float32)
+    products = tl.where(skipped, products * (scale * _LOG2_E), _LOWEST)
+    weights = tl.where(skipped, tl.exp2(products - tl.max(products, axis=0)), 0.0)
+    weights = weights / tl.maximum(tl.sum(weights, axis=0), 1e-30)
+    tl.store(weight_ptr + places, weights.to(weight_ptr.dtype.element_ty), mask=columns < N)
+
+
+def softmax_of_skipped(products: Tensor, kept: Tensor, scale: float) -> Tensor:
+    """The softmax over the skipped blocks of each row, `[B, H, Nq, N]`; 0 where none is skipped.
+
+    Args:
+        products: `[B, H, Nq, N]`, contiguous.
+        kept: bool, likewise, True = not skipped; the last stride 1.
+        scale: Softmax scale.
+    """
+    B, H, rows, N = products.shape
+    weights = torch.empty_like(products)
+    with torch.cuda.device_of(products):
+        _softmax_of_skipped_kernel[(rows, B * H)](
+            products,
+            kept.view(torch.uint8),
+            weights,
+            *kept.stride()[:3],
+            H,
+            N,
+            scale,
+            PADDED_N=triton.next_power_of_2(N),
+        )
+    return weights
 
 
 def merge_skipped(

@@ -96,23 +96,22 @@ def _compensate_heads(
     kept = block_mask[:, heads, :, :num_blocks]
     block_size, scale = inputs.block_size, inputs.scale
     runs_kernels = _kernel_runs(query, block_size)
+    moments, softmax = _moments, _softmax_of_skipped
     if runs_kernels:
         # Imported here so that compensation works where Triton is missing.
         from xattn_video.kernels.block_moments import block_moments as moments
-    else:
-        moments = _moments
+        from xattn_video.kernels.merge_skipped import merge_skipped
+        from xattn_video.kernels.merge_skipped import softmax_of_skipped as softmax
     mean_keys, mean_values, covariances = moments(key, value, block_size, num_blocks)
     slopes = None
     if first_order:
-        products = _block_means(query, block_size) @ mean_keys.mT * scale
-        weights = _softmax_of_skipped(products, kept).to(query.dtype)
+        products = _block_means(query, block_size) @ mean_keys.mT
+        weights = softmax(products, kept, scale)
         slopes = (weights @ covariances.flatten(-2)).unflatten(-1, covariances.shape[-2:])
-    skipped = _Skipped(mean_keys, mean_values, slopes, kept)
     if not runs_kernels:
+        skipped = _Skipped(mean_keys, mean_values, slopes, kept)
         _merge(query, skipped, out, lse, block_size, scale)
         return
-    from xattn_video.kernels.merge_skipped import merge_skipped
-
     merge_skipped(
         query,
         mean_keys,
@@ -155,10 +154,11 @@ def _block_means(tokens: Tensor, block_size: int) -> Tensor:
     return torch.cat([means, rest.mean(dim=2, keepdim=True)], dim=2) if rest.shape[2] else means
 
 
-def _softmax_of_skipped(products: Tensor, kept: Tensor) -> Tensor:
-    """Over the last dimension, float32; 0 where a row skips nothing."""
-    weights = products.masked_fill(kept, -torch.inf).softmax(dim=-1, dtype=torch.float32)
-    return weights.masked_fill_(kept.all(dim=-1, keepdim=True), 0)
+def _softmax_of_skipped(products: Tensor, kept: Tensor, scale: float) -> Tensor:
+    """Over the last dimension, in its dtype; 0 where a row skips nothing."""
+    scaled = (products.float() * scale).masked_fill_(kept, -torch.inf)
+    weights = scaled.softmax(dim=-1).masked_fill_(kept.all(dim=-1, keepdim=True), 0)
+    return weights.to(products.dtype)
 
 
 def _merge(
@@ -167,12 +167,13 @@ def _merge(
     """`merge_skipped` of the kernels, in plain torch."""
     length = query.shape[2]
     kept = skipped.kept.repeat_interleave(block_size, dim=2)[:, :, :length]
-    products = (query @ skipped.mean_keys.mT).float() * scale
-    mean = (_softmax_of_skipped(products, kept).to(query.dtype) @ skipped.mean_values).float()
+    products = query @ skipped.mean_keys.mT
+    mean = (_softmax_of_skipped(products, kept, scale) @ skipped.mean_values).float()
     if skipped.slopes is not None:
         rows = F.pad(query, (0, 0, 0, -length % block_size)).unflatten(2, (-1, block_size))
         mean += (rows @ skipped.slopes).flatten(2, 3)[:, :, :length].float() * scale
-    skipped_lse = products.masked_fill(kept, -torch.inf).logsumexp(dim=-1) + math.log(block_size)
+    scaled = (products.float() * scale).masked_fill_(kept, -torch.inf)
+    skipped_lse = scaled.logsumexp(dim=-1) + math.log(block_size)
     # The mass of the skipped blocks over all mass.
     share = (skipped_lse - lse).sigmoid().masked_fill(kept.all(dim=-1), 0)
     out.copy_(out.float().lerp(mean, share[..., None]))
