@@ -25,7 +25,7 @@ def summary_of(dense, sparse, seconds=100.0, refresh=(), load=GPU) -> str:
         for i, (second, kind) in enumerate(times)
     )
     frames, latents = np.zeros((1, 2, 2, 3), np.uint8), torch.zeros(4, 1, 1, 1)
-    result = GenerationResult(frames, steps, seconds, 12.345, None, latents)
+    result = GenerationResult(frames, steps, seconds, 12.345, None, latents, text_seconds=1.5)
     video = VideoSettings(256, 256, 65, len(times))
     request = GenerationRequest("a red circle", None, 7, video, SparseSettings())
     console = Console(file=io.StringIO(), width=200)
@@ -38,7 +38,8 @@ def test_it_names_file_size_time_and_memory():
     assert lines[0] == "video      a.mp4"
     assert lines[1] == "size       256x256, 65 frames, seed 7"
     time = (
-        "100.0 s, 3 dense steps of 2.00 s, 2 sparse steps of 1.00 s, 85.0 s for text and decoding"
+        "100.0 s, 3 dense steps of 2.00 s, 2 sparse steps of 1.00 s, 1.5 s for the text, "
+        "83.5 s for decoding"
     )
     assert f"time       {time}" in lines
     assert lines[-1] == "memory     12.35 GiB at the peak"

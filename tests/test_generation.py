@@ -1,6 +1,7 @@
 """A generation: what is checked before, what is recorded during it."""
 
 import inspect
+import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -66,6 +67,20 @@ def test_every_step_is_recorded(pipe):
     assert result.report.sparse_steps == (2, 3)
     kept = [step.density for step in result.steps[2:]]
     assert min(kept) <= result.report.density <= max(kept)
+
+
+def test_text_and_decoding_are_timed(pipe, monkeypatch):
+    for owner, name, seconds in ((pipe, "encode_prompt", 0.5), (pipe.vae, "decode", 1.0)):
+        real = getattr(owner, name)
+
+        def slowly(*args, real=real, seconds=seconds, **options):
+            time.sleep(seconds)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, slowly)
+    result = generate(pipe, request())
+    assert result.text_seconds >= 0.5
+    assert result.decoding_seconds >= 1.0
 
 
 def test_the_processors_are_put_back(pipe):

@@ -84,6 +84,6 @@ def _time(result: "GenerationResult") -> str:
             count = sum(step.kind == kind for step in result.steps)
             noun = "step" if count == 1 else "steps"
             parts.append(f"{count} {kind} {noun} of {seconds:.2f} s")
-    rest = result.seconds - result.dense_seconds - result.sparse_seconds
-    parts.append(f"{rest:.1f} s for text and decoding")
+    parts.append(f"{result.text_seconds:.1f} s for the text")
+    parts.append(f"{result.decoding_seconds:.1f} s for decoding")
     return ", ".join(parts)

@@ -68,6 +68,7 @@ class GenerationResult:
         report: What attention really did; None if it was dense throughout by request.
         latents: float32 `[C, T, H, W]` on the host, what the last step left for the VAE to decode.
         prompt_tokens: How long the prompt was, and the negative prompt where one was given.
+        text_seconds: Those before the first step, which encode the text.
     """
 
     frames: NDArray[np.uint8]
@@ -77,6 +78,12 @@ class GenerationResult:
     report: SparsityReport | None
     latents: Tensor
     prompt_tokens: tuple[PromptTokens, ...] = ()
+    text_seconds: float = 0.0
+
+    @property
+    def decoding_seconds(self) -> float:
+        """Seconds after the last step, which decode the video and copy it to the host."""
+        return self.seconds - self.text_seconds - self.dense_seconds - self.sparse_seconds
 
     @property
     def dense_seconds(self) -> float:
@@ -185,13 +192,21 @@ def generate_together(
             report = guidance.whole(report)
             recorder.correct_densities(report)
     seconds = (time.perf_counter() - start) / len(requests)
+    text_seconds = (recorder.began - start) / len(requests)
     steps = tuple(replace(step, seconds=step.seconds / len(requests)) for step in recorder.steps)
     assert recorder.latents is not None
     latents = recorder.latents.float().cpu()
     memory = _peak_memory_gib(device)
     return tuple(
         GenerationResult(
-            clip, steps, seconds, memory, report, latent, count_prompt_tokens(pipe, request)
+            clip,
+            steps,
+            seconds,
+            memory,
+            report,
+            latent,
+            count_prompt_tokens(pipe, request),
+            text_seconds,
         )
         for clip, latent, request in zip(frames, latents, requests, strict=True)
     )
@@ -209,6 +224,7 @@ class _StepRecorder:
     ) -> None:
         self.steps: list[StepRecord] = []
         self.latents: Tensor | None = None
+        self.began = 0.0
         self._device = pipe._execution_device
         self._dtype = pipe.transformer.dtype
         self._total = total
@@ -219,7 +235,7 @@ class _StepRecorder:
     def forward_begins(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook: the first forward begins the first step."""
         if self._last_end is None:
-            self._last_end = self._now()
+            self.began = self._last_end = self._now()
 
     def step_ends(
         self, pipe: object, index: int, timestep: object, tensors: dict[str, Any]
@@ -314,16 +330,19 @@ def _name(dtype: torch.dtype) -> str:
 
 def _to_bytes(video: Tensor, dtype: torch.dtype) -> NDArray[np.uint8]:
     """Frames `[T, 3, H, W]` in 0 to 1 as bytes `[T, H, W, 3]`; NaN would turn black, unnoticed."""
-    # A GPU that holds the model may have no room for the video in float32.
-    video = video.cpu()
-    if not bool(video.isfinite().all()):
+    if not all(bool(frame.isfinite().all()) for frame in video):
         # On a GPU a bfloat16 transformer has a float16 VAE: float32 alone changes both.
         remedy = _DAMAGED if dtype == torch.float32 else "load the model in float32"
         raise RuntimeError(
             f"the video, decoded in {_name(dtype)}, holds values that are not finite; {remedy}."
         )
-    frames = video.permute(0, 2, 3, 1).float().mul_(255).round_().to(torch.uint8)
-    return frames.contiguous().numpy()
+    num_frames, channels, height, width = video.shape
+    frames = torch.empty(num_frames, height, width, channels, dtype=torch.uint8)
+    # One by one: a GPU that holds the model may have no room for the video in float32.
+    for frame, place in zip(video, frames, strict=True):
+        levels = frame.permute(1, 2, 0).float().mul_(255).round_()
+        place.copy_(levels.to(torch.uint8).contiguous())
+    return frames.numpy()
 
 
 def _peak_memory_gib(device: torch.device) -> float | None:
