@@ -6,12 +6,15 @@ it ends all ranks, with one line that names its rank.
 
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 FAILED = 1
@@ -90,6 +93,8 @@ class RankWatch:
 
     def start(self) -> None:
         """Begin."""
+        process = [socket.gethostname(), os.getpid()]
+        self._store.set(f"process/{self._rank}", json.dumps(process))
         self._thread.start()
 
     def stop(self) -> None:
@@ -121,6 +126,7 @@ class RankWatch:
     def say_told(self) -> None:
         """Say that the error has been printed."""
         self._store.set("told", "1")
+        self._end_stopped_process(self._store)
 
     def wait_until_told(self, seconds: float = _TOLD_SECONDS) -> None:
         """Wait until the first rank has printed it: a launcher ends all when one has ended."""
@@ -164,6 +170,21 @@ class RankWatch:
             if not store.check(["told"]):
                 self._tell(str(self.failure))
                 store.set("told", "1")
+        self._end_stopped_process(store)
+
+    def _end_stopped_process(self, store: Any) -> None:
+        """Kill the rank that failed if it is stopped: a launcher waits 30 s for it to end itself.
+
+        It must be on this machine, and of the same launcher.
+        """
+        with suppress(RuntimeError, OSError):
+            if self.failure is None or not store.check([key := f"process/{self.failure.rank}"]):
+                return
+            host, pid = json.loads(store.get(key))
+            status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+            state, parent = status.rpartition(")")[2].split()[:2]
+            if (host, parent, state) == (socket.gethostname(), str(os.getppid()), "T"):
+                os.kill(pid, signal.SIGKILL)
 
     def _publish(self, store: Any, failure: RankFailure) -> RankFailure:
         first = store.compare_set("failure", "", json.dumps(asdict(failure)))
