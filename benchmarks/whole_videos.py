@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.results_files import RESULTS, describe_video
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.request import VideoSettings
+from xattn_video.policy.presets import PRESETS
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.tables import Table, figure
 
@@ -71,6 +72,13 @@ class WholeVideo:
     def peak_memory_gib(self) -> float:
         return self.run["peak_memory_gib"]
 
+    @property
+    def preset(self) -> str | None:
+        """The name of its settings; None if they have none."""
+        sparse = self.run["sparse"]
+        names = (name for name, given in PRESETS.items() if given.items() <= sparse.items())
+        return next(names, None)
+
     def count(self, *, sparse: bool) -> int:
         """The number of dense or of sparse steps."""
         return len(self._seconds(sparse))
@@ -90,7 +98,10 @@ class WholeVideo:
         if self.gpus > 1:
             words = ["torchrun", "--nproc-per-node", str(self.gpus), "-m", "xattn_video.cli"]
         words += ["generate", "--model", MODEL, "--prompt", self.run["prompt"]]
-        words += ["--threshold", f"{self.run['sparse']['threshold']:g}"]
+        if self.preset is None:
+            words += ["--threshold", f"{self.run['sparse']['threshold']:g}"]
+        else:
+            words += ["--preset", self.preset]
         steps, warmup_steps = self.run["num_inference_steps"], self.run["sparse"]["warmup_steps"]
         offload = LoadOptions(device="cuda", device_elsewhere=True).resolved_offload
         for option, value, default in (
@@ -116,6 +127,7 @@ def videos_table(videos: list[WholeVideo]) -> str:
     """Steps, seconds and memory of every video."""
     columns: dict[str, Callable[[WholeVideo], str]] = {
         "steps": lambda v: f"{v.count(sparse=False)} dense, {v.count(sparse=True)} sparse",
+        "preset": lambda v: v.preset or "",
         "density": lambda v: figure(v.density, ".3f"),
         "by": lambda v: ", ".join(v.run["report"]["backends"]),
         "offload": lambda v: v.offload,
@@ -168,13 +180,13 @@ def _pairs(videos: list[WholeVideo]) -> Iterator[tuple[WholeVideo, WholeVideo]]:
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:
-    """One sentence with the peak memory of every offload."""
+    """One sentence with the peak memory of every offload, without what refreshes keep."""
     peaks: dict[str, float] = {}
-    for video in (video for video in videos if video.gpus == 1):
+    for video in (video for video in videos if video.gpus == 1 and video.preset is None):
         peaks[video.offload] = max(video.peak_memory_gib, peaks.get(video.offload, 0.0))
     by_size = sorted(peaks.items(), key=lambda peak: -peak[1])
     listed = ", ".join(f"{gib:.1f} GiB with `--offload {name}`" for name, gib in by_size)
-    return f"Peak GPU memory of these videos: {listed}."
+    return f"Peak GPU memory of these videos without a preset: {listed}."
 
 
 def _alike(video: WholeVideo, other: WholeVideo) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.benchmark_page import render_page, render_readme_table
 from benchmarks.whole_videos import MODEL, WholeVideo, memory_by_offload, read_whole_videos
+from xattn_video.policy.presets import PRESETS
 
 
 def video(stem, dense_steps=(), sparse_steps=(), seconds=100.0, offload="model", gib=35.0, **run):
@@ -57,9 +58,10 @@ def test_a_sparse_video_is_compared_with_the_dense_one_like_it():
 def test_the_page_shows_what_each_took():
     page = render_page([], [DENSE, SPARSE])
     assert "## Whole videos, 720x1280, 129 frames" in page
-    assert "| 4 dense, 0 sparse |  |  | model | 1 | 20.0 |  | 30 | 120 | 35.0 |" in page
+    assert "| 4 dense, 0 sparse |  |  |  | model | 1 | 20.0 |  | 30 | 120 | 35.0 |" in page
     assert (
-        "| 2 dense, 2 sparse | 0.340 | flash4 | model | 1 | 20.0 | 9.0 | 9 | 80 | 35.0 |" in page
+        "| 2 dense, 2 sparse |  | 0.340 | flash4 | model | 1 | 20.0 | 9.0 | 9 | 80 | 35.0 |"
+        in page
     )
     assert "Whole videos" not in render_page([], [])
 
@@ -71,9 +73,11 @@ def test_a_single_step_is_no_measure_of_a_step():
 
 
 def test_memory_is_named_by_offloading():
-    videos = [SPARSE, video("n", dense_steps=[1], gib=49.7, offload="none"), video("m", gib=34.0)]
+    more = video("p", gib=70.0, sparse={"threshold": None} | PRESETS["fast"])
+    nowhere = video("n", dense_steps=[1], gib=49.7, offload="none")
+    videos = [SPARSE, nowhere, video("m", gib=34.0), more]
     assert memory_by_offload(videos) == (
-        "Peak GPU memory of these videos: 49.7 GiB with `--offload none`, "
+        "Peak GPU memory of these videos without a preset: 49.7 GiB with `--offload none`, "
         "35.0 GiB with `--offload model`."
     )
 
@@ -84,6 +88,8 @@ def test_the_command_leaves_out_defaults():
     )
     sparse = {"threshold": 0.5, "warmup_steps": 1}
     words = shlex.split(video("x", dense_steps=[1.0], offload="group", sparse=sparse).command)
+    preset = sparse | {"threshold": None} | PRESETS["fast"]
+    assert "--preset fast --num" in video("x", dense_steps=[1.0], sparse=preset).command
     assert words[-8:] == [
         "--num-inference-steps",
         "1",
@@ -117,8 +123,10 @@ def test_only_videos_of_random_weights_are_read(tmp_path):
 @pytest.mark.parametrize("found", read_whole_videos(), ids=lambda video: video.stem)
 def test_the_committed_reports_ran_what_they_say(found):
     assert found.run["report"]["num_refused"] == 0
-    warmup = found.run["sparse"]["warmup_steps"]
+    sparse = found.run["sparse"]
     if found.density is not None:
-        assert found.count(sparse=False) == warmup
+        # With refreshes the last step is dense too.
+        last = sparse.get("refresh_every") is not None
+        assert found.count(sparse=False) == sparse["warmup_steps"] + last
         assert found.run["report"]["num_sparse_layers"] == 60
     assert found.content["versions"]["torch"]

@@ -21,6 +21,7 @@ from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
 from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings
 from xattn_video.pipelines.run_plan import plan_run
 from xattn_video.pipelines.source import find_model
+from xattn_video.policy.settings import SparseSettings
 
 CPU = LoadOptions(device="cpu", dtype=torch.bfloat16)
 NO_LIMIT = Room(None, None)
@@ -77,7 +78,8 @@ def test_a_cpu_has_nowhere_to_offload_to():
 
 @pytest.mark.parametrize("video", read_whole_videos(), ids=lambda video: video.stem)
 def test_the_peaks_are_near_those_measured(video):
-    memory = estimate(gpu(offload=video.offload))
+    sparse = SparseSettings(**video.run["sparse"])
+    memory = plan_run(ModelShape(), VideoSettings(), sparse, gpu(offload=video.offload)).memory
     assert memory.peak == memory.peaks[video.offload]
     assert memory.peak == pytest.approx(video.peak_memory_gib, rel=0.05)
 

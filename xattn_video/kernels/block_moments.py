@@ -94,5 +94,5 @@ def _launch(
             PADDED_DIM=triton.next_power_of_2(head_dim),
             BLOCK_SIZE=block_size,
             NORMS=results[-1] is not None,
-            num_warps=8 if block_size == 128 else 4,
+            num_warps=4,
         )
