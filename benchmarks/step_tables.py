@@ -1,7 +1,7 @@
 """Tables of whole steps, for the pages on fewer blocks and on several GPUs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_result
 from xattn_video.measure.methods import method_of
 from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table
 
@@ -78,10 +79,7 @@ def _settings(files: list[ResultFile]) -> str:
 
 
 def _mean_steps(rows: list[ResultRow]) -> Iterator[ResultRow]:
-    """A row for each setting: the mean of a generation's steps after the warm-up.
-
-    What the warm-up's last step takes beyond a dense one is counted with them.
-    """
+    """A row for each setting: the mean of a generation's steps after the warm-up."""
     dense_ms = next((row["latency_ms"] for row in rows if row["phase"] == "dense"), None)
     by_setting: dict[str, dict[str, ResultRow]] = {}
     for row in rows:
@@ -89,27 +87,36 @@ def _mean_steps(rows: list[ResultRow]) -> Iterator[ResultRow]:
             by_setting.setdefault(row["setting"], {})[row["phase"]] = row
     for text, phases in by_setting.items():
         settings = parse_setting(text)
-        run = Run(60, 24, NUM_VIDEO_TOKENS, "cuda", NUM_STEPS)
-        counts = count_steps(settings, run)
         ms = {phase: row["latency_ms"] for phase, row in phases.items()}
-        if settings.refresh_every is None:
-            reused = counts.sparse - counts.choices
-            total_ms = counts.choices * ms["choose"] + reused * ms.get("reuse", 0.0)
-        elif dense_ms is None:
+        if settings.refresh_every is not None and dense_ms is None:
             continue
-        else:
-            between = counts.sparse - counts.refreshes
-            total_ms = counts.refreshes * ms["refresh"] + between * ms["between"]
-            total_ms += (counts.dense - settings.warmup_steps) * dense_ms
-            total_ms += counts.primes * (ms["prime"] - dense_ms)
-        after = NUM_STEPS - settings.warmup_steps
         yield {
             **next(iter(phases.values())),
-            "phase": f"mean of {after}",
+            "phase": f"mean of {NUM_STEPS - settings.warmup_steps}",
             "density": None,
-            "latency_ms": total_ms / after,
+            "latency_ms": mean_step_ms(settings, ms, dense_ms, NUM_STEPS),
             "peak_memory_gib": max(row["peak_memory_gib"] for row in phases.values()),
         }
+
+
+def mean_step_ms(
+    settings: SparseSettings, ms: Mapping[str, float], dense_ms: float | None, num_steps: int
+) -> float:
+    """The mean of a generation's steps after the warm-up, from one step of each phase.
+
+    What the warm-up's last step takes beyond a dense one is counted with them.
+    """
+    counts = count_steps(settings, Run(60, 24, NUM_VIDEO_TOKENS, "cuda", num_steps))
+    after = num_steps - settings.warmup_steps
+    if settings.refresh_every is None:
+        reused = counts.sparse - counts.choices
+        return (counts.choices * ms["choose"] + reused * ms.get("reuse", 0.0)) / after
+    assert dense_ms is not None
+    between = counts.sparse - counts.refreshes
+    total_ms = counts.refreshes * ms["refresh"] + between * ms["between"]
+    total_ms += (counts.dense - settings.warmup_steps) * dense_ms
+    total_ms += counts.primes * (ms["prime"] - dense_ms)
+    return total_ms / after
 
 
 def _several_gpus(files: list[ResultFile]) -> str:

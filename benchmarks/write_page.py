@@ -11,7 +11,7 @@ what the package tells of a run at full size.
 import argparse
 from pathlib import Path
 
-from benchmarks import prefill_table
+from benchmarks import front, prefill_table
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
@@ -22,7 +22,7 @@ from benchmarks.step_tables import (
     render_step_pages,
 )
 from benchmarks.whole_videos import full_size_record, read_whole_videos
-from xattn_video.files import user_path, write_json, write_text
+from xattn_video.files import user_path, write_figure, write_json, write_text
 from xattn_video.reporting.pages import replace_between
 
 FULL_SIZE = Path("xattn_video/measure/full_size.json")
@@ -51,6 +51,9 @@ def write_pages(folder: Path) -> None:
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
     pages |= render_step_pages(folder / "docs")
+    if (folder / "docs/fewer-blocks.md").exists():
+        drawn.append(folder / "docs/images" / front.NAME)
+        write_figure(drawn[-1], front.draw_front(front.read_points()), dpi=120)
     prefills = folder / "docs/long_context.md"
     if prefills.exists():
         text = prefills.read_text(encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Picture against time of many settings: the demo model's PSNR, HunyuanVideo's seconds.
+
+The seconds are modelled: measured steps of HunyuanVideo at 720x1280 and 129 frames, on a straight
+line in the density of the sparse pass between and beyond them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.results_files import RESULTS, read_results
+from benchmarks.step_tables import NUM_STEPS, mean_step_ms
+from xattn_video.policy.settings import SparseSettings
+
+VIDEOS = RESULTS / "quality_fewer" / "fewer-blocks-256-h100.json"
+NAME = "fewer-blocks-front.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One setting.
+
+    Attributes:
+        kind: ``"plain"``, ``"compensated"`` or ``"with refreshes"``.
+        label: The setting.
+        budget: Share of the blocks computed after the warm-up.
+        seconds: Denoising of a 50-step video.
+        psnr: In dB, against dense attention.
+    """
+
+    kind: str
+    label: str
+    budget: float
+    seconds: float
+    psnr: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Milliseconds of a kind of step by density, through a measured point."""
+
+    density: float
+    ms: float
+    slope: float
+
+    @classmethod
+    def through(cls, rows: list[dict[str, Any]]) -> "_Line":
+        first, second = rows
+        rise = second["latency_ms"] - first["latency_ms"]
+        return cls(
+            first["density"], first["latency_ms"], rise / (second["density"] - first["density"])
+        )
+
+    def at(self, density: float) -> float:
+        return self.ms + self.slope * (density - self.density)
+
+
+def read_points(videos: Path = VIDEOS) -> list[Point]:
+    """Plain XAttention, and the settings with first-order compensation on the Hilbert order."""
+    record = json.loads(videos.read_text(encoding="utf-8"))
+    num_steps = record["video"]["num_inference_steps"]
+    lines, dense_ms = _measured_steps()
+    points = []
+    for row in record["rows"]:
+        given = row["method"]["sparse"]
+        if given is None or given["warmup_steps"] != SparseSettings().warmup_steps:
+            continue
+        settings = SparseSettings(**given)
+        kind = _kind(settings)
+        if kind is None:
+            continue
+        density = settings.density or row["density"]
+        names = ("plain",) if kind == "plain" else ("choose", "reuse", "between", "refresh")
+        ms = {name: lines[name].at(density) for name in names}
+        ms["choose"] = ms.get("choose", ms.get("plain", 0.0))
+        ms["prime"] = ms.get("refresh", 0.0)
+        mean_ms = mean_step_ms(settings, ms, dense_ms, num_steps)
+        warmup = settings.warmup_steps
+        seconds = (warmup * dense_ms + (NUM_STEPS - warmup) * mean_ms) / 1e3
+        points.append(Point(kind, row["method"]["label"], row["density"], seconds, row["psnr"]))
+    return points
+
+
+def draw_front(points: list[Point]) -> Figure:
+    """PSNR against seconds, one colour for each kind; the budget beside each point."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {"plain": "0.5", "compensated": "#4477aa", "with refreshes": "#228833"}
+    for kind, colour in colours.items():
+        own = sorted((p for p in points if p.kind == kind), key=lambda p: p.seconds)
+        axes.plot([p.seconds for p in own], [p.psnr for p in own], "o", color=colour, label=kind)
+        for point in own:
+            axes.annotate(
+                f"{point.budget:.2f}",
+                (point.seconds, point.psnr),
+                xytext=(4, 4),
+                textcoords="offset points",
+                color=colour,
+                fontsize=8,
+            )
+    axes.set(
+        xlabel="seconds of denoising, HunyuanVideo 720x1280x129, 50 steps, H100 (modelled)",
+        ylabel="PSNR of the demo model, dB",
+        title="Picture against time; beside each point the share of blocks computed",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _kind(settings: SparseSettings) -> str | None:
+    """What the point stands for; None for combinations whose steps were not measured."""
+    if settings.refresh_every is None and settings.token_order == "raster":
+        return "plain" if settings.compensation == "none" else None
+    if settings.token_order == "raster" or settings.compensation != "first-order":
+        return None
+    return "compensated" if settings.refresh_every is None else "with refreshes"
+
+
+def _measured_steps() -> tuple[dict[str, _Line], float]:
+    """The lines of every kind of step, and the milliseconds of a dense step."""
+    rows = [row for file in read_results(RESULTS / "fewer_blocks") for row in file.content["rows"]]
+    plain = [row for file in read_results() for row in file.content["rows"]]
+
+    def of(rows: list[dict[str, Any]], phase: str) -> Iterator[dict[str, Any]]:
+        return (row for row in rows if row.get("phase") == phase)
+
+    lines = {
+        "plain": _Line.through(
+            [row for row in of(plain, "sparse") if row["threshold"] in (0.345, 0.455)][:2]
+        ),
+        "choose": _Line.through(list(of(rows, "choose"))),
+        "reuse": _Line.through(list(of(rows, "reuse"))),
+    }
+    for phase in ("between", "refresh"):
+        measured = next(of(rows, phase))
+        lines[phase] = _Line(measured["density"], measured["latency_ms"], lines["reuse"].slope)
+    return lines, next(of(rows, "dense"))["latency_ms"]
