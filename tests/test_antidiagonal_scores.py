@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from xattn_video.kernels import antidiagonal_scores as kernel
 from xattn_video.kernels import support
 from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores, unsupported_reasons
+from xattn_video.kernels.scoring_tiles import Rectangle, Tiles, rectangles, seen_tiles
 from xattn_video.kernels.support import fits_descriptor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -59,6 +60,7 @@ def assert_is_the_formula(query, key, **options):
         pytest.param(2, 1, 997, 997, 128, 128, 16, [997, 613], id="prime"),
         pytest.param(2, 1, 130, 453, 64, 64, 4, [453, 131], id="more keys"),
         pytest.param(1, 1, 453, 130, 80, 64, 8, None, id="fewer keys"),
+        pytest.param(1, 2, 531, 600, 16, 64, 4, None, id="several tiles"),
         pytest.param(2, 1, 200, 200, 16, 64, 8, [1, 65], id="one key"),
         pytest.param(1, 1, 130, 200, 32, 128, 1, None, id="stride 1"),
         pytest.param(1, 1, 130, 200, 16, 64, 64, None, id="stride of a block"),
@@ -92,6 +94,31 @@ def test_every_row_sums_to_one(causal, device):
     lengths = make_lengths([500, 100], device)
     sums = scores_of(query, key, block_size=64, causal=causal, key_lengths=lengths).sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize(("Sq", "Sk"), [(1024, 1024), (997, 997), (300, 1001), (997, 300)])
+def test_causal_queries_have_no_tile_above_the_diagonal(Sq, Sk, descriptors):
+    tiles, stride = Tiles(32, 64, 32, 1, 1, raster=3), 4
+    columns = -(-Sk // (tiles.tile_n * stride))
+    found = []
+    for rectangle in rectangles(Sq, Sk, stride, tiles, descriptors):
+        listed = seen_tiles(rectangle, Sq, Sk, stride, tiles, torch.device("cpu"))
+        assert listed.dtype == torch.int32
+        found += listed.tolist()
+    expected = []
+    for m in range(-(-Sq // (tiles.tile_m * stride))):
+        last_key = min((m + 1) * tiles.tile_m * stride, Sq) - 1 + Sk - Sq
+        seen = [n for n in range(columns) if n * tiles.tile_n * stride <= last_key]
+        expected += [m * columns + n for n in seen]
+    assert sorted(found) == expected
+
+
+def test_tiles_come_a_few_rows_at_a_time():
+    tiles = Tiles(32, 32, 32, 1, 1, raster=2)
+    rectangle = Rectangle(0, 3, 0, 3, True)
+    listed = seen_tiles(rectangle, 384, 384, 4, tiles, torch.device("cpu"))
+    assert listed.tolist() == [0, 3, 4, 6, 7, 8]
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])

@@ -5,6 +5,7 @@ from oracle import assert_smallest_set
 pytest.importorskip("triton")
 
 from xattn_video import select_blocks
+from xattn_video.kernels import block_selection as kernel
 from xattn_video.kernels.block_selection import block_selection
 from xattn_video.ops.blocks import BlockLists, ForcedBlocks
 from xattn_video.ops.selection import fewest_blocks
@@ -92,12 +93,44 @@ def test_text_is_forced(Sq, Sk, num_text_tokens, lengths, device):
     assert_same_lists(select(scores, 0.3, forced), expected)
 
 
-@pytest.mark.parametrize(("Sq", "Sk"), [(320, 320), (100, 333)])
-def test_the_diagonal_and_key_block_0_are_forced_in_causal_attention(Sq, Sk, device):
+def unseen_blocks(Sq, Sk, device):
+    """Blocks of which a row's last query sees no key, `[Nq, Nk]`."""
+    last_query = torch.arange(1, -(-Sq // BLOCK_SIZE) + 1, device=device) * BLOCK_SIZE
+    last_key = last_query.clamp(max=Sq) - 1 + Sk - Sq
+    return torch.arange(-(-Sk // BLOCK_SIZE), device=device) * BLOCK_SIZE > last_key[:, None]
+
+
+@pytest.mark.parametrize("by_count", [False, True])
+@pytest.mark.parametrize(("Sq", "Sk"), [(320, 320), (100, 333), (640, 1000), (1000, 1000)])
+def test_causal_attention_forces_the_diagonal_and_key_block_0(
+    Sq, Sk, by_count, monkeypatch, device
+):
+    """What lies above the diagonal is not even read."""
+    monkeypatch.setattr(kernel, "_FEWEST_COLUMNS", 4)
     forced = ForcedBlocks(Sq, Sk, BLOCK_SIZE, causal=True)
-    scores = exact_scores(1, 1, -(-Sq // BLOCK_SIZE), -(-Sk // BLOCK_SIZE), device)
-    expected = select_blocks(scores, 0.4, forced=forced.to_mask(device))
-    assert_same_lists(select(scores, 0.4, forced), expected)
+    scores = exact_scores(1, 2, -(-Sq // BLOCK_SIZE), -(-Sk // BLOCK_SIZE), device)
+    unseen = unseen_blocks(Sq, Sk, device)
+    expected = fewest_blocks(
+        scores.masked_fill(unseen, 0),
+        torch.tensor(0.4, device=device),
+        forced.to_mask(device).expand_as(scores),
+        by_count,
+    )
+    scores.masked_fill_(unseen, torch.nan)
+    assert_same_lists(select(scores, 0.4, forced, by_count), expected)
+
+
+@pytest.mark.parametrize(
+    ("Nq", "Nk", "before"), [(40, 40, -1), (7, 40, 32), (3, 5, 5), (1, 1, -1)]
+)
+def test_rows_are_grouped_by_what_they_see(Nq, Nk, before, monkeypatch):
+    monkeypatch.setattr(kernel, "_FEWEST_COLUMNS", 4)
+    rows = []
+    for first, number, columns in kernel._row_groups(Nq, Nk, before):
+        rows += [*range(first, first + number)]
+        assert columns >= min(before + first + number + 1, Nk)
+        assert columns < max(2 * (before + first + 2), 5)
+    assert rows == [*range(Nq)]
 
 
 def test_forced_mass_counts(device):

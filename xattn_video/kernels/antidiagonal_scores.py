@@ -1,16 +1,15 @@
 """Antidiagonal block scores: one matrix product of which only sums over key blocks are stored.
 
 With groups of `stride` tokens, this is a plain matrix product with the inner dimension `stride *
-head_dim`. The first kernel computes it tile by tile. For each row of a tile and each key block, it
-stores the sum of exp2(product - maximum of the row in this tile), and the maximum. The second
-kernel takes a row of blocks, rescales its sums to the maximum over all keys, and adds them up to
-scores. Memory holds the sums of a few heads at a time, never the product.
+head_dim`. The first kernel computes it tile by tile; of causal attention it leaves out the tiles
+that no query sees. For each row of a tile and each key block, it stores the sum of exp2(product -
+maximum of the row in this tile), and the maximum. The second kernel takes a row of blocks,
+rescales its sums to the maximum over all keys, and adds them up to scores. Memory holds the sums
+of a few heads at a time, never the product.
 """
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +18,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xattn_video.kernels.float8_groups import quantize_groups, sampled_mean
-from xattn_video.kernels.scoring_tiles import Tiles, choose_tiles, program_count
+from xattn_video.kernels.scoring_tiles import (
+    choose_tiles,
+    program_count,
+    rectangles,
+    seen_tiles,
+)
 from xattn_video.kernels.support import (
     INTERPRETING,
     kernel_unsupported_reasons,
@@ -53,20 +57,22 @@ def _locate(tile, num_m, num_n, RASTER: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "first_head", "num_heads", "H", "group_size", "Sq", "Sk", "first_m", "num_m", "first_n",
-        "num_n",
+        "first_head", "num_heads", "H", "group_size", "Sq", "Sk", "num_tiles", "first_m", "num_m",
+        "first_n", "num_n",
     ]
 )  # fmt: skip
 def _partial_sums_kernel(
     query, key, query_scales_ptr, key_scales_ptr, partial_ptr, maxima_ptr, key_lengths_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    first_head, num_heads, H, group_size, Sq, Sk, first_m, num_m, first_n, num_n, scale_log2,
+    tiles_ptr, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    first_head, num_heads, H, group_size, Sq, Sk, num_tiles, first_m, num_m, first_n, num_n,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, RASTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A rectangle of num_m x num_n tiles of some heads, by programs that take turns.
 
+    With ``tiles_ptr`` only those listed there run, m * tiles_n + n each.
     With DESCRIPTORS query and key are TMA descriptors `[B, H, STRIDE, whole groups, HEAD_DIM]` and
     the rectangle holds no group that an end cuts; else they are pointers. 8-bit operands come with
     the scales of their groups, `[B, H, groups]` and `[B, Hkv, groups]`.
@@ -76,11 +82,15 @@ def _partial_sums_kernel(
     tiles_m = tl.cdiv(Sq, TILE_M * STRIDE)
     tiles_n = tl.cdiv(Sk, TILE_N * STRIDE)
     for turn in tl.range(
-        tl.program_id(0), num_heads * num_m * num_n, tl.num_programs(0), flatten=True
+        tl.program_id(0), num_heads * num_tiles, tl.num_programs(0), flatten=True
     ):
-        local_head = turn // (num_m * num_n)
-        m, n = _locate(turn % (num_m * num_n), num_m, num_n, RASTER)
-        m, n = m + first_m, n + first_n
+        local_head = turn // num_tiles
+        if tiles_ptr is not None:
+            tile = tl.load(tiles_ptr + turn % num_tiles)
+            m, n = tile // tiles_n, tile % tiles_n
+        else:
+            m, n = _locate(turn % num_tiles, num_m, num_n, RASTER)
+            m, n = m + first_m, n + first_n
         b, h = (first_head + local_head) // H, (first_head + local_head) % H
         key_h = h // group_size
         groups_m = m * TILE_M + tl.arange(0, TILE_M)
@@ -163,42 +173,46 @@ def _block_scores_kernel(
     partial_ptrs = partial_ptr + rows[:, None] * (tiles_n * COLUMNS)
     maxima_ptrs = maxima_ptr + rows[:, None] * tiles_n
     offsets = tl.arange(0, STEP)
+    block_end = tl.maximum(tl.max(ends, axis=0), 0)
+    # What no query of the row sees has not been computed.
+    seen_columns = tl.cdiv(block_end, BLOCK_SIZE)
+    seen_tiles = tl.cdiv(seen_columns, COLUMNS)
 
     # [GROUPS, STEP], reduced once: Triton 3.7 fails on a reduction in a loop whose result has two
     # uses.
     highest = tl.full([GROUPS, STEP], _LOWEST, dtype=tl.float32)
-    for first in tl.range(0, tiles_n, STEP):
+    for first in tl.range(0, seen_tiles, STEP):
         tiles = (first + offsets)[None, :]
-        maxima = tl.load(maxima_ptrs + tiles, mask=tiles < tiles_n, other=_LOWEST)
+        maxima = tl.load(maxima_ptrs + tiles, mask=tiles < seen_tiles, other=_LOWEST)
         highest = tl.maximum(highest, maxima)
     # [GROUPS, 1]
     row_maximum = tl.max(highest, axis=1)[:, None]
     sums = tl.zeros([GROUPS, STEP], dtype=tl.float32)
-    for first in tl.range(0, Nk, STEP):
+    for first in tl.range(0, seen_columns, STEP):
         columns = (first + offsets)[None, :]
-        partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
-        maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
+        seen = columns < seen_columns
+        partial = tl.load(partial_ptrs + columns, mask=seen, other=0.0)
+        maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=seen, other=_LOWEST)
         sums += partial * tl.exp2(maxima - row_maximum)
     row_sum = tl.sum(sums, axis=1)
 
     seeing = tl.sum((ends > 0).to(tl.int32), axis=0)
     share = tl.where(ends > 0, 1.0 / tl.where(ends > 0, row_sum, 1.0), 0.0)
     share = share / tl.maximum(seeing, 1).to(tl.float32)
-    block_end = tl.max(ends, axis=0)
     scores_ptr += ((first_head + local_head) * Nq + block_row) * Nk
-    for first in tl.range(0, Nk, STEP):
+    for first in tl.range(0, seen_columns, STEP):
         columns = (first + offsets)[None, :]
-        partial = tl.load(partial_ptrs + columns, mask=columns < Nk, other=0.0)
-        maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=columns < Nk, other=_LOWEST)
+        seen = columns < seen_columns
+        partial = tl.load(partial_ptrs + columns, mask=seen, other=0.0)
+        maxima = tl.load(maxima_ptrs + columns // COLUMNS, mask=seen, other=_LOWEST)
         mass = partial * tl.exp2(maxima - row_maximum) * share[:, None]
         # [STEP]
         scores = tl.maximum(
             tl.sum(mass, axis=0), _SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL
         )
-        valid = (first + offsets) * BLOCK_SIZE < block_end
-        tl.store(
-            scores_ptr + first + offsets, tl.where(valid, scores, 0.0), mask=first + offsets < Nk
-        )
+        tl.store(scores_ptr + first + offsets, scores, mask=first + offsets < seen_columns)
+    for first in tl.range(seen_columns, Nk, STEP):
+        tl.store(scores_ptr + first + offsets, 0.0, mask=first + offsets < Nk)
 
 
 def _describe(tensor: Tensor, stride: int, tile_s: int, tile_k: int) -> TensorDescriptor:
@@ -211,35 +225,6 @@ def _describe(tensor: Tensor, stride: int, tile_s: int, tile_k: int) -> TensorDe
         [stride_b, stride_h, stride_s, stride_s * stride, 1],
         [1, 1, 1, tile_s, tile_k],
     )
-
-
-class _Rectangle(NamedTuple):
-    """Tiles of one launch."""
-
-    first_m: int
-    num_m: int
-    first_n: int
-    num_n: int
-    descriptors: bool
-
-
-def _rectangles(
-    query: Tensor, key: Tensor, stride: int, tiles: Tiles, descriptors: bool
-) -> Iterator[_Rectangle]:
-    """Launches that cover all tiles: those with a cut group apart, loaded through pointers."""
-    Sq, Sk = query.shape[2], key.shape[2]
-    tiles_m = triton.cdiv(Sq, tiles.tile_m * stride)
-    tiles_n = triton.cdiv(Sk, tiles.tile_n * stride)
-    if not descriptors:
-        yield _Rectangle(0, tiles_m, 0, tiles_n, False)
-        return
-    whole_m, whole_n = tiles_m - (Sq % stride > 0), tiles_n - (Sk % stride > 0)
-    if whole_m and whole_n:
-        yield _Rectangle(0, whole_m, 0, whole_n, True)
-    if whole_n < tiles_n:
-        yield _Rectangle(0, tiles_m, whole_n, 1, False)
-    if whole_m < tiles_m and whole_n:
-        yield _Rectangle(whole_m, 1, 0, whole_n, False)
 
 
 def unsupported_reasons(
@@ -328,8 +313,14 @@ def antidiagonal_scores(
     with torch.cuda.device_of(query):
         for first_head in range(0, B * H, heads):
             num_heads = min(heads, B * H - first_head)
-            for launch in _rectangles(query, key, stride, tiles, descriptors):
-                turns = num_heads * launch.num_m * launch.num_n
+            for launch in rectangles(Sq, Sk, stride, tiles, descriptors):
+                listed, num_tiles = None, launch.num_m * launch.num_n
+                if causal:
+                    listed = seen_tiles(launch, Sq, Sk, stride, tiles, query.device)
+                    num_tiles = len(listed)
+                if num_tiles == 0:
+                    continue
+                turns = num_heads * num_tiles
                 sources = query, key
                 if launch.descriptors:
                     sources = (
@@ -338,9 +329,9 @@ def antidiagonal_scores(
                     )
                 _partial_sums_kernel[(min(programs, turns),)](
                     *sources, query_scales, key_scales, partial, maxima, key_lengths,
-                    *query.stride()[:3], *key.stride()[:3],
-                    first_head, num_heads, H, H // key.shape[1], Sq, Sk, *launch[:4],
-                    scale / stride * math.log2(math.e),
+                    listed, *query.stride()[:3], *key.stride()[:3],
+                    first_head, num_heads, H, H // key.shape[1], Sq, Sk, num_tiles,
+                    *launch[:4], scale / stride * math.log2(math.e),
                     HEAD_DIM=D, BLOCK_SIZE=block_size, STRIDE=stride, CAUSAL=causal,
                     TILE_M=tiles.tile_m, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
                     RASTER=tiles.raster, DESCRIPTORS=launch.descriptors, INPUT_PRECISION="ieee",

@@ -6,6 +6,8 @@ not negative. Sums run in one fixed order and rounding is monotonic, so that the
 grows with the cut. Where blocks are counted each weighs 1 in place of its mass.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,8 @@ from torch import Tensor
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 # The smallest normal float32, which a single valid block reaches.
 _SMALLEST_TARGET = tl.constexpr(2.0**-126)
+# Rows that see fewer blocks are not worth a kernel of their own.
+_FEWEST_COLUMNS = 256
 
 
 @triton.jit
@@ -47,17 +51,22 @@ def _cut_bits(bits, weights, kept, target):
     return low
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "Nq", "Nk", "num_video_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "H", "Sq", "Sk", "Nq", "Nk", "num_video_tokens", "first_row", "num_rows",
+    ]
+)  # fmt: skip
 def _block_selection_kernel(
     scores_ptr, threshold_ptr, key_lengths_ptr, counts_ptr, indices_ptr,
-    stride_tb, stride_th, stride_tm, H, Sq, Sk, Nq, Nk, num_video_tokens,
+    stride_tb, stride_th, stride_tm, H, Sq, Sk, Nq, Nk, num_video_tokens, first_row, num_rows,
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
     BY_COUNT: tl.constexpr, PADDED_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row of blocks."""
-    row = tl.program_id(0).to(tl.int64)
-    m = (row % Nq).to(tl.int32)
-    b, h = row // Nq // H, row // Nq % H
+    """One of ``num_rows`` rows of blocks of a head, which see no block beyond PADDED_COLUMNS."""
+    m = first_row + tl.program_id(0) % num_rows
+    head = (tl.program_id(0) // num_rows).to(tl.int64)
+    row = head * Nq + m
+    b, h = head // H, head % H
     key_length = Sk
     if key_lengths_ptr is not None:
         key_length = tl.load(key_lengths_ptr + b)
@@ -65,8 +74,11 @@ def _block_selection_kernel(
 
     columns = tl.arange(0, PADDED_COLUMNS)
     inside = columns < Nk
+    seen = inside
+    if CAUSAL:
+        seen = columns * BLOCK_SIZE < tl.minimum((m + 1) * BLOCK_SIZE, Sq) + Sk - Sq
     # [PADDED_COLUMNS]
-    scores = tl.load(scores_ptr + row * Nk + columns, mask=inside, other=0.0)
+    scores = tl.load(scores_ptr + row * Nk + columns, mask=seen, other=0.0)
     total = tl.sum(scores, axis=0)
     weights = scores
     target = threshold * total
@@ -102,6 +114,23 @@ def _block_selection_kernel(
     positions = tl.where(keep, kept_through - 1, count + columns - kept_through)
     tl.store(indices_ptr + row * Nk + positions, columns, mask=inside)
     tl.store(counts_ptr + row, count)
+    for first in tl.range(PADDED_COLUMNS, Nk, PADDED_COLUMNS):
+        unseen = first + columns
+        tl.store(indices_ptr + row * Nk + unseen, unseen, mask=unseen < Nk)
+
+
+def _row_groups(Nq: int, Nk: int, before: int) -> Iterator[tuple[int, int, int]]:
+    """First row, number of rows, and a power of two of columns that holds all they see.
+
+    Row m sees ``before`` + m + 2 key blocks at most.
+    """
+    widest = triton.next_power_of_2(Nk)
+    row = 0
+    while row < Nq:
+        columns = min(max(triton.next_power_of_2(before + row + 2), _FEWEST_COLUMNS), widest)
+        stop = Nq if columns == widest else min(columns - before - 1, Nq)
+        yield row, stop - row, columns
+        row = stop
 
 
 def block_selection(
@@ -123,7 +152,8 @@ def block_selection(
     a valid text query. Then follow blocks by falling score; of equal scores, the first block wins.
 
     Args:
-        scores: float32 `[B, H, Nq, Nk]`, not negative.
+        scores: float32 `[B, H, Nq, Nk]`, not negative. If ``causal``, blocks above the diagonal
+            are not read, and count as 0.
         threshold: float32 `[B, H, Nq]`, any strides, on the same device. A value that is not above
             0 keeps the best block; a value that is not below 1, NaN included, keeps every block.
         query_length: Sq.
@@ -144,14 +174,16 @@ def block_selection(
     scores = scores.contiguous()
     counts = torch.empty(B, H, Nq, dtype=torch.int32, device=scores.device)
     indices = torch.empty(B, H, Nq, Nk, dtype=torch.int32, device=scores.device)
-    padded_columns = triton.next_power_of_2(Nk)
+    # The block of the last key before the first query; -1 if there is none.
+    before = (key_length - query_length - 1) // block_size if causal else Nk
     with torch.cuda.device_of(scores):
-        _block_selection_kernel[(B * H * Nq,)](
-            scores, threshold, key_lengths, counts, indices, *threshold.stride(),
-            H, query_length, key_length, Nq, Nk, key_length - num_text_tokens,
-            BLOCK_SIZE=block_size, CAUSAL=causal, TEXT=num_text_tokens > 0,
-            BY_COUNT=by_count, PADDED_COLUMNS=padded_columns,
-            # 32 blocks a thread; more warps would wait for each other in every sum.
-            num_warps=max(1, padded_columns // 1024),
-        )  # fmt: skip
+        for first_row, num_rows, padded_columns in _row_groups(Nq, Nk, before):
+            _block_selection_kernel[(B * H * num_rows,)](
+                scores, threshold, key_lengths, counts, indices, *threshold.stride(),
+                H, query_length, key_length, Nq, Nk, key_length - num_text_tokens,
+                first_row, num_rows, BLOCK_SIZE=block_size, CAUSAL=causal,
+                TEXT=num_text_tokens > 0, BY_COUNT=by_count, PADDED_COLUMNS=padded_columns,
+                # 32 blocks a thread; more warps would wait for each other in every sum.
+                num_warps=max(1, padded_columns // 1024),
+            )  # fmt: skip
     return counts, indices

@@ -1,7 +1,10 @@
 """How the scoring kernel cuts its work: the tiles for each dtype and device."""
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +61,56 @@ def choose_tiles(query: Tensor, key: Tensor, groups: int) -> Tiles:
         tile_k=math.gcd(tiles.tile_k, query.shape[-1]),
         descriptors=tiles.descriptors and all(map(fits_descriptor, (query, key))),
     )
+
+
+class Rectangle(NamedTuple):
+    """Tiles of one launch."""
+
+    first_m: int
+    num_m: int
+    first_n: int
+    num_n: int
+    descriptors: bool
+
+
+def rectangles(
+    Sq: int, Sk: int, stride: int, tiles: Tiles, descriptors: bool
+) -> Iterator[Rectangle]:
+    """Launches that cover all tiles: those with a cut group apart, loaded through pointers."""
+    tiles_m = -(-Sq // (tiles.tile_m * stride))
+    tiles_n = -(-Sk // (tiles.tile_n * stride))
+    if not descriptors:
+        yield Rectangle(0, tiles_m, 0, tiles_n, False)
+        return
+    whole_m, whole_n = tiles_m - (Sq % stride > 0), tiles_n - (Sk % stride > 0)
+    if whole_m and whole_n:
+        yield Rectangle(0, whole_m, 0, whole_n, True)
+    if whole_n < tiles_n:
+        yield Rectangle(0, tiles_m, whole_n, 1, False)
+    if whole_m < tiles_m and whole_n:
+        yield Rectangle(whole_m, 1, 0, whole_n, False)
+
+
+# Cached, because every layer of a forward pass asks for the same.
+@functools.lru_cache(maxsize=64)
+def seen_tiles(
+    rectangle: Rectangle, Sq: int, Sk: int, stride: int, tiles: Tiles, device: torch.device
+) -> Tensor:
+    """The tiles of a rectangle that causal queries see, ``raster`` rows of tiles at a time.
+
+    Returns:
+        int32: row * columns of tiles + column of each tile.
+    """
+    tokens_m, tokens_n = tiles.tile_m * stride, tiles.tile_n * stride
+    bands = -(-rectangle.num_m // tiles.raster)
+    # [bands, 1, raster] and [num_n, 1]
+    rows = torch.arange(bands * tiles.raster, device="cpu").view(bands, 1, -1)
+    inside = rows < rectangle.num_m
+    rows = rows + rectangle.first_m
+    columns = torch.arange(rectangle.num_n, device="cpu")[:, None] + rectangle.first_n
+    last_keys = ((rows + 1) * tokens_m).clamp(max=Sq) - 1 + Sk - Sq
+    numbers = rows * -(-Sk // tokens_n) + columns
+    return numbers[inside & (columns * tokens_n <= last_keys)].to(device, torch.int32)
 
 
 def program_count(device: torch.device, tiles: Tiles) -> int:
