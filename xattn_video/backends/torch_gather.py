@@ -56,46 +56,41 @@ def _attend_head(
     query = inputs.query[item, head]
     tail = num_blocks * block_size - key_length
     offset = inputs.key.shape[2] - query.shape[0]
-    # Rows of whole blocks that see all of them, by how many they keep.
-    plain: dict[int, list[tuple[int, Tensor]]] = {}
+    # Rows of whole blocks in which every query sees a key, by how many blocks they keep and what
+    # is hidden of the last ones.
+    alike: dict[tuple[int, tuple[int, ...]], list[tuple[int, Tensor]]] = {}
     for row, listed in enumerate(rows):
         start = row * block_size
-        queries = query[start : start + block_size]
+        tokens = slice(start, start + block_size)
+        queries = query[tokens]
         # Blocks without a valid key come last, if any is listed.
         indices = listed if key_length == inputs.key.shape[2] else listed[listed < num_blocks]
         if len(indices) == 0:
-            out[item, head, start : start + block_size] = 0
+            out[item, head, tokens] = 0
             continue
         # The blocks ascend, so that the cut one, if it is kept, comes last.
         cut = tail if indices[-1] == num_blocks - 1 else 0
-        hides = inputs.causal and (int(indices[-1]) + 1) * block_size - 1 > start + offset
-        if len(queries) == block_size and not cut and not hides:
-            plain.setdefault(len(indices), []).append((row, indices))
+        late = _late_blocks(indices, start + offset, block_size) if inputs.causal else ()
+        blind = len(late) == len(indices) and late[0] > 0
+        if len(queries) == block_size and not cut and not blind:
+            alike.setdefault((len(indices), late), []).append((row, indices))
             continue
         picked = indices.to(key.device)
-        keys = key.index_select(0, picked).flatten(0, 1)
-        values = value.index_select(0, picked).flatten(0, 1)
-        num_keys = len(keys) - cut
-        visible = None
-        if hides:
-            positions = (picked[:, None] * block_size).add(
-                torch.arange(block_size, device=key.device)
-            )
-            last_visible = torch.arange(start, start + len(queries), device=key.device) + offset
-            visible = positions.flatten()[:num_keys] <= last_visible[:, None]
-        keys, values = keys[:num_keys], values[:num_keys]
-        out[item, head, start : start + block_size] = _attend(
-            queries, keys, values, visible, inputs.scale
-        )
+        num_keys = len(picked) * block_size - cut
+        keys = key.index_select(0, picked).flatten(0, 1)[:num_keys]
+        values = value.index_select(0, picked).flatten(0, 1)[:num_keys]
+        bias = _causal_bias(key, len(picked), late)
+        if bias is not None:
+            bias = bias[: len(queries), :num_keys]
+        out[item, head, tokens] = _attend(queries, keys, values, bias, inputs.scale)
         if lse is not None:
-            lse[item, head, start : start + block_size] = _log_sum_exp(
-                queries, keys, visible, inputs.scale
-            )
+            lse[item, head, tokens] = _log_sum_exp(queries, keys, bias, inputs.scale)
     whole = query[: len(query) // block_size * block_size].unflatten(0, (-1, block_size))
-    for alike in plain.values():
-        for first in range(0, len(alike), _ROWS_AT_ONCE):
-            some = alike[first : first + _ROWS_AT_ONCE]
-            attended = _attend_rows(whole, key, value, some, inputs.scale, lse is not None)
+    for (count, late), group in alike.items():
+        bias = _causal_bias(key, count, late)
+        for first in range(0, len(group), _ROWS_AT_ONCE):
+            some = group[first : first + _ROWS_AT_ONCE]
+            attended = _attend_rows(whole, key, value, some, bias, inputs.scale, lse is not None)
             for (row, _), row_out, row_lse in zip(some, *attended, strict=True):
                 tokens = slice(row * block_size, (row + 1) * block_size)
                 out[item, head, tokens] = row_out
@@ -103,18 +98,51 @@ def _attend_head(
                     lse[item, head, tokens] = row_lse
 
 
+def _late_blocks(indices: Tensor, last_key: int, block_size: int) -> tuple[int, ...]:
+    """Where the blocks begin that hold later keys than ``last_key``, relative to it."""
+    late = []
+    for block in reversed(indices.tolist()):
+        if (block + 1) * block_size - 1 <= last_key:
+            break
+        late.append(block * block_size - last_key)
+    return tuple(reversed(late))
+
+
+def _causal_bias(keys: Tensor, num_blocks: int, late: tuple[int, ...]) -> Tensor | None:
+    """-inf for what a row's queries do not see of its keys, else 0; None if they see all.
+
+    Args:
+        keys: `[N, block_size, D]`, which gives size, dtype and device.
+        num_blocks: Blocks that the row keeps.
+        late: The last of them, from `_late_blocks`.
+
+    Returns:
+        `[block_size, num_blocks * block_size]`.
+    """
+    if not late:
+        return None
+    block_size = keys.shape[1]
+    bias = keys.new_zeros(block_size, num_blocks, block_size)
+    positions = torch.arange(block_size, device=keys.device)
+    for place, first_key in enumerate(late, start=num_blocks - len(late)):
+        hidden = first_key + positions > positions[:, None]
+        bias[:, place].masked_fill_(hidden, -torch.inf)
+    return bias.flatten(1)
+
+
 def _attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rows: list[tuple[int, Tensor]],
+    bias: Tensor | None,
     scale: float,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of some rows, each over its own blocks, equally many: `[R, block_size, D]`.
 
-    Query, key and value are in blocks, `[N, block_size, D]`. The log-sum-exp, `[R, block_size]`,
-    means nothing unless it is needed.
+    Query, key and value are in blocks, `[N, block_size, D]`; each row takes the same bias,
+    `[block_size, keys]`. The log-sum-exp, `[R, block_size]`, means nothing unless it is needed.
     """
     numbers = torch.tensor([row for row, _ in rows], device=query.device)
     picked = torch.cat([indices for _, indices in rows]).to(key.device)
@@ -125,11 +153,11 @@ def _attend_rows(
     if needs_lse and query.device.type == "cpu":
         # What SDPA runs here, with the log-sum-exp that SDPA keeps to itself.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, scale=scale
+            queries, keys, values, attn_mask=bias, scale=scale
         )
         return out[:, 0], lse.view(len(rows), -1)
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[:, 0]
-    lse = _log_sum_exp(queries, keys, None, scale)[:, 0] if needs_lse else out[..., 0]
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)[:, 0]
+    lse = _log_sum_exp(queries, keys, bias, scale)[:, 0] if needs_lse else out[..., 0]
     return out, lse
 
 
@@ -140,20 +168,20 @@ def _split_blocks(tokens: Tensor, block_size: int) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """Dense attention of one head, `[Sq, D]`; a query that sees no key gets 0."""
     out = F.scaled_dot_product_attention(
-        query[None, None], key[None, None], value[None, None], attn_mask=visible, scale=scale
+        query[None, None], key[None, None], value[None, None], attn_mask=bias, scale=scale
     )[0, 0]
-    if visible is not None:
-        out = out.where(visible.any(dim=-1, keepdim=True), 0.0)
+    if bias is not None:
+        out = out.where((bias == 0).any(dim=-1, keepdim=True), 0.0)
     return out
 
 
-def _log_sum_exp(query: Tensor, key: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+def _log_sum_exp(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Natural logarithm of each query's sum of exponentials, float32 `[..., Sq]`."""
     products = (query.float() @ key.float().mT) * scale
-    if visible is not None:
-        products = products.masked_fill(~visible, -torch.inf)
+    if bias is not None:
+        products = products + bias
     return products.logsumexp(dim=-1)
