@@ -3,6 +3,7 @@ import torch
 from oracle import antidiagonal_block_scores, assert_within_budget, order_error
 
 from xattn_video import block_scores
+from xattn_video.ops import scoring
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import torch_block_scores
 
@@ -206,3 +207,23 @@ def test_mismatched_pairs_are_refused_with_their_shapes():
         block_scores(query[:, :, :0], key)
     with pytest.raises(ValueError, match="causal attention needs Sq <= Sk, got Sq=128, Sk=64"):
         block_scores(query, key[:, :, :64], causal=True)
+
+
+@pytest.mark.parametrize(("Sq", "Sk"), [(256, 256), (250, 401)])
+def test_causal_queries_are_not_multiplied_with_keys_above_the_diagonal(Sq, Sk, monkeypatch):
+    shapes = []
+    multiply = scoring._multiply_heads
+    monkeypatch.setattr(
+        scoring,
+        "_multiply_heads",
+        lambda rows, columns: shapes.append(columns.shape[-1]) or multiply(rows, columns),
+    )
+    query, key = torch.randn(1, 2, Sq, 16), torch.randn(1, 1, Sk, 16)
+    options = {"block_size": 64, "stride": 8, "causal": True}
+    actual = scoring.torch_block_scores(
+        query, key, **options, key_lengths=None, scale=0.25, chunk_size=64
+    )
+    expected = antidiagonal_block_scores(query, key, **options, scale=0.25)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-7)
+    ends = [min(stop, Sq) + Sk - Sq for stop in range(64, Sq + 64, 64)]
+    assert shapes == [-(-end // 8) for end in ends]

@@ -270,21 +270,26 @@ def torch_block_scores(
     for first_block in range(0, num_query_blocks, chunk_blocks):
         start = first_block * groups_per_block
         stop = min(start + chunk_blocks * groups_per_block, num_query_groups)
-        # [B, H, chunk of Gq, Gk]
-        logits = _multiply_heads(query_groups[:, :, start:stop].float(), key_groups)
+        # Key groups that a query of the chunk may see.
+        seen = num_key_groups
+        if causal:
+            seen = -(-(min(stop * stride, Sq) + Sk - Sq) // stride)
+        # [B, H, chunk of Gq, seen]
+        logits = _multiply_heads(query_groups[:, :, start:stop].float(), key_groups[..., :seen])
         logits.mul_(scale / stride)
-        visible = valid
+        visible = valid[..., :seen]
         if causal:
             last_queries = torch.arange(start + 1, stop + 1, device=device) * stride
             last_queries = last_queries.clamp(max=Sq) - 1
-            visible = valid & (first_keys <= last_queries[:, None] + Sk - Sq)
+            visible = visible & (first_keys[:seen] <= last_queries[:, None] + Sk - Sq)
         mass = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1)
         block_mass = _sum_blocks(mass, groups_per_block)
         block_visible = _sum_blocks(visible.float(), groups_per_block) > 0
         block_mass.clamp_(min=torch.finfo(torch.float32).tiny)
-        scores[:, :, first_block : first_block + block_mass.shape[2]] = block_mass.where(
-            block_visible, 0.0
-        )
+        rows = slice(first_block, first_block + block_mass.shape[2])
+        columns = block_mass.shape[3]
+        scores[:, :, rows, :columns] = block_mass.where(block_visible, 0.0)
+        scores[:, :, rows, columns:] = 0
     return scores
 
 
