@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from oracle import assert_within_budget, masked_attention
+from oracle import assert_within_budget, masked_attention, masked_log_sum_exp
 
 from xattn_video import BackendUnavailableError, block_sparse_attention
 from xattn_video.backends import flash4
@@ -47,15 +47,15 @@ def fake_kernel(monkeypatch, obey=True):
     """Put the formula in the kernel's place; without `obey` it ignores the lists."""
     calls = []
 
-    def attend(query, key, value, counts, indices, *, block_size, scale):
+    def attend(query, key, value, counts, indices, *, block_size, causal, scale):
         calls.append(counts.shape)
         mask = torch.ones(indices.shape, dtype=torch.bool)
         if obey:
             kept = torch.arange(indices.shape[-1]) < counts[..., None]
             mask = torch.zeros_like(mask).scatter(-1, indices.long(), kept)
-        options = {"block_size": block_size, "scale": scale}
+        options = {"block_size": block_size, "causal": causal, "scale": scale}
         out = masked_attention(query, key, value, mask, **options)
-        return out.to(query.dtype), torch.zeros(query.shape[:3])
+        return out.to(query.dtype), masked_log_sum_exp(query, key, mask, **options).float()
 
     monkeypatch.setattr(flash_attention_4, "block_sparse_forward", attend)
     return calls
@@ -95,7 +95,6 @@ def test_other_gpus_are_refused(capability, found):
         ({"dtype": torch.float32}, "dtype must be float16 or bfloat16, got torch.float32; "),
         ({"head_dim": 256}, "head_dim must be 64 or 128, got 256; "),
         ({"block_size": 64}, "block_size must be 128, got 64; "),
-        ({"causal": True}, "causal attention is not supported; "),
         ({"ragged": True}, "key lengths per item of the batch are not supported; "),
         ({"device": CPU}, "the device must be CUDA, got cpu; "),
     ],
@@ -157,9 +156,49 @@ def test_shared_key_heads_have_a_check_of_their_own(monkeypatch, fresh_check):
     assert len(calls) == 4
 
 
-def test_a_kernel_that_ignores_the_lists_is_refused(monkeypatch, fresh_check):
+def test_causal_attention_has_a_check_of_its_own(monkeypatch, fresh_check):
+    calls = fake_kernel(monkeypatch)
+    inputs = small_inputs()
+    flash4.forward(inputs)
+    out, _ = flash4.forward(dataclasses.replace(inputs, causal=True))
+    assert calls == [(1, 2, 3), (1, 1, 3), (1, 2, 3), (1, 1, 3)]
+    mask = inputs.blocks.to_mask()
+    tensors = inputs.query, inputs.key, inputs.value
+    expected = masked_attention(*tensors, mask, causal=True, scale=0.125)
+    torch.testing.assert_close(out, expected.to(out.dtype))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_kernel_that_ignores_the_lists_is_refused(causal, monkeypatch, fresh_check):
     fake_kernel(monkeypatch, obey=False)
     with pytest.raises(BackendUnavailableError, match="ignores the blocks and computes dense"):
+        flash4.forward(dataclasses.replace(small_inputs(), causal=causal))
+
+
+def test_a_kernel_that_is_not_causal_is_refused(monkeypatch, fresh_check):
+    fake_kernel(monkeypatch)
+    right = flash_attention_4.block_sparse_forward
+    monkeypatch.setattr(
+        flash_attention_4,
+        "block_sparse_forward",
+        lambda *args, **options: right(*args, **options | {"causal": False}),
+    )
+    flash4.forward(small_inputs())
+    with pytest.raises(BackendUnavailableError, match=r"is wrong .* in causal attention"):
+        flash4.forward(dataclasses.replace(small_inputs(), causal=True))
+
+
+@pytest.mark.parametrize("change", [lambda lse: lse / 2, torch.zeros_like, lambda lse: lse * 0])
+def test_a_wrong_log_sum_exp_is_refused(change, monkeypatch, fresh_check):
+    fake_kernel(monkeypatch)
+    right = flash_attention_4.block_sparse_forward
+
+    def wrong(*args, **options):
+        out, lse = right(*args, **options)
+        return out, change(lse)
+
+    monkeypatch.setattr(flash_attention_4, "block_sparse_forward", wrong)
+    with pytest.raises(BackendUnavailableError, match="is wrong on cpu"):
         flash4.forward(small_inputs())
 
 
@@ -177,9 +216,21 @@ def test_a_kernel_that_is_wrong_is_refused(monkeypatch, fresh_check, fill):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize(("Sq", "Sk"), [(512, 512), (997, 997), (129, 641), (413, 385)])
-def test_the_kernel_agrees_with_the_formula(Sq, Sk, D, dtype, device):
-    problem = Problem(device=device, dtype=dtype, head_dim=D, block_size=128)
+@pytest.mark.parametrize(
+    ("Sq", "Sk", "causal"),
+    [
+        (512, 512, False),
+        (997, 997, False),
+        (129, 641, False),
+        (413, 385, False),
+        (997, 997, True),
+        (129, 641, True),
+        (300, 513, True),
+        (100, 100, True),
+    ],
+)
+def test_the_kernel_agrees_with_the_formula(Sq, Sk, causal, D, dtype, device):
+    problem = Problem(device=device, dtype=dtype, head_dim=D, block_size=128, causal=causal)
     if reasons := flash4.unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     # Laid out as Diffusers does, the keys cut from a longer tensor.
@@ -189,9 +240,10 @@ def test_the_kernel_agrees_with_the_formula(Sq, Sk, D, dtype, device):
     mask = torch.rand(2, 3, -(-Sq // 128), -(-Sk // 128), device=device) < 0.5
     mask[0, 0, 0] = False
     mask[1, :, -1] = True
-    actual = block_sparse_attention(query, key, value, mask, backend="flash4")
-    expected = masked_attention(query, key, value, mask, block_size=128)
-    same_dtype = masked_attention(query, key, value, mask, block_size=128, dtype=dtype)
+    options = {"block_size": 128, "causal": causal}
+    actual = block_sparse_attention(query, key, value, mask, **options, backend="flash4")
+    expected = masked_attention(query, key, value, mask, **options)
+    same_dtype = masked_attention(query, key, value, mask, **options, dtype=dtype)
     assert actual.transpose(1, 2).is_contiguous()
     assert_within_budget(actual, expected, same_dtype)
 
@@ -210,7 +262,8 @@ def test_a_kernel_that_is_a_little_wrong_is_refused(factor, monkeypatch, fresh_c
         flash4.forward(small_inputs())
 
 
-def test_query_heads_are_never_packed(monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+def test_query_heads_are_never_packed(causal, monkeypatch):
     """Packed, the query heads of a key head would all follow the list of one of them."""
     given = {}
 
@@ -231,8 +284,9 @@ def test_query_heads_are_never_packed(monkeypatch):
     query, key = torch.randn(1, 4, 256, 64), torch.randn(1, 2, 256, 64)
     blocks = BlockLists.from_mask(torch.ones(1, 4, 2, 2, dtype=torch.bool))
     out, lse = flash_attention_4.block_sparse_forward(
-        query, key, key, blocks.counts, blocks.indices, block_size=128, scale=0.125
+        query, key, key, blocks.counts, blocks.indices, block_size=128, causal=causal, scale=0.125
     )
+    assert given["causal"] is causal
     assert given["pack_gqa"] is False
     assert given["return_lse"] is True
     assert given["block_sparse_tensors"].full_block_cnt is blocks.counts

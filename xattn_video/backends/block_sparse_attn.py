@@ -64,10 +64,13 @@ def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, 
 def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> None:
     """Check the kernel against the formula, once for each kind of input."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
-        return _attend(query, key, value, block_mask, None, head_dim**-0.5)
+    def attend(inputs: AttentionInputs) -> tuple[Tensor, None]:
+        block_mask = inputs.blocks.to_mask()
+        query, key, value = inputs.query, inputs.key, inputs.value
+        return _attend(query, key, value, block_mask, None, inputs.scale), None
 
-    check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY, grouped=grouped)
+    kind = Problem(device, dtype, head_dim, _BLOCK_SIZE)
+    check_on_small_problem(NAME, attend, kind, remedy=_REMEDY, grouped=grouped)
 
 
 def _attend(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from xattn_video.backends.probe import check_on_small_problem
 from xattn_video.kernels import flash_attention_4
-from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.problem import AttentionInputs, Problem
 
 NAME = "flash4"
@@ -26,8 +25,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
             f"block_size must be {_BLOCK_SIZE}, got {problem.block_size}; use {_BLOCK_SIZE}, or "
             "backend triton."
         )
-    if problem.causal:
-        reasons.append("causal attention is not supported; use backend triton.")
     if problem.ragged:
         reasons.append(
             "key lengths per item of the batch are not supported; cut key and value to one "
@@ -39,25 +36,29 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Walk the lists of kept blocks."""
     problem = inputs.problem
-    _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
-    out, lse = _attend(inputs.query, inputs.key, inputs.value, inputs.blocks, inputs.scale)
+    _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped, problem.causal)
+    out, lse = _attend(inputs)
     # The kernel makes it in any case.
     return out, lse if return_lse else None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: BlockLists, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return flash_attention_4.block_sparse_forward(
-        query, key, value, blocks.counts, blocks.indices, block_size=_BLOCK_SIZE, scale=scale
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.blocks.counts,
+        inputs.blocks.indices,
+        block_size=_BLOCK_SIZE,
+        causal=inputs.causal,
+        scale=inputs.scale,
     )
 
 
 @functools.cache
-def _check_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> None:
+def _check_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool, causal: bool
+) -> None:
     """Check the kernel against the formula, once for each kind of input."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor) -> Tensor:
-        return _attend(query, key, value, BlockLists.from_mask(block_mask), head_dim**-0.5)[0]
-
-    check_on_small_problem(NAME, attend, device, dtype, head_dim, remedy=_REMEDY, grouped=grouped)
+    kind = Problem(device, dtype, head_dim, _BLOCK_SIZE, causal, lse=True)
+    check_on_small_problem(NAME, _attend, kind, remedy=_REMEDY, grouped=grouped)

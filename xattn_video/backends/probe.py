@@ -3,73 +3,107 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.errors import BackendUnavailableError
+from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.problem import AttentionInputs, Problem
 
 # bfloat16 stays ten times below it; dense attention in the place of sparse exceeds it far.
 _LARGEST_RELATIVE_ERROR = 0.02
 _BLOCK_SIZE = 128
 _LENGTH = 300
+# Of causal attention, whose diagonal then passes through two key blocks of a row.
+_CAUSAL_KEY_LENGTH = 470
 
 
 def check_on_small_problem(
     name: str,
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
+    attend: Callable[[AttentionInputs], tuple[Tensor, Tensor | None]],
+    kind: Problem,
     *,
     remedy: str,
     grouped: bool = False,
 ) -> None:
-    """Run a backend's kernel on a small ragged problem in blocks of 128.
+    """Run a backend's kernel on a small ragged problem of a kind, in blocks of 128.
 
     Args:
         name: The backend.
-        attend: Its attention, from query, key, value `[1, 2, 300, D]` and the block mask.
-            Where grouped, key and value are `[1, 1, 300, D]`.
-        device: Where it runs.
-        dtype: Dtype of the inputs.
-        head_dim: D.
+        attend: Its attention; the log-sum-exp is checked too where it returns one. It is given
+            query, key and value `[1, 2, 300, D]`, where grouped key and value `[1, 1, 300, D]`;
+            in causal attention 470 keys.
+        kind: Device, dtype, head size, and whether attention is causal.
         remedy: What to do if the check fails.
         grouped: Whether both query heads share one key head.
 
     Raises:
         BackendUnavailableError: The kernel ignores the blocks, or its result is wrong.
     """
-    # The last block holds 44 keys; rows with it, without it, and with no block at all.
-    mask = torch.tensor([[[1, 0, 1], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]]])
-    block_mask = mask.bool()[None].to(device)
-    # On the CPU whatever the default device, as its generator asks.
-    generator = torch.Generator("cpu").manual_seed(0)
-    tensors = torch.randn(3, 1, 2, _LENGTH, head_dim, generator=generator, device="cpu")
-    query, key, value = tensors.to(device, dtype)
-    if grouped:
-        key, value = key[:, :1], value[:, :1]
-    found = attend(query, key, value, block_mask).float()
-
-    query, key, value = (tensor.float().expand(1, 2, -1, -1) for tensor in (query, key, value))
-    visible = block_mask.repeat_interleave(_BLOCK_SIZE, 2).repeat_interleave(_BLOCK_SIZE, 3)
-    visible = visible[:, :, :_LENGTH, :_LENGTH]
-    logits = (query @ key.mT * head_dim**-0.5).masked_fill(~visible, float("-inf"))
-    expected = logits.softmax(dim=-1).nan_to_num(0.0) @ value
-    error = _relative_error(found, expected)
+    inputs = _small_problem(kind, grouped)
+    found, found_lse = attend(inputs)
+    expected, expected_lse = _formula(inputs, inputs.blocks.to_mask())
+    errors = [_relative_error(found, expected)]
+    if found_lse is not None:
+        sees = expected_lse.isfinite()
+        agree = torch.equal(found_lse.isneginf(), ~sees)
+        errors.append(_relative_error(found_lse[sees], expected_lse[sees]) if agree else torch.inf)
+    # NaN if one of them is.
+    error = torch.tensor(errors).max().item()
     if error <= _LARGEST_RELATIVE_ERROR:
         return
-    dense = F.scaled_dot_product_attention(query, key, value)
+    dense, _ = _formula(inputs, torch.ones_like(inputs.blocks.indices, dtype=torch.bool))
     is_dense = _relative_error(found, dense) <= _LARGEST_RELATIVE_ERROR
     what = "ignores the blocks and computes dense attention" if is_dense else "is wrong"
     raise BackendUnavailableError(
         name,
         [
-            f"the installed kernel {what} on {device} with {dtype} and head_dim {head_dim}"
-            f"{' and a key head for several query heads' if grouped else ''} "
+            f"the installed kernel {what} on {kind.device} with {kind.dtype} and head_dim "
+            f"{kind.head_dim}{' in causal attention' * kind.causal}"
+            f"{' and a key head for several query heads' * grouped} "
             f"(relative error {error:.2g} in a check on first use); {remedy}"
         ],
     )
 
 
+def _small_problem(kind: Problem, grouped: bool) -> AttentionInputs:
+    """Random inputs whose last block is cut; rows with it, without it, and without any block."""
+    rows = [[[1, 0, 1], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]]]
+    key_length = _LENGTH
+    if kind.causal:
+        # Rows with both blocks that the diagonal cuts, one, none, and one that is hidden.
+        rows = [[[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1]], [[1, 0, 1, 0], [0] * 4, [0, 1, 0, 0]]]
+        key_length = _CAUSAL_KEY_LENGTH
+    mask = torch.tensor(rows, device=kind.device).bool()[None]
+    # On the CPU whatever the default device, as its generator asks.
+    generator = torch.Generator("cpu").manual_seed(0)
+    tensors = torch.randn(3, 1, 2, key_length, kind.head_dim, generator=generator, device="cpu")
+    query, key, value = tensors.to(kind.device, kind.dtype)
+    if grouped:
+        key, value = key[:, :1], value[:, :1]
+    return AttentionInputs(
+        query[:, :, :_LENGTH],
+        key,
+        value,
+        BlockLists.from_mask(mask),
+        _BLOCK_SIZE,
+        kind.causal,
+        None,
+        kind.head_dim**-0.5,
+    )
+
+
+def _formula(inputs: AttentionInputs, block_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the blocks of the mask in float32, and its log-sum-exp."""
+    query, key, value = (
+        tensor.float().expand(1, 2, -1, -1) for tensor in (inputs.query, inputs.key, inputs.value)
+    )
+    visible = block_mask.repeat_interleave(_BLOCK_SIZE, 2).repeat_interleave(_BLOCK_SIZE, 3)
+    visible = visible[:, :, : query.shape[2], : key.shape[2]]
+    if inputs.causal:
+        visible = visible.tril(key.shape[2] - query.shape[2])
+    logits = (query @ key.mT * inputs.scale).masked_fill(~visible, float("-inf"))
+    return logits.softmax(dim=-1).nan_to_num(0.0) @ value, logits.logsumexp(dim=-1)
+
+
 def _relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found.float() - expected).norm() / expected.norm())

@@ -64,6 +64,7 @@ def block_sparse_forward(
     indices: Tensor,
     *,
     block_size: int,
+    causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks.
@@ -75,10 +76,12 @@ def block_sparse_forward(
         counts: int32 `[B, H, Nq]`, blocks of each row.
         indices: int32 `[B, H, Nq, Nk]`, ascending: only the last of a row may be cut by Sk.
         block_size: 128.
+        causal: Whether query t sees keys up to t + Sk - Sq only. The kernel then masks every
+            listed block, wherever the diagonal passes.
         scale: Softmax scale.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; rows without a block are 0. And the natural
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; queries that see no key are 0. And the natural
         logarithm of the softmax's denominator, float32 `[B, H, Sq]`; there they are -inf.
     """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -102,6 +105,7 @@ def block_sparse_forward(
             key,
             value,
             softmax_scale=scale,
+            causal=causal,
             # Left to itself it packs the query heads of a key head into one tile, where the
             # lists without blocks, which are for one head, make it believe that all share theirs.
             pack_gqa=False,
