@@ -1,6 +1,6 @@
 """What a language model's attention really did: sparse or dense, by layer and by forward pass."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,8 @@ class PrefillRecorder:
         self.num_refused = 0
         self._forwards: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
-        self._layers: dict[int | None, _LayerTally] = {}
+        # Decoding counts every layer of every token: nothing is made twice.
+        self._layers: defaultdict[int | None, _LayerTally] = defaultdict(_LayerTally)
         self._backends: set[str] = set()
 
     def count_forward(self, decision: str, tokens: int) -> None:
@@ -180,11 +181,11 @@ class PrefillRecorder:
 
     def count_dense(self, layer: int | None, reason: str) -> None:
         """Count a layer that runs dense."""
-        self._tally(layer).dense[reason] += 1
+        self._layers[layer].dense[reason] += 1
 
     def count_sparse(self, layer: int | None, kept: Tensor, valid: int, backend: str) -> None:
         """Count a layer that ran sparse; ``kept`` is a scalar that stays on its device."""
-        tally = self._tally(layer)
+        tally = self._layers[layer]
         tally.sparse += 1
         tally.kept = kept if tally.kept is None else tally.kept + kept
         tally.valid += valid
@@ -203,9 +204,6 @@ class PrefillRecorder:
             self.num_refused,
             self.compiled,
         )
-
-    def _tally(self, layer: int | None) -> _LayerTally:
-        return self._layers.setdefault(layer, _LayerTally())
 
 
 def _as_layer(layer: int | None, tally: _LayerTally) -> LayerPrefill:
