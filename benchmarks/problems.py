@@ -4,6 +4,7 @@ from xattn_video.measure.attention_problems import AttentionProblem
 
 _TEXT_TOKENS = 256
 _SWEEP = (2, 4, 8, 16, 32, 64, 128, 256)
+_LLAMA_8B = {"heads": 32, "head_dim": 128, "key_heads": 8, "causal": True}
 
 PROBLEMS = {
     problem.name: problem
@@ -14,6 +15,7 @@ PROBLEMS = {
         AttentionProblem("demo-512p-65f", 17 * 32 * 32 + _TEXT_TOKENS, 2, 128),
         *(AttentionProblem(f"{size}k", size * 1024, 24, 128) for size in _SWEEP),
         *(AttentionProblem(f"cpu-{size}k", size * 1024, 4, 64) for size in _SWEEP[:4]),
+        *(AttentionProblem(f"llama-8b-{k}k", k * 1024, **_LLAMA_8B) for k in _SWEEP[1:]),
     )
 }
 
@@ -21,6 +23,7 @@ GROUPS = {
     "sweep": [f"{size}k" for size in _SWEEP if size >= 8],
     "small-sweep": [f"{size}k" for size in _SWEEP if size <= 32],
     "cpu-sweep": [f"cpu-{size}k" for size in _SWEEP[:4]],
+    "llama-8b": [f"llama-8b-{size}k" for size in _SWEEP if size >= 8],
 }
 """Names that stand for several problems."""
 

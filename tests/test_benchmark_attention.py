@@ -1,5 +1,6 @@
 """The attention benchmark: what it records, and that nothing wrong is ever timed."""
 
+import dataclasses
 import json
 import sys
 
@@ -25,6 +26,7 @@ from xattn_video.ops.selection import select_block_lists, select_blocks
 
 CPU = torch.device("cpu")
 TINY = AttentionProblem("tiny", length=900, heads=2, head_dim=16)
+CAUSAL = AttentionProblem("causal", 900, heads=4, head_dim=16, key_heads=2, causal=True)
 QUICK = Budget(repeats=2, max_seconds=5)
 NAMES = {"dense", "scoring", "selection", "attention", "xattention"}
 COLUMNS = {"name", "backend", "n", "heads", "head_dim", "dtype", "latency_ms", "peak_memory_gib"}
@@ -108,7 +110,44 @@ def test_a_density_is_met_by_real_selection(tensors):
     forced = tensors.forced_blocks()
     tau = threshold_for_density(scores, 0.5, forced)
     blocks = select_block_lists(scores, tau, forced)
-    assert density_of(blocks) == pytest.approx(0.5, abs=0.07)
+    assert density_of(blocks, forced) == pytest.approx(0.5, abs=0.07)
+    assert density_of(blocks, forced) == blocks.to_mask().double().mean().item()
+
+
+def test_the_density_of_causal_attention_is_that_of_the_triangle():
+    tensors = clustered_tensors(CAUSAL, CPU, torch.float32)
+    assert tensors.key.shape == (1, 2, 900, 16)
+    scores = block_scores(tensors.query, tensors.key, causal=True)
+    forced = tensors.forced_blocks()
+    every = select_block_lists(scores, 1.0, forced)
+    assert every.counts.sum() == 4 * 8 * 9 / 2
+    assert density_of(every, forced) == 1
+    tau = threshold_for_density(scores, 0.6, forced)
+    assert density_of(select_block_lists(scores, tau, forced), forced) == pytest.approx(
+        0.6, abs=0.05
+    )
+
+
+def test_causal_attention_is_measured(run_benchmark, monkeypatch):
+    monkeypatch.setitem(benchmarks.problems.PROBLEMS, "tiny", CAUSAL)
+    found = run_benchmark("--density", "0.6", "--stride", "16")
+    assert found["failures"] == []
+    assert {row["name"] for row in found["rows"]} == NAMES
+    assert [row["backend"] for row in found["rows"] if row["name"] == "dense"] == ["sdpa"]
+    assert all(row["causal"] and row["key_heads"] == 2 for row in found["rows"])
+    assert all(row["error"] < 1e-5 for row in found["rows"])
+
+
+def test_attention_that_is_not_causal_is_found(run_benchmark, monkeypatch):
+    monkeypatch.setitem(benchmarks.problems.PROBLEMS, "tiny", CAUSAL)
+    right = torch_gather.forward
+    monkeypatch.setattr(
+        torch_gather,
+        "forward",
+        lambda inputs, return_lse: right(dataclasses.replace(inputs, causal=False), return_lse),
+    )
+    found = run_benchmark("--density", "0.6", "--dense", "none")
+    assert {row["name"] for row in found["failures"]} == {"attention", "xattention"}
 
 
 def test_a_backend_that_refuses_is_a_failure(run_benchmark):
@@ -217,6 +256,11 @@ def test_groups_are_taken_apart():
     assert names == ["cpu-8k", "8k", "16k", "32k", "64k", "128k", "256k"]
     lengths = [problem.length for problem in benchmarks.problems.find_problems(["cpu-sweep"])]
     assert lengths == [2048, 4096, 8192, 16384]
+    llama = benchmarks.problems.find_problems(["llama-8b"])
+    assert [problem.length for problem in llama] == [2**k for k in range(13, 19)]
+    assert {(problem.heads, problem.key_heads, problem.causal) for problem in llama} == {
+        (32, 8, True)
+    }
 
 
 def test_unknown_problems_are_refused(capsys):

@@ -85,7 +85,12 @@ def sparse_cases(tensors: AttentionTensors, grid: SparseGrid) -> Iterator[Case]:
         stride, precision = estimate
         how = {"stride": stride, "precision": precision}
         score = partial(
-            block_scores, tensors.query, tensors.key, stride=stride, precision=precision
+            block_scores,
+            tensors.query,
+            tensors.key,
+            stride=stride,
+            causal=tensors.causal,
+            precision=precision,
         )
         check = partial(check_scores, tensors=tensors, stride=stride)
         yield Case(_row(tensors, "scoring", **how), score, check)
@@ -94,9 +99,10 @@ def sparse_cases(tensors: AttentionTensors, grid: SparseGrid) -> Iterator[Case]:
         except (ValueError, RuntimeError):
             # Its own row says why; what rests on it is left out.
             continue
-        for tau, wanted in _thresholds(grid, scores, tensors.forced_blocks()):
-            blocks = select_block_lists(scores, tau, tensors.forced_blocks())
-            chosen = {**how, "threshold": tau, "density": density_of(blocks), **wanted}
+        forced = tensors.forced_blocks()
+        for tau, wanted in _thresholds(grid, scores, forced):
+            blocks = select_block_lists(scores, tau, forced)
+            chosen = {**how, "threshold": tau, "density": density_of(blocks, forced), **wanted}
             yield _selection_case(tensors, blocks, scores, chosen)
             for backend in grid.backends:
                 columns = {"backend": backend, **chosen}
@@ -135,7 +141,9 @@ def _attention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Colu
     def run() -> Tensor:
         query, key, value = tensors.query, tensors.key, tensors.value
         scale = query.shape[-1] ** -0.5
-        inputs = AttentionInputs(query, key, value, blocks, BLOCK_SIZE, False, None, scale)
+        inputs = AttentionInputs(
+            query, key, value, blocks, BLOCK_SIZE, tensors.causal, None, scale
+        )
         return compute_attention(inputs, columns["backend"])[0]
 
     return Case(
@@ -155,6 +163,7 @@ def _xattention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Col
         tensors.value,
         threshold=columns["threshold"],
         stride=columns["stride"],
+        causal=tensors.causal,
         scoring_precision=columns["precision"],
         num_text_tokens=tensors.num_text_tokens,
         backend=columns["backend"],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn_video.ops.blocks import BlockLists, ForcedBlocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks, count_causal_blocks
 from xattn_video.ops.selection import select_block_lists
 
 BLOCK_SIZE = 128
@@ -14,22 +14,25 @@ _BISECTIONS = 14
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """Self-attention over ``length`` tokens."""
+    """Self-attention over ``length`` tokens; fewer key heads if ``key_heads`` says so."""
 
     name: str
     length: int
     heads: int
     head_dim: int
     batch: int = 1
+    key_heads: int | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTensors:
-    """Query, key and value `[B, H, S, D]`, all tokens valid, the text last.
+    """Query `[B, H, S, D]`, key and value `[B, Hkv, S, D]`, all tokens valid, the text last.
 
     Attributes:
         name: Of the problem they belong to.
         from_model: Whether a model computed them; random otherwise.
+        causal: Whether a query sees no later key.
     """
 
     name: str
@@ -38,6 +41,7 @@ class AttentionTensors:
     value: Tensor
     num_text_tokens: int = 0
     from_model: bool = False
+    causal: bool = False
 
     @property
     def length(self) -> int:
@@ -46,14 +50,14 @@ class AttentionTensors:
 
     @property
     def dense_flops(self) -> float:
-        """Multiplications and additions of both matrix products, every pair of tokens counted."""
+        """Multiplications and additions of both matrix products, every visible pair counted."""
         B, H, S, D = self.query.shape
-        return 4.0 * B * H * S**2 * D
+        return 4.0 * B * H * D * (S * (S + 1) / 2 if self.causal else S**2)
 
     def forced_blocks(self) -> ForcedBlocks:
-        """The blocks of the text, which are computed at any score."""
+        """The blocks that are computed at any score: of the text, or of causal attention."""
         return ForcedBlocks(
-            self.length, self.length, BLOCK_SIZE, num_text_tokens=self.num_text_tokens
+            self.length, self.length, BLOCK_SIZE, self.causal, self.num_text_tokens
         )
 
     def describe(self) -> dict[str, object]:
@@ -66,8 +70,10 @@ class AttentionTensors:
             "n": S,
             "batch": B,
             "heads": H,
+            "key_heads": self.key.shape[1],
             "head_dim": D,
             "dtype": dtype,
+            "causal": self.causal,
         }
 
 
@@ -80,30 +86,40 @@ def clustered_tensors(
     ``focus`` gives fewer blocks more of it.
     """
     generator = torch.Generator(device).manual_seed(0)
-    shape = (problem.batch, problem.length, problem.heads, problem.head_dim)
+    key_heads = problem.key_heads or problem.heads
+    shape = (problem.batch, problem.length, key_heads, problem.head_dim)
     num_runs = -(-problem.length // BLOCK_SIZE)
+    group_size = problem.heads // key_heads
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
     runs = normal(shape[0], num_runs, *shape[2:]) * focus
     shared = runs.repeat_interleave(BLOCK_SIZE, dim=1)[:, : problem.length]
-    query, key = (normal(*shape).mul_(0.5).add_(shared).transpose(1, 2) for _ in range(2))
-    return AttentionTensors(problem.name, query, key, normal(*shape).transpose(1, 2))
+    of_queries = shared.repeat_interleave(group_size, dim=2) if group_size > 1 else shared
+    query, key = (
+        normal(*part.shape).mul_(0.5).add_(part).transpose(1, 2) for part in (of_queries, shared)
+    )
+    value = normal(*shape).transpose(1, 2)
+    return AttentionTensors(problem.name, query, key, value, causal=problem.causal)
 
 
 def threshold_for_density(scores: Tensor, density: float, forced: ForcedBlocks) -> float:
-    """The threshold whose selection keeps ``density`` of all blocks, as nearly as rows allow."""
+    """The threshold whose selection keeps ``density`` of the blocks, as nearly as rows allow."""
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if density_of(select_block_lists(scores, middle, forced)) < density:
+        if density_of(select_block_lists(scores, middle, forced), forced) < density:
             low = middle
         else:
             high = middle
     return high
 
 
-def density_of(blocks: BlockLists) -> float:
-    """Kept blocks over all blocks."""
-    return blocks.counts.sum().item() / blocks.indices.numel()
+def density_of(blocks: BlockLists, forced: ForcedBlocks) -> float:
+    """Kept blocks over those that dense attention would compute."""
+    B, H, num_rows, num_columns = blocks.indices.shape
+    of_head = num_rows * num_columns
+    if forced.causal:
+        of_head = count_causal_blocks(forced.query_length, forced.key_length, forced.block_size)
+    return blocks.counts.sum().item() / (B * H * of_head)

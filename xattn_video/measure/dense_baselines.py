@@ -25,21 +25,23 @@ def dense_kernels(
 ) -> Iterator[tuple[str, Callable[[], Tensor], int]]:
     """Name, call and valid keys of each baseline.
 
-    `STOCK` is PyTorch's own choice under the boolean mask of a padded prompt. All others see
-    every key and no mask.
+    `STOCK` is PyTorch's own choice under the boolean mask of a padded prompt; causal attention
+    has none. All others see every key, or every earlier one, and no mask.
     """
     query, key, value = tensors.query, tensors.key, tensors.value
     if not flash_attention_4.unsupported_reasons(query.device, query.dtype, query.shape[-1]):
-        yield "flash-attn-4", partial(_flash_attention_4, query, key, value), tensors.length
+        yield "flash-attn-4", partial(_flash_attention_4, tensors), tensors.length
     if query.is_cuda:
         named = {
             "cudnn": SDPBackend.CUDNN_ATTENTION,
             "flash-attn-2": SDPBackend.FLASH_ATTENTION,
         }
         for name, kernel in named.items():
-            yield name, partial(_sdpa, query, key, value, kernel), tensors.length
+            yield name, partial(_sdpa, tensors, kernel), tensors.length
     else:
-        yield "sdpa", partial(_sdpa, query, key, value, None), tensors.length
+        yield "sdpa", partial(_sdpa, tensors, None), tensors.length
+    if tensors.causal:
+        return
     mask = torch.ones(1, 1, 1, tensors.length, dtype=torch.bool, device=query.device)
     num_keys = max(1, tensors.length - _STOCK_PADDING)
     mask[..., num_keys:] = False
@@ -53,12 +55,19 @@ def best_dense(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     return min(dense, key=lambda row: float(row["latency_ms"]), default=None)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, kernel: SDPBackend | None) -> Tensor:
+def _sdpa(tensors: AttentionTensors, kernel: SDPBackend | None) -> Tensor:
     context: AbstractContextManager[None] = sdpa_kernel(kernel) if kernel else nullcontext()
+    query, key, value = tensors.query, tensors.key, tensors.value
+    grouped = query.shape[1] != key.shape[1]
     with context:
-        return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=tensors.causal, enable_gqa=grouped
+        )
 
 
-def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return flash_attention_4.dense_forward(query, key, value).transpose(1, 2)
+def _flash_attention_4(tensors: AttentionTensors) -> Tensor:
+    query, key, value = (
+        tensor.transpose(1, 2) for tensor in (tensors.query, tensors.key, tensors.value)
+    )
+    out = flash_attention_4.dense_forward(query, key, value, causal=tensors.causal)
+    return out.transpose(1, 2)

@@ -1,6 +1,7 @@
 """Checks what will be timed against the formula, on a few rows of blocks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn_video.errors import XAttentionError
@@ -44,7 +45,8 @@ def check_attention(
             kept = block_mask[:, heads, row, None].repeat_interleave(BLOCK_SIZE, dim=-1)
             weights = weights * kept[..., : weights.shape[-1]]
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        expected.append(weights @ tensors.value[:, heads, : weights.shape[-1]].float())
+        value = tensors.value[:, key_heads(tensors, heads), : weights.shape[-1]]
+        expected.append(weights @ value.float())
         found.append(out[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float())
     reference = torch.cat(expected, 2)
     return _checked(
@@ -83,19 +85,22 @@ def formula_scores(
     tensors: AttentionTensors, rows: list[int], heads: list[int], stride: int
 ) -> Tensor:
     """Some rows of the block scores by the formula in float32, `[B, heads, rows, N]`."""
-    key = tensors.key[:, heads].float()
-    scores = [
-        torch_block_scores(
-            tensors.query[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float(),
-            key,
+    key = tensors.key[:, key_heads(tensors, heads)].float()
+    num_blocks = -(-tensors.length // BLOCK_SIZE)
+    scores = []
+    for row in rows:
+        stop = min((row + 1) * BLOCK_SIZE, tensors.length)
+        # Later keys would move the diagonal, which is aligned at the end.
+        of_row = torch_block_scores(
+            tensors.query[:, heads, row * BLOCK_SIZE : stop].float(),
+            key[:, :, :stop] if tensors.causal else key,
             block_size=BLOCK_SIZE,
             stride=stride,
-            causal=False,
+            causal=tensors.causal,
             key_lengths=None,
             scale=key.shape[-1] ** -0.5,
         )
-        for row in rows
-    ]
+        scores.append(F.pad(of_row, (0, num_blocks - of_row.shape[-1])))
     return torch.cat(scores, dim=2)
 
 
@@ -103,9 +108,20 @@ def row_weights(
     tensors: AttentionTensors, row: int, heads: list[int], num_keys: int | None = None
 ) -> Tensor:
     """Softmax of one row of blocks over all valid keys, float32 `[B, heads, tokens, keys]`."""
-    query = tensors.query[:, heads, row * BLOCK_SIZE : (row + 1) * BLOCK_SIZE].float()
-    key = tensors.key[:, heads, :num_keys].float()
-    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)
+    start = row * BLOCK_SIZE
+    query = tensors.query[:, heads, start : start + BLOCK_SIZE].float()
+    key = tensors.key[:, key_heads(tensors, heads), :num_keys].float()
+    products = query @ key.mT * query.shape[-1] ** -0.5
+    if tensors.causal:
+        later = torch.ones(products.shape[-2:], dtype=torch.bool, device=key.device)
+        products.masked_fill_(later.triu(start + 1), float("-inf"))
+    return products.softmax(dim=-1)
+
+
+def key_heads(tensors: AttentionTensors, heads: list[int]) -> list[int]:
+    """The key heads of some query heads."""
+    group_size = tensors.query.shape[1] // tensors.key.shape[1]
+    return [head // group_size for head in heads]
 
 
 def sampled_rows(tensors: AttentionTensors) -> list[int]:
