@@ -11,7 +11,7 @@ BEGIN = "<!-- prefills: begin, written by benchmarks.write_page -->\n"
 END = "<!-- prefills: end -->"
 
 
-def render_prefills() -> str:
+def render() -> str:
     """A row for each report, the shortest prompt first, and what they ran on."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
     files.sort(key=lambda file: file["tokens"])

@@ -15,7 +15,15 @@ import torch
 from xattn_video.files import write_json
 from xattn_video.reporting.machine import installed_versions
 
-PACKAGES = ("torch", "triton", "diffusers", "flash-attn-4", "block-sparse-attn", "xattn-video")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "flash-attn-4",
+    "block-sparse-attn",
+    "xattn-video",
+)
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ what the package tells of a run at full size.
 import argparse
 from pathlib import Path
 
-from benchmarks import front, prefill_table
+from benchmarks import causal_table, front, prefill_table
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
@@ -57,9 +57,9 @@ def write_pages(folder: Path) -> None:
     prefills = folder / "docs/long_context.md"
     if prefills.exists():
         text = prefills.read_text(encoding="utf-8")
-        pages[prefills] = replace_between(
-            text, prefill_table.BEGIN, prefill_table.END, prefill_table.render_prefills()
-        )
+        for table in (prefill_table, causal_table):
+            text = replace_between(text, table.BEGIN, table.END, table.render())
+        pages[prefills] = text
     for picture in set(pictures.glob("*.png")) - set(drawn):
         picture.unlink()
     for path, text in pages.items():

@@ -39,7 +39,7 @@ ALLOWED = {
     "options": HOSTS | LANGUAGE | {"pipelines", "reporting", "options"},
     "cli": MEASURED | LANGUAGE | {"options", "cli"},
     "eval_vbench": MEASURED | {"options", "eval_vbench"},
-    "benchmarks": MEASURED | {"benchmarks"},
+    "benchmarks": MEASURED | LANGUAGE | {"benchmarks"},
     "scripts": MEASURED | {"scripts"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

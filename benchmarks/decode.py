@@ -1,0 +1,119 @@
+"""Times decoding with a model's own attention and with xattention, in turns.
+
+    python -m benchmarks.decode --model random:llama-3-8b --tokens 4096 --output decode.json
+
+Decoding runs dense under both names, so that what differs is the time to decide that.
+"""
+
+import argparse
+import inspect
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from benchmarks.results_writer import ResultsWriter, environment
+from xattn_video.files import user_path
+from xattn_video.language.model_sources import find_language_model
+from xattn_video.language.registration import enable_prefill
+
+ATTENTIONS = ("sdpa", "xattention")
+_WARM_UP_ROUNDS = 2
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = make_parser().parse_args(words)
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    context = arguments.tokens + len(ATTENTIONS) * arguments.steps * (
+        arguments.rounds + _WARM_UP_ROUNDS
+    )
+    results = ResultsWriter(arguments.output, environment(device, arguments.commit))
+    for name in arguments.model:
+        model = find_language_model(name, context).load(dtype, device)
+        seconds = time_rounds(model, arguments.tokens, arguments.rounds, arguments.steps)
+        row = {
+            "name": "decode",
+            "model": name,
+            "tokens": arguments.tokens,
+            "rounds": arguments.rounds,
+            "steps": arguments.steps,
+            "dtype": str(dtype).removeprefix("torch."),
+            **summarise(seconds, arguments.steps),
+        }
+        results.add(row, True)
+        print(row)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", action="append", required=True, help="as for `xattn-video prefill`; repeatable")
+    add("--tokens", type=int, default=4096, help="of the prompt")
+    add("--rounds", type=int, default=40, help="of each attention, one after the other")
+    add("--steps", type=int, default=8, help="tokens of a round")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--commit", help="commit of this repository, if git is not available")
+    add("--output", type=user_path, help="the JSON file")
+    return parser
+
+
+@torch.inference_mode()
+def time_rounds(
+    model: PreTrainedModel, num_tokens: int, rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds of each round; every second pair of rounds begins with the other attention."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    size = (1, num_tokens), model.config.vocab_size
+    prompt = torch.randint(size[1], size[0], generator=generator, device=model.device)
+    names = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {
+        # The argument's name until transformers 5.23, and from then on.
+        "cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config),
+        "logits_to_keep": 1,
+    }
+    token = _next_token(model, prompt, options)
+    seconds: dict[str, list[float]] = {name: [] for name in ATTENTIONS}
+    for number in range(rounds + _WARM_UP_ROUNDS):
+        for name in ATTENTIONS[:: -1 if number % 2 else 1]:
+            with _attention(model, name):
+                _wait(model.device)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    token = _next_token(model, token, options)
+                _wait(model.device)
+                seconds[name].append(time.perf_counter() - start)
+    return {name: times[_WARM_UP_ROUNDS:] for name, times in seconds.items()}
+
+
+def summarise(seconds: dict[str, list[float]], steps: int) -> dict[str, float]:
+    """Milliseconds a token, and how much longer xattention's rounds take than their neighbours."""
+    own, ours = (seconds[name] for name in ATTENTIONS)
+    per_token = 1e3 / steps
+    return {
+        "sdpa_ms": statistics.median(own) * per_token,
+        "xattention_ms": statistics.median(ours) * per_token,
+        "ratio": statistics.median(b / a for a, b in zip(own, ours, strict=True)),
+    }
+
+
+def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager[Any]:
+    return nullcontext() if name == "sdpa" else enable_prefill(model, None)
+
+
+def _next_token(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    """int64 `[1, 1]`, on the device."""
+    return model(tokens, **options).logits[:, -1:].argmax(dim=-1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
