@@ -39,7 +39,7 @@ from xattn_video.processors import context_parallel
 from xattn_video.processors.context_parallel import HUNYUAN_VIDEO_PLAN, is_split
 from xattn_video.processors.head_exchange import HeadExchange
 
-HEADS = 6
+HEADS = 12
 BY_HEAD = ThresholdSchedule(
     ((0, 0.5),), heads={(1, 0): ((0, 0.9),), (1, 5): ((0, 0.2),), (3, 4): ((0, 0.8),)}
 )
@@ -59,9 +59,10 @@ CASES: dict[str, tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any]]] =
     "kept blocks": ((5, 10, 14), (5,), {"threshold": None, "mask_every": 2} | COUNTED),
     "all of it": ((5, 10, 14), (5,), {"threshold": None, "refresh_every": 2} | COUNTED),
 }
+SOME = ("uneven", "batch", "by head", "dense")
 
 
-def six_heads() -> torch.nn.Module:
+def with_heads() -> torch.nn.Module:
     return tiny_transformer(num_attention_heads=HEADS)
 
 
@@ -86,7 +87,7 @@ def compare(split: Any, case: str) -> dict[str, Any]:
     size, lengths, given = CASES[case]
     options = {"warmup_steps": 0} | given
     inputs = latents_of(size, lengths)
-    alone, alone_processor = six_heads(), tiny_processor(**options)
+    alone, alone_processor = with_heads(), tiny_processor(**options)
     alone.set_attn_processor(alone_processor)
     expected = two_steps(alone, inputs)
     transformer, processor = split(tiny_processor(**options))
@@ -105,14 +106,14 @@ def compare(split: Any, case: str) -> dict[str, Any]:
 
 
 def ours(processor: Any) -> tuple[Any, Any]:
-    transformer = six_heads()
+    transformer = with_heads()
     transformer.set_attn_processor(processor)
     enable_context_parallel(transformer)
     return transformer, processor
 
 
 def as_diffusers_documents_it(processor: Any) -> tuple[Any, Any]:
-    transformer = six_heads()
+    transformer = with_heads()
     transformer.set_attn_processor(processor)
     config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
     transformer.enable_parallelism(config=config)
@@ -120,7 +121,7 @@ def as_diffusers_documents_it(processor: Any) -> tuple[Any, Any]:
 
 
 def before_the_processor(processor: Any) -> tuple[Any, Any]:
-    transformer = six_heads()
+    transformer = with_heads()
     config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
     transformer.enable_parallelism(config=config, cp_plan=HUNYUAN_VIDEO_PLAN)
     transformer.set_attn_processor(processor)
@@ -128,7 +129,7 @@ def before_the_processor(processor: Any) -> tuple[Any, Any]:
 
 
 def with_enable_xattention(processor: Any) -> tuple[Any, Any]:
-    pipe = tiny_pipeline(six_heads())
+    pipe = tiny_pipeline(with_heads())
     enable_context_parallel(pipe)
     handle = enable_xattention(pipe, processor.settings)
     return pipe.transformer, handle.processor
@@ -157,7 +158,7 @@ WAYS = {
 
 
 def pipeline_latents(split: bool) -> torch.Tensor:
-    pipe = tiny_pipeline(six_heads())
+    pipe = tiny_pipeline(with_heads())
     if split:
         enable_context_parallel(pipe)
     enable_xattention(pipe, tiny_processor(0.6, warmup_steps=1, cooldown_steps=1).settings)
@@ -183,10 +184,20 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return run_ranks(all_cases_and_ways, 2, tmp_path_factory.mktemp("ranks"))
 
 
+def some_cases() -> dict[str, Any]:
+    return {case: compare(ours, case) for case in SOME}
+
+
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of three ranks found."""
     return run_ranks(all_cases, 3, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of four ranks found."""
+    return run_ranks(some_cases, 4, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_same(ranks: list[Any], case: str) -> None:
@@ -208,6 +219,11 @@ def test_two_ranks_compute_what_one_process_does(two_ranks, case):
 @pytest.mark.parametrize("case", CASES)
 def test_three_ranks_compute_what_one_process_does(three_ranks, case):
     assert_same(three_ranks, case)
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_four_ranks_compute_what_one_process_does(four_ranks, case):
+    assert_same(four_ranks, case)
 
 
 def test_the_last_steps_counts_balance_the_next_step(two_ranks, three_ranks):
