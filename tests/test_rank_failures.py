@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def rank_one_hangs(rank):
         at_step_two(hang)
 
 
+def wait_for_a_gpu():
+    """As CUDA does: the main thread heeds no signal of the launcher, which has seen one end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    time.sleep(600)
+
+
+def rank_one_is_killed_and_rank_zero_waits(rank):
+    rank_watch.SUSPICION_SECONDS = 1.5
+    at_step_two(kill if rank == 1 else wait_for_a_gpu)
+
+
 def rank_one_is_stopped(rank):
     be_impatient()
     if rank == 1:
@@ -90,6 +103,7 @@ def rank_one_is_stopped(rank):
 ENDS = {
     rank_one_raises: ("error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB.", 0),
     rank_one_is_killed: ("error: rank 1: it ended without a message: killed, or", 0),
+    rank_one_is_killed_and_rank_zero_waits: ("error: rank 1: it ended without a message", 0),
     rank_zero_is_killed: ("error: rank 0: it ended without a message", 1),
     rank_one_is_stopped: ("error: rank 1: it has not answered for 2 s", 0),
     rank_one_hangs: ("error: rank 1: it has computed nothing for", 0),

@@ -28,6 +28,7 @@ _WAITING_GRACE, _WORKING_GRACE = 2.0, 25.0
 _TOLD_SECONDS = 10.0
 # Of the longest time between two layers.
 _SLOWNESS = 4
+_ENDED = "it ended without a message: killed, or out of host memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class RankWatch:
         self._reached = dict.fromkeys(range(count), (0, now))
         self._progress, self._slowest, self._ticked = 0, 0.0, now
         self._beats = 0
+        self._is_terminated = False
         self._found_at: float | None = None
         self._claim = threading.Lock()
         self._stopped = threading.Event()
@@ -95,12 +97,20 @@ class RankWatch:
         """Begin."""
         process = [socket.gethostname(), os.getpid()]
         self._store.set(f"process/{self._rank}", json.dumps(process))
+        # A main thread that waits for its GPU heeds no signal; this tells the other thread.
+        self._signals, self._wakeup = socket.socketpair()
+        self._signals.setblocking(False)
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         self._thread.start()
 
     def stop(self) -> None:
         """End, after all ranks are through."""
         self._stopped.set()
         self._thread.join()
+        signal.set_wakeup_fd(-1)
+        self._signals.close()
+        self._wakeup.close()
 
     def tick(self, *_: object) -> None:
         """Note that the main thread has got on; also a forward pre-hook."""
@@ -151,9 +161,7 @@ class RankWatch:
                     if heed_left:
                         return self.publish(said.removeprefix("left "), other)
                 elif now - since > SUSPICION_SECONDS:
-                    return self.publish(
-                        "it ended without a message: killed, or out of host memory", other
-                    )
+                    return self.publish(_ENDED, other)
             time.sleep(0.1)
         return self.failure
 
@@ -195,6 +203,7 @@ class RankWatch:
         while not self._stopped.wait(_BEAT_SECONDS):
             try:
                 self._beat()
+                self._note_signals()
                 self._judge()
             except RuntimeError:
                 # A launcher's store lives as long as the launcher, another as long as rank 0.
@@ -226,12 +235,20 @@ class RankWatch:
         if self._reached[rank][0] != progress:
             self._reached[rank] = (progress, now)
 
+    def _note_signals(self) -> None:
+        """Note whether the launcher ends this process, as it does when another has ended."""
+        with suppress(BlockingIOError):
+            if signal.SIGTERM in self._signals.recv(4096):
+                self._is_terminated = True
+
     def _judge(self) -> None:
         """Publish the failure of a rank that is silent, was interrupted or stands still."""
         now = time.monotonic()
         for other, (said, since) in self._heard.items():
             if said.startswith("left"):
                 self._publish(self._thread_store, RankFailure(other, said.removeprefix("left ")))
+            elif self._is_terminated and now - since > SUSPICION_SECONDS:
+                self._publish(self._thread_store, RankFailure(other, _ENDED))
             elif now - since > PATIENCE_SECONDS:
                 text = f"it has not answered for {PATIENCE_SECONDS:.0f} s"
                 self._publish(self._thread_store, RankFailure(other, text))
