@@ -1,4 +1,4 @@
-"""Tables of whole steps, for the pages on fewer blocks and on several GPUs."""
+"""Tables of whole steps, for the page on fewer blocks."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.pages import replace_between
-from xattn_video.reporting.tables import Table
+from xattn_video.reporting.tables import Table, figure
 
 # Of the whole video: 720x1280, 129 frames, 50 steps.
 NUM_VIDEO_TOKENS, NUM_STEPS = 118_800, 50
@@ -55,7 +55,6 @@ def render_step_pages(docs: Path) -> dict[Path, str]:
     """The pages of a folder that show such tables, with the tables of today."""
     sections = {
         "fewer-blocks.md": _settings(read_results(RESULTS / "fewer_blocks")),
-        "multi_gpu.md": _several_gpus(read_results(RESULTS / "multi_gpu")),
     }
     pages = {docs / name: section for name, section in sections.items() if (docs / name).exists()}
     return {
@@ -71,11 +70,11 @@ def _settings(files: list[ResultFile]) -> str:
     columns = {
         "setting": lambda row: row.get("setting") or row.get("threshold"),
         "step": lambda row: row["phase"],
-        "density": lambda row: _number(row["density"], ".3f"),
+        "density": lambda row: figure(row["density"], ".3f"),
         "seconds": lambda row: f"{row['latency_ms'] / 1e3:.2f}",
         "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
     }
-    return _section(files, Table.of(rows + means, columns, num_left=2))
+    return steps_section(files, Table.of(rows + means, columns, num_left=2))
 
 
 def _mean_steps(rows: list[ResultRow]) -> Iterator[ResultRow]:
@@ -119,32 +118,7 @@ def mean_step_ms(
     return total_ms / after
 
 
-def _several_gpus(files: list[ResultFile]) -> str:
-    """Each kind of step on one GPU and on several."""
-    pairs = [
-        (one, many)
-        for file in files
-        for many in file.content["rows"]
-        if many["gpus"] > 1
-        for one in file.content["rows"]
-        if one["gpus"] == 1 and one["phase"] == many["phase"]
-    ]
-    columns = {
-        "step": lambda pair: pair[1]["phase"],
-        "density": lambda pair: _number(pair[1]["density"], ".3f"),
-        "GPUs": lambda pair: pair[1]["gpus"],
-        "one GPU s": lambda pair: f"{pair[0]['latency_ms'] / 1e3:.2f}",
-        "seconds": lambda pair: f"{pair[1]['latency_ms'] / 1e3:.2f}",
-        "faster": lambda pair: f"{pair[0]['latency_ms'] / pair[1]['latency_ms']:.2f}x",
-        "exchanges": lambda pair: f"{pair[1]['exchange_ms'] / pair[1]['latency_ms']:.1%}",
-        "peak GiB of one": lambda pair: f"{pair[0]['peak_memory_gib']:.1f}",
-        "peak GiB a GPU": lambda pair: f"{pair[1]['peak_memory_gib']:.1f}",
-        "difference": lambda pair: f"{pair[1]['difference']:.1e}",
-    }
-    return _section(files, Table.of(pairs, columns))
-
-
-def _section(files: list[ResultFile], table: Table) -> str:
+def steps_section(files: list[ResultFile], table: Table) -> str:
     """The table and where it comes from."""
     lines = [table.markdown(), ""]
     for file in files:
@@ -152,10 +126,6 @@ def _section(files: list[ResultFile], table: Table) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items() if v)
         lines.append(f"- {content['gpu']}, {content['date']}, {versions}: `{content['command']}`")
     return "\n".join(lines) + "\n"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _seconds(value: float | None) -> str:

@@ -15,6 +15,7 @@ from benchmarks import causal_table, front, prefill_table
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
+from benchmarks.several_gpus import parts_record, render_several_gpus
 from benchmarks.step_tables import (
     PRESETS_BEGIN,
     PRESETS_END,
@@ -54,6 +55,9 @@ def write_pages(folder: Path) -> None:
     if (folder / "docs/fewer-blocks.md").exists():
         drawn.append(folder / "docs/images" / front.NAME)
         write_figure(drawn[-1], front.draw_front(front.read_points()), dpi=120)
+    several = folder / "docs/multi_gpu.md"
+    if several.exists():
+        pages[several] = render_several_gpus(several, videos)
     prefills = folder / "docs/long_context.md"
     if prefills.exists():
         text = prefills.read_text(encoding="utf-8")
@@ -66,7 +70,7 @@ def write_pages(folder: Path) -> None:
         write_text(path, text)
     carried = [folder / FULL_SIZE] if (folder / FULL_SIZE).exists() else []
     for path in carried:
-        write_json(path, full_size_record(videos))
+        write_json(path, {"whole": full_size_record(videos), "parts": parts_record(videos)})
     for path in (*pages, *carried, *drawn):
         print(f"wrote {path}")
 

@@ -10,6 +10,7 @@ from benchmarks import causal_table, prefill_table, results_writer, write_page
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
+from benchmarks.several_gpus import render_several_gpus
 from benchmarks.step_tables import (
     PRESETS_BEGIN,
     PRESETS_END,
@@ -305,6 +306,8 @@ def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_pa
 
 def test_the_tables_of_steps_are_what_the_files_say():
     pages = render_step_pages(ROOT / "docs")
-    assert [path.name for path in pages] == ["fewer-blocks.md", "multi_gpu.md"]
+    assert [path.name for path in pages] == ["fewer-blocks.md"]
+    several = ROOT / "docs/multi_gpu.md"
+    pages[several] = render_several_gpus(several, read_whole_videos())
     for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.write_page"

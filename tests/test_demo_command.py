@@ -134,6 +134,6 @@ def test_full_size_is_what_the_committed_results_say():
 
     committed = FullSize.read()
     record = full_size_record(read_whole_videos())
-    assert committed == FullSize(**record | {"sources": tuple(record["sources"])})
+    assert committed == FullSize.of_record(record)
     faster = replace(committed, sparse_seconds=committed.dense_seconds / 2)
     assert faster.figure.value == "2.00x"

@@ -19,6 +19,7 @@ from xattn_video.reporting.console import (
 from xattn_video.reporting.tables import Table
 
 if TYPE_CHECKING:
+    from xattn_video.measure.expected_seconds import ExpectedSeconds
     from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.memory import MemoryEstimate
     from xattn_video.pipelines.run_plan import RunPlan, SpeedupBound
@@ -35,18 +36,24 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Estimate a run without loading weights: tokens, steps, memory, and whether it pays."""
+    from xattn_video.measure.expected_seconds import expected_seconds
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.run_plan import plan_run
     from xattn_video.pipelines.source import find_model
 
-    run_plan = plan_run(read_model_shape(find_model(load.model)), video, sparse, load)
+    shape = read_model_shape(find_model(load.model))
+    run_plan = plan_run(shape, video, sparse, load)
+    expected = expected_seconds(shape, run_plan)
     if as_json:
-        typer.echo(json.dumps(run_plan.to_dict(), indent=2))
+        seconds = {"expected": None if expected is None else expected.to_dict()}
+        typer.echo(json.dumps(run_plan.to_dict() | seconds, indent=2))
     else:
-        print_plan(run_plan, output_console())
+        print_plan(run_plan, output_console(), expected)
 
 
-def print_plan(run_plan: "RunPlan", console: Console) -> None:
+def print_plan(
+    run_plan: "RunPlan", console: Console, expected: "ExpectedSeconds | None" = None
+) -> None:
     """Show a plan to a person; its warnings go to stderr."""
     frames, rows, columns = run_plan.grid
     memory = run_plan.memory
@@ -68,6 +75,7 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
         f"host about {memory.host:.1f} GiB",
         "offload": _offload(memory),
         **_shared(run_plan),
+        **({} if expected is None else {"seconds": expected.describe()}),
         "device": f"{run_plan.device}, {run_plan.dtype}"
         + (", not on this machine" if not run_plan.device_is_here else ""),
         "backend": _backend(run_plan),
@@ -75,9 +83,10 @@ def print_plan(run_plan: "RunPlan", console: Console) -> None:
     print_labelled(console, lines)
     if run_plan.speedup_bounds:
         console.print(
-            "\nLargest possible speed-up by density (share of blocks kept), arithmetic only:"
+            "\nLargest possible speed-up by density (share of blocks kept), arithmetic only"
+            + (":" if expected is None else ", and the seconds to expect:")
         )
-        console.print(_bounds_table(run_plan).terminal(console.width), crop=False)
+        console.print(_bounds_table(run_plan, expected).terminal(console.width), crop=False)
         console.print("* the paper's densities for HunyuanVideo, not a measurement")
     for warning in run_plan.warnings:
         print_warning(warning)
@@ -127,10 +136,12 @@ def _backend(run_plan: "RunPlan") -> str:
     return run_plan.backend or "none can run"
 
 
-def _bounds_table(run_plan: "RunPlan") -> Table:
+def _bounds_table(run_plan: "RunPlan", expected: "ExpectedSeconds | None") -> Table:
     columns: dict[str, Callable[[SpeedupBound], str]] = {
         "density": lambda bound: f"{bound.density:.3g}{'*' if bound.from_paper else ' '}",
         "a sparse step": lambda bound: f"{bound.step:.2f}x",
         f"all {run_plan.steps} steps": lambda bound: f"{bound.run:.2f}x",
     }
+    if expected is not None:
+        columns["a video"] = lambda bound: f"{expected.total(bound.density):.0f} s"
     return Table.of(run_plan.speedup_bounds, columns, num_left=0)

@@ -43,8 +43,12 @@ class FullSize:
     @classmethod
     def read(cls) -> "FullSize":
         """What the package carries."""
-        values = json.loads(_FULL_SIZE.read_text(encoding="utf-8"))
-        return cls(**values | {"sources": tuple(values["sources"])})
+        return cls.of_record(json.loads(_FULL_SIZE.read_text(encoding="utf-8"))["whole"])
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "FullSize":
+        """From plain values."""
+        return cls(**{**record, "sources": tuple(record["sources"])})
 
     @property
     def figure(self) -> Figure:

@@ -1,0 +1,97 @@
+"""Times the exchanges of one layer of HunyuanVideo at 720x1280x129, part by part, on two GPUs.
+
+torchrun --nproc-per-node 2 -m benchmarks.exchange --output results.json
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.launched_ranks import LaunchedRanks, launched_ranks
+from benchmarks.results_writer import ResultsWriter, environment
+from xattn_video.files import user_path
+from xattn_video.processors.head_exchange import HeadExchange
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--video-tokens", type=int, default=118_800)
+    add("--text-tokens", type=int, default=256)
+    add("--device", default="cuda")
+    add("--repeats", type=int, default=20)
+    add("--commit", help="commit of this repository, if git is not available")
+    add("--output", type=user_path)
+    arguments = parser.parse_args(words)
+    with launched_ranks(torch.device(arguments.device)) as ranks:
+        path = arguments.output if ranks.is_first else None
+        results = ResultsWriter(path, environment(ranks.device, arguments.commit))
+        tokens = (arguments.video_tokens, arguments.text_tokens)
+        for part, call in exchange_parts(ranks, *tokens).items():
+            row = {"name": "exchange", "gpus": ranks.count, "part": part, "n": sum(tokens)}
+            row["latency_ms"] = time_part(call, ranks, arguments.repeats)
+            results.add(row, True)
+            if ranks.is_first:
+                print(f"{part:<40} {row['latency_ms']:8.3f} ms", flush=True)
+
+
+def exchange_parts(
+    ranks: LaunchedRanks, video_tokens: int, text_tokens: int
+) -> dict[str, Callable[[], object]]:
+    """What is timed, with bfloat16 of HunyuanVideo's 24 heads of 128."""
+    heads, dim, device = 24, 128, ranks.device
+    group = dist.group.WORLD
+    plain = HeadExchange(group, ranks.rank, ranks.count, heads, video_tokens, text_tokens)
+    torch.manual_seed(0)
+    dealt = plain.ordered(torch.randperm(heads).to(device))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    own = plain.rows[ranks.rank]
+    query, key, value = (normal(1, own + text_tokens, heads, dim) for _ in range(3))
+    attended = normal(1, video_tokens + text_tokens, heads // ranks.count, dim)
+    partner = ranks.count - 1 - ranks.rank
+    sent, got = (normal(rows, heads // ranks.count, dim) for rows in (own, plain.rows[partner]))
+
+    def swap() -> None:
+        operations = [
+            dist.P2POp(function, tensor, group=group, group_peer=partner)
+            for function, tensor in ((dist.isend, sent), (dist.irecv, got))
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    return {
+        "to heads": lambda: plain.to_heads(query, key, value),
+        "to heads, dealt out": lambda: dealt.to_heads(query, key, value),
+        "to tokens": lambda: plain.to_tokens(attended),
+        "to tokens, dealt out": lambda: dealt.to_tokens(attended),
+        "swap of a rank's part of one tensor": swap,
+    }
+
+
+def time_part(call: Callable[[], object], ranks: LaunchedRanks, repeats: int) -> float:
+    """Milliseconds of one call, of many that follow one another."""
+    for _ in range(3):
+        call()
+    _synchronize(ranks)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _synchronize(ranks)
+    return (time.perf_counter() - start) / repeats * 1e3
+
+
+def _synchronize(ranks: LaunchedRanks) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    ranks.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Tables of several GPUs for docs/multi_gpu.md: steps, whole videos, and a model of more GPUs."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from benchmarks.step_tables import BEGIN, END, steps_section
+from benchmarks.whole_videos import WholeVideo
+from xattn_video.measure.expected_seconds import ExpectedSeconds, MeasuredParts, VideoParts
+from xattn_video.pipelines.loading import LoadOptions
+from xattn_video.pipelines.model_shape import ModelShape
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.pipelines.run_plan import RunPlan, plan_run
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.pages import replace_between
+from xattn_video.reporting.tables import Table, figure
+
+STEPS, RUNS = RESULTS / "multi_gpu", RESULTS / "ranks"
+RUNS_BEGIN = "<!-- runs: begin, written by benchmarks.write_page -->\n"
+RUNS_END = "<!-- runs: end -->"
+EXCHANGE_BEGIN = "<!-- exchange: begin, written by benchmarks.write_page -->\n"
+EXCHANGE_END = "<!-- exchange: end -->"
+VIDEOS_BEGIN = "<!-- videos: begin, written by benchmarks.write_page -->\n"
+VIDEOS_END = "<!-- videos: end -->"
+MODEL_BEGIN = "<!-- model: begin, written by benchmarks.write_page -->\n"
+MODEL_END = "<!-- model: end -->"
+# Those that divide 24 heads and stand in one machine.
+_NUMBERS_OF_GPUS = (1, 2, 4, 8)
+_SAME = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale", "sparse")
+
+
+class VideoPair(NamedTuple):
+    """The same video on one GPU and on two."""
+
+    one: WholeVideo
+    two: WholeVideo
+
+
+class StepPair(NamedTuple):
+    """The same step on one GPU and on several."""
+
+    one: ResultRow
+    many: ResultRow
+
+
+def render_several_gpus(page: Path, videos: list[WholeVideo]) -> str:
+    """The page with the tables of today."""
+    files = read_results(STEPS)
+    sections = (
+        (BEGIN, END, _steps(files)),
+        (EXCHANGE_BEGIN, EXCHANGE_END, _exchanges(files)),
+        (VIDEOS_BEGIN, VIDEOS_END, _videos(video_pairs(videos))),
+        (MODEL_BEGIN, MODEL_END, _model(MeasuredParts.of_record(parts_record(videos)))),
+        (RUNS_BEGIN, RUNS_END, _runs(read_results(RUNS))),
+    )
+    text = page.read_text(encoding="utf-8")
+    for begin, end, section in sections:
+        text = replace_between(text, begin, end, section)
+    return text
+
+
+def video_pairs(videos: list[WholeVideo]) -> list[VideoPair]:
+    """Sparse videos of one GPU and of two with the same settings."""
+    return [
+        VideoPair(one, two)
+        for one, two in itertools.product(videos, videos)
+        if (one.gpus, two.gpus) == (1, 2)
+        and one.density is not None
+        and (one.device, one.offload) == (two.device, two.offload)
+        and all(one.run[name] == two.run[name] for name in _SAME)
+    ]
+
+
+def parts_record(videos: list[WholeVideo]) -> dict[str, Any]:
+    """The measured parts that the package carries, from which it tells what a run will take."""
+    (pair,), (file,) = video_pairs(videos), _with_rows(read_results(STEPS), "exchange")
+    plan = _plan(2)
+    return {
+        "device": pair.one.device,
+        "video": f"HunyuanVideo, {pair.one.frames}",
+        "video_tokens": plan.video_tokens,
+        "dense_step_tflop": plan.dense_step_tflop,
+        "attention_share": plan.attention_share,
+        "density": pair.one.density,
+        "one": asdict(_parts(pair.one)),
+        "two": asdict(_parts(pair.two)),
+        "exchange": _layer_ms(file) / 1e3 * plan.layers,
+        "sent_gib": plan.share.sent_gib,
+        "sources": [
+            *(f"benchmarks/results/generate/{video.stem}.json" for video in pair),
+            f"benchmarks/results/multi_gpu/{file.stem}.json",
+        ],
+    }
+
+
+def _parts(video: WholeVideo) -> VideoParts:
+    dense, sparse = (video.step_seconds(sparse=kind) for kind in (False, True))
+    assert dense is not None
+    assert sparse is not None
+    return VideoParts(video.run["text_seconds"], dense, sparse, video.run["decoding_seconds"])
+
+
+def _plan(num_gpus: int) -> RunPlan:
+    """Of a video with the default settings."""
+    load = LoadOptions(device="cuda", offload="none", device_elsewhere=True, num_gpus=num_gpus)
+    return plan_run(ModelShape(), VideoSettings(), SparseSettings(), load)
+
+
+def _with_rows(files: list[ResultFile], name: str) -> list[ResultFile]:
+    """The files of one kind of rows."""
+    return [file for file in files if file.content["rows"][0]["name"] == name]
+
+
+def _layer_ms(file: ResultFile) -> float:
+    """What a layer's exchanges take where heads are dealt out, as in every sparse step."""
+    ms = {row["part"]: row["latency_ms"] for row in file.content["rows"]}
+    return float(ms["to heads, dealt out"] + ms["to tokens, dealt out"])
+
+
+def _step_pairs(files: list[ResultFile]) -> Iterator[StepPair]:
+    for file in files:
+        for one, many in itertools.product(file.content["rows"], file.content["rows"]):
+            if one["gpus"] == 1 < many["gpus"] and one["phase"] == many["phase"]:
+                yield StepPair(one, many)
+
+
+def _steps(files: list[ResultFile]) -> str:
+    """Each kind of step on one GPU and on several."""
+    files = _with_rows(files, "step")
+    columns = {
+        "step": lambda pair: pair.many["phase"],
+        "density": lambda pair: figure(pair.many["density"], ".3f"),
+        "GPUs": lambda pair: pair.many["gpus"],
+        "one GPU s": lambda pair: f"{pair.one['latency_ms'] / 1e3:.2f}",
+        "seconds": lambda pair: f"{pair.many['latency_ms'] / 1e3:.2f}",
+        "faster": lambda pair: f"{pair.one['latency_ms'] / pair.many['latency_ms']:.2f}x",
+        "exchanges": lambda pair: f"{pair.many['exchange_ms'] / pair.many['latency_ms']:.1%}",
+        "peak GiB of one": lambda pair: f"{pair.one['peak_memory_gib']:.1f}",
+        "peak GiB a GPU": lambda pair: f"{pair.many['peak_memory_gib']:.1f}",
+        "difference": lambda pair: f"{pair.many['difference']:.1e}",
+    }
+    return steps_section(files, Table.of(list(_step_pairs(files)), columns))
+
+
+def _exchanges(files: list[ResultFile]) -> str:
+    """What the exchanges of a layer take, and those of a step."""
+    files = _with_rows(files, "exchange")
+    num_layers = ModelShape().layers
+    columns = {
+        "part of a layer's exchanges": lambda row: row["part"],
+        "ms": lambda row: f"{row['latency_ms']:.2f}",
+        "s in a step": lambda row: f"{row['latency_ms'] * num_layers / 1e3:.3f}",
+    }
+    rows = [row for file in files for row in file.content["rows"]]
+    return steps_section(files, Table.of(rows, columns))
+
+
+def _runs(files: list[ResultFile]) -> str:
+    """What became of each run of the demo model, and of those that were made to fail."""
+    columns = {
+        "run": lambda row: row["run"],
+        "options": lambda row: row["options"] and f"`{row['options']}`",
+        "ranks": lambda row: row["ranks"],
+        "exit code": lambda row: row["exit_code"],
+        "seconds": lambda row: f"{row['seconds']:.0f}",
+        "frames as on one GPU": _identical,
+        "printed": lambda row: (
+            row["error"] and f"`{shorten(row['error'], 130, placeholder=' ...')}`"
+        ),
+    }
+    rows = [row for file in files for row in file.content["rows"]]
+    return steps_section(files, Table.of(rows, columns, num_left=2))
+
+
+def _identical(row: ResultRow) -> str:
+    return f"{row['identical_frames']} of {row['frames']}" if "frames" in row else ""
+
+
+def _videos(pairs: list[VideoPair]) -> str:
+    """Each video on one GPU and on two, part by part."""
+    rows = [(pair, part) for pair in pairs for part in _PARTS]
+    columns = {
+        "part": lambda row: row[1],
+        "one GPU s": lambda row: f"{_PARTS[row[1]](row[0].one):.2f}",
+        "two GPUs s": lambda row: f"{_PARTS[row[1]](row[0].two):.2f}",
+        "faster": lambda row: f"{_PARTS[row[1]](row[0].one) / _PARTS[row[1]](row[0].two):.2f}x",
+    }
+    lines = [Table.of(rows, columns).markdown(), ""]
+    for video in itertools.chain.from_iterable(pairs):
+        lines.append(
+            f"- {video.device}, {video.packages}, density {video.density:.3f}, "
+            f"{video.peak_memory_gib:.1f} GiB a GPU: `{video.command}`"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_PARTS = {
+    "text": lambda video: video.run["text_seconds"],
+    "all dense steps": lambda video: video.run["dense_seconds"],
+    "the fastest dense step": lambda video: video.step_seconds(sparse=False),
+    "all sparse steps": lambda video: video.run["sparse_seconds"],
+    "the fastest sparse step": lambda video: video.step_seconds(sparse=True),
+    "decoding": lambda video: video.run["decoding_seconds"],
+    "whole video": lambda video: video.seconds,
+}
+
+
+def _model(parts: MeasuredParts) -> str:
+    """What more GPUs would take, and what that follows from."""
+    plans = [_plan(count) for count in _NUMBERS_OF_GPUS]
+    expected = [ExpectedSeconds(parts, plan) for plan in plans]
+    alone = expected[0].total(parts.density)
+    columns = {
+        "GPUs": lambda row: row.plan.share.num_gpus,
+        "from": lambda row: "measured parts" if row.plan.share.num_gpus <= 2 else "model",
+        "dense step s": lambda row: f"{row.parts(parts.density).dense_step:.2f}",
+        "sparse step s": lambda row: f"{row.parts(parts.density).sparse_step:.2f}",
+        "exchanges s": lambda row: f"{row.traded:.2f}",
+        "text s": lambda row: f"{row.parts(parts.density).text:.1f}",
+        "decoding s": lambda row: f"{row.parts(parts.density).decoding:.1f}",
+        "video s": lambda row: f"{row.total(parts.density):.0f}",
+        "faster": lambda row: f"{alone / row.total(parts.density):.2f}x",
+        "sent GiB a step": lambda row: f"{row.plan.share.sent_gib:.1f}",
+        "GiB a GPU (estimate)": lambda row: f"{row.plan.memory.peak:.1f}",
+    }
+    plan = plans[0]
+    facts = (
+        f"{parts.video}, {plan.steps} steps of which {plan.sparse_steps} sparse, density "
+        f"{parts.density:.3f}, {parts.device}:"
+    )
+    rate = parts.sent_gib * 2**30 / 1e9 / parts.exchange
+    source = (
+        f"Each GPU of two sent {parts.sent_gib:.1f} GiB in the {parts.exchange:.2f} s of a step's "
+        f"exchanges, which is {rate:.0f} GB/s, copies included."
+    )
+    return f"{facts}\n\n{Table.of(expected, columns).markdown()}\n\n{source}\n"
