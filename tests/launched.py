@@ -10,6 +10,15 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        *("--multi_gpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no"),
+    ],
+}
 _GRACE_SECONDS = 12
 Sabotage = Callable[[int], None]
 

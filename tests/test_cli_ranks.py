@@ -1,10 +1,13 @@
 """`xattn-video generate` on several ranks: the same video, and one line where a rank fails."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from command_line import SMALL, SPARSE
-from launched import launch
+from launched import LAUNCHERS, ROOT, launch
 
 
 @pytest.fixture
@@ -98,3 +101,20 @@ def test_halves_of_the_ranks_compute_one_pass_each(num_ranks, words, generate, t
     (both,) = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert without_balance(both["report"]) == without_balance(alone["report"])
     assert [s["density"] for s in both["steps"]] == [s["density"] for s in alone["steps"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_makes_the_demo_models_video_of_one_process(launcher, tmp_path):
+    words = ["-m", "xattn_video.cli", "generate", "--model=demo", "--prompt=a red circle"]
+    words += ["--device=cpu", "--dtype=float32", "--height=64", "--width=64", "--num-frames=17"]
+    words += ["--num-inference-steps=4", *SPARSE]
+    ways = {"alone": [], "both": ["-m", *LAUNCHERS[launcher]]}
+    for name, way in ways.items():
+        subprocess.run(
+            [sys.executable, *way, *words, f"--output={name}.mp4"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+    assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()

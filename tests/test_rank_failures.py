@@ -6,12 +6,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from command_line import SMALL
-from launched import launch
+from launched import LAUNCHERS, ROOT, launch
 
 from xattn_video.pipelines import generation, rank_watch
 
@@ -136,14 +135,20 @@ def test_a_killed_rank_costs_no_finished_video(tiny_pipeline, tmp_path):
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 3
 
 
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
-    "accelerate": [
-        "accelerate.commands.launch",
-        *("--multi_gpu", "--num_processes=2", "--num_machines=1"),
-        *("--mixed_precision=no", "--dynamo_backend=no"),
-    ],
-}
+def test_a_rank_killed_among_dealt_prompts_costs_no_finished_video(tiny_pipeline, tmp_path):
+    (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
+    words = ["generate", "--model", tiny_pipeline, *SMALL, "--dense", "--prompts-file=p.txt"]
+    words.append("--parallel=prompts")
+    ended = launch(words, 2, tmp_path, rank_one_is_killed)
+    assert ended[0].code == 1
+    assert ended[0].err.count("error: rank 1: it ") == 1, ended[0].err
+    made = {path: path.read_bytes() for path in (tmp_path / "videos").glob("*.mp4")}
+    assert made
+    ended = launch(words, 2, tmp_path)
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    assert ended[0].err.count(" is there\n") == len(made)
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 3
+    assert all(path.read_bytes() == content for path, content in made.items())
 
 
 @pytest.mark.slow
@@ -156,7 +161,7 @@ def test_under_a_launcher_a_killed_rank_is_named(launcher, tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "xattn_video.cli", *words],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=file,
             stderr=file,
         )
