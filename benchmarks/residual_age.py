@@ -133,7 +133,8 @@ def draw_ages(path: Path = MEASURED) -> Figure:
     by_age.set(xlabel="steps since the refresh")
     for axes in (by_step, by_age):
         axes.grid(alpha=0.3)
-    by_step.legend()
+    by_age.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=len(record["settings"]), frameon=False)
     return figure
 
 

@@ -11,7 +11,7 @@ what the package tells of a run at full size.
 import argparse
 from pathlib import Path
 
-from benchmarks import causal_table, front, prefill_table
+from benchmarks import causal_table, front, prefill_table, residual_age
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import read_results
@@ -53,8 +53,13 @@ def write_pages(folder: Path) -> None:
     drawn = draw_figures(files, pictures)
     pages |= render_step_pages(folder / "docs")
     if (folder / "docs/fewer-blocks.md").exists():
-        drawn.append(folder / "docs/images" / front.NAME)
-        write_figure(drawn[-1], front.draw_front(front.read_points()), dpi=120)
+        pictures_of_steps = {
+            front.NAME: front.draw_front(front.read_points()),
+            residual_age.NAME: residual_age.draw_ages(),
+        }
+        for name, figure in pictures_of_steps.items():
+            drawn.append(folder / "docs/images" / name)
+            write_figure(drawn[-1], figure, dpi=120)
     several = folder / "docs/multi_gpu.md"
     if several.exists():
         pages[several] = render_several_gpus(several, videos)
