@@ -20,7 +20,7 @@ from xattn_video.backends import torch_gather
 from xattn_video.backends.table import BACKENDS
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.problem import AttentionInputs
-from xattn_video.ops.scoring import torch_block_scores
+from xattn_video.ops.scoring import ScoringInputs, torch_block_scores
 
 
 def make_inputs(B, H, Sq, Sk, D, dtype=torch.float32):
@@ -182,7 +182,7 @@ def test_memory_is_far_below_the_square_of_the_tokens():
     blocks = BlockLists.from_mask(random_mask(1, 1, length, length, block_size, density=0.1))
     options = {"block_size": block_size, "causal": False, "key_lengths": None, "scale": 0.25}
     with Watch():
-        torch_block_scores(query, key, stride=stride, **options)
+        torch_block_scores(ScoringInputs(query, key, stride=stride, **options))
         torch_gather.forward(AttentionInputs(query, key, value, blocks, **options))
     groups_in_bytes = 4 * (length // stride) ** 2
     assert 0 < largest <= groups_in_bytes // 4

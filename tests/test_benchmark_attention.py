@@ -21,8 +21,9 @@ from xattn_video.measure.attention_problems import (
 )
 from xattn_video.measure.timing import Budget, time_limit
 from xattn_video.ops.attention import block_sparse_attention
+from xattn_video.ops.blocks import select_block_lists
 from xattn_video.ops.scoring import block_scores
-from xattn_video.ops.selection import select_block_lists, select_blocks
+from xattn_video.ops.selection import select_blocks
 
 CPU = torch.device("cpu")
 TINY = AttentionProblem("tiny", length=900, heads=2, head_dim=16)

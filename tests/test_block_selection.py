@@ -7,8 +7,7 @@ pytest.importorskip("triton")
 from xattn_video import select_blocks
 from xattn_video.kernels import block_selection as kernel
 from xattn_video.kernels.block_selection import block_selection
-from xattn_video.ops.blocks import BlockLists, ForcedBlocks
-from xattn_video.ops.selection import fewest_blocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks, fewest_blocks
 
 BLOCK_SIZE = 64
 

@@ -78,9 +78,9 @@ def test_the_chunk_size_bounds_the_scores_in_torch(use_triton, chunk_size, monke
 
     seen = []
 
-    def spy(*args, chunk_size, **options):
+    def spy(inputs, chunk_size):
         seen.append(chunk_size)
-        return torch_block_scores(*args, chunk_size=chunk_size, **options)
+        return torch_block_scores(inputs, chunk_size)
 
     monkeypatch.setattr(compat, "torch_block_scores", spy)
     options = {"block_size": 64, "chunk_size": chunk_size, "use_triton": use_triton}

@@ -131,9 +131,9 @@ def test_the_scoring_precision_reaches_the_scores(monkeypatch):
 
     seen = []
 
-    def score_in_8_bits(query, key, *, float8=False, **options):
+    def score_in_8_bits(inputs, *, float8):
         seen.append(float8)
-        return scoring.torch_block_scores(query, key, **options)
+        return scoring.torch_block_scores(inputs)
 
     monkeypatch.setattr(scoring, "triton_unsupported_reasons", lambda *_, **__: [])
     monkeypatch.setattr(scoring, "triton_block_scores", score_in_8_bits)

@@ -5,7 +5,7 @@ pytest.importorskip("triton")
 
 from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores
 from xattn_video.kernels.float8_groups import quantize_groups, sampled_mean
-from xattn_video.ops.scoring import torch_block_scores
+from xattn_video.ops.scoring import ScoringInputs, torch_block_scores
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -81,7 +81,9 @@ def test_scores_are_those_of_the_rounded_tokens(stride, Sq, Sk, lengths, causal,
     shift = sampled_mean(key, 64, lengths)
     rounded_query = restore(*quantize_groups(query, stride), stride)[:, :, :Sq]
     rounded_key = restore(*quantize_groups(key, stride, lengths=lengths, shift=shift), stride)
-    expected = torch_block_scores(rounded_query, rounded_key[:, :, :Sk], **options, scale=0.125)
+    expected = torch_block_scores(
+        ScoringInputs(rounded_query, rounded_key[:, :, :Sk], **options, scale=0.125)
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-3 if query.is_cuda else 1e-4, atol=1e-6)
 
 

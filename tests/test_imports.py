@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "xattn_video"
-# What a backend is given and takes: data types that the folder below the operator may name.
+# What a backend is given and takes, which the folder below the operator may name.
 VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
 HOSTS = OPERATOR | {"files", "policy", "processors", "top_level"}
@@ -23,7 +23,7 @@ ALLOWED = {
     "files": {"errors"},
     "top_level": set(),
     "kernels": {"kernels"},
-    "ops.blocks": set(),
+    "ops.blocks": {"kernels"},
     "ops.problem": {"ops.blocks"},
     "backends": {"errors", "kernels", "backends", *VALUES},
     "ops": OPERATOR,

@@ -5,7 +5,7 @@ from oracle import antidiagonal_block_scores, assert_within_budget, order_error
 from xattn_video import block_scores
 from xattn_video.ops import scoring
 from xattn_video.ops.problem import Problem
-from xattn_video.ops.scoring import torch_block_scores
+from xattn_video.ops.scoring import ScoringInputs, torch_block_scores
 
 
 def make_pair(B, H, Sq, Sk, D, dtype=torch.float32):
@@ -131,9 +131,9 @@ def test_a_transposed_view_scores_as_its_copy():
 
 def test_chunks_do_not_change_the_scores():
     query, key = make_pair(1, 2, 700, 700, 32)
-    options = {"block_size": 64, "stride": 8, "causal": True, "key_lengths": None, "scale": 0.1}
-    whole = torch_block_scores(query, key, **options)
-    chunked = torch_block_scores(query, key, **options, chunk_size=128)
+    inputs = ScoringInputs(query, key, 64, 8, causal=True, key_lengths=None, scale=0.1)
+    whole = torch_block_scores(inputs)
+    chunked = torch_block_scores(inputs, chunk_size=128)
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-7)
 
 

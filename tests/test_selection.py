@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from oracle import assert_smallest_set
 
 from xattn_video import block_scores, select_blocks
-from xattn_video.ops.blocks import ForcedBlocks
-from xattn_video.ops.selection import fewest_blocks, select_block_lists
+from xattn_video.ops.blocks import ForcedBlocks, fewest_blocks, select_block_lists
 
 
 def random_scores(*shape, sharpness=3.0):

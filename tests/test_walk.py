@@ -53,5 +53,5 @@ def test_a_sparse_layer_is_a_short_walk():
     for file, function in calls:
         print(f"  {file}: {function}")
     assert calls[0] == ("processors/processor.py", "__call__")
-    assert len(calls) <= 30
-    assert len(files) <= 8
+    assert len(calls) <= 25
+    assert len(files) <= 7

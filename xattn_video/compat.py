@@ -2,7 +2,6 @@
 
 import math
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +13,14 @@ from xattn_video.ops.arguments import (
     check_triple,
 )
 from xattn_video.ops.attention import run_attend
-from xattn_video.ops.blocks import BlockLists, diagonal_blocks, sink_blocks
+from xattn_video.ops.blocks import BlockLists, diagonal_blocks, fewest_blocks, sink_blocks
 from xattn_video.ops.problem import AttentionInputs, Problem
 from xattn_video.ops.scoring import (
+    ScoringInputs,
     torch_block_scores,
     triton_block_scores,
     triton_unsupported_reasons,
 )
-from xattn_video.ops.selection import fewest_blocks
 
 
 def Xattention_prefill(  # noqa: N802  (the published name)
@@ -77,17 +76,10 @@ def Xattention_prefill(  # noqa: N802  (the published name)
     if use_triton is not None:
         check_flag("use_triton", use_triton)
     scale = query_states.shape[-1] ** -0.5
-    scores = _scores(
-        query_states,
-        key_states,
-        use_triton,
-        chunk_size,
-        block_size=block_size,
-        stride=stride,
-        causal=causal,
-        key_lengths=None,
-        scale=scale / norm,
+    scoring = ScoringInputs(
+        query_states, key_states, block_size, stride, causal, None, scale / norm
     )
+    scores = _scores(scoring, use_triton, chunk_size)
     Sq, Sk = query_states.shape[2], key_states.shape[2]
     forced = torch.zeros((), dtype=torch.bool, device=query_states.device)
     if causal or keep_sink:
@@ -133,12 +125,11 @@ def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: in
         )
 
 
-def _scores(
-    query: Tensor, key: Tensor, use_triton: bool | None, chunk_size: int | None, **options: Any
-) -> Tensor:
+def _scores(inputs: ScoringInputs, use_triton: bool | None, chunk_size: int | None) -> Tensor:
     """`block_scores`, computed as ``use_triton`` says."""
-    problem = Problem(query.device, query.dtype, query.shape[-1], options["block_size"])
-    reasons = triton_unsupported_reasons(problem, options["stride"])
+    query = inputs.query
+    problem = Problem(query.device, query.dtype, query.shape[-1], inputs.block_size)
+    reasons = triton_unsupported_reasons(problem, inputs.stride)
     if use_triton and reasons:
         raise ValueError(
             f"use_triton=True cannot be honoured: {' '.join(reasons)} Or pass use_triton=False."
@@ -146,5 +137,5 @@ def _scores(
     if use_triton is None:
         use_triton = query.is_cuda and not reasons
     if use_triton:
-        return triton_block_scores(query, key, **options)
-    return torch_block_scores(query, key, chunk_size=chunk_size, **options)
+        return triton_block_scores(inputs)
+    return torch_block_scores(inputs, chunk_size)

@@ -21,10 +21,9 @@ from xattn_video.measure.operator_checks import check_attention, check_scores, c
 from xattn_video.measure.selection_quality import selection_quality
 from xattn_video.measure.timing import Budget, measure, time_limit
 from xattn_video.ops.attention import compute_attention, xattention
-from xattn_video.ops.blocks import BlockLists, ForcedBlocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks, select_block_lists
 from xattn_video.ops.problem import AttentionInputs
 from xattn_video.ops.scoring import Precision, block_scores
-from xattn_video.ops.selection import select_block_lists
 
 Part = Literal["dense", "scoring", "selection", "attention", "xattention"]
 Columns = dict[str, Any]

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn_video.ops.blocks import BlockLists, ForcedBlocks, count_causal_blocks
-from xattn_video.ops.selection import select_block_lists
+from xattn_video.ops.blocks import (
+    BlockLists,
+    ForcedBlocks,
+    count_causal_blocks,
+    select_block_lists,
+)
 
 BLOCK_SIZE = 128
 _BISECTIONS = 14

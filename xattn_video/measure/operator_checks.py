@@ -6,7 +6,7 @@ from torch import Tensor
 
 from xattn_video.errors import XAttentionError
 from xattn_video.measure.attention_problems import BLOCK_SIZE, AttentionTensors
-from xattn_video.ops.scoring import torch_block_scores
+from xattn_video.ops.scoring import ScoringInputs, torch_block_scores
 
 # Of the norm. bfloat16 stays four times below it; attention over other blocks exceeds it far.
 _LARGEST_ERROR = 0.02
@@ -92,13 +92,15 @@ def formula_scores(
         stop = min((row + 1) * BLOCK_SIZE, tensors.length)
         # Later keys would move the diagonal, which is aligned at the end.
         of_row = torch_block_scores(
-            tensors.query[:, heads, row * BLOCK_SIZE : stop].float(),
-            key[:, :, :stop] if tensors.causal else key,
-            block_size=BLOCK_SIZE,
-            stride=stride,
-            causal=tensors.causal,
-            key_lengths=None,
-            scale=key.shape[-1] ** -0.5,
+            ScoringInputs(
+                tensors.query[:, heads, row * BLOCK_SIZE : stop].float(),
+                key[:, :, :stop] if tensors.causal else key,
+                BLOCK_SIZE,
+                stride,
+                causal=tensors.causal,
+                key_lengths=None,
+                scale=key.shape[-1] ** -0.5,
+            )
         )
         scores.append(F.pad(of_row, (0, num_blocks - of_row.shape[-1])))
     return torch.cat(scores, dim=2)

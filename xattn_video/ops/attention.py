@@ -68,27 +68,7 @@ def attend(
     check_block_size(block_size)
     check_flag("return_lse", return_lse)
     check_name("backend", backend)
-    if not isinstance(blocks, BlockLists):
-        raise TypeError(
-            "blocks must be BlockLists, as from select(...) or BlockLists.from_mask(mask), got "
-            f"a {type(blocks).__qualname__}."
-        )
-    check_tensor("blocks.counts", blocks.counts, "int32 [B, H, Nq]")
-    check_tensor("blocks.indices", blocks.indices, "int32 [B, H, Nq, Nk]")
-    if blocks.counts.dtype != torch.int32 or blocks.indices.dtype != torch.int32:
-        raise TypeError(
-            "blocks must hold int32 counts and indices, got "
-            f"{blocks.counts.dtype} and {blocks.indices.dtype}."
-        )
-    shape = _lists_shape(query, key, block_size)
-    found = [list(blocks.counts.shape), list(blocks.indices.shape)]
-    if found != [shape[:3], shape]:
-        raise ValueError(
-            f"blocks must hold counts [B, H, Nq] = {shape[:3]} and indices [B, H, Nq, Nk] = "
-            f"{shape} for query {list(query.shape)}, key {list(key.shape)} and "
-            f"block_size={block_size}, got {found[0]} and {found[1]}."
-        )
-    check_same_device(query=query, counts=blocks.counts, indices=blocks.indices)
+    _check_lists(blocks, query, key, block_size)
     lengths = check_key_lengths(key_lengths, query, key)
     scale = check_scale(scale, query)
     inputs = AttentionInputs(query, key, value, blocks, block_size, causal, lengths, scale)
@@ -292,6 +272,31 @@ def run_attend(
         return_lse,
     )
     return out, lse
+
+
+def _check_lists(blocks: object, query: Tensor, key: Tensor, block_size: int) -> None:
+    """Raise unless the blocks are lists for these tensors, on their device."""
+    if not isinstance(blocks, BlockLists):
+        raise TypeError(
+            "blocks must be BlockLists, as from select(...) or BlockLists.from_mask(mask), got "
+            f"a {type(blocks).__qualname__}."
+        )
+    check_tensor("blocks.counts", blocks.counts, "int32 [B, H, Nq]")
+    check_tensor("blocks.indices", blocks.indices, "int32 [B, H, Nq, Nk]")
+    if blocks.counts.dtype != torch.int32 or blocks.indices.dtype != torch.int32:
+        raise TypeError(
+            "blocks must hold int32 counts and indices, got "
+            f"{blocks.counts.dtype} and {blocks.indices.dtype}."
+        )
+    shape = _lists_shape(query, key, block_size)
+    found = [list(blocks.counts.shape), list(blocks.indices.shape)]
+    if found != [shape[:3], shape]:
+        raise ValueError(
+            f"blocks must hold counts [B, H, Nq] = {shape[:3]} and indices [B, H, Nq, Nk] = "
+            f"{shape} for query {list(query.shape)}, key {list(key.shape)} and "
+            f"block_size={block_size}, got {found[0]} and {found[1]}."
+        )
+    check_same_device(query=query, counts=blocks.counts, indices=blocks.indices)
 
 
 def _lists_shape(query: Tensor, key: Tensor, block_size: int) -> list[int]:

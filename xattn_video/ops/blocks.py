@@ -1,10 +1,17 @@
-"""A selection of blocks as a value that can be kept and reused; the blocks that none may lack."""
+"""A selection of blocks: the lists, the blocks that none may lack, and the choice by scores."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from xattn_video.kernels.support import device_unsupported_reasons
+
+# Longer rows do not stay in the registers of a program; they are sorted.
+_LARGEST_KERNEL_ROW = 8192
+# What a single valid block reaches.
+_SMALLEST_TARGET = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +141,61 @@ def text_blocks(
 
 def _block_range(length: int, block_size: int, device: torch.device) -> Tensor:
     return torch.arange(-(-length // block_size), device=device)
+
+
+def select_block_lists(
+    scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks, by_count: bool = False
+) -> BlockLists:
+    """The selection of `select_blocks` as lists; the kernel makes them without a mask.
+
+    Args:
+        scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
+        threshold: As in `select_blocks`, but not checked.
+        forced: Describes the blocks that are kept at any score.
+        by_count: The threshold is a share of each row's valid blocks, rounded to whole ones, and
+            not of its mass: forced blocks count first, then come the best-scoring ones.
+    """
+    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device)
+    on_kernel = scores.is_cuda and scores.shape[-1] <= _LARGEST_KERNEL_ROW
+    if not on_kernel or device_unsupported_reasons(scores.device):
+        mask = forced.to_mask(scores.device)
+        if mask is None:
+            mask = scores.new_zeros((), dtype=torch.bool)
+        mask = fewest_blocks(scores, threshold, mask.expand_as(scores), by_count)
+        return BlockLists.from_mask(mask)
+    # Imported here so that selection works where Triton is missing.
+    from xattn_video.kernels.block_selection import block_selection
+
+    counts, indices = block_selection(
+        scores,
+        threshold.expand(scores.shape[:-1]),
+        query_length=forced.query_length,
+        key_length=forced.key_length,
+        block_size=forced.block_size,
+        causal=forced.causal,
+        num_text_tokens=forced.num_text_tokens,
+        key_lengths=forced.key_lengths,
+        by_count=by_count,
+    )
+    return BlockLists(counts, indices)
+
+
+def fewest_blocks(
+    scores: Tensor, threshold: Tensor, forced: Tensor, by_count: bool = False
+) -> Tensor:
+    """`select_blocks` for checked inputs; the threshold broadcasts to `[B, H, Nq]`."""
+    threshold = threshold.to(scores.dtype).unsqueeze(-1)
+    order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    weights = (scores != 0).to(scores.dtype) if by_count else scores
+    before = F.pad(weights.gather(-1, order).cumsum(dim=-1)[..., :-1], (1, 0))
+    total = scores.sum(dim=-1, keepdim=True)
+    target = threshold * weights.sum(dim=-1, keepdim=True)
+    if by_count:
+        target = (target + 0.5).floor().clamp(min=1)
+    # An unchecked threshold may be too low; the best block is kept anyway.
+    target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
+    keep = torch.zeros_like(order, dtype=torch.bool)
+    keep.scatter_(-1, order, before < target)
+    # NaN compares with nothing.
+    keep_all = ~(threshold < 1) | ~total.isfinite()
+    return (keep | forced | keep_all) & (scores != 0)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -121,16 +121,9 @@ def compute_scores(inputs: ScoringInputs) -> Tensor:
         inputs.precision,
         min(query.shape[2], key.shape[2]),
     )
-    options: dict[str, Any] = {
-        "block_size": inputs.block_size,
-        "stride": inputs.stride,
-        "causal": inputs.causal,
-        "key_lengths": inputs.key_lengths,
-        "scale": inputs.scale,
-    }
     if scorer == "torch":
-        return torch_block_scores(query, key, **options)
-    return triton_block_scores(query, key, **options, float8=scorer == "float8")
+        return torch_block_scores(inputs)
+    return triton_block_scores(inputs, float8=scorer == "float8")
 
 
 # Cached, because every layer of every step asks.
@@ -209,44 +202,26 @@ def triton_unsupported_reasons(
     )
 
 
-def triton_block_scores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    block_size: int,
-    stride: int,
-    causal: bool,
-    key_lengths: Tensor | None,
-    scale: float,
-    float8: bool = False,
-) -> Tensor:
+def triton_block_scores(inputs: ScoringInputs, *, float8: bool = False) -> Tensor:
     """`block_scores` by the fused kernel: no group matrix in memory."""
     from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores
 
     return antidiagonal_scores(
-        query,
-        key,
-        block_size=block_size,
-        stride=stride,
-        causal=causal,
-        key_lengths=key_lengths,
-        scale=scale,
+        inputs.query,
+        inputs.key,
+        block_size=inputs.block_size,
+        stride=inputs.stride,
+        causal=inputs.causal,
+        key_lengths=inputs.key_lengths,
+        scale=inputs.scale,
         float8=float8,
     )
 
 
-def torch_block_scores(
-    query: Tensor,
-    key: Tensor,
-    *,
-    block_size: int,
-    stride: int,
-    causal: bool,
-    key_lengths: Tensor | None,
-    scale: float,
-    chunk_size: int | None = None,
-) -> Tensor:
+def torch_block_scores(inputs: ScoringInputs, chunk_size: int | None = None) -> Tensor:
     """`block_scores` in plain torch, ``chunk_size`` query tokens at a time: runs anywhere."""
+    query, key, key_lengths = inputs.query, inputs.key, inputs.key_lengths
+    block_size, stride = inputs.block_size, inputs.stride
     B, H, Sq, _ = query.shape
     Sk = key.shape[2]
     device = query.device
@@ -272,13 +247,13 @@ def torch_block_scores(
         stop = min(start + chunk_blocks * groups_per_block, num_query_groups)
         # Key groups that a query of the chunk may see.
         seen = num_key_groups
-        if causal:
+        if inputs.causal:
             seen = -(-(min(stop * stride, Sq) + Sk - Sq) // stride)
         # [B, H, chunk of Gq, seen]
         logits = _multiply_heads(query_groups[:, :, start:stop].float(), key_groups[..., :seen])
-        logits.mul_(scale / stride)
+        logits.mul_(inputs.scale / stride)
         visible = valid[..., :seen]
-        if causal:
+        if inputs.causal:
             last_queries = torch.arange(start + 1, stop + 1, device=device) * stride
             last_queries = last_queries.clamp(max=Sq) - 1
             visible = visible & (first_keys[:seen] <= last_queries[:, None] + Sk - Sq)

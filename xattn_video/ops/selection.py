@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from xattn_video.kernels.support import device_unsupported_reasons
 from xattn_video.ops.arguments import (
     broadcasts,
     check_block_size,
@@ -20,13 +18,8 @@ from xattn_video.ops.arguments import (
     check_text,
     check_thresholds,
 )
-from xattn_video.ops.blocks import BlockLists, ForcedBlocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks, fewest_blocks, select_block_lists
 from xattn_video.ops.scoring import Precision, ScoringInputs, compute_scores
-
-# Longer rows do not stay in the registers of a program; they are sorted.
-_LARGEST_KERNEL_ROW = 8192
-# What a single valid block reaches.
-_SMALLEST_TARGET = torch.finfo(torch.float32).tiny
 
 
 def select_blocks(
@@ -71,27 +64,6 @@ def select_blocks(
     else:
         _check_forced(forced, scores)
     return fewest_blocks(scores, rows, forced.expand_as(scores))
-
-
-def fewest_blocks(
-    scores: Tensor, threshold: Tensor, forced: Tensor, by_count: bool = False
-) -> Tensor:
-    """`select_blocks` for checked inputs; the threshold broadcasts to `[B, H, Nq]`."""
-    threshold = threshold.to(scores.dtype).unsqueeze(-1)
-    order = scores.masked_fill(forced, float("inf")).argsort(dim=-1, descending=True, stable=True)
-    weights = (scores != 0).to(scores.dtype) if by_count else scores
-    before = F.pad(weights.gather(-1, order).cumsum(dim=-1)[..., :-1], (1, 0))
-    total = scores.sum(dim=-1, keepdim=True)
-    target = threshold * weights.sum(dim=-1, keepdim=True)
-    if by_count:
-        target = (target + 0.5).floor().clamp(min=1)
-    # An unchecked threshold may be too low; the best block is kept anyway.
-    target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
-    keep = torch.zeros_like(order, dtype=torch.bool)
-    keep.scatter_(-1, order, before < target)
-    # NaN compares with nothing.
-    keep_all = ~(threshold < 1) | ~total.isfinite()
-    return (keep | forced | keep_all) & (scores != 0)
 
 
 def _check_forced(forced: Tensor, scores: Tensor) -> None:
@@ -162,13 +134,11 @@ def compute_selection(
     threshold: Tensor,
     num_text_tokens: int = 0,
     by_count: bool = False,
-    weights: Tensor | None = None,
 ) -> BlockLists:
     """`select` for checked inputs.
 
     The threshold is float32, on the device of the query, and broadcasts to `[B, H, Nq]`. With
-    ``by_count`` it is the share of each row's valid blocks to keep, and the scores may be
-    weighted by key block, float32 `[B, H, Nk]`.
+    ``by_count`` it is the share of each row's valid blocks to keep.
     """
     forced = ForcedBlocks(
         inputs.query.shape[2],
@@ -178,47 +148,7 @@ def compute_selection(
         num_text_tokens,
         inputs.key_lengths,
     )
-    scores = compute_scores(inputs)
-    if weights is not None:
-        scores *= weights[:, :, None]
-    return select_block_lists(scores, threshold, forced, by_count)
-
-
-def select_block_lists(
-    scores: Tensor, threshold: float | Tensor, forced: ForcedBlocks, by_count: bool = False
-) -> BlockLists:
-    """The selection of `select_blocks` as lists; the kernel makes them without a mask.
-
-    Args:
-        scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
-        threshold: As in `select_blocks`, but not checked.
-        forced: Describes the blocks that are kept at any score.
-        by_count: The threshold is a share of each row's valid blocks, rounded to whole ones, and
-            not of its mass: forced blocks count first, then come the best-scoring ones.
-    """
-    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device)
-    on_kernel = scores.is_cuda and scores.shape[-1] <= _LARGEST_KERNEL_ROW
-    if not on_kernel or device_unsupported_reasons(scores.device):
-        mask = forced.to_mask(scores.device)
-        if mask is None:
-            mask = scores.new_zeros((), dtype=torch.bool)
-        mask = fewest_blocks(scores, threshold, mask.expand_as(scores), by_count)
-        return BlockLists.from_mask(mask)
-    # Imported here so that selection works where Triton is missing.
-    from xattn_video.kernels.block_selection import block_selection
-
-    counts, indices = block_selection(
-        scores,
-        threshold.expand(scores.shape[:-1]),
-        query_length=forced.query_length,
-        key_length=forced.key_length,
-        block_size=forced.block_size,
-        causal=forced.causal,
-        num_text_tokens=forced.num_text_tokens,
-        key_lengths=forced.key_lengths,
-        by_count=by_count,
-    )
-    return BlockLists(counts, indices)
+    return select_block_lists(compute_scores(inputs), threshold, forced, by_count)
 
 
 def _select(

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from xattn_video.backends.dense import attend_with, fastest_dense_kernel
 from xattn_video.errors import UnboundProcessorError
-from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.blocks import BlockLists, select_block_lists
 from xattn_video.ops.compensation import compensate, error_weights
 from xattn_video.ops.problem import AttentionInputs
-from xattn_video.ops.scoring import ScoringInputs
-from xattn_video.ops.selection import compute_selection
+from xattn_video.ops.scoring import ScoringInputs, compute_scores
 from xattn_video.processors.head_exchange import HeadExchange
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import AttendedLayer, ForwardPass, LayerSlot
@@ -224,12 +223,11 @@ def sparse_attention(
             scale,
             settings.scoring_precision,
         )
-        weights = None
+        scores = compute_scores(scoring)
         if by_count and first_order:
             weights = error_weights(key, value, settings.block_size, video_blocks)
-        blocks = compute_selection(
-            scoring, threshold, longest - layout.num_video_tokens, by_count, weights
-        )
+            scores *= weights[:, :, None]
+        blocks = select_block_lists(scores, threshold, forward.forced, by_count)
     inputs = AttentionInputs(
         query,
         key,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn_video.backends.table import load_backend
-from xattn_video.ops.blocks import BlockLists
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks
 from xattn_video.ops.problem import AttentionInputs
 from xattn_video.policy.decision import Decision, DenseReason
 from xattn_video.policy.report import ForwardRun, LayerRun, SparsityReport, State
@@ -77,6 +77,7 @@ class ForwardPass:
 
     Attributes:
         longest: Valid keys of the item that has most.
+        forced: The blocks that every selection keeps.
         attend: The backend's function; None if all layers run dense.
     """
 
@@ -91,12 +92,23 @@ class ForwardPass:
     observers: tuple[Observer, ...]
     kept: KeptByPass | None = None
     longest: int = field(init=False)
+    forced: ForcedBlocks = field(init=False)
     attend: "BackendForward | None" = field(init=False)
 
     def __post_init__(self) -> None:
         # Once for all layers, which need not look anything up.
         attend = None if self.backend is None else load_backend(self.backend).forward
-        object.__setattr__(self, "longest", max(self.layout.key_lengths))
+        layout, longest = self.layout, max(self.layout.key_lengths)
+        forced = ForcedBlocks(
+            layout.num_tokens,
+            longest,
+            self.settings.block_size,
+            layout.causal,
+            longest - layout.num_video_tokens,
+            self.device_key_lengths,
+        )
+        object.__setattr__(self, "longest", longest)
+        object.__setattr__(self, "forced", forced)
         object.__setattr__(self, "attend", attend)
 
 
