@@ -1,7 +1,6 @@
 """Gives transformers a name for sparse prefill, and one model that name."""
 
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 from xattn_video.errors import MissingPackageError, UnsupportedModelError
@@ -61,12 +60,7 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
             model.set_attn_implementation(_for_text(model, self._previous))
         _unregister(self._attention)
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.disable()
 
     def _give_to(self, model: PreTrainedModel) -> None:

@@ -124,8 +124,8 @@ def plan_run(
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
     steps = video.num_inference_steps
-    counts = StepCounts(dense=steps)
     device = options.resolved_device
+    counts = StepCounts(dense=steps)
     if sparse:
         run = Run(shape.layers, shape.heads, video_tokens, device.type, steps)
         counts = count_steps(sparse, run)
@@ -134,31 +134,18 @@ def plan_run(
     tflop = forwards * flop / 1e12
     # Half a product of queries and keys that are `stride` times fewer.
     scoring = 1 / (2 * settings.stride)
-    room = find_room(options)
-    shortage = describe_shortage(shape, video, options, room)
-    memory = estimate_memory(shape, video, options, room)
-    if counts.refreshes or counts.primes:
-        kept = _residual_bytes(shape, tokens, forwards, options)
-        memory = with_residuals(memory, kept, settings.residual, room, device.type == "cuda")
-        shortage = shortage or describe_residual_shortage(memory, room)
-    warnings = []
-    backend = None
+    memory, shortage = _memory(shape, video, settings, options, counts)
+    backend: str | None = None
+    warnings: list[str] = []
     if sparse:
-        warnings += _sparsity_warnings(
-            sparse, counts.dense, steps, video_tokens, share, device.type
-        )
+        warnings += _sparsity_warnings(sparse, counts, video_tokens, share, device.type)
         if counts.sparse and has_fast_dense(device, options.resolved_dtype):
             warnings.append(_FAST_DENSE)
         if options.device_is_here:
-            backend, found = _choose_backend(shape, settings, options)
+            backend, found = _choose_backend(shape, sparse, options)
             warnings += found
     warnings += [shortage] if shortage else []
-    if shape.heads % options.num_gpus:
-        warnings.append(
-            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs: one video cannot "
-            "be shared so. Use another number, or generate --prompts-file with --parallel prompts."
-        )
-    warnings += _cpu_warnings(device, tflop * steps)
+    warnings += _machine_warnings(shape, options, tflop * steps)
     return RunPlan(
         grid=grid,
         video_tokens=video_tokens,
@@ -214,16 +201,31 @@ def _share_plan(
     return SharePlan(count, alone / (alone * share / count + linear), sent / 2**30)
 
 
-def _residual_bytes(shape: ModelShape, tokens: int, forwards: int, options: LoadOptions) -> int:
-    """What refreshes keep, for one video."""
-    return residual_bytes(
-        batch=forwards,
-        tokens=tokens,
+def _memory(
+    shape: ModelShape,
+    video: VideoSettings,
+    settings: SparseSettings,
+    options: LoadOptions,
+    counts: StepCounts,
+) -> tuple[MemoryEstimate, str | None]:
+    """The memory with what refreshes keep, and why the run cannot fit, if it cannot."""
+    room = find_room(options)
+    shortage = describe_shortage(shape, video, options, room)
+    memory = estimate_memory(shape, video, options, room)
+    if not (counts.refreshes or counts.primes):
+        return memory, shortage
+    kept = residual_bytes(
+        batch=2 if video.true_cfg_scale > 1 else 1,
+        tokens=math.prod(shape.grid(video.height, video.width, video.num_frames))
+        + shape.text_tokens,
         heads=shape.heads,
         head_dim=shape.head_dim,
         layers=shape.layers,
         scale_bytes=options.resolved_dtype.itemsize,
     )
+    on_cuda = options.resolved_device.type == "cuda"
+    memory = with_residuals(memory, kept, settings.residual, room, on_cuda)
+    return memory, shortage or describe_residual_shortage(memory, room)
 
 
 def _speedup_bounds(
@@ -265,8 +267,7 @@ def _choose_backend(
 
 def _sparsity_warnings(
     settings: SparseSettings,
-    dense_steps: int,
-    steps: int,
+    counts: StepCounts,
     video_tokens: int,
     share: float,
     device_type: str,
@@ -281,11 +282,11 @@ def _sparsity_warnings(
             f"min_tokens={min_tokens:,}, below which dense attention tends to be faster. "
             "Set it to 0 to run sparse steps anyway."
         )
-    elif dense_steps == steps:
+    elif not counts.sparse:
         warnings.append(
             f"No step is sparse: warmup_steps={settings.warmup_steps}, "
             f"cooldown_steps={settings.cooldown_steps} and steps with a threshold of 1 "
-            f"make up all {steps} steps. Lower them, or run more steps."
+            f"make up all {counts.dense} steps. Lower them, or run more steps."
         )
     elif blocks < _FEW_BLOCKS:
         warnings.append(
@@ -309,11 +310,17 @@ def _backend_warnings(backend: str, device: torch.device) -> list[str]:
     return [f"Only the portable backend can run, which is slow on a GPU. {reasons}".rstrip()]
 
 
-def _cpu_warnings(device: torch.device, tflop: float) -> list[str]:
-    """Whether the run would take a CPU hours."""
-    if device.type != "cpu" or tflop < _SLOW_CPU_TFLOP:
-        return []
-    return [
-        f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {tflop / _SLOW_CPU_TFLOP:,.1f} hours at "
-        "1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
-    ]
+def _machine_warnings(shape: ModelShape, options: LoadOptions, tflop: float) -> list[str]:
+    """Whether the GPUs cannot share a video, or the run would take a CPU hours."""
+    warnings = []
+    if shape.heads % options.num_gpus:
+        warnings.append(
+            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs: one video cannot "
+            "be shared so. Use another number, or generate --prompts-file with --parallel prompts."
+        )
+    if options.resolved_device.type == "cpu" and tflop >= _SLOW_CPU_TFLOP:
+        warnings.append(
+            f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {tflop / _SLOW_CPU_TFLOP:,.1f} hours "
+            "at 1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
+        )
+    return warnings

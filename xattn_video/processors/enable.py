@@ -1,6 +1,5 @@
 """Switch XAttention on and off for a video transformer in one line."""
 
-from types import TracebackType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -37,12 +36,7 @@ class XAttentionHandle:
     def __enter__(self) -> "XAttentionHandle":
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.disable()
 
 
