@@ -1,7 +1,5 @@
 """What `xattn-video generate` writes and says."""
 
-import importlib.metadata
-import io
 import json
 import os
 import re
@@ -14,15 +12,11 @@ import imageio.v3 as imageio
 import pytest
 import torch
 from command_line import SMALL, SPARSE, run_cli
-from rich.console import Console
 
 from xattn_video.measure.demo_checks import ATTRIBUTES, score_clip
 from xattn_video.pipelines.demo import parse_prompt
-from xattn_video.pipelines.generation import StepRecord
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.machine import machine_record
-from xattn_video.reporting.progress import JobProgress, TimeLeft
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,40 +75,6 @@ def test_a_plot_that_fails_leaves_the_old_one(generate, tmp_path, monkeypatch):
     assert "error: cannot write 'run.png': the disk is full; the file of that name" in err
     assert (tmp_path / "run.png").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_shows_step_phase_density_and_times(width):
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, no_color=True, width=width)
-    steps = [StepRecord(0, 25, 1.5, False, None), StepRecord(1, 25, 1.0, True, 0.41)]
-    title = "a red circle moving left to right over a blue b..."
-    with JobProgress(console, TimeLeft(2.0)).running() as job:
-        units = {"text": 1, "dense": 1, "sparse": 24, "decoding": 1}
-        job.expect([units])
-        with job.run(title, units) as progress:
-            for step in steps:
-                progress(step)
-            job._progress.refresh()
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
-    assert lines[0] == title
-    # 23 steps of the one sparse second, and decoding for two dense steps of 1.5 seconds.
-    bar = r" step 2/25 sparse, density 0\.41 0:00:00 about 0:00:26 left\s*$"
-    assert any(re.search(bar, line) for line in lines), lines
-
-
-def test_a_refresh_is_shown_as_one():
-    screen = io.StringIO()
-    job = JobProgress(Console(file=screen))
-    units = {"text": 1, "refresh": 1, "sparse": 1}
-    job.expect([units])
-    with job.run("a red circle", units) as progress:
-        progress(StepRecord(0, 2, 2.0, True, 0.41, refreshed=True))
-        progress(StepRecord(1, 2, 1.0, True, 0.41))
-    assert screen.getvalue().splitlines()[1:] == [
-        "  step 1/2  refresh  2.00 s  about 0:00:02 left",
-        "  step 2/2  sparse, density 0.41  1.00 s  about 0:00:00 left",
-    ]
 
 
 def test_markup_in_a_prompt_is_text(generate):
@@ -427,17 +387,3 @@ def test_the_readmes_first_command(tmp_path, monkeypatch):
     seen = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
     right = score_clip(seen, parse_prompt(prompt))
     assert all(all(right[name]) for name in ATTRIBUTES), right
-
-
-def test_a_report_names_the_versions_of_what_backends_run_on(monkeypatch):
-    present = {"triton": "3.7.1", "flash-attn-4": "4.0"}
-
-    def version(name):
-        if name not in present:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return present[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    versions = machine_record(torch.device("cpu"))["versions"]
-    assert {name: versions[name] for name in present} == present
-    assert set(versions) == {*present, "xattn_video", "torch", "diffusers"}

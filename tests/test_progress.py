@@ -1,6 +1,7 @@
-"""The time left of a whole job."""
+"""What is shown while a job runs, and the time left of all of it."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -151,3 +152,37 @@ def test_decoding_is_guessed_from_arithmetic():
     source = find_model(DEMO)
     work = ExpectedWork(read_model_shape(source), "cpu", source.read_json("vae/config.json"))
     assert 1 < work.decoding_steps(DEMO_SETTINGS) < 50
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_step_phase_density_and_times(width):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, no_color=True, width=width)
+    steps = [StepRecord(0, 25, 1.5, False, None), StepRecord(1, 25, 1.0, True, 0.41)]
+    title = "a red circle moving left to right over a blue b..."
+    with JobProgress(console, TimeLeft(2.0)).running() as job:
+        units = {"text": 1, "dense": 1, "sparse": 24, "decoding": 1}
+        job.expect([units])
+        with job.run(title, units) as progress:
+            for step in steps:
+                progress(step)
+            job._progress.refresh()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()
+    assert lines[0] == title
+    # 23 steps of the one sparse second, and decoding for two dense steps of 1.5 seconds.
+    bar = r" step 2/25 sparse, density 0\.41 0:00:00 about 0:00:26 left\s*$"
+    assert any(re.search(bar, line) for line in lines), lines
+
+
+def test_a_refresh_is_shown_as_one():
+    screen = io.StringIO()
+    job = JobProgress(Console(file=screen))
+    units = {"text": 1, "refresh": 1, "sparse": 1}
+    job.expect([units])
+    with job.run("a red circle", units) as progress:
+        progress(StepRecord(0, 2, 2.0, True, 0.41, refreshed=True))
+        progress(StepRecord(1, 2, 1.0, True, 0.41))
+    assert screen.getvalue().splitlines()[1:] == [
+        "  step 1/2  refresh  2.00 s  about 0:00:02 left",
+        "  step 2/2  sparse, density 0.41  1.00 s  about 0:00:00 left",
+    ]
