@@ -129,8 +129,8 @@ def test_dense_makes_no_wrong_option_right(option, message, generate):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompt; expected one a line"),
-        ("# a comment\n\n   \n", "holds no prompt; expected one a line"),
+        ("", "holds no prompt; expected one per line"),
+        ("# a comment\n\n   \n", "holds no prompt; expected one per line"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
     ids=["empty", "comments", "binary"],

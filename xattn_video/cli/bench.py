@@ -48,8 +48,10 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str | None]] = {
 class Timing:
     """What is timed, and how long."""
 
-    density: float = knob("Share of blocks computed, which a real run's threshold decides.", 0.4)
-    seconds: float = knob("The most that timing one row may take.", 5.0)
+    density: float = knob(
+        "Share of blocks to compute; in a real run, the threshold decides it.", 0.4
+    )
+    seconds: float = knob("Time limit for each row, in seconds.", 5.0)
 
 
 @command

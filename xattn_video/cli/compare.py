@@ -41,7 +41,7 @@ def compare(
     context: typer.Context,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how far sparse videos are from dense ones; the same command resumes it."""
+    """Measure how close sparse videos are to dense ones; run it again to resume."""
     from xattn_video.pipelines.memory import settle_offload
 
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)

@@ -83,10 +83,10 @@ class CompareDetails:
     batch_size: int = knob("Videos generated in one call.", 1, panel="Video")
     force: bool = knob("Run even if the memory seems too small.", False, "--force", panel="Model")
     output: Path | None = knob(
-        "Folder of the results.", panel="Files", shown_default="compare; existing files: none"
+        "Folder for the results.", panel="Files", shown_default="compare; existing files: none"
     )
     overwrite: bool = knob(
-        "Start anew, whatever results the folder holds.", False, "--overwrite", panel="Files"
+        "Discard the results in the folder and start over.", False, "--overwrite", panel="Files"
     )
     videos: bool = knob(
         "Write every video losslessly, and each sparse video next to its dense video. Without "
@@ -108,7 +108,7 @@ class _Further:
         panel=_GRID,
     )
     noise_ceiling: bool = knob(
-        "Also compare dense with dense: how far apart two equal runs are.", True, panel=_GRID
+        "Also compare dense with dense: how far apart two identical runs are.", True, panel=_GRID
     )
 
 

@@ -30,10 +30,10 @@ class DemoDetails:
     prompt: str = knob("What the video shows, in the demo model's words.", _PROMPT, panel="Video")
     seed: int = knob("Seed of the initial noise.", 0, panel="Video")
     output: Path = knob(
-        "Folder of the page and the videos.", Path("xattn-demo"), panel="Files", kind=Path
+        "Folder for the page and the videos.", Path("xattn-demo"), panel="Files", kind=Path
     )
     overwrite: bool = knob(
-        "Start anew, whatever results the folder holds.", False, "--overwrite", panel="Files"
+        "Discard the results in the folder and start over.", False, "--overwrite", panel="Files"
     )
     open: bool = knob("Open the page in the browser.", False, "--open", panel="Files")
 
@@ -52,7 +52,7 @@ def demo(
     sparse: Annotated[SparseSettings, _of_the_demo(sparse_settings(), "dense")],
     errors: ErrorsToExitCodes,
 ) -> None:
-    """Show what sparse attention does to a video: in about a minute, without GPU or download."""
+    """Show what sparse attention does to a video, in about a minute, without GPU or download."""
     from xattn_video.measure.methods import method_of
 
     job = CompareJob(

@@ -46,16 +46,18 @@ class Files:
         panel="Files",
         shown_default="named after the prompt; folder videos",
     )
-    report: Path | None = knob("JSON file: settings, times and what ran.", panel="Files")
+    report: Path | None = knob(
+        "JSON file: settings, times, and what attention did.", panel="Files"
+    )
     plot: Path | None = knob(
         "PNG file: density by step and layer; a folder with --prompts-file.", panel="Files"
     )
     html: Path | None = knob(
-        "HTML file: one page with the videos, density by step and layer, and what it cost.",
+        "HTML file: one page with the videos, density by step and layer, and costs.",
         panel="Files",
     )
     overwrite: bool = knob(
-        "With --prompts-file: make every video anew, whatever is there.",
+        "With --prompts-file: generate every video again, even existing ones.",
         False,
         "--overwrite",
         panel="Files",
@@ -73,7 +75,7 @@ def generate(
     errors: ErrorsToExitCodes,
     ranks: JobRanks,
 ) -> None:
-    """Generate a video, or one for each line of a file; the same command resumes the latter."""
+    """Generate a video, or one for each line of a prompts file; run it again to resume."""
     from xattn_video.pipelines.memory import settle_offload
 
     check_parallel(details.parallel, ranks.count)

@@ -42,7 +42,7 @@ class Prompts:
 
     prompt: str | None = knob("What the video shows.")
     prompts_file: Path | None = knob(
-        "Many prompts, one a line; a line that begins with # is a comment."
+        "File with one prompt per line; lines that begin with # are comments."
     )
 
     def read(self) -> list[str]:
@@ -185,7 +185,7 @@ def read_prompts(file: Path) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise ValueError(f"the prompts file {str(file)!r} holds no prompt; expected one a line.")
+        raise ValueError(f"the prompts file {str(file)!r} holds no prompt; expected one per line.")
     return prompts
 
 

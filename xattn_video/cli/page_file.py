@@ -13,7 +13,7 @@ class PageWish:
     """Whether the results become a web page, and whether a browser shows it."""
 
     html: bool = knob(
-        "Write results.html, one page that shows it all and needs no other file.",
+        "Write results.html, one self-contained page with everything.",
         True,
         panel="Files",
     )

@@ -39,7 +39,7 @@ class _Model:
         "cpu, cuda or cuda:N.", panel="Model", shown_default="cuda if there is one"
     )
     offload: str | None = knob(
-        "What to keep in host memory: none, model, sequential or group.",
+        "How to offload weights to host memory: none, model, sequential or group.",
         panel="Model",
         shown_default="the fastest that fits",
     )

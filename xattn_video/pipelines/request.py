@@ -26,13 +26,14 @@ class VideoSettings:
 
     height: int = field(default=720, metadata={"help": "Pixels, a multiple of 16."})
     width: int = field(default=1280, metadata={"help": "Pixels, a multiple of 16."})
-    num_frames: int = field(default=129, metadata={"help": "4k + 1 frames."})
+    num_frames: int = field(default=129, metadata={"help": "Number of frames, 4k + 1."})
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(
-        default=6.0, metadata={"help": "Guidance that the model takes as an input."}
+        default=6.0, metadata={"help": "Embedded guidance, an input of the model."}
     )
     true_cfg_scale: float = field(
-        default=1.0, metadata={"help": "Guidance by a second forward, above 1."}
+        default=1.0,
+        metadata={"help": "True classifier-free guidance, by a second forward pass; on above 1."},
     )
 
     def __post_init__(self) -> None:

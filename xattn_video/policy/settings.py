@@ -78,7 +78,7 @@ class SparseSettings:
     min_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "With fewer video tokens, every step stays dense.",
+            "help": "Videos with fewer tokens run dense in every step.",
             "shown_default": f"{MIN_TOKENS_CUDA} on CUDA, else {_MIN_TOKENS_ELSEWHERE}; demo 0",
         },
     )
@@ -91,7 +91,7 @@ class SparseSettings:
     )
     density: float | None = field(
         default=None,
-        metadata={"help": "Share of the blocks to keep, in (0, 1], in place of a threshold."},
+        metadata={"help": "Share of the blocks to keep, in (0, 1], instead of a threshold."},
     )
     token_order: TokenOrder = field(
         default="raster",
@@ -99,21 +99,23 @@ class SparseSettings:
     )
     compensation: Compensation = field(
         default="none",
-        metadata={"help": "What stands for skipped blocks: none, means or first-order."},
+        metadata={"help": "How skipped blocks are approximated: none, means or first-order."},
     )
     mask_every: int = field(
-        default=1, metadata={"help": "Every how many sparse steps to choose the blocks."}
+        default=1, metadata={"help": "Choose the blocks anew at every n-th sparse step."}
     )
     refresh_every: int | None = field(
         default=None,
         metadata={
-            "help": "Every how many steps to run dense too and keep what sparse layers lack.",
+            "help": "Refresh every n steps: run dense too, and add the difference until the next.",
             "shown_default": "never",
         },
     )
     residual: ResidualPlace = field(
         default="auto",
-        metadata={"help": "Where that is kept: device, host, or auto, by what is free."},
+        metadata={
+            "help": "Where refreshes keep the difference: device, host, or auto (by free memory)."
+        },
     )
 
     def __post_init__(self) -> None:
