@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hunyuan import generate, states, tiny_pipeline, tiny_transformer
@@ -179,6 +181,20 @@ def test_wrappers_are_taken_off_or_named():
     handle.disable()
     with pytest.raises(UnsupportedModelError, match=r"DataParallel copies .* model\.module"):
         enable_xattention(torch.nn.DataParallel(transformer))
+
+
+def test_a_copied_pipeline_is_told_how_to_use_its_processor():
+    pipe = tiny_pipeline()
+    enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
+    twin = copy.deepcopy(pipe)
+    with pytest.raises(ValueError, match=r"enable_xattention\(pipe, .*processor\.bind\("):
+        generate(twin, 4)
+    processor = twin.transformer.transformer_blocks[0].attn.processor
+    with pytest.raises(RuntimeError, match=r"processor\.bind\(pipe\.transformer, pipeline=pipe\)"):
+        enable_xattention(twin)
+    processor.bind(twin.transformer, pipeline=twin)
+    generate(twin, 4)
+    assert states(processor.report()) == ["dense", "sparse", "sparse", "dense"]
 
 
 def test_a_second_pipeline_is_told_how_to_share_the_processor():

@@ -162,9 +162,16 @@ def test_no_sparse_step_is_warned_of(settings, message):
 
 def test_small_videos_are_warned_of():
     small = VideoSettings(height=256, width=256, num_frames=17)
-    warnings = "\n".join(plan(small, min_tokens=0).warnings)
+    found = plan(small, min_tokens=0)
+    assert (found.blocks, found.last_block_tokens) == (12, 128)
+    warnings = "\n".join(found.warnings)
     assert "The clip is only 1,280 tokens; sparse attention needs thousands." in warnings
     assert "Attention is 8% of a step's arithmetic" in warnings
+
+
+def test_the_smallest_video_has_a_block():
+    found = plan(VideoSettings(height=16, width=16, num_frames=1), min_tokens=0, block_size=512)
+    assert (found.video_tokens, found.blocks, found.last_block_tokens) == (1, 1, 257)
 
 
 def test_videos_that_stay_dense_for_their_size_are_warned_of():

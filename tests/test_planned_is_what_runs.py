@@ -1,15 +1,18 @@
 """Plan, progress, report and layers agree, whatever the schedule."""
 
+from collections import Counter
+
 import pytest
 from hunyuan import HEADS, NUM_LAYERS, VIDEO_TOKENS, generate, tiny_pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xattn_video import ThresholdSchedule, enable_xattention
+from xattn_video.pipelines.expected_work import ExpectedWork
 from xattn_video.pipelines.generation import _StepRecorder
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
-from xattn_video.pipelines.request import VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.run_plan import plan_run
 from xattn_video.policy.decision import Run, decide
 from xattn_video.policy.settings import SparseSettings
@@ -28,8 +31,10 @@ SCHEDULES = st.builds(
         st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, HEADS - 1)), POINTS, max_size=3
     ),
 )
+KEPT = st.sampled_from([{}, {"mask_every": 2}, {"refresh_every": 2}, {"refresh_every": 3}])
 SETTINGS = st.builds(
-    SparseSettings,
+    lambda kept, *given, **options: SparseSettings(*given, **options, **kept),
+    KEPT,
     SCHEDULES,
     stride=st.just(4),
     block_size=st.just(8),
@@ -58,6 +63,10 @@ def test_planned_is_what_runs(pipe, sparse):
     assert [[layer.reason for layer in forward.layers] for forward in report.forwards] == [
         [decision.layer_reason(layer) for layer in range(NUM_LAYERS)] for decision in decisions
     ]
+    for forward, decision in zip(report.forwards, decisions, strict=True):
+        assert [layer.refreshed for layer in forward.layers] == [
+            decision.refreshes and decision.computes_sparsely(layer) for layer in range(NUM_LAYERS)
+        ]
     # Progress.
     assert [step.sparse for step in shown] == [decision.sparse for decision in decisions]
     # The plan.
@@ -65,4 +74,14 @@ def test_planned_is_what_runs(pipe, sparse):
     video = VideoSettings(height=64, width=64, num_frames=9, num_inference_steps=STEPS)
     plan = plan_run(shape, video, sparse, LoadOptions(device="cpu"))
     assert plan.video_tokens == VIDEO_TOKENS
-    assert plan.sparse_steps == len(report.sparse_steps)
+    assert (plan.dense_steps, plan.sparse_steps) == (
+        STEPS - len(report.sparse_steps),
+        len(report.sparse_steps),
+    )
+    assert plan.refresh_steps == len(set(report.refresh_steps) & set(report.sparse_steps))
+    # The time left.
+    units = ExpectedWork(shape, "cpu", {}).of_run(
+        GenerationRequest("a red circle", video=video, sparse=sparse)
+    )
+    kinds = Counter(step.kind for step in shown)
+    assert {kind: units[kind] for kind in units.keys() - {"text", "decoding"}} == kinds

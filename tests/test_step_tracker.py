@@ -175,6 +175,15 @@ def test_the_schedulers_count_and_guidance_are_two_passes_a_step():
     assert found == [(0, 0, True), (0, 1, False), (1, 0, False), (1, 1, False)]
 
 
+def test_latents_that_never_change_are_counted_by_the_scheduler():
+    """The only latent frame of image-to-video holds the image; its timesteps round to a few."""
+    run = [
+        (index or None, seen(timestep))
+        for index, timestep in enumerate((1000.0,) * 3 + (996.0,) * 3)
+    ]
+    assert [step for step, _, _ in counted(run)] == list(range(6))
+
+
 def test_a_generation_that_starts_after_one_step_is_new():
     """The first stopped before its scheduler took a step."""
     found = counted([(None, seen(900.0, 0.0)), (None, seen(900.0, 1.0))])
