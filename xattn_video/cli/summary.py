@@ -30,7 +30,9 @@ def print_summary(
     """
     from xattn_video.pipelines.cpu_speed import what_pays
 
-    lines = {"size": _size(request), "attention": _attention(result)}
+    video = request.video
+    size = f"{video.width}x{video.height}, {video.num_frames} frames, seed {request.seed}"
+    lines = {"size": size, "attention": _attention(result)}
     if result.report is not None:
         lines["backend"] = ", ".join(result.report.backends) or "none needed"
         if result.report.imbalance is not None:
@@ -58,11 +60,6 @@ def print_outlook(console: Console) -> None:
         "full size": FullSize.read().figure.line,
     }
     print_labelled(console, lines)
-
-
-def _size(request: "GenerationRequest") -> str:
-    video = request.video
-    return f"{video.width}x{video.height}, {video.num_frames} frames, seed {request.seed}"
 
 
 def _attention(result: "GenerationResult") -> str:

@@ -57,7 +57,12 @@ def comparison_text(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
         pictures: Paths of the plots, relative to the page.
     """
     table = comparison_table(comparison_rows(record))
-    captions = [(_caption(path), path) for path in pictures]
+    captions = [
+        (text, path)
+        for path in pictures
+        for name, text in _PICTURES.items()
+        if path.endswith(f"{name}.png")
+    ]
     return render(_TEMPLATE, record=record, table=table, pictures=captions)
 
 
@@ -95,7 +100,3 @@ def _grid_cell(row: MethodRow) -> str:
         return ""
     density = "" if row.density is None else f", density {row.density:.2f}"
     return f"{row.psnr:.1f} dB{density}"
-
-
-def _caption(path: str) -> str:
-    return next(text for name, text in _PICTURES.items() if path.endswith(f"{name}.png"))

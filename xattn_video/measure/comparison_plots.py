@@ -152,7 +152,8 @@ def _density_by_layer(grids: Mapping[str, Densities]) -> "Figure":
     panels = figure.subplots(1, len(grids), squeeze=False, sharey=True)[0]
     image: Any = None
     found = [cell for layers in grids.values() for row in layers for cell in row]
-    low, high = round_limits(*_extremes(found), digits=1)
+    sparse = [density for density in found if density is not None]
+    low, high = round_limits(min(sparse), max(sparse), digits=1)
     for axes, (label, layers) in zip(panels, grids.items(), strict=True):
         values = [[math.nan if cell is None else cell for cell in layer] for layer in layers]
         axes.set_facecolor("0.82")
@@ -162,12 +163,6 @@ def _density_by_layer(grids: Mapping[str, Densities]) -> "Figure":
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(panels), label="density (grey: dense)", pad=0.01)
     return figure
-
-
-def _extremes(densities: Sequence[float | None]) -> tuple[float, float]:
-    """The lowest and the highest density."""
-    sparse = [density for density in densities if density is not None]
-    return min(sparse), max(sparse)
 
 
 def _line(row: MethodRow) -> _Line:

@@ -251,11 +251,13 @@ class _StepRecorder:
                 f"step {index + 1} of {self._total} left values that are not finite, "
                 f"computed in {_name(self._dtype)}; {_STEP_REMEDIES[self._dtype]}."
             )
-        sparse, density = self._attention_of(index)
         seconds = now - (self._last_end or now)
         self.latents = tensors["latents"]
-        report = None if self._processor is None else self._processor.report()
-        refreshed = report is not None and index in report.refresh_steps
+        density, refreshed = None, False
+        if self._processor is not None:
+            report = self._processor.report()
+            density, refreshed = report.step_density(index), index in report.refresh_steps
+        sparse = density is not None
         self.steps.append(StepRecord(index, self._total, seconds, sparse, density, refreshed))
         if self._on_step is not None:
             self._on_step(self.steps[-1])
@@ -274,11 +276,6 @@ class _StepRecorder:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-    def _attention_of(self, step: int) -> tuple[bool, float | None]:
-        """Whether any layer of a step ran sparse, and the density of the sparse layers."""
-        density = None if self._processor is None else self._processor.report().step_density(step)
-        return density is not None, density
 
 
 def _attention(

@@ -119,7 +119,13 @@ class ItemFolder:
             files: Its files, in their places.
             record: What is known of it.
         """
-        sums = {file.relative_to(self.path).as_posix(): _file_sum(file) for file in files}
+        sums = {
+            file.relative_to(self.path).as_posix(): {
+                "bytes": file.stat().st_size,
+                "sha256": file_digest(file),
+            }
+            for file in files
+        }
         self._items.mkdir(exist_ok=True)
         write_json(self._item_file(key), {"key": key, "files": sums, **record})
         self.forget_failures([key])
@@ -252,10 +258,6 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _file_sum(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _plain(value: object) -> str:

@@ -125,7 +125,8 @@ class _Stage:
         return out
 
     def _next_buffer(self, like: Residual | None) -> tuple[int, Residual]:
-        if like is not None and not self._fits(like):
+        kept = self._buffers[0].values.shape if self._buffers else None
+        if like is not None and like.values.shape != kept:
             self._buffers = [Residual.empty_like(like, self._device) for _ in range(2)]
             for buffer in self._buffers:
                 buffer.values.record_stream(self._stream)
@@ -133,9 +134,6 @@ class _Stage:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._turn = 1 - self._turn
         return self._turn, self._buffers[self._turn]
-
-    def _fits(self, residual: Residual) -> bool:
-        return bool(self._buffers) and self._buffers[0].values.shape == residual.values.shape
 
 
 class PassResiduals:

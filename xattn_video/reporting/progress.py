@@ -265,7 +265,8 @@ class JobProgress:
         seconds = self.left.seconds()
         if seconds is None:
             return ""
-        return f"{'about' if self.left.is_complete else 'over'} {_clock_text(seconds)} left"
+        left = timedelta(seconds=round(seconds))
+        return f"{'about' if self.left.is_complete else 'over'} {left} left"
 
     def _end_writing(self) -> None:
         if self._is_writing:
@@ -344,7 +345,3 @@ class _JobTimeLeft(ProgressColumn):
 
 def _is_step(kind: str) -> bool:
     return kind.startswith(("dense", "sparse", "refresh"))
-
-
-def _clock_text(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -90,7 +90,7 @@ class Scene:
     def prompt(self) -> str:
         """The prompt that names the scene."""
         objects = " and ".join(
-            f"{_article(item.colour)} {item.colour} {item.shape} {item.motion}"
+            f"a{'n' * (item.colour[0] in 'aeiou')} {item.colour} {item.shape} {item.motion}"
             for item in self.objects
         )
         return f"{objects} {self.preposition} a {self.background} background"
@@ -195,10 +195,6 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
         if scene not in scenes:
             scenes.append(scene)
     return scenes
-
-
-def _article(colour: str) -> str:
-    return "an" if colour[0] in "aeiou" else "a"
 
 
 def _require_member(what: str, value: str, known: tuple[str, ...]) -> None:
