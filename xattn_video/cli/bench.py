@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +71,7 @@ def bench(
     from xattn_video.pipelines.run_plan import plan_run
     from xattn_video.pipelines.source import find_model
 
+    counted = replace(sparse, threshold=None, density=timing.density)
     shape = read_model_shape(find_model(load.model))
     run_plan = plan_run(shape, video, sparse, load)
     tokens = run_plan.video_tokens + run_plan.text_tokens
@@ -87,11 +88,9 @@ def bench(
         problem,
         load.resolved_device,
         load.resolved_dtype,
-        density=timing.density,
-        stride=sparse.stride,
-        backend=sparse.backend,
-        budget=Budget(max_seconds=timing.seconds),
-        on_row=show,
+        counted,
+        Budget(max_seconds=timing.seconds),
+        show,
     )
     if as_json:
         typer.echo(json.dumps(_as_dict(found, run_plan), indent=2))

@@ -17,6 +17,7 @@ from xattn_video.measure.attention_problems import BLOCK_SIZE, AttentionProblem,
 from xattn_video.measure.dense_baselines import STOCK, best_dense
 from xattn_video.measure.timing import Budget
 from xattn_video.ops.problem import Problem
+from xattn_video.policy.settings import SparseSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +65,29 @@ def measure_speedup(
     problem: AttentionProblem,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    density: float,
-    stride: int,
-    backend: str,
+    settings: SparseSettings,
     budget: Budget,
     on_row: Callable[[Columns], None],
 ) -> Speedup:
-    """Measure on random tensors; ``on_row`` is called for every row, measured or failed.
+    """Measure on random tensors, at the settings' density, stride and backend.
+
+    ``on_row`` is called for every row, measured or failed.
 
     Raises:
-        ValueError: The density is out of range, or no backend has that name.
         BackendUnavailableError: The backend cannot run the problem, with every reason.
     """
-    if not 0 < density <= 1:
-        raise ValueError(
-            f"density must lie in (0, 1], got {density}; the share of blocks to compute, "
-            "such as 0.4."
-        )
-    backend = resolve_backend(backend, Problem(device, dtype, problem.head_dim, BLOCK_SIZE))
+    assert settings.density is not None
+    problem_here = Problem(device, dtype, problem.head_dim, BLOCK_SIZE)
     tensors = clustered_tensors(problem, device, dtype)
-    settings = SparseGrid(
-        densities=(density,), strides=(stride,), backends=(backend,), precisions=("auto",)
+    grid = SparseGrid(
+        densities=(settings.density,),
+        strides=(settings.stride,),
+        backends=(resolve_backend(settings.backend, problem_here),),
+        precisions=("auto",),
     )
     rows: list[Columns] = []
     failures: list[Columns] = []
-    for cases in (dense_cases(tensors), sparse_cases(tensors, settings)):
+    for cases in (dense_cases(tensors), sparse_cases(tensors, grid)):
         for row, done in measure_cases(cases, device, budget):
             (rows if done else failures).append(row)
             on_row(row)
