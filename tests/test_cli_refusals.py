@@ -45,7 +45,10 @@ from command_line import SMALL, run_cli
         (["--prompt=a", "--density=1.5"], "--density must lie in (0, 1], got 1.5"),
         (["--prompt=a", "--refresh-every=0"], "--refresh-every must be at least 1 step, got 0"),
         (["--prompt=a", "--refresh-every=60"], "at most the number of denoising steps, got 60"),
-        (["--prompt=a", "--residual=host"], "--residual='host' says where to keep"),
+        (
+            ["--prompt=a", "--residual=host"],
+            "--residual='host' has no effect without --refresh-every",
+        ),
         (["--prompt=a", "--schedule=missing.json"], "cannot read the schedule 'missing.json'"),
         (["--prompt=a", "--stride=12"], "--stride must divide --block-size, got --stride=12"),
         (["--prompt=a", "--warmup-steps=-1"], "--warmup-steps must be at least 0, got -1"),

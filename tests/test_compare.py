@@ -257,7 +257,7 @@ def test_compare_knows_every_setting_of_generate():
         ([PROMPT, "--open", "--no-html"], "--open and --no-html exclude each other"),
         (
             ["--reference=a.mkv", "--candidate=a.mkv", "--open"],
-            "--open shows a page of the folder",
+            "--open shows the page in the folder --output",
         ),
         (["--reference=a.mkv"], "--reference and --candidate go together; give --candidate too"),
         (["--candidate=a.mkv"], "--reference and --candidate go together; give --reference too"),

@@ -57,7 +57,7 @@ def test_it_makes_a_page_and_videos_and_ends_with_the_truth(opened, tmp_path):
     code, again, err = run_cli("demo", *SPARSE)
     assert code == 0
     assert again == out
-    assert "1 of 1 prompts and seeds are there" in err
+    assert "1 of 1 prompts and seeds are already done" in err
     assert len(opened) == 1
 
 

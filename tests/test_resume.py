@@ -248,7 +248,7 @@ def test_a_killed_comparison_goes_on(compare, tiny_pipeline, tmp_path):
     assert 1 <= done < 3
     code, out, err = compare(*words, "--output=o")
     assert code == 0, err
-    assert f"{done} of 3 prompts and seeds are there" in err
+    assert f"{done} of 3 prompts and seeds are already done" in err
     assert "tau 0.6" in out
     assert results(tmp_path / "o") == results(tmp_path / "whole")
     videos = {path.relative_to(tmp_path / "o") for path in (tmp_path / "o").rglob("*.m*")}
@@ -317,5 +317,5 @@ def test_what_failed_in_a_comparison_is_tried_again(compare, fail_at, monkeypatc
     items(tmp_path / "o")[0].write_bytes(b"")
     code, _, err = compare(*words, "--output=o")
     assert code == 0, err
-    assert "1 of 3 prompts and seeds are there" in err
+    assert "1 of 3 prompts and seeds are already done" in err
     assert results(tmp_path / "o") == results(tmp_path / "whole")

@@ -136,7 +136,7 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'\xff\xfe{"points"', "is not UTF-8 text; save it so"),
+        (b'\xff\xfe{"points"', "is not UTF-8 text; save it as UTF-8"),
         (b"[" * 100_000, "is nested too deeply; a schedule is"),
         (b'{"points": [[0, 0.9]], "points": [[0, 0.8]]}', "the key 'points' occurs twice in one"),
         (

@@ -57,7 +57,7 @@ class FilesJob:
             lacking = "--reference" if reference is None else "--candidate"
             raise ValueError(f"--reference and --candidate go together; give {lacking} too.")
         if page.open and folder is None:
-            raise ValueError("--open shows a page of the folder --output; give that too.")
+            raise ValueError("--open shows the page in the folder --output; give --output too.")
         return cls(reference, candidate, folder, overwrite, page)
 
     def check(self) -> None:

@@ -136,7 +136,7 @@ class CompareJob:
         count = sum(len(batch) for batch in missing.values())
         total = len(self.requests)
         if count < total:
-            print_message(f"{total - count} of {total} prompts and seeds are there")
+            print_message(f"{total - count} of {total} prompts and seeds are already done")
         folder.forget_failures(batch_key(first) for first in missing)
         attempts = Attempts(folder, print_message)
         if missing:

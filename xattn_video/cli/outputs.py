@@ -180,7 +180,7 @@ def read_prompts(file: Path) -> list[str]:
         ) from None
     except UnicodeDecodeError:
         raise ValueError(
-            f"the prompts file {str(file)!r} is not UTF-8 text; save it so."
+            f"the prompts file {str(file)!r} is not UTF-8 text; save it as UTF-8."
         ) from None
     lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]

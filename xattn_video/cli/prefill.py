@@ -108,7 +108,7 @@ def _warn_of_dense(report: "PrefillReport | None") -> None:
     if report is not None and not report.sparse_layers:
         reasons = ", ".join(report.dense_reasons)
         print_warning(
-            f"Nothing ran sparse ({reasons}); a longer prompt does, or --min-tokens 0 to try it."
+            f"Nothing ran sparse ({reasons}); use a longer prompt, or --min-tokens 0 to try it."
         )
 
 

@@ -315,8 +315,9 @@ def _machine_warnings(shape: ModelShape, options: LoadOptions, tflop: float) -> 
     warnings = []
     if shape.heads % options.num_gpus:
         warnings.append(
-            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs: one video cannot "
-            "be shared so. Use another number, or generate --prompts-file with --parallel prompts."
+            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs, so they "
+            "cannot share a video. Use another number, or generate --prompts-file with --parallel "
+            "prompts."
         )
     if options.resolved_device.type == "cpu" and tflop >= _SLOW_CPU_TFLOP:
         warnings.append(

@@ -226,7 +226,7 @@ def _check_written(path: Path, frames: "NDArray[np.uint8]") -> None:
                 raise OSError(f"it holds {number} of {count} frames")
     except (OSError, RuntimeError, StopIteration) as error:
         detail = (str(error).strip().splitlines() or ["it holds no frame"])[-1]
-        raise OSError(f"the file was read again: {detail}") from None
+        raise OSError(f"it could not be read back: {detail}") from None
 
 
 def _alike(read: "NDArray[np.uint8]", written: "NDArray[np.uint8]", suffix: str) -> bool:

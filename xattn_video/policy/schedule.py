@@ -210,7 +210,7 @@ class ThresholdSchedule:
             text = Path(path).read_text(encoding="utf-8-sig")
             return cls.from_dict(json.loads(text, object_pairs_hook=_without_repetition))
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text; save it so.") from None
+            raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}.") from None
         except RecursionError:

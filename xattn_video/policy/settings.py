@@ -229,12 +229,11 @@ class SparseSettings:
                 raise ValueError(f"{name} must be at least 1 step, got {every}; try 5.")
         if self.refresh_every is None and self.residual != "auto":
             raise ValueError(
-                f"residual={self.residual!r} says where to keep what a refresh finds, and "
-                "refresh_every is not given; give it too, such as refresh_every=5."
+                f"residual={self.residual!r} has no effect without refresh_every; give it too, "
+                "such as refresh_every=5."
             )
         if self.refresh_every is not None and self.mask_every != 1:
             raise ValueError(
-                "blocks are chosen at refreshes alone: leave mask_every out beside "
-                f"refresh_every, got mask_every={self.mask_every} and "
-                f"refresh_every={self.refresh_every}."
+                "with refresh_every, blocks are chosen at refreshes; leave mask_every out, got "
+                f"mask_every={self.mask_every} and refresh_every={self.refresh_every}."
             )

@@ -174,7 +174,7 @@ def check_splits(transformer: Any, family: Family, degree: int) -> None:
     cache = type(getattr(transformer, "_cache_config", None)).__name__
     if cache in _DECIDING_CACHES:
         raise NotImplementedError(
-            f"context parallelism does not go with {cache}: each rank would skip blocks by its "
+            f"context parallelism cannot be used with {cache}: each rank would skip blocks by its "
             "own tokens, and the others would wait for it; call transformer.disable_cache()."
         )
 
