@@ -26,6 +26,8 @@ def test_a_layer_whose_every_tau_is_1_stays_dense_in_a_sparse_step():
     schedule = ThresholdSchedule(((0, 0.9),), layers={1: ((0, 1.0),)})
     decision = decide(SparseSettings(schedule, warmup_steps=0), 0, LONG)
     assert (decision.layer_reason(0), decision.layer_reason(1)) == (None, "threshold 1")
+    assert decision.computes_sparsely(0)
+    assert not decision.computes_sparsely(1)
 
 
 def test_a_head_with_a_tau_below_1_makes_its_layer_sparse():
@@ -117,6 +119,8 @@ def test_the_last_sparse_step_is_known_where_the_steps_are():
     assert not decide(
         replace(settings, cooldown_steps=0), 5, replace(LONG, num_steps=None)
     ).last_sparse
+    # Nothing is kept: nobody asks.
+    assert not decide(replace(settings, refresh_every=None), 4, LONG).last_sparse
 
 
 def test_a_density_stands_for_the_threshold():

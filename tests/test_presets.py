@@ -3,7 +3,7 @@
 import pytest
 
 from xattn_video import XAttnProcessor
-from xattn_video.policy.presets import PRESETS, preset_settings
+from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
 from xattn_video.policy.settings import SparseSettings
 
 
@@ -34,3 +34,9 @@ def test_the_default_stays_the_papers_method():
 def test_what_contradicts_a_preset_is_refused(preset, options, message):
     with pytest.raises(ValueError, match=message):
         XAttnProcessor.from_preset(preset, **options)
+
+
+@pytest.mark.parametrize("text", ["density", "density=", "=0.2", "speed=2", "density=0.2,"])
+def test_a_setting_that_names_nothing_is_refused(text):
+    with pytest.raises(ValueError, match=r"a setting must be NAME=VALUE,\.\.\. with the names"):
+        parse_setting(text)

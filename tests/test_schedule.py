@@ -96,6 +96,8 @@ def test_a_file_needs_its_points_alone(tmp_path):
         ({"points": 0.9}, TypeError, "points must be a list of"),
         ({"points": []}, TypeError, "points must be a list of"),
         ({"points": [[0, 0.9, 1]]}, TypeError, r"points\[0\] must be a \[step, threshold\] pair"),
+        ({"points": [5]}, TypeError, r"points\[0\] must be a \[step, threshold\] pair, got 5"),
+        ({"points": ["09"]}, TypeError, r"points\[0\] must be a \[step, threshold\] pair"),
         ({"points": [[0, "high"]]}, TypeError, r"points\[0\]\[1\] must be a number"),
         ({"points": [[0.5, 0.9]]}, TypeError, r"points\[0\]\[0\] must be an integer"),
         ({"points": [[-1, 0.9]]}, ValueError, r"points\[0\]\[0\] must be at least 0"),

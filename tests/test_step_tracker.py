@@ -186,8 +186,9 @@ def test_latents_that_never_change_are_counted_by_the_scheduler():
 
 def test_a_generation_that_starts_after_one_step_is_new():
     """The first stopped before its scheduler took a step."""
-    found = counted([(None, seen(900.0, 0.0)), (None, seen(900.0, 1.0))])
-    assert found == [(0, 0, True), (0, 0, True)]
+    for noise in (0.0, 1.0):
+        found = counted([(None, seen(900.0, 0.0)), (None, seen(900.0, noise))])
+        assert found == [(0, 0, True), (0, 0, True)]
 
 
 def test_a_scheduler_that_nobody_steps_is_not_believed():

@@ -125,7 +125,7 @@ class StepCounts:
         choices: Steps that choose blocks.
     """
 
-    dense: int = 0
+    dense: int
     sparse: int = 0
     refreshes: int = 0
     primes: int = 0
