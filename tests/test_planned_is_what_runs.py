@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from hunyuan import HEADS, NUM_LAYERS, VIDEO_TOKENS, generate, tiny_pipeline
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from xattn_video import ThresholdSchedule, enable_xattention
@@ -18,6 +18,7 @@ from xattn_video.policy.decision import Run, decide
 from xattn_video.policy.settings import SparseSettings
 
 STEPS = 5
+SMALL = {"stride": 4, "block_size": 8}
 TAUS = st.sampled_from([0.5, 1.0])
 POINTS = st.dictionaries(st.integers(0, STEPS), TAUS, min_size=1, max_size=3).map(
     lambda points: tuple(sorted(points.items()))
@@ -36,8 +37,8 @@ SETTINGS = st.builds(
     lambda kept, *given, **options: SparseSettings(*given, **options, **kept),
     KEPT,
     SCHEDULES,
-    stride=st.just(4),
-    block_size=st.just(8),
+    stride=st.just(SMALL["stride"]),
+    block_size=st.just(SMALL["block_size"]),
     warmup_steps=st.integers(0, STEPS + 1),
     cooldown_steps=st.integers(0, STEPS + 1),
     min_tokens=st.sampled_from([0, VIDEO_TOKENS, VIDEO_TOKENS + 1]),
@@ -50,6 +51,7 @@ def pipe():
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(sparse=SparseSettings(0.5, **SMALL, warmup_steps=2, min_tokens=0, refresh_every=2))
 @given(sparse=SETTINGS)
 def test_planned_is_what_runs(pipe, sparse):
     with enable_xattention(pipe, sparse) as handle:
