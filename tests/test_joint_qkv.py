@@ -23,10 +23,9 @@ pytest.importorskip("triton")
 from xattn_video.kernels import qk_norm_rope as kernel
 from xattn_video.kernels import support
 from xattn_video.processors import session
-from xattn_video.processors.families.hunyuan_video_qkv import (
+from xattn_video.processors.families.hunyuan_video_attention import (
     can_fuse,
     join,
-    kernel_runs_on,
     prepare_eagerly,
     prepare_fused,
 )
@@ -226,9 +225,9 @@ def test_a_step_on_the_gpu_is_no_further_from_float32_than_an_eager_one(lengths,
 
 
 def test_the_cpu_and_a_gpu_that_is_not_there_run_eagerly(monkeypatch):
-    assert not kernel_runs_on(torch.device("cpu"))
+    assert not session.kernel_runs_on(torch.device("cpu"))
     monkeypatch.setattr(support, "INTERPRETING", False)
-    assert kernel_runs_on(torch.device("cuda")) == torch.cuda.is_available()
+    assert session.kernel_runs_on(torch.device("cuda")) == torch.cuda.is_available()
 
 
 def hook(attn):

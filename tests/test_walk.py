@@ -54,4 +54,4 @@ def test_a_sparse_layer_is_a_short_walk():
         print(f"  {file}: {function}")
     assert calls[0] == ("processors/processor.py", "__call__")
     assert len(calls) <= 25
-    assert len(files) <= 7
+    assert len(files) <= 6

@@ -9,6 +9,7 @@ from torch import nn
 
 from xattn_video.backends.table import resolve_backend
 from xattn_video.errors import BackendUnavailableError
+from xattn_video.kernels.support import device_unsupported_reasons
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
 from xattn_video.policy.decision import Decision, Run, decide
@@ -16,7 +17,6 @@ from xattn_video.policy.settings import SparseSettings
 from xattn_video.policy.steps import ForwardInputs, SchedulerStep, StepTracker
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families import Family
-from xattn_video.processors.families.hunyuan_video_qkv import kernel_runs_on
 from xattn_video.processors.kept import KeptByPass, KeptStore
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.processors.recorder import (
@@ -203,6 +203,11 @@ class Session:
             slot.reason = decision.layer_reason(position)
             slot.threshold = threshold if decision.computes_sparsely(position) else None
             slot.fuses = fuses
+
+
+def kernel_runs_on(device: torch.device) -> bool:
+    """Whether a kernel may prepare queries and keys there; asked once for all layers."""
+    return device.type == "cuda" and not device_unsupported_reasons(device)
 
 
 def _layer_device(transformer: nn.Module, input_device: torch.device) -> torch.device:

@@ -8,20 +8,12 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from xattn_video.policy.steps import ForwardInputs
-from xattn_video.processors import engine
 from xattn_video.processors.families.family import Family
-from xattn_video.processors.families.hunyuan_video_qkv import (
-    can_fuse,
-    join,
-    prepare_eagerly,
-    prepare_fused,
-)
+from xattn_video.processors.families.hunyuan_video_attention import attention
 from xattn_video.processors.layout import TokenLayout
-from xattn_video.processors.recorder import LayerSlot
 
 _ROTARY_ROWS = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
 HUNYUAN_VIDEO_PLAN: dict[str, Any] = {
@@ -34,64 +26,6 @@ HUNYUAN_VIDEO_PLAN: dict[str, Any] = {
 """For `enable_parallelism(cp_plan=...)`; only with an `XAttnProcessor`."""
 
 _READ = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
-
-
-def attention(
-    attn: Attention,
-    slot: LayerSlot,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Diffusers' HunyuanVideoAttnProcessor2_0, except step 5, and steps 2 to 4 on a GPU."""
-    num_text_tokens = encoder_hidden_states.shape[1]
-    if attn.add_q_proj is None:
-        hidden_states = join(hidden_states, encoder_hidden_states)
-
-    # 1. QKV projections
-    query = attn.to_q(hidden_states)
-    key = attn.to_k(hidden_states)
-    value = attn.to_v(hidden_states)
-
-    query = query.unflatten(2, (attn.heads, -1))
-    key = key.unflatten(2, (attn.heads, -1))
-    value = value.unflatten(2, (attn.heads, -1))
-
-    # 2. to 4. QK normalization, rotary embedding of the video, QKV projections of the text
-    heads = (query, key, value)
-    ordered = False
-    if (
-        slot.fuses
-        and image_rotary_emb is not None
-        and can_fuse(attn, heads, encoder_hidden_states, image_rotary_emb)
-    ):
-        places = engine.canonical_places(slot)
-        heads = prepare_fused(attn, heads, encoder_hidden_states, image_rotary_emb, places)
-        ordered = places is not None
-    else:
-        heads = prepare_eagerly(attn, heads, encoder_hidden_states, image_rotary_emb)
-    query, key, value = heads
-
-    # 5. Attention
-    hidden_states = engine.attend(slot, query, key, value, attention_mask, ordered)
-    hidden_states = hidden_states.flatten(2, 3)
-    hidden_states = hidden_states.to(query.dtype)
-
-    # 6. Output projection
-    hidden_states, encoder_hidden_states = (
-        hidden_states[:, :-num_text_tokens],
-        hidden_states[:, -num_text_tokens:],
-    )
-
-    if getattr(attn, "to_out", None) is not None:
-        hidden_states = attn.to_out[0](hidden_states)
-        hidden_states = attn.to_out[1](hidden_states)
-
-    if getattr(attn, "to_add_out", None) is not None:
-        encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
-
-    return hidden_states, encoder_hidden_states
 
 
 def attentions(transformer: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Prepares queries, keys and values of joint text-video attention after their projections.
+"""HunyuanVideo's attention of a layer, in the numbered steps of Diffusers' processor.
 
-`prepare_eagerly` follows Diffusers' processor step by step. `prepare_fused` computes the same
-with one kernel if `can_fuse` allows it. Both call projections as modules, so adapters and
-quantised layers work as usual.
+`prepare_eagerly` takes steps 2 to 4 one by one. `prepare_fused` computes the same with one kernel
+if `can_fuse` allows it. Both call projections as modules, so adapters and quantised layers work
+as usual.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,70 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from xattn_video.kernels.support import (
-    DTYPES,
-    LARGEST_HEAD_DIM,
-    device_unsupported_reasons,
-)
+from xattn_video.kernels.support import DTYPES, LARGEST_HEAD_DIM
+from xattn_video.processors import engine
+from xattn_video.processors.recorder import LayerSlot
 
 RotaryEmb = tuple[Tensor, Tensor]
 Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def attention(
+    attn: Attention,
+    slot: LayerSlot,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Diffusers' HunyuanVideoAttnProcessor2_0, except step 5, and steps 2 to 4 on a GPU."""
+    num_text_tokens = encoder_hidden_states.shape[1]
+    if attn.add_q_proj is None:
+        hidden_states = join(hidden_states, encoder_hidden_states)
+
+    # 1. QKV projections
+    query = attn.to_q(hidden_states)
+    key = attn.to_k(hidden_states)
+    value = attn.to_v(hidden_states)
+
+    query = query.unflatten(2, (attn.heads, -1))
+    key = key.unflatten(2, (attn.heads, -1))
+    value = value.unflatten(2, (attn.heads, -1))
+
+    # 2. to 4. QK normalization, rotary embedding of the video, QKV projections of the text
+    heads = (query, key, value)
+    ordered = False
+    if (
+        slot.fuses
+        and image_rotary_emb is not None
+        and can_fuse(attn, heads, encoder_hidden_states, image_rotary_emb)
+    ):
+        places = engine.canonical_places(slot)
+        heads = prepare_fused(attn, heads, encoder_hidden_states, image_rotary_emb, places)
+        ordered = places is not None
+    else:
+        heads = prepare_eagerly(attn, heads, encoder_hidden_states, image_rotary_emb)
+    query, key, value = heads
+
+    # 5. Attention
+    hidden_states = engine.attend(slot, query, key, value, attention_mask, ordered)
+    hidden_states = hidden_states.flatten(2, 3)
+    hidden_states = hidden_states.to(query.dtype)
+
+    # 6. Output projection
+    hidden_states, encoder_hidden_states = (
+        hidden_states[:, :-num_text_tokens],
+        hidden_states[:, -num_text_tokens:],
+    )
+
+    if getattr(attn, "to_out", None) is not None:
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)
+
+    if getattr(attn, "to_add_out", None) is not None:
+        encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
+
+    return hidden_states, encoder_hidden_states
 
 
 def join(video: Tensor, text: Tensor) -> Tensor:
@@ -41,11 +97,6 @@ def join(video: Tensor, text: Tensor) -> Tensor:
         B, num_video, C = video.shape
         return video.as_strided((B, num_video + text.shape[1], C), video.stride())
     return torch.cat([video, text], dim=1)
-
-
-def kernel_runs_on(device: torch.device) -> bool:
-    """Whether the fused kernel runs on the device; asked once per forward, not per layer."""
-    return device.type == "cuda" and not device_unsupported_reasons(device)
 
 
 def can_fuse(
