@@ -379,3 +379,17 @@ def test_sizes_that_are_no_integers_are_refused(options):
     ((name, size),) = options.items()
     with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
         xattention(*make_inputs(1, 1, 128, 128, 16), **options)
+
+
+def test_text_needs_a_query_for_every_key():
+    query, key, value = make_inputs(1, 1, 100, 128, 16)
+    with pytest.raises(ValueError, match=r"a query for every key, got causal=False, Sq=100"):
+        xattention(query, key, value, num_text_tokens=8)
+
+
+def test_a_block_may_have_any_number_of_tokens():
+    query, key, value = make_inputs(1, 1, 20, 20, 16)
+    out = block_sparse_attention(
+        query, key, value, torch.ones(1, 1, 3, 3, dtype=torch.bool), block_size=7
+    )
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, key, value))

@@ -220,10 +220,20 @@ def test_causal_queries_are_not_multiplied_with_keys_above_the_diagonal(Sq, Sk, 
     )
     query, key = torch.randn(1, 2, Sq, 16), torch.randn(1, 1, Sk, 16)
     options = {"block_size": 64, "stride": 8, "causal": True}
-    actual = scoring.torch_block_scores(
-        query, key, **options, key_lengths=None, scale=0.25, chunk_size=64
-    )
+    inputs = scoring.ScoringInputs(query, key, **options, key_lengths=None, scale=0.25)
+    actual = scoring.torch_block_scores(inputs, chunk_size=64)
     expected = antidiagonal_block_scores(query, key, **options, scale=0.25)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-7)
     ends = [min(stop, Sq) + Sk - Sq for stop in range(64, Sq + 64, 64)]
     assert shapes == [-(-end // 8) for end in ends]
+
+
+def test_auto_looks_at_the_shorter_of_queries_and_keys(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        scoring, "_float8_pays", lambda problem, stride, tokens: seen.append(tokens)
+    )
+    for lengths in ((300, 200), (200, 300)):
+        block_scores(*make_pair(1, 1, *lengths, 16), precision="auto")
+        scoring._choose_scorer.cache_clear()
+    assert seen == [200, 200]
