@@ -4,8 +4,8 @@
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
 It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md, docs/multi_gpu.md and docs/long_context.md if those files exist; likewise
-what the package tells of a run at full size.
+docs/fewer-blocks.md, docs/multi_gpu.md, docs/long_context.md and docs/recipes if those files
+exist; likewise what the package tells of a run at full size.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks import causal_table, front, prefill_table, residual_age
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
+from benchmarks.recipe_tables import render_recipes
 from benchmarks.results_files import read_results
 from benchmarks.several_gpus import parts_record, render_several_gpus
 from benchmarks.step_tables import (
@@ -52,6 +53,7 @@ def write_pages(folder: Path) -> None:
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
     pages |= render_step_pages(folder / "docs")
+    pages |= render_recipes(folder / "docs", videos)
     if (folder / "docs/fewer-blocks.md").exists():
         pictures_of_steps = {
             front.NAME: front.draw_front(front.read_points()),

@@ -98,6 +98,15 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def tiny_hub(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pages load from the hub is the tiny pipeline, and their videos have its size."""
+    from page_code import replace_hub
+
+    replace_hub(tiny_pipeline, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def generate(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:

@@ -1,7 +1,6 @@
 """What the README and docs/usage.md show works: code, commands and files. Links resolve."""
 
 import ast
-import functools
 import json
 import re
 import shlex
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import HunyuanVideoPipeline
+from page_code import blocks_of, run_snippets
 from typer.testing import CliRunner
 
 import xattn_video
@@ -26,8 +25,7 @@ README, USAGE = ROOT / "README.md", ROOT / "docs/usage.md"
 
 
 def blocks(language: str, *pages: Path) -> list[str]:
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages or (README, USAGE))
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return [code for page in pages or (README, USAGE) for code in blocks_of(language, page)]
 
 
 def commands() -> list[list[str]]:
@@ -44,24 +42,9 @@ def test_its_code_imports_names_that_exist(code):
 
 
 @pytest.mark.parametrize("page", [README, USAGE], ids=lambda page: page.name)
-def test_its_snippets_run_one_after_the_other(page, tiny_pipeline, tmp_path, monkeypatch):
+def test_its_snippets_run_one_after_the_other(page, tiny_hub):
     """As they stand, but on the tiny pipeline and a video of its size."""
-    load = functools.partial(HunyuanVideoPipeline.from_pretrained, tiny_pipeline)
-    run = HunyuanVideoPipeline.__call__
-    small = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 8}
-
-    def from_pretrained(name, dtype):
-        assert (name, dtype) == ("hunyuanvideo-community/HunyuanVideo", torch.bfloat16)
-        return load(dtype=torch.float32)
-
-    monkeypatch.setattr(HunyuanVideoPipeline, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(HunyuanVideoPipeline, "__call__", functools.partialmethod(run, **small))
-    # Accelerate offloads to a GPU alone.
-    monkeypatch.setattr(HunyuanVideoPipeline, "enable_model_cpu_offload", lambda pipe: None)
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for code in blocks("python", page):
-        exec(compile(code, page.name, "exec"), namespace)
+    namespace = run_snippets(page)
     assert namespace["processor"].report().steps == tuple(range(8))
 
 

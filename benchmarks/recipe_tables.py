@@ -1,0 +1,133 @@
+"""Tables of docs/recipes, from the result files of `benchmarks.accelerations` and others."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from benchmarks.step_tables import steps_section
+from benchmarks.whole_videos import WholeVideo
+from xattn_video.measure.methods import method_of
+from xattn_video.policy.presets import parse_setting
+from xattn_video.reporting.pages import replace_between
+from xattn_video.reporting.tables import Table, figure
+
+ACCELERATIONS = RESULTS / "accelerations"
+CASTING_STEPS = RESULTS / "casting"
+PLAIN_STEPS = RESULTS / "step-h100.json"
+_SAVED: dict[str, Callable[[ResultRow], str]] = {
+    "block calls": lambda row: f"{row['blocks']:.0%}",
+    "attention blocks": lambda row: f"{row['attention']:.0%}",
+}
+_PICTURE: dict[str, Callable[[ResultRow], str]] = {
+    "PSNR": lambda row: _decibels(row, "psnr"),
+    "worst": lambda row: _decibels(row, "worst_psnr"),
+    "SSIM": lambda row: f"{row['ssim']:.4f}",
+}
+
+
+def render_recipes(docs: Path, videos: list[WholeVideo]) -> dict[Path, str]:
+    """The pages of a folder that show such tables, with the tables of today."""
+    tables: dict[str, dict[str, Callable[[], str]]] = {
+        "first_block_cache.md": {"caches": caches},
+        "fp8.md": {"casting": casting, "casting steps": casting_steps},
+        "small_cards.md": {"offloads": lambda: offloads(videos)},
+    }
+    pages = {}
+    for name, marked in tables.items():
+        path = docs / "recipes" / name
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        for mark, render in marked.items():
+            begin = f"<!-- {mark}: begin, written by benchmarks.write_page -->\n"
+            text = replace_between(text, begin, f"<!-- {mark}: end -->", render())
+        pages[path] = text
+    return pages
+
+
+def caches() -> str:
+    """Each cache threshold with each setting."""
+    files = read_results(ACCELERATIONS)
+    columns = {
+        "cache": lambda row: figure(row["cache_threshold"], "g") or "none",
+        "attention": _setting,
+    }
+    rows = [row for row in _rows(files) if not row["casting"]]
+    return _videos_section(files, rows, columns | _SAVED | _PICTURE)
+
+
+def casting() -> str:
+    """Each setting with weights in 16 and in 8 bits."""
+    files = read_results(ACCELERATIONS)
+    columns = {
+        "attention": _setting,
+        "weights": lambda row: _weights(row["casting"]),
+    }
+    rows = [row for row in _rows(files) if row["cache_threshold"] is None]
+    rows.sort(key=lambda row: [other["setting"] for other in rows].index(row["setting"]))
+    return _videos_section(files, rows, columns | _PICTURE)
+
+
+def casting_steps() -> str:
+    """A step of HunyuanVideo's size with weights in 16 and in 8 bits."""
+    files = read_results(CASTING_STEPS)
+    cast = [row for file in files for row in file.content["rows"]]
+    plain = json.loads(PLAIN_STEPS.read_text(encoding="utf-8"))["rows"]
+    kinds = {(row["phase"], row.get("threshold")) for row in cast}
+    rows = [row for row in plain if (row["phase"], row.get("threshold")) in kinds] + cast
+    columns = {
+        "weights": lambda row: _weights(row.get("layerwise_casting", False)),
+        "step": lambda row: row["phase"],
+        "density": lambda row: figure(row["density"], ".3f"),
+        "seconds": lambda row: f"{row['latency_ms'] / 1e3:.1f}",
+        "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
+    }
+    return steps_section(files, Table.of(rows, columns, num_left=2))
+
+
+def offloads(videos: list[WholeVideo]) -> str:
+    """Peak memory of the GPU, and seconds of a sparse step, with each offload."""
+    rows = [video for video in videos if video.gpus == 1 and video.density is not None]
+    columns = {
+        "`--offload`": lambda video: f"`{video.offload}`",
+        "GPU memory": lambda video: f"{video.peak_memory_gib:.1f} GiB",
+        "a sparse step": lambda video: f"{video.step_seconds(sparse=True):.1f} s",
+    }
+    rows.sort(key=lambda video: video.peak_memory_gib)
+    return Table.of(rows, columns).markdown() + "\n"
+
+
+def _rows(files: Iterable[ResultFile]) -> list[ResultRow]:
+    return [row for file in files for row in file.content["rows"]]
+
+
+def _videos_section(
+    files: list[ResultFile], rows: list[ResultRow], columns: dict[str, Callable[[ResultRow], Any]]
+) -> str:
+    """What the videos were, and the table."""
+    row = rows[0]
+    facts = (
+        f"Demo model, {row['width']}x{row['height']}x{row['num_frames']}, "
+        f"{row['num_inference_steps']} steps, {row['num_prompts']} prompts, against dense "
+        "attention in bfloat16 without a cache, from the same noise:"
+    )
+    return f"{facts}\n\n{steps_section(files, Table.of(rows, columns, num_left=2))}"
+
+
+def _setting(row: ResultRow) -> str:
+    settings = parse_setting(row["setting"])
+    if settings.threshold == 1:
+        return "dense"
+    name, _, value = row["setting"].partition("=")
+    return value if name == "preset" else method_of(settings).label
+
+
+def _weights(casting: bool) -> str:
+    return "float8_e4m3fn" if casting else "bfloat16"
+
+
+def _decibels(row: ResultRow, column: str) -> str:
+    """Nothing for the reference itself."""
+    return f"{row[column]:.1f} dB" if row["ssim"] < 1 else "the same"
