@@ -1,6 +1,5 @@
 """Tables of docs/recipes, from the result files of `benchmarks.accelerations` and others."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table, figure
 
 ACCELERATIONS = RESULTS / "accelerations"
-CASTING_STEPS = RESULTS / "casting"
-PLAIN_STEPS = RESULTS / "step-h100.json"
 _SAVED: dict[str, Callable[[ResultRow], str]] = {
     "block calls": lambda row: f"{row['blocks']:.0%}",
     "attention blocks": lambda row: f"{row['attention']:.0%}",
@@ -31,7 +28,7 @@ def render_recipes(docs: Path, videos: list[WholeVideo]) -> dict[Path, str]:
     """The pages of a folder that show such tables, with the tables of today."""
     tables: dict[str, dict[str, Callable[[], str]]] = {
         "first_block_cache.md": {"caches": caches},
-        "fp8.md": {"casting": casting, "casting steps": casting_steps},
+        "fp8.md": {"casting": casting},
         "small_cards.md": {"offloads": lambda: offloads(videos)},
     }
     pages = {}
@@ -68,23 +65,6 @@ def casting() -> str:
     rows = [row for row in _rows(files) if row["cache_threshold"] is None]
     rows.sort(key=lambda row: [other["setting"] for other in rows].index(row["setting"]))
     return _videos_section(files, rows, columns | _PICTURE)
-
-
-def casting_steps() -> str:
-    """A step of HunyuanVideo's size with weights in 16 and in 8 bits."""
-    files = read_results(CASTING_STEPS)
-    cast = [row for file in files for row in file.content["rows"]]
-    plain = json.loads(PLAIN_STEPS.read_text(encoding="utf-8"))["rows"]
-    kinds = {(row["phase"], row.get("threshold")) for row in cast}
-    rows = [row for row in plain if (row["phase"], row.get("threshold")) in kinds] + cast
-    columns = {
-        "weights": lambda row: _weights(row.get("layerwise_casting", False)),
-        "step": lambda row: row["phase"],
-        "density": lambda row: figure(row["density"], ".3f"),
-        "seconds": lambda row: f"{row['latency_ms'] / 1e3:.1f}",
-        "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
-    }
-    return steps_section(files, Table.of(rows, columns, num_left=2))
 
 
 def offloads(videos: list[WholeVideo]) -> str:

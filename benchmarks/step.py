@@ -50,8 +50,6 @@ def main(words: list[str] | None = None) -> None:
         # The same weights on every rank.
         torch.manual_seed(0)
         transformer = random_transformer(ranks.device, arguments.layers)
-        if arguments.layerwise_casting:
-            transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
         if arguments.compile:
             transformer.compile_repeated_blocks(fullgraph=True)
         path = arguments.output if ranks.is_first else None
@@ -98,11 +96,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--compile",
         action="store_true",
         help="compile the transformer's blocks with torch.compile",
-    )
-    add(
-        "--layerwise-casting",
-        action="store_true",
-        help="store the transformer's weights in float8_e4m3fn",
     )
     add("--repeats", type=int, default=1)
     checkout = "your checkout of x-attention; it needs the block_sparse_attn package"
@@ -226,7 +219,6 @@ class StepBench:
             "num_frames": arguments.num_frames,
             "layers": arguments.layers,
             "compiled": arguments.compile,
-            "layerwise_casting": arguments.layerwise_casting,
             "n": grid[0] * grid[1] * grid[2] // 4 + TEXT_TOKENS,
             "valid_text_tokens": arguments.valid_text_tokens,
             "batch": 1,

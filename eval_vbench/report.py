@@ -17,6 +17,7 @@ from eval_vbench.report_plot import plot_report
 from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, load_run
 from eval_vbench.run_folder import RunFolder
+from xattn_video.errors import require_packages
 from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.measure.similarity import VMAF_LEFT_OUT
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
@@ -53,6 +54,7 @@ def main(
     folders = [dense, *sparse]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice; compare different runs.")
+    require_packages("reports", "matplotlib", *["torchmetrics"] * fidelity)
     reference, *runs = (load_run(RunFolder(folder)) for folder in folders)
     for run in runs:
         check_comparable(reference, run)

@@ -92,16 +92,6 @@ def test_a_compiled_transformer_is_recorded_as_such(tiny, tmp_path):
     torch.compiler.reset()
 
 
-def test_cast_weights_are_recorded_as_such(tiny, tmp_path):
-    output = tmp_path / "step.json"
-    step.main([*SMALL, "--skip-stock", "--layerwise-casting", "--output", str(output)])
-    rows = json.loads(output.read_text())["rows"]
-    assert [row["phase"] for row in rows] == ["dense", "sparse"]
-    assert all(row["layerwise_casting"] for row in rows)
-    weight = step.random_transformer(None, None).transformer_blocks[0].attn.to_q.weight
-    assert weight.dtype == torch.float8_e4m3fn
-
-
 def test_a_step_that_fails_leaves_the_others(tiny, tmp_path, capsys):
     output = tmp_path / "step.json"
     step.main([*SMALL, "--backend", "flash4", "--output", str(output)])

@@ -1,6 +1,8 @@
 """The command line as a whole, and its short commands."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +112,38 @@ def test_help_names_the_default_model_whole():
         assert code == 0
         words = " ".join(out.replace("│", " ").split())
         assert "[default: (HunyuanVideo, from the hub" in words
+
+
+UNBUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+
+
+def run_printing_to(target, *words, unbuffered, limit=""):
+    """Exit code and stderr of a command whose stdout is a file."""
+    command = shlex.join([sys.executable, "-m", "xattn_video", *words])
+    return subprocess.run(
+        ["bash", "-c", f"{limit}{command} > {target}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@UNBUFFERED
+def test_results_that_a_full_disk_cuts_short_are_no_success(unbuffered, tmp_path):
+    words = ["plan", "--model=demo", "--json"]
+    file = tmp_path / "plan.json"
+    # Room for a part of it.
+    cut = run_printing_to(file, *words, unbuffered=unbuffered, limit="ulimit -f 1; ")
+    assert file.stat().st_size == 1024
+    for run in (cut, run_printing_to("/dev/full", "plan", "-h", unbuffered=unbuffered)):
+        assert run.returncode == 1
+        assert len(run.stderr.splitlines()) == 1, run.stderr
+        assert run.stderr.startswith("error: ")
+
+
+@UNBUFFERED
+def test_a_reader_that_has_read_enough_is_told_nothing(unbuffered, tmp_path):
+    run = run_printing_to(">(true)", "plan", "--model=demo", "--json", unbuffered=unbuffered)
+    assert run.stderr == ""

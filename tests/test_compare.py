@@ -315,6 +315,18 @@ def test_without_torchmetrics_it_stops_before_the_model_is_loaded(compare, monke
     assert "pip install torchmetrics" in err
 
 
+@pytest.mark.usefixtures("no_model")
+def test_all_packages_that_are_missing_are_named_at_once(compare, monkeypatch):
+    for name in ("torchmetrics", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = compare(PROMPT, "--no-videos")
+    assert code == 2
+    assert err == (
+        "error: comparisons need torchmetrics and matplotlib, which are not installed; "
+        "pip install torchmetrics matplotlib.\n"
+    )
+
+
 def test_two_files(tmp_path):
     reference, candidate = write_clip(tmp_path / "a.mkv"), tmp_path / "b.mkv"
     frames = read_clip(reference).frames.copy()

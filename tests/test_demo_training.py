@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import KINDS, no_room, small_disk
 from safetensors.torch import load_file
 
+from xattn_video.errors import FileNotWrittenError
 from xattn_video.pipelines.demo import DEMO_DIR
 from xattn_video.pipelines.demo.grammar import parse_prompt
 
@@ -33,6 +35,20 @@ def test_a_checkpoint_comes_back_from_its_parts(
     loaded = weights.load_checkpoint(tmp_path, "vae")
     assert loaded["step"] == 3
     assert torch.equal(loaded["weights"][0], state["weights"][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_without_room_names_its_file_and_leaves_the_old_one(
+    kind: str, tmp_path: Path
+) -> None:
+    from demo_training import weights
+
+    with small_disk(kind, tmp_path / "disk") as folder:
+        file = folder / "vae.pt"
+        weights.save_state(file, torch.zeros(3))
+        with no_room(kind, folder), pytest.raises(FileNotWrittenError, match=r"vae\.pt"):
+            weights.save_state(file, torch.zeros(100_000))
+        assert len(torch.load(file)) == 3
 
 
 def test_chosen_matrices_take_steps_of_equal_size_in_every_direction() -> None:

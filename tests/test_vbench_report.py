@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import diffusers
 import numpy as np
@@ -160,6 +161,15 @@ def test_a_broken_copy_is_named(runs):
     code, _, messages = make_report(runs)
     assert code == 1
     assert f"cannot read '{copy}' as a video" in messages
+
+
+def test_packages_that_are_missing_are_named_before_anything_is_measured(runs, monkeypatch):
+    for name in ("torchmetrics", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = make_report(runs)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pip install matplotlib torchmetrics." in err
+    assert "pip install matplotlib." in make_report(runs, "--no-fidelity")[2]
 
 
 def test_no_run_and_the_same_run_are_refused(runs):

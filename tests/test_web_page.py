@@ -2,11 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from firefox import FIREFOX, Firefox
 
 from xattn_video.measure.clips import Clip
 from xattn_video.measure.page_players import compared_player, single_player
@@ -15,6 +15,11 @@ from xattn_video.reporting.web_page import Curve, Figure, HeatMap, WebPage, roun
 
 FRAMES = 9
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; apt install it")
+needs_firefox = pytest.mark.skipif(FIREFOX is None, reason="needs Firefox; apt install it")
+BOTH = [
+    pytest.param("browser", marks=needs_chromium, id="chromium"),
+    pytest.param("firefox", marks=needs_firefox, id="firefox"),
+]
 
 
 def grey_clip(first: int, size: int = 64) -> Clip:
@@ -55,23 +60,44 @@ def page() -> WebPage:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory, page):
-    """A browser, and the page as a file."""
-    folder = tmp_path_factory.mktemp("browser")
-    (folder / "page.html").write_text(page.html())
-    chromium = Browser(folder / "profile")
+def page_file(tmp_path_factory, page):
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    file.write_text(page.html())
+    return file
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = Browser(tmp_path_factory.mktemp("browser") / "profile")
     yield chromium
     chromium.close()
 
 
-@pytest.fixture
-def opened(browser, tmp_path_factory):
-    """The page, freshly opened, its first frame drawn."""
-    file = next(Path(tmp_path_factory.getbasetemp()).glob("browser*/page.html"))
+@pytest.fixture(scope="module")
+def firefox(tmp_path_factory):
+    started = Firefox(tmp_path_factory.mktemp("firefox") / "profile")
+    yield started
+    started.close()
+
+
+def open_afresh(browser, page_file):
+    """The page, its first frame drawn."""
     browser.size(1280)
-    browser.open(file)
+    browser.open(page_file)
     browser.wait("document.querySelector('.player').dataset.drawn === '0'")
     return browser
+
+
+@pytest.fixture
+def opened(browser, page_file):
+    """The page in Chromium."""
+    return open_afresh(browser, page_file)
+
+
+@pytest.fixture(params=BOTH)
+def either(request, page_file):
+    """The page in Chromium, then in Firefox."""
+    return open_afresh(request.getfixturevalue(request.param), page_file)
 
 
 # From copies: Chromium complains of canvases that are drawn and read.
@@ -94,54 +120,50 @@ def assert_frame(browser: Browser, frame: int) -> None:
     assert cursor == pytest.approx(1000 * frame / 8)
 
 
-@needs_chromium
-def test_the_slider_moves_all_three(opened):
-    assert_frame(opened, 0)
+def test_the_slider_moves_all_three(either):
+    assert_frame(either, 0)
     for frame in (5, 8, 2):
-        opened.run(
+        either.run(
             "{ const slider = document.querySelector('input[type=range]');"
             f"slider.value = {frame}; slider.dispatchEvent(new Event('input')) }}"
         )
-        assert_frame(opened, frame)
-    assert opened.complaints == []
+        assert_frame(either, frame)
+    assert either.complaints == []
 
 
-@needs_chromium
-def test_the_keyboard_goes_frame_by_frame(opened):
-    opened.run("document.querySelector('input[type=range]').focus()")
+def test_the_keyboard_goes_frame_by_frame(either):
+    either.run("document.querySelector('input[type=range]').focus()")
     for key, frame in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 8)):
-        opened.press(key)
-        assert_frame(opened, frame)
-    opened.press("Home")
-    assert_frame(opened, 0)
+        either.press(key)
+        assert_frame(either, frame)
+    either.press("Home")
+    assert_frame(either, 0)
 
 
-@needs_chromium
-def test_it_plays_and_pauses(opened):
-    opened.run("document.querySelector('.play').click()")
-    opened.wait("Number(document.querySelector('.player').dataset.drawn) >= 3")
-    assert opened.run("document.querySelector('.play').ariaLabel") == "Pause"
-    opened.press(" ")
-    opened.run("document.querySelector('input[type=range]').focus()")
-    if opened.run("document.querySelector('.play').ariaLabel") == "Pause":
-        opened.press(" ")
-    opened.wait("document.querySelector('.play').ariaLabel === 'Play'")
+def test_it_plays_and_pauses(either):
+    either.run("document.querySelector('.play').click()")
+    either.wait("Number(document.querySelector('.player').dataset.drawn) >= 3")
+    assert either.run("document.querySelector('.play').ariaLabel") == "Pause"
+    either.press(" ")
+    either.run("document.querySelector('input[type=range]').focus()")
+    if either.run("document.querySelector('.play').ariaLabel") == "Pause":
+        either.press(" ")
+    either.wait("document.querySelector('.play').ariaLabel === 'Play'")
     # Paused, it stands at the frame that it names.
-    frame = opened.run("Number(document.querySelector('input[type=range]').value)")
-    opened.wait("!document.querySelector('video').seeking")
-    assert_frame(opened, frame)
-    assert opened.complaints == []
+    frame = either.run("Number(document.querySelector('input[type=range]').value)")
+    either.wait("!document.querySelector('video').seeking")
+    assert_frame(either, frame)
+    assert either.complaints == []
 
 
-@needs_chromium
-def test_a_list_chooses_the_video(opened):
-    opened.run(
+def test_a_list_chooses_the_video(either):
+    either.run(
         "{ const list = document.querySelector('[data-chooses=player]'); list.value = '1';"
         "list.dispatchEvent(new Event('change')) }"
     )
-    opened.wait("document.querySelectorAll('.player')[1].dataset.drawn === '0'")
-    assert opened.run(GREYS) == pytest.approx([40, 40, 0], abs=4)
-    shown = opened.run("document.querySelector('.player:not([hidden]) .curve output').textContent")
+    either.wait("document.querySelectorAll('.player')[1].dataset.drawn === '0'")
+    assert either.run(GREYS) == pytest.approx([40, 40, 0], abs=4)
+    shown = either.run("document.querySelector('.player:not([hidden]) .curve output').textContent")
     assert shown == "identical"
 
 
@@ -172,6 +194,9 @@ def test_nothing_is_wider_than_the_window(width, opened):
         " && part.getBoundingClientRect().right > innerWidth + 1).map((part) => part.outerHTML)"
     )
     assert outside == []
+    pictures = "[...document.querySelectorAll('.player:not([hidden]) canvas')]"
+    widths = opened.run(f"{pictures}.map((canvas) => canvas.getBoundingClientRect().width)")
+    assert max(widths) - min(widths) < 1
 
 
 @needs_chromium

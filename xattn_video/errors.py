@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,6 +48,25 @@ class PipelineLoadError(XAttentionError, OSError):
 
 class MissingPackageError(XAttentionError, ImportError):
     """A required optional package is missing or unusable."""
+
+
+def require_packages(what: str, *names: str) -> None:
+    """Check that packages are installed, so that a command names all it lacks at once.
+
+    Args:
+        what: Needs them, in the plural.
+        names: As they are imported and installed.
+
+    Raises:
+        MissingPackageError: Some are not.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingPackageError(
+            f"{what} need {' and '.join(missing)}, which {verb} not installed; "
+            f"pip install {' '.join(missing)}."
+        )
 
 
 class FileNotWrittenError(XAttentionError, OSError):

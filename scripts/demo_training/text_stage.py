@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from demo_training.models import TextStack, build_text_stack
 from demo_training.training_plan import Clock, TrainingJob
-from demo_training.weights import add_report, load_weights
-from xattn_video.files import atomic_path
+from demo_training.weights import add_report, load_weights, save_state
 from xattn_video.pipelines.demo.grammar import (
     BACKGROUNDS,
     COLOURS,
@@ -121,8 +120,7 @@ def load_text_stack(job: TrainingJob) -> TextStack:
 
 def _save(text: TextStack, job: TrainingJob) -> None:
     encoders = (text.text_encoder, text.text_encoder_2)
-    with atomic_path(job.work_dir / TEXT_FILE) as temporary:
-        torch.save([encoder.state_dict() for encoder in encoders], temporary)
+    save_state(job.work_dir / TEXT_FILE, [encoder.state_dict() for encoder in encoders])
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ from demo_training.weights import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    save_state,
 )
-from xattn_video.files import atomic_path
 
 LEARNING_RATE = 2e-3
 DECODER_LEARNING_RATE = 6e-4
@@ -177,8 +177,7 @@ def load_vae(job: TrainingJob) -> AutoencoderKLHunyuanVideo:
 
 def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
     state = {name: value.to("cpu", torch.bfloat16) for name, value in vae.state_dict().items()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    save_state(path, state)
 
 
 def _frame_size(job: TrainingJob, fraction: float) -> Size:

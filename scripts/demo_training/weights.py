@@ -135,11 +135,22 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> list[Path]:
-    """Write `name.ckpt.0`, `name.ckpt.1`, ... of at most `PART_BYTES` each."""
+def _saved(state: Any) -> bytes:
+    """What torch.save makes of it; without room for a file, it does not say which one."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write tensors for `torch.load`, completely or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_saved(state))
+
+
+def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> list[Path]:
+    """Write `name.ckpt.0`, `name.ckpt.1`, ... of at most `PART_BYTES` each."""
+    data = _saved(state)
     parts = []
     # The old parts stay until all the new ones are there.
     with ExitStack() as stack:

@@ -17,11 +17,11 @@ from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish, open_in_browser
 from xattn_video.cli.record import run_record, shaping_record
+from xattn_video.errors import require_packages
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
-from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
     output_console,
     print_labelled,
@@ -90,8 +90,8 @@ class CompareJob:
         from xattn_video.measure.frames import require_torchmetrics
         from xattn_video.pipelines.video import VIDEO_SUFFIXES, check_encoders
 
+        require_packages("comparisons", "torchmetrics", "matplotlib")
         require_torchmetrics()
-        require_matplotlib()
         if not ResumableFolder(self.folder).settings_file.exists():
             check_new_results(self.folder, overwrite)
         if self.videos:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from xattn_video.errors import MissingPackageError
+from xattn_video.errors import require_packages
 from xattn_video.files import write_figure, write_json
 
 State: TypeAlias = Literal["dense", "sparse", "skipped"]
@@ -280,7 +279,4 @@ def _density(runs: Iterable[LayerRun]) -> float | None:
 
 def require_matplotlib() -> None:
     """Raise MissingPackageError if matplotlib, which every plot needs, is missing."""
-    if find_spec("matplotlib") is None:
-        raise MissingPackageError(
-            "plots need matplotlib, which is not installed; pip install matplotlib."
-        )
+    require_packages("plots", "matplotlib")

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import io
 import logging
+import os
 import re
 import signal
 import sys
@@ -111,7 +113,20 @@ class _OneLineUsageErrors:
         if not exits:
             return run(*args, **options)
         try:
-            code = run(*args, **options)
+            with _whole_output():
+                code = run(*args, **options)
+                # Told of a failure, nobody needs to hear that its results are cut short.
+                if not code:
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read has read enough.
+            sys.exit(FAILED)
+        except OSError as error:
+            print_error(
+                f"not all results could be printed: {error.strerror}; free space, or print "
+                "elsewhere."
+            )
+            sys.exit(FAILED)
         except _UsageError as error:
             print_error(_describe_usage(error))
             sys.exit(BAD_ARGUMENT)
@@ -119,6 +134,30 @@ class _OneLineUsageErrors:
             print_interruption()
             sys.exit(INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _whole_output() -> Iterator[None]:
+    """Let stdout raise OSError within if it does not take all that is printed.
+
+    With PYTHONUNBUFFERED, as containers have it, Python drops without a word what a full disk
+    leaves of a write.
+    """
+    printed = sys.stdout
+    raw = getattr(printed, "buffer", None)
+    if isinstance(raw, io.RawIOBase):
+        buffer = io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(
+            buffer, printed.encoding, printed.errors, line_buffering=True
+        )
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # What is left would fail once more when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class OneLineErrors(_OneLineUsageErrors, typer.core.TyperGroup):
@@ -266,7 +305,7 @@ class ErrorsToExitCodes:
                 raise typer.Exit(128 + error.number) from None
             print_interruption(str(error))
             raise typer.Exit(INTERRUPTED) from None
-        if not isinstance(error, Exception) or isinstance(error, typer.Exit):
+        if not isinstance(error, Exception) or isinstance(error, typer.Exit | BrokenPipeError):
             return
         if self.verbose:
             sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
