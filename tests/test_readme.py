@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_code import blocks_of, run_snippets
+from diffusers import HunyuanVideoPipeline
+from page_code import SMALL, blocks_of, run_snippets
 from typer.testing import CliRunner
 
 import xattn_video
@@ -46,6 +47,18 @@ def test_its_snippets_run_one_after_the_other(page, tiny_hub):
     """As they stand, but on the tiny pipeline and a video of its size."""
     namespace = run_snippets(page)
     assert namespace["processor"].report().steps == tuple(range(8))
+
+
+def test_the_demo_models_snippet_runs_sparse(monkeypatch):
+    run = HunyuanVideoPipeline.__call__
+    monkeypatch.setattr(
+        HunyuanVideoPipeline,
+        "__call__",
+        lambda *words, **options: run(*words, **(options | SMALL)),
+    )
+    names = run_snippets(ROOT / "docs/demo_model.md")
+    assert names["processor"].report().sparse_steps == (5, 6, 7)
+    assert len(names["video"]) == 9
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
