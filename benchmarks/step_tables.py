@@ -123,8 +123,9 @@ def steps_section(files: list[ResultFile], table: Table) -> str:
     lines = [table.markdown(), ""]
     for file in files:
         content: dict[str, Any] = file.content
-        versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items() if v)
-        lines.append(f"- {content['gpu']}, {content['date']}, {versions}: `{content['command']}`")
+        lines.append(
+            f"- {file.device}, {content['date']}, {file.packages}: `{content['command']}`"
+        )
     return "\n".join(lines) + "\n"
 
 

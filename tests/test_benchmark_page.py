@@ -9,6 +9,7 @@ import pytest
 from benchmarks import causal_table, prefill_table, results_writer, write_page
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
+from benchmarks.recipe_tables import render_recipes
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
 from benchmarks.several_gpus import render_several_gpus
 from benchmarks.step_tables import (
@@ -302,6 +303,13 @@ def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_pa
     write_page.write_pages(tmp_path)
     assert "old" not in readme.read_text()
     assert not (pictures / "gone.png").exists()
+
+
+def test_the_tables_of_recipes_are_what_the_files_say():
+    pages = render_recipes(ROOT / "docs", read_whole_videos())
+    assert [path.name for path in pages] == ["first_block_cache.md", "fp8.md", "small_cards.md"]
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.write_page"
 
 
 def test_the_tables_of_steps_are_what_the_files_say():
