@@ -63,13 +63,15 @@ def casting() -> str:
         "weights": lambda row: _weights(row["casting"]),
     }
     rows = [row for row in _rows(files) if row["cache_threshold"] is None]
-    rows.sort(key=lambda row: [other["setting"] for other in rows].index(row["setting"]))
+    settings = [row["setting"] for row in rows]
+    rows.sort(key=lambda row: settings.index(row["setting"]))
     return _videos_section(files, rows, columns | _PICTURE)
 
 
 def offloads(videos: list[WholeVideo]) -> str:
-    """Peak memory of the GPU, and seconds of a sparse step, with each offload."""
-    rows = [video for video in videos if video.gpus == 1 and video.density is not None]
+    """Peak memory of the GPU, and seconds of a sparse step, with each offload, nothing kept."""
+    sparse = (video for video in videos if video.gpus == 1 and video.density is not None)
+    rows = [video for video in sparse if not video.run["sparse"].get("refresh_every")]
     columns = {
         "`--offload`": lambda video: f"`{video.offload}`",
         "GPU memory": lambda video: f"{video.peak_memory_gib:.1f} GiB",
