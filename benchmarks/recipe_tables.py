@@ -71,7 +71,9 @@ def casting() -> str:
 def offloads(videos: list[WholeVideo]) -> str:
     """Peak memory of the GPU, and seconds of a sparse step, with each offload, nothing kept."""
     sparse = (video for video in videos if video.gpus == 1 and video.density is not None)
-    rows = [video for video in sparse if not video.run["sparse"].get("refresh_every")]
+    plain = [video for video in sparse if not video.run["sparse"].get("refresh_every")]
+    # Of several runs, the one of the most steps, which come first.
+    rows = list({video.offload: video for video in reversed(plain)}.values())
     columns = {
         "`--offload`": lambda video: f"`{video.offload}`",
         "GPU memory": lambda video: f"{video.peak_memory_gib:.1f} GiB",
