@@ -18,7 +18,6 @@ from eval_vbench.run_comparison import (
     measures_of,
     shares_right,
 )
-from eval_vbench.statistics import Difference
 from xattn_video.reporting.pages import render
 from xattn_video.reporting.tables import Table, figure
 
@@ -191,12 +190,6 @@ def _is_papers(run: CompleteRun, paper: dict[str, Any], threshold: float) -> boo
     return all(found.get(name) == value for name, value in wanted.items())
 
 
-def _interval(difference: Difference | None) -> str:
-    if difference is None or difference.low is None or difference.high is None:
-        return _NOT_MEASURED
-    return f"[{difference.low:+.4f}, {difference.high:+.4f}]"
-
-
 _MEASURES: dict[str, Callable[[tuple[str, Measures]], str]] = {
     "run": lambda row: row[0],
     "videos": lambda row: str(row[1].videos),
@@ -216,5 +209,5 @@ _DIMENSIONS: dict[str, Callable[[DimensionRow], str]] = {
     "dense": lambda row: f"{row.dense:.4f}",
     "sparse": lambda row: f"{row.sparse:.4f}",
     "delta": lambda row: f"{row.difference.mean:+.4f}" if row.difference else _NOT_MEASURED,
-    "95% interval": lambda row: _interval(row.difference),
+    "95% interval": lambda row: row.difference.interval if row.difference else _NOT_MEASURED,
 }

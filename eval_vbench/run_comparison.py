@@ -9,8 +9,8 @@ from eval_vbench.dimensions import Totals, totals
 from eval_vbench.prompts import DEMO_SUITE, VideoItem, load_suite
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, read_scores
-from eval_vbench.statistics import Difference, paired_difference
 from xattn_video.measure.comparison_rows import over_measured
+from xattn_video.measure.paired_difference import Difference, paired_difference
 from xattn_video.pipelines.item_folder import describe_differences
 
 # Plain VBench is made for videos shorter than this.

@@ -17,7 +17,7 @@ from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import caveats, compare, load_run
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, scored_items, videos_digest, write_score
-from eval_vbench.statistics import paired_difference
+from xattn_video.measure.paired_difference import paired_difference
 from xattn_video.pipelines.item_folder import settings_hash
 
 

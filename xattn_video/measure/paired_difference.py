@@ -16,7 +16,7 @@ class Difference:
     """The mean of paired differences.
 
     Attributes:
-        pairs: Videos that both runs have a value for.
+        pairs: Items, such as videos, that both runs have a value for.
         mean: Second minus first.
         low, high: The 95% interval by the bootstrap; None with fewer than two prompts.
     """
@@ -26,15 +26,22 @@ class Difference:
     low: float | None
     high: float | None
 
+    @property
+    def interval(self) -> str:
+        """The interval as text; "-" where there is none."""
+        if self.low is None or self.high is None:
+            return "-"
+        return f"[{self.low:+.4f}, {self.high:+.4f}]"
+
 
 def paired_difference(
     first: Mapping[str, float], second: Mapping[str, float], prompts: Mapping[str, str]
 ) -> Difference | None:
-    """Compare two runs video by video; None if they share none.
+    """Compare two runs item by item; None if they share none.
 
     Args:
-        first, second: Video -> value.
-        prompts: Video -> prompt. Whole prompts are resampled, because their videos are similar.
+        first, second: Item, such as a video -> value.
+        prompts: Item -> prompt. Whole prompts are resampled, because their items are similar.
     """
     shared = [name for name in first if name in second]
     if not shared:
