@@ -1,0 +1,1 @@
+"""Trains a small language model on generated RULER forms."""

@@ -1,0 +1,60 @@
+"""How many answers the trained model gets right, dense and sparse, without any harness."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from language_training.forms import FORMS
+from language_training.sequences import Encoder
+from xattn_video import enable_xattention
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LlamaForCausalLM, folder: Path, lengths: list[int], samples: int
+) -> dict[str, Any]:
+    """The share of first answers whose every token is the likeliest, by setting, length, form."""
+    encoder = Encoder(folder)
+    result: dict[str, Any] = {"dense": {}, "0.9": {}}
+    for length in lengths:
+        random.seed(length)
+        prompts = {
+            form.__name__: [_prompt(encoder, form, length) for _ in range(samples)]
+            for form, (_, least) in FORMS.items()
+            if length >= least
+        }
+        for setting, by_length in result.items():
+            table = {name: _share(model, some, setting) for name, some in prompts.items()}
+            by_length[str(length)] = table
+            print(setting, length, table, flush=True)
+    return result
+
+
+def _prompt(encoder: Encoder, form: Any, length: int) -> tuple[list[int], int]:
+    """A prompt with its first answer, and the answer's number of tokens."""
+    while True:
+        pieces = form(length)
+        first = next(index for index, piece in enumerate(pieces) if piece.is_answer)
+        ids, answers = encoder.encode(pieces[: first + 1])
+        if len(ids) <= length:
+            return ids, sum(answers)
+
+
+def _share(
+    model: LlamaForCausalLM, prompts: list[tuple[list[int], int]], setting: str
+) -> dict[str, float]:
+    right, density = 0, 1.0
+    handle = None
+    if setting != "dense":
+        handle = enable_xattention(model, threshold=float(setting), min_tokens=0)
+    for ids, count in prompts:
+        tokens = torch.tensor([ids], device=model.device)
+        logits = model(tokens, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
+        right += int((logits.argmax(-1) == tokens[0, -count:]).all())
+    if handle is not None:
+        density = handle.report().density
+        handle.disable()
+    return {"right": right / len(prompts), "density": density}

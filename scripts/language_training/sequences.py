@@ -1,0 +1,143 @@
+"""Batches of token sequences: repeated random strings, and RULER's forms."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from language_training.forms import GRASS, Piece, copied_needles, random_form
+
+VOCABULARY = 2048
+PADDING, BEGIN, END = 0, 1, 2
+# One needle and its question.
+_SHORTEST_FORM = 128
+Batch = tuple[Tensor, Tensor]
+
+
+def train_tokenizer(folder: Path, samples: int) -> None:
+    """Learn byte pairs from the forms; digits, capitals and the signs of uuids stay single."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    word = r"[A-Z]?[a-z]+(?![0-9A-Za-z])"
+    split = rf" {word}|(?<![0-9A-Za-z]){word}|[0-9A-Za-z]| ?[^\sA-Za-z0-9]+|\s"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    forms = (random_form(1500) for _ in range(samples))
+    tokenizer.train_from_iterator(("".join(p.text for p in form) for form in forms), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+class Encoder:
+    """Encodes forms, piece by piece."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._grass = self._tokenizer.encode("\n" + GRASS).ids
+
+    def encode(self, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of them belong to answers; an answer ends the text."""
+        grass = "\n" + GRASS
+        others = iter(
+            self._tokenizer.encode_batch_fast([p.text for p in pieces if p.text != grass])
+        )
+        ids: list[int] = []
+        answers: list[bool] = []
+        for piece in pieces:
+            new = self._grass if piece.text == grass else next(others).ids
+            if piece.is_answer:
+                new = [*new, END]
+            ids += new
+            answers += [piece.is_answer] * len(new)
+        return ids, answers
+
+
+def repeated(length: int) -> tuple[list[int], list[bool]]:
+    """A random string, then again, whole or as pieces in another order."""
+    count = random.randrange(8, length // 2 + 1)
+    few = random.random() < 0.3
+    first = np.random.randint(3, 40 if few else VOCABULARY, count).tolist()
+    if random.random() < 0.5:
+        return first + first, [False] * (count + 1) + [True] * (count - 1)
+    size = random.randrange(4, 9)
+    pieces = [first[i : i + size] for i in range(0, count, size)]
+    random.shuffle(pieces)
+    known = [at > 1 for piece in pieces for at in range(len(piece))]
+    return first + [one for piece in pieces for one in piece], [False] * count + known
+
+
+class Sequences(IterableDataset[Batch]):
+    """Endless batches of sequences.
+
+    Args:
+        folder: Of the tokenizer.
+        tokens: Of a batch.
+        length: Tokens of a sequence.
+        copies: Share of sequences that copy: half are repeated strings, half needles.
+        shorter: Lengths learned before, which some batches have.
+    """
+
+    def __init__(
+        self, folder: Path, tokens: int, length: int, copies: float, shorter: list[int]
+    ) -> None:
+        self._folder, self._tokens, self._length = folder, tokens, length
+        self._copies, self._shorter = copies, shorter
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endless."""
+        seed = torch.initial_seed() % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        encoder = Encoder(self._folder)
+        while True:
+            length = self._length
+            if self._shorter and random.random() < 0.15:
+                length = random.choice(self._shorter)
+            rows = self._tokens // length
+            ids = np.zeros((rows, length), np.int64)
+            answers = np.zeros((rows, length), bool)
+            for row in range(rows):
+                one, answered = self._sequence(encoder, length)
+                ids[row, : len(one)] = one
+                answers[row, : len(one)] = answered
+            yield torch.from_numpy(ids), torch.from_numpy(answers)
+
+    def _sequence(self, encoder: Encoder, length: int) -> tuple[list[int], list[bool]]:
+        if length < _SHORTEST_FORM or random.random() < self._copies:
+            if random.random() < 0.5:
+                return repeated(min(length, 1024))
+            ids, answers = encoder.encode(copied_needles(min(length, 1024)))
+            return ids[:length], answers[:length]
+        ids, answers = encoder.encode(random_form(length))
+        # A text that came out too long loses its first question before its head.
+        while not any(answers[:length]):
+            ids, answers = encoder.encode(random_form(int(length * 0.8)))
+        return ids[:length], answers[:length]
+
+
+def batches(dataset: Sequences, workers: int) -> Iterator[Batch]:
+    """The batches, made by several processes."""
+    options = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    return iter(
+        DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=False, **options)
+    )

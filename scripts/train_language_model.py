@@ -1,0 +1,83 @@
+"""Train a small language model that answers in RULER's forms, to measure sparse prefill with.
+
+    python scripts/train_language_model.py --folder runs/language --minutes 7 --workers 14
+
+It makes RULER's forms by itself, needs the package wonderwords for their words, and downloads
+nothing. First it learns mostly to copy repeated random strings, then answers in texts that grow
+from 256 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
+on with a finished model. The folder gets the weights in bfloat16, the tokenizer and
+`evaluation.json`.
+"""
+
+import argparse
+import copy
+import os
+import random
+import sys
+import time
+
+from xattn_video.files import user_path, write_json
+
+
+def main() -> int:
+    """Train, save and evaluate."""
+    arguments = _parse_arguments()
+    import torch
+    from language_training.evaluation import evaluate
+    from language_training.sequences import train_tokenizer
+    from language_training.training import SMOKE, LanguagePlan, Training, make_model
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    # The processes that make sequences are many already.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = SMOKE if arguments.smoke else LanguagePlan()
+    if arguments.start_from is None:
+        train_tokenizer(folder, 200 if arguments.smoke else 1000)
+        model = make_model(plan)
+    else:
+        AutoTokenizer.from_pretrained(arguments.start_from).save_pretrained(folder)
+        model = LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=torch.float32)
+    parameters = sum(one.numel() for one in model.parameters())
+    print(f"{parameters / 1e6:.2f} million parameters on {device}", flush=True)
+
+    def save() -> None:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+
+    seconds = 60 * arguments.minutes
+    training = Training(
+        plan, folder, seconds, arguments.workers, device, compiled=not arguments.no_compile
+    )
+    training.run(model.to(device), save)
+    start = time.perf_counter()
+    trained = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    result = evaluate(trained, folder, arguments.lengths, arguments.samples)
+    write_json(folder / "evaluation.json", result)
+    print(f"evaluated in {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=user_path, required=True)
+    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that make sequences")
+    parser.add_argument("--start-from", type=user_path, help="a finished model to go on with")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, for a check on a CPU")
+    parser.add_argument("--samples", type=int, default=10, help="of the evaluation, for each form")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 8192, 16384, 32768], metavar="TOKENS"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The forms that the small language model learns are those of lm-evaluation-harness."""
+
+import random
+import re
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+from language_training import forms, sequences
+
+HEX = "[0-9a-f]"
+
+
+class Words:
+    """A tokenizer that counts words."""
+
+    def __call__(self, text):
+        self.input_ids = text.split()
+        return self
+
+
+def shape(text):
+    """The lines of a text without what is random in them."""
+    text = re.sub(f"{HEX}{{8}}-(?:{HEX}{{4}}-){{3}}{HEX}{{12}}", "KEY", text)
+    text = re.sub(r"for [\w' -]+-[\w' -]+?(?= is:| mentioned|,)", "for KEY", text)
+    text = re.sub(r"(, and |, )[\w' -]+-[\w' -]+?(?= mentioned|,)", r"\1KEY", text)
+    text = re.sub(r"\b[A-Z]{3}\b(?<!VAR)|\b[A-Z]{5}\b", "NAME", text)
+    text = re.sub(r"\b\d+\. [\w' -]+?(?= \d+\. |\n|$)", "0. WORD", text)
+    text = re.sub(r"\d+", "0", text)
+    text = re.sub(r"(words\.)( \.\.\.| [a-z]{6}(?=[ \n]))+", r"\1 CODED", text)
+    return {re.sub(r"(0\. WORD ?)+", "0. WORDS", line) for line in text.split("\n")}
+
+
+def ours(form, room=1400):
+    pieces = form(room)
+    first = next(index for index, piece in enumerate(pieces) if piece.is_answer)
+    return "".join(piece.text for piece in pieces[:first])
+
+
+def theirs(module, make, **options):
+    with redirect_stdout(StringIO()):
+        module = pytest.importorskip(f"lm_eval.tasks.ruler.{module}")
+        random.seed(0)
+        return getattr(module, make)(**options)[0]
+
+
+def joined(sample, delimiter=" "):
+    return sample["input"] + delimiter + sample["gen_prefix"]
+
+
+def needles(haystack, key, value, **numbers):
+    prepare = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah")
+    utils = pytest.importorskip("lm_eval.tasks.ruler.niah_utils")
+    return joined(
+        prepare.generate_samples(
+            prepare.get_haystack(haystack),
+            Words(),
+            max_seq_length=600,
+            type_haystack=haystack,
+            type_needle_k=key,
+            type_needle_v=value,
+            template=utils.TEMPLATE,
+            num_samples=1,
+            **numbers,
+        )[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "given"),
+    [
+        (forms.many_keys, ("needle", "words", "numbers")),
+        (forms.many_uuids, ("needle", "uuids", "uuids")),
+    ],
+)
+def test_many_keys(form, given):
+    assert shape(ours(form)) == shape(needles(*given))
+
+
+@pytest.mark.parametrize("numbers", [{}, {"num_needle_v": 4}, {"num_needle_q": 4}])
+def test_few_keys(numbers):
+    expected = shape(needles("repeat", "words", "numbers", **numbers))
+    random.seed(0)
+    assert any(shape(ours(forms.few_keys)) == expected for _ in range(200))
+
+
+def test_variable_tracking():
+    sample = theirs("vt_utils", "get_dataset", tokenizer=Words(), seq=1000)
+    assert shape(ours(forms.variable_tracking)) == shape(joined(sample))
+
+
+def test_common_words():
+    sample = theirs("cwe_utils", "get_dataset", tokenizer=Words(), seq=1000)
+    assert shape(ours(forms.common_words)) == shape(joined(sample, "\n\n"))
+
+
+def test_coded_words():
+    sample = theirs("fwe_utils", "get_dataset", tokenizer=Words(), max_seq_length=1000)
+    assert shape(ours(forms.coded_words)) == shape(joined(sample))
+
+
+def test_pieces_encode_as_the_whole_text_does(tmp_path):
+    random.seed(0)
+    sequences.train_tokenizer(tmp_path, 20)
+    encoder = sequences.Encoder(tmp_path)
+    needed = {form: least for form, (_, least) in forms.FORMS.items()}
+    for form, least in {**needed, forms.copied_needles: 64}.items():
+        pieces = form(max(512, least))
+        ids, answers = encoder.encode(pieces)
+        whole = encoder._tokenizer.encode("".join(piece.text for piece in pieces)).ids
+        assert [token for token in ids if token != sequences.END] == whole
+        assert any(answers)
+
+
+def test_a_repeated_string_is_known_from_its_second_time():
+    random.seed(0)
+    for _ in range(20):
+        ids, known = sequences.repeated(64)
+        half = len(ids) // 2
+        assert not any(known[:half])
+        assert sorted(ids[:half]) == sorted(ids[half:])
+
+
+def test_copied_needles_are_the_same_lines_twice():
+    text = "".join(piece.text for piece in forms.copied_needles(500))
+    lines = text.splitlines()
+    half = len(lines) // 2
+    assert half == 9
+    assert sorted(lines[:half]) == sorted(lines[half:])
