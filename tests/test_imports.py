@@ -39,13 +39,14 @@ ALLOWED = {
     "options": HOSTS | LANGUAGE | {"pipelines", "reporting", "options"},
     "cli": MEASURED | LANGUAGE | {"options", "cli"},
     "eval_vbench": MEASURED | {"options", "eval_vbench"},
+    "eval_language": MEASURED | LANGUAGE | {"options", "eval_language"},
     "benchmarks": MEASURED | LANGUAGE | {"benchmarks"},
     "scripts": MEASURED | {"scripts"},
 }
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 ABOVE = sorted(
     path
-    for name in ("eval_vbench", "benchmarks", "scripts")
+    for name in ("eval_vbench", "eval_language", "benchmarks", "scripts")
     for path in (ROOT / name).rglob("*.py")
 )
 # Typed as `python -m folder.name`: a command's file is called as what it does.
@@ -55,7 +56,7 @@ COMMANDS = {"benchmarks/attention.py", "eval_vbench/generate.py", "eval_vbench/r
 def part_of(module: str) -> str:
     """The part that a module such as `xattn_video.ops.blocks` belongs to."""
     names = module.split(".")
-    if names[0] == "demo_training":
+    if names[0] in ("demo_training", "language_training"):
         return "scripts"
     if names[0] != "xattn_video":
         return names[0]
@@ -180,4 +181,6 @@ def test_the_package_knows_nothing_of_what_is_built_on_it():
                 else [alias.name for alias in node.names]
             )
         }
-        assert not names & {"eval_vbench", "benchmarks", "scripts", "tests"}, path.name
+        assert not names & {"eval_vbench", "eval_language", "benchmarks", "scripts", "tests"}, (
+            path.name
+        )

@@ -34,7 +34,7 @@ def setuptools_table(pyproject):
 def data_files():
     return {
         path
-        for package in (PACKAGE, ROOT / "eval_vbench")
+        for package in (PACKAGE, ROOT / "eval_vbench", ROOT / "eval_language")
         for path in package.rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc") and not path.is_symlink()
     }
@@ -50,9 +50,9 @@ def test_every_data_file_is_shipped(setuptools_table):
     assert data_files() <= shipped
 
 
-def test_the_package_and_eval_vbench_alone_are_shipped(setuptools_table):
+def test_the_package_and_its_evaluations_alone_are_shipped(setuptools_table):
     include = setuptools_table["packages"]["find"]["include"]
-    assert include == ["xattn_video", "xattn_video.*", "eval_vbench"]
+    assert include == ["xattn_video", "xattn_video.*", "eval_vbench", "eval_language"]
 
 
 def test_the_script_is_reached_after_an_installation(pyproject, monkeypatch):
@@ -118,7 +118,8 @@ def requirements(pyproject, *extras) -> set[str]:
     for extra in extras:
         lines += optional[extra]
         named = [line for line in optional[extra] if line.startswith("xattn-video[")]
-        lines += requirements(pyproject, *(n[len("xattn-video[") : -1] for n in named))
+        inner = ",".join(n[len("xattn-video[") : -1] for n in named)
+        lines += requirements(pyproject, *(name for name in inner.split(",") if name))
     return {re.split(r"[^\w-]", line)[0] for line in lines} - {"xattn-video"}
 
 
@@ -140,7 +141,11 @@ def test_the_readmes_two_commands_need_no_other_extra(pyproject):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("xattn_video", ["video", "metrics", "hopper"]), ("eval_vbench", ["video", "metrics"])],
+    [
+        ("xattn_video", ["video", "metrics", "hopper"]),
+        ("eval_vbench", ["video", "metrics"]),
+        ("eval_language", ["video", "metrics", "harness", "video-understanding"]),
+    ],
 )
 def test_every_package_that_is_imported_is_declared(folder, extras, pyproject):
     imported = set()
@@ -150,7 +155,7 @@ def test_every_package_that_is_imported_is_declared(folder, extras, pyproject):
                 imported.update(alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").split(".")[0])
-    ours = {"xattn_video", "eval_vbench"}
+    ours = {"xattn_video", "eval_vbench", "eval_language"}
     declared = {name.replace("-", "_") for name in requirements(pyproject, *extras)}
     # imageio-ffmpeg is imageio's own extra; pillow and flash-attn-4 are imported as these.
     declared |= {"imageio_ffmpeg", "PIL", "flash_attn"}

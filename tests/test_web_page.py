@@ -261,6 +261,14 @@ def test_what_is_empty_is_left_out():
     assert "<ul" not in text
 
 
+def test_its_text_is_markdown_too():
+    table = Table(("task", "score"), (("one", "0.5"),))
+    page = WebPage("title", "lead", tables=(("Measured", table),), notes=("read this",))
+    expected = ["# title", "lead", f"## Measured\n\n{table.markdown()}", "- read this\n"]
+    assert page.markdown() == "\n\n".join(expected)
+    assert WebPage("title", "lead").markdown() == "# title\n\nlead\n"
+
+
 def test_a_large_video_is_reduced_and_an_odd_one_made_even():
     frames = np.zeros((2, 721, 1281, 3), np.uint8)
     player = single_player("one", "sparse", Clip(frames, fps=24))

@@ -202,6 +202,13 @@ class WebPage:
         }
         return render(_FOLDER / "page.html.jinja", page=self, **parts)
 
+    def markdown(self) -> str:
+        """What of the page is text: heading, lead, tables and notes."""
+        parts = [f"# {self.title}", self.lead]
+        parts += [f"## {heading}\n\n{table.markdown()}" for heading, table in self.tables]
+        parts += ["\n".join(f"- {note}" for note in self.notes)] * bool(self.notes)
+        return "\n\n".join(parts) + "\n"
+
 
 def round_limits(low: float, high: float, digits: int) -> tuple[float, float]:
     """Round numbers below and above both, apart by at least one unit of the last digit shown."""

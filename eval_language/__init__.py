@@ -1,0 +1,1 @@
+"""Scores language models with public harnesses, dense and sparse."""

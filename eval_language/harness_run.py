@@ -1,0 +1,245 @@
+"""A run of a harness: dense and every sparse setting on the same samples, resumable, one table."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xattn_video.errors import MissingPackageError
+from xattn_video.files import check_output_folder, write_json, write_text
+from xattn_video.measure.paired_difference import paired_difference
+from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
+from xattn_video.options.groups import loading
+from xattn_video.pipelines.item_folder import ItemFolder
+from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, print_message
+from xattn_video.reporting.machine import installed_versions, machine_record
+from xattn_video.reporting.tables import Table, figure
+from xattn_video.reporting.web_page import WebPage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from xattn_video.language.prefill_settings import PrefillSettings
+    from xattn_video.pipelines.loading import LoadOptions
+
+_PAPER = Path(__file__).parent / "data" / "paper_tables.json"
+Record = dict[str, Any]
+Scorer = Callable[[Any], dict[str, float]]
+"""Runs one task with what was loaded; returns the score of each sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessOptions:
+    """The options that all harnesses share."""
+
+    run: Path = knob("Folder of the run and its report; an existing run is resumed.", ...)
+    model: str = knob("A hub ID, a folder or a .gguf file.", ...)
+    tasks: str | None = knob("Tasks, between commas.", shown_default="the paper's")
+    settings: str = knob("Sparse settings beside dense, THRESHOLD:STRIDE.", "0.9:8,0.9:16")
+    samples: int = knob("Samples of each task, the first ones.", 100)
+    dense_layers: int = knob("First layers that stay dense.", 0)
+    min_tokens: int = knob("With fewer tokens so far, a chunk runs dense.", 0)
+
+    def variants(self) -> "dict[str, PrefillSettings | None]":
+        """Dense, which is None, and every sparse setting, by label.
+
+        Raises:
+            ValueError: A setting is not written as THRESHOLD:STRIDE, or is out of range.
+        """
+        from xattn_video.language.prefill_settings import PrefillSettings
+
+        variants: dict[str, PrefillSettings | None] = {"dense": None}
+        for text in self.settings.split(","):
+            threshold, _, stride = text.partition(":")
+            try:
+                values = float(threshold), int(stride)
+            except ValueError:
+                raise ValueError(
+                    f"settings must be THRESHOLD:STRIDE, got {text!r}; use 0.9:8,0.9:16."
+                ) from None
+            variants[f"tau {values[0]:g}, stride {values[1]}"] = PrefillSettings.of(
+                values[0], self.dense_layers, stride=values[1], min_tokens=self.min_tokens
+            )
+        return variants
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a harness has made ready; nothing was written so far.
+
+    Attributes:
+        scorers: By task: its group, such as a length, and what scores it.
+        load: Loads what the scorers take, and the model in it.
+    """
+
+    scorers: Mapping[str, tuple[str, Scorer]]
+    load: "Callable[[], tuple[Any, PreTrainedModel]]"
+
+
+def harness_command(
+    name: str,
+    package: str | None,
+    options: type[HarnessOptions],
+    prepare: "Callable[[Any, LoadOptions], Prepared]",
+) -> typer.Typer:
+    """The command that scores a model with a harness.
+
+    Args:
+        name: Of the benchmark, as in the paper's tables.
+        package: The harness as pip names it, with its extra; None without one.
+        options: The options.
+        prepare: Loads tasks and their data.
+    """
+
+    def main(asked: HarnessOptions, load: "LoadOptions", errors: ErrorsToExitCodes) -> None:
+        if package is not None:
+            _require(name, package)
+        variants = asked.variants()
+        prepared = prepare(asked, load)
+        check_output_folder(asked.run)
+        folder = ItemFolder(asked.run, asked.run, "give another --run, or the same settings")
+        about = {
+            "benchmark": name,
+            "model": asked.model,
+            "tasks": list(prepared.scorers),
+            "samples": asked.samples,
+            "dtype": str(load.resolved_dtype).removeprefix("torch."),
+        }
+        settings = {label: one and one.to_dict() for label, one in variants.items()}
+        folder.adopt({**about, "settings": settings})
+        errors.running = True
+        with folder.lock():
+            _score(folder, prepared, variants)
+        _write(folder, about, prepared, list(variants))
+        print_message(f"report     {asked.run / 'report.md'}")
+
+    main.__doc__ = f"Score a language model on {name}, dense and sparse; run it again to resume."
+    main.__annotations__ |= {
+        "asked": options,
+        "load": Annotated[Any, loading("dtype", "device")],
+    }
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=OneLineCommand, context_settings=CONTEXT_SETTINGS)(command(main))
+    return app
+
+
+def _require(name: str, package: str) -> None:
+    module = re.split(r"[\[>]", package)[0].replace("-", "_")
+    if find_spec(module) is None:
+        raise MissingPackageError(
+            f"{name} needs {module}, not installed here; pip install '{package}'."
+        )
+
+
+def _score(
+    folder: ItemFolder, prepared: Prepared, variants: "dict[str, PrefillSettings | None]"
+) -> None:
+    """Score what the folder lacks."""
+    from xattn_video.language.registration import enable_prefill
+
+    loaded = None
+    for (task, (_, scorer)), (label, settings) in product(
+        prepared.scorers.items(), variants.items()
+    ):
+        if folder.record(_key(task, label)) is not None:
+            continue
+        loaded = loaded or prepared.load()
+        scored, model = loaded
+        start = time.perf_counter()
+        with (
+            enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers)
+            if settings
+            else nullcontext()
+        ) as handle:
+            scores = scorer(scored)
+        report = handle.report() if handle else None
+        machine = machine_record(model.device)
+        record = {
+            "scores": scores,
+            "seconds": time.perf_counter() - start,
+            "density": report and report.density,
+            "attention": report and report.summary(),
+            **machine,
+        }
+        record["versions"] |= installed_versions(("transformers", "lm_eval", "lmms-eval"))
+        folder.add(_key(task, label), (), record)
+        print_message(f"{task}, {label}: {mean(scores.values()):.3f}, {record['seconds']:.0f} s")
+
+
+def _key(task: str, label: str) -> str:
+    return f"{task}, {label}".replace(", ", "-").replace(" ", "-")
+
+
+def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[str]) -> None:
+    """Write the report of a complete run as JSON, Markdown and a web page."""
+    records = {
+        (task, label): folder.record(_key(task, label)) or {}
+        for task, label in product(prepared.scorers, labels)
+    }
+    origin = {
+        f"{one['device']}; " + ", ".join(f"{k} {v}" for k, v in one["versions"].items())
+        for one in records.values()
+    }
+    paper = json.loads(_PAPER.read_text(encoding="utf-8"))[about["benchmark"]]
+    papers = ((paper["heading"], _paper_table(paper)),) if "rows" in paper else ()
+    page = WebPage(
+        title=f"{about['benchmark']}, dense and sparse",
+        lead=f"{about['model']}, {about['dtype']}, {about['samples']} samples a task at most. "
+        f"{' '.join(sorted(origin))}.",
+        tables=(("Measured", _table(records, prepared.scorers, labels)), *papers),
+        notes=tuple(paper["remarks"]),
+    )
+    results = [{"task": task, "setting": label, **one} for (task, label), one in records.items()]
+    write_json(folder.path / "report.json", {**about, "results": results})
+    write_text(folder.path / "report.md", page.markdown())
+    write_text(folder.path / "report.html", page.html())
+
+
+def _paper_table(paper: Record) -> Table:
+    return Table(tuple(paper["columns"]), tuple(tuple(map(str, row)) for row in paper["rows"]))
+
+
+def _table(
+    records: dict[tuple[str, str], Record],
+    scorers: Mapping[str, tuple[str, Scorer]],
+    labels: list[str],
+) -> Table:
+    """A row for each task and setting, and one for all tasks of a group."""
+    groups: dict[str, list[str]] = {}
+    for task, (group, _) in scorers.items():
+        groups.setdefault(group, []).append(task)
+    rows = []
+    for group, tasks in groups.items():
+        parts = [(task, [task]) for task in tasks] + [(group, tasks)] * (len(tasks) > 1)
+        for (name, part), label in product(parts, labels):
+            dense, of = ([records[task, one] for task in part] for one in (labels[0], label))
+            rows.append((name, label, *_cells(dense, of if label != labels[0] else dense)))
+    headings = ("task", "setting", "n", "score", "delta", "95% interval", "density", "s")
+    return Table(headings, tuple(rows), num_left=2)
+
+
+def _cells(dense: Sequence[Record], of: Sequence[Record]) -> tuple[str, ...]:
+    """Samples, score, difference to dense, interval, density and seconds."""
+    first, second = (
+        {f"{n} {key}": value for n, one in enumerate(run) for key, value in one["scores"].items()}
+        for run in (dense, of)
+    )
+    difference = None if of is dense else paired_difference(first, second, {k: k for k in first})
+    densities = [one["density"] for one in of if one["density"] is not None]
+    return (
+        str(len(second)),
+        f"{mean(second.values()):.3f}",
+        figure(difference.mean if difference else None, "+.3f"),
+        difference.interval if difference else "",
+        figure(mean(densities) if densities else None, ".3f"),
+        f"{sum(one['seconds'] for one in of):.0f}",
+    )

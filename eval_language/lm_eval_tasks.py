@@ -1,0 +1,82 @@
+"""Tasks of lm-evaluation-harness: their data, and their scores with a model."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from eval_language.harness_run import Scorer
+
+_OWN_TASKS = Path(__file__).parent / "tasks"
+
+
+def task_manager(metadata: dict[str, Any]) -> Any:
+    """The harness's index of tasks, which it needs seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(_OWN_TASKS), metadata=metadata)
+
+
+def load_task(name: str, manager: Any) -> Any:
+    """A task of the harness with its data.
+
+    Raises:
+        ValueError: There is no such task, or its data cannot be had.
+    """
+    import numpy as np
+
+    if name not in manager.all_subtasks:
+        raise ValueError(f"lm_eval has no task {name!r}; python -m lm_eval ls tasks lists them.")
+    # The harness's own seeds: a resumed run has the same prompts.
+    random.seed(0)
+    np.random.seed(1234)
+    with needed_data(name), redirect_stdout(StringIO()):  # generators print their progress
+        return manager.load([name])["tasks"][name]
+
+
+@contextmanager
+def needed_data(name: str) -> Iterator[None]:
+    """Say in one line that a task's data cannot be had, as ValueError."""
+    try:
+        yield
+    except (OSError, LookupError, ImportError) as error:
+        raise ValueError(
+            f"the data of {name} cannot be had: {' '.join(str(error).split())[:200]}; it comes "
+            "from the hub or the web at its first use: run it once where there is a network, "
+            "with the same HF_HOME, or leave the task out with --tasks."
+        ) from None
+
+
+def task_scorer(
+    task: Any, manager: Any, samples: int, metric: str | None, **options: Any
+) -> Scorer:
+    """Runs one task.
+
+    Args:
+        task: Of `load_task`.
+        manager: Of `task_manager`.
+        samples: How many, the first ones.
+        metric: The metric of a sample; None for its first one.
+        options: Of the harness's model, such as the tokenizer.
+    """
+
+    def score(model: Any) -> dict[str, float]:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        lm = HFLM(pretrained=model, batch_size=1, **options)
+        with redirect_stdout(StringIO()):
+            results = simple_evaluate(
+                lm, tasks=[task], limit=samples, bootstrap_iters=0, task_manager=manager
+            )
+        return sample_scores(results, lambda one: one[metric or one["metrics"][0]])
+
+    return score
+
+
+def sample_scores(results: Any, value: Any) -> dict[str, float]:
+    """The score of each sample, from what a harness returns."""
+    samples: Iterable[Any] = next(iter(results["samples"].values()))
+    return {str(one["doc_id"]): float(value(one)) for one in samples}

@@ -1,0 +1,45 @@
+"""LongBench with lm-evaluation-harness.
+
+python -m eval_language.longbench --run runs/longbench --model meta-llama/Llama-3.1-8B-Instruct
+"""
+
+from typing import TYPE_CHECKING
+
+from eval_language.harness_run import HarnessOptions, Prepared, harness_command
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
+
+# The retrieval that the paper's table leaves out, and its columns.
+_TASKS = (
+    "passage_retrieval_en passage_retrieval_zh narrativeqa qasper multifieldqa_en hotpotqa "
+    "2wikimqa musique gov_report qmsum vcsum multi_news trec triviaqa samsum lsht lcc repobench-p"
+)
+
+
+def prepare(asked: HarnessOptions, load: "LoadOptions") -> Prepared:
+    """Load the data sets, from the hub or its cache."""
+    from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
+    from xattn_video.language.model_sources import find_language_model
+
+    source = find_language_model(asked.model, 0)
+    names = asked.tasks.split(",") if asked.tasks else [f"longbench_{n}" for n in _TASKS.split()]
+    manager = task_manager({})
+    tasks = {name: load_task(name, manager) for name in names}
+    tokenizer = source.load_tokenizer()
+    scorers = {
+        name: ("all tasks", task_scorer(task, manager, asked.samples, None, tokenizer=tokenizer))
+        for name, task in tasks.items()
+    }
+
+    def loaded() -> tuple[object, object]:
+        model = source.load(load.resolved_dtype, load.resolved_device)
+        return model, model
+
+    return Prepared(scorers, loaded)
+
+
+app = harness_command("LongBench", "lm_eval[longbench]>=0.4.13", HarnessOptions, prepare)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,71 @@
+"""The loss on plain text, which suffers before needles do; needs no harness.
+
+python -m eval_language.perplexity --run runs/text --model model.gguf --tokens 4096
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from eval_language.harness_run import HarnessOptions, Prepared, harness_command
+from xattn_video.options.command import knob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xattn_video.pipelines.loading import LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions(HarnessOptions):
+    """The options of the loss on text."""
+
+    tokens: int = knob("Tokens of a sample; the second half is scored.", 4096)
+    text: Path | None = knob("A text file.", shown_default="the manual that comes with Python")
+
+
+def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
+    """Cut the text into samples."""
+    from pydoc_data.topics import topics
+
+    from xattn_video.language.model_sources import find_language_model
+
+    source = find_language_model(asked.model, asked.tokens)
+    try:
+        text = asked.text.read_text(encoding="utf-8") if asked.text else "\n".join(topics.values())
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"the text {str(asked.text)!r} cannot be read: {error}.") from None
+    ids = torch.tensor(source.load_tokenizer()(text)["input_ids"])
+    samples = ids.split(asked.tokens)[: asked.samples]
+    if asked.tokens < 2 or len(samples[-1]) < asked.tokens:
+        raise ValueError(
+            f"the text has {len(ids):,} tokens, too few for {asked.samples} samples of "
+            f"{asked.tokens:,}; use fewer --samples."
+        )
+
+    def loaded() -> tuple[Any, Any]:
+        model = source.load(load.resolved_dtype, load.resolved_device)
+        return model, model
+
+    def score(model: Any) -> dict[str, float]:
+        return {str(number): _loss(model, one) for number, one in enumerate(samples)}
+
+    return Prepared({f"loss, {asked.tokens}": ("text", score)}, loaded)
+
+
+@torch.inference_mode()
+def _loss(model: Any, ids: "Tensor") -> float:
+    """Nats for each token of the second half."""
+    ids = ids.to(model.device)
+    scored = len(ids) // 2
+    out = model(ids[None], use_cache=False, logits_to_keep=scored + 1)
+    return float(F.cross_entropy(out.logits[0, :-1].float(), ids[-scored:]))
+
+
+app = harness_command("Text", None, TextOptions, prepare)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,71 @@
+"""RULER with lm-evaluation-harness.
+
+python -m eval_language.ruler --run runs/ruler --model runs/language --lengths 8192,16384
+"""
+
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from eval_language.harness_run import HarnessOptions, Prepared, harness_command
+from xattn_video.options.command import knob
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
+
+# Several keys first: one needle in filler survives what other text does not.
+TASKS = (
+    "niah_multikey_2,niah_multikey_3,niah_multivalue_repeat,niah_multiquery_repeat,"
+    "niah_single_1,ruler_vt,ruler_cwe,ruler_fwe"
+)
+# fwe's prompts are longer than asked for.
+_OVERSHOOT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RulerOptions(HarnessOptions):
+    """The options of RULER."""
+
+    lengths: str = knob("Tokens of a prompt and its answer, between commas.", "8192,16384,32768")
+
+
+def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
+    """Generate the prompts with the model's tokenizer."""
+    from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
+    from xattn_video.language.model_sources import find_language_model
+
+    try:
+        lengths = [int(length) for length in asked.lengths.split(",")]
+    except ValueError:
+        raise ValueError(f"lengths must be numbers, got {asked.lengths!r}.") from None
+    source = find_language_model(asked.model, max(lengths))
+    context = source.text_config.max_position_embeddings
+    if max(lengths) > context:
+        raise ValueError(
+            f"the model's context is {context:,} tokens, got a length of {max(lengths):,}; use "
+            "shorter ones."
+        )
+    tokenizer = source.load_tokenizer()
+    scorers = {}
+    with TemporaryDirectory() as folder:
+        # The harness measures prompts with a tokenizer that it loads by itself.
+        tokenizer.save_pretrained(folder)
+        for length in lengths:
+            manager = task_manager({"tokenizer": folder, "max_seq_lengths": [length]})
+            for name in (asked.tasks or TASKS).split(","):
+                task = load_task(name, manager)
+                options = {"tokenizer": tokenizer, "max_length": length + _OVERSHOOT}
+                scorer = task_scorer(task, manager, asked.samples, str(length), **options)
+                scorers[f"{name}, {length}"] = (f"all, {length}", scorer)
+
+    def loaded() -> tuple[object, object]:
+        model = source.load(load.resolved_dtype, load.resolved_device)
+        return model, model
+
+    return Prepared(scorers, loaded)
+
+
+app = harness_command("RULER", "lm_eval[ruler]>=0.4.13", RulerOptions, prepare)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,60 @@
+"""Video-MME with lmms-eval, whose models bring their own loading and videos.
+
+python -m eval_language.videomme --run runs/videomme --model Qwen/Qwen2-VL-7B-Instruct
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eval_language.harness_run import HarnessOptions, Prepared, Scorer, harness_command
+from eval_language.lm_eval_tasks import needed_data, sample_scores
+from xattn_video.options.command import knob
+
+if TYPE_CHECKING:
+    from xattn_video.pipelines.loading import LoadOptions
+
+_METRIC = "videomme_perception_score"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoOptions(HarnessOptions):
+    """The options of Video-MME."""
+
+    kind: str = knob("The name that lmms_eval gives the kind of model.", "qwen2_vl")
+    frames: int = knob("Frames of a video at most.", 768)
+
+
+def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
+    """Load the data sets, from the hub or its cache."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    names = (asked.tasks or "videomme,videomme_w_subtitle").split(",")
+    for name in names:
+        with needed_data(name):
+            get_task_dict([name], TaskManager())
+
+    def loaded() -> tuple[Any, Any]:
+        from lmms_eval.models import get_model
+
+        options = {"pretrained": asked.model, "max_num_frames": asked.frames}
+        device = str(load.resolved_device)
+        lm = get_model(asked.kind)(**options, device=device, device_map=device)
+        return lm, lm.model
+
+    return Prepared({name: (name, _scorer(name, asked.samples)) for name in names}, loaded)
+
+
+def _scorer(task: str, samples: int) -> Scorer:
+    def score(lm: Any) -> dict[str, float]:
+        from lmms_eval.evaluator import simple_evaluate
+
+        results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)
+        return sample_scores(results, lambda one: one[_METRIC]["score"])
+
+    return score
+
+
+app = harness_command("Video-MME", "lmms-eval>=0.7.3", VideoOptions, prepare)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Stands for lmms-eval: the same calls, on clips of random patches."""

@@ -1,0 +1,6 @@
+class TaskManager:
+    pass
+
+
+def get_task_dict(names, manager):
+    return dict.fromkeys(names)

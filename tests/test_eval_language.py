@@ -1,0 +1,193 @@
+"""`eval_language`: a table of dense and sparse settings, from harnesses that stand-ins replace."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from language_models import save_with_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+HARNESSES = ROOT / "tests/fake_harnesses"
+CPU = ["--device=cpu", "--dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_with_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def harnesses(monkeypatch):
+    """Imports `lm_eval` and `lmms_eval` from the stand-ins."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lm_eval", "lmms_eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(HARNESSES)
+    yield import_module
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lm_eval", "lmms_eval")]:
+        del sys.modules[name]
+
+
+def run(name, *arguments):
+    app = import_module(f"eval_language.{name}").app
+    result = CliRunner().invoke(app, [str(argument) for argument in (*CPU, *arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def ruler(folder, model, *arguments):
+    tasks = "--tasks=niah_multikey_2,ruler_vt"
+    wanted = (f"--run={folder}", f"--model={model}", tasks, "--lengths=400", "--samples=6")
+    return run("ruler", *wanted, *arguments)
+
+
+def test_every_setting_stands_beside_dense_in_one_table(harnesses, model, tmp_path):
+    code, _, err = ruler(tmp_path / "run", model, "--settings=0.9:8,0.5:16")
+    assert code == 0, err
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    results = {(one["task"], one["setting"]): one for one in report["results"]}
+    assert len(results) == 6
+    dense = results["niah_multikey_2, 400", "dense"]
+    sparse = results["niah_multikey_2, 400", "tau 0.5, stride 16"]
+    assert set(dense["scores"]) == {"0", "1", "2", "3", "4", "5"}
+    assert dense["density"] is None
+    assert 0 < sparse["density"] < 1
+    assert "2/2 layers sparse over 2,400 tokens" in sparse["attention"]
+    page = (tmp_path / "run/report.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if "stride 16" in line]
+    measured = [cell.strip() for cell in rows[0]]
+    assert measured[:3] == ["niah_multikey_2, 400", "tau 0.5, stride 16", "6"]
+    assert measured[5].startswith("[")
+    # Both tasks together.
+    assert rows[2][0].strip() == "all, 400"
+    assert rows[2][2].strip() == "12"
+    assert "| XAttention, stride 8 | 96.83 |" in page
+    assert "84.96 at stride 8" in page
+    assert (tmp_path / "run/report.html").read_text().count("<table>") == 2
+
+
+def test_attention_is_what_the_setting_says_and_the_models_own_again(harnesses, model, tmp_path):
+    assert ruler(tmp_path / "run", model, "--settings=0.5:8")[0] == 0
+    calls = harnesses("lm_eval").CALLS
+    assert [name.split("-")[0] for _, name in calls] == ["sdpa", "xattention"] * 2
+
+
+def test_a_run_resumes_and_refuses_other_settings(harnesses, model, tmp_path):
+    folder = tmp_path / "run"
+    assert ruler(folder, model, "--settings=0.5:8")[0] == 0
+    calls = harnesses("lm_eval").CALLS
+    calls.clear()
+    (folder / "items/ruler_vt-400-tau-0.5-stride-8.json").unlink()
+    assert ruler(folder, model, "--settings=0.5:8")[0] == 0
+    assert [task for task, _ in calls] == ["ruler_vt"]
+    code, _, err = ruler(folder, model, "--settings=0.6:8")
+    assert code == 2
+    assert "holds a run of other settings" in err
+
+
+def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, model, tmp_path):
+    assert ruler(tmp_path / "run", model, "--lengths=300,400", "--settings=0.5:8")[0] == 0
+    given = harnesses("lm_eval.tasks").METADATA
+    assert [one["max_seq_lengths"] for one in given] == [[300], [400]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--settings=0.9"], "--settings must be THRESHOLD:STRIDE, got '0.9'; use 0.9:8,0.9:16."),
+        (["--settings=2:8"], "threshold must lie in (0, 1], got 2.0"),
+        (["--lengths=4k"], "--lengths must be numbers, got '4k'"),
+        (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
+        (["--tasks=niah_9"], "lm_eval has no task 'niah_9'"),
+        (["--tasks=longbench_qasper"], "cannot be had: Couldn't reach 'Xnhyacinth/LongBench'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, harnesses, model, tmp_path):
+    code, out, err = ruler(tmp_path / "run", model, *arguments)
+    assert code == 2, err
+    assert message in err
+    assert (err.count("\n"), out) == (1, "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_longbench_says_where_its_data_come_from(harnesses, model, tmp_path):
+    arguments = (f"--run={tmp_path / 'run'}", f"--model={model}", "--tasks=longbench_qasper")
+    code, _, err = run("longbench", *arguments)
+    assert code == 2
+    assert "run it once where there is a network" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("ruler", "pip install 'lm_eval[ruler]>=0.4.13'."),
+        ("longbench", "pip install 'lm_eval[longbench]>=0.4.13'."),
+        ("videomme", "pip install 'lmms-eval>=0.7.3'."),
+    ],
+)
+def test_a_missing_harness_says_what_to_install(name, remedy, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval_language.harness_run.find_spec", lambda module: None)
+    code, _, err = run(name, f"--run={tmp_path / 'run'}", "--model=any")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert remedy in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_videomme_runs_the_text_model_sparse_and_its_first_layers_dense(harnesses, tmp_path):
+    """Plumbing: random weights and a clip of noise."""
+    arguments = ["--settings=0.5:16", "--dense-layers=1", "--samples=4", "--tasks=videomme"]
+    code, _, err = run("videomme", f"--run={tmp_path / 'run'}", "--model=any", *arguments)
+    assert code == 0, err
+    (dense, _), (text, vision) = harnesses("lmms_eval.evaluator").IMPLEMENTATIONS
+    assert (dense, text.split("-")[0], vision) == ("sdpa", "xattention", "sdpa")
+    record = json.loads((tmp_path / "run/report.json").read_text())["results"][1]
+    assert record["scores"] == {"0": 0.0, "1": 1.0, "2": 0.0, "3": 1.0}
+    assert "dense layer 1" in record["attention"]
+    assert "1/2 layers sparse" in record["attention"]
+
+
+@pytest.mark.parametrize("name", ["run_ruler", "run_longbench", "run_vllms"])
+def test_the_scripts_pass_their_options_on(name):
+    script = ROOT / f"scripts/{name}.sh"
+    done = subprocess.run(
+        ["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "THRESHOLD:STRIDE" in done.stdout
+
+
+def test_the_loss_on_text_is_that_of_its_second_half(model, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("".join(f"{number} is a number; " for number in range(300)))
+    words = [f"--run={tmp_path / 'run'}", f"--model={model}", f"--text={text}", "--tokens=512"]
+    code, _, err = run("perplexity", *words, "--samples=3", "--settings=0.5:8,0.9999:8")
+    assert code == 0, err
+    dense, sparse, nearly_all = json.loads((tmp_path / "run/report.json").read_text())["results"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, 512:1024]
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.inference_mode():
+        logits = loaded(ids).logits[0, 255:511]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 256:])
+    assert dense["scores"]["1"] == pytest.approx(float(expected), abs=1e-5)
+    assert nearly_all["scores"] == pytest.approx(dense["scores"], abs=1e-3)
+    assert sparse["density"] < 0.9 < nearly_all["density"]
+    assert "lower is better" in (tmp_path / "run/report.md").read_text()
+
+
+def test_a_text_that_is_too_short(model, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("short")
+    words = [f"--run={tmp_path / 'run'}", f"--model={model}", f"--text={text}"]
+    code, _, err = run("perplexity", *words)
+    assert code == 2
+    assert "the text has 5 tokens, too few for 100 samples of 4,096; use fewer --samples." in err
+    assert not (tmp_path / "run").exists()
