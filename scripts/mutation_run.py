@@ -166,7 +166,7 @@ def _run_tests(tree: Path, tests: list[str], notes: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results")
     parser.add_argument("--number", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3600.0)
@@ -197,7 +197,7 @@ def main() -> None:
             tests = tests_of(mutant, known)
             mutant["outcome"] = "not run" if time.monotonic() > end else meet(tree, mutant, tests)
             mutant["tests"], mutant["code"] = len(tests), ""
-            args.results.write_text(json.dumps(mutants, indent=1))
+            Path(args.results).expanduser().write_text(json.dumps(mutants, indent=1))
     print(dict(collections.Counter(mutant["outcome"] for mutant in mutants)))
 
 
