@@ -68,7 +68,6 @@ class OwnVideos:
         self, dimension: str, environment: Environment, weights: Path, device: str | None
     ) -> Score:
         """Let VBench score one dimension; see `vbench_process.run_vbench`."""
-        self.scores_folder.mkdir(exist_ok=True)
         log = self.scores_folder / f"{dimension}.log"
         answer = run_vbench(self.folder, dimension, None, log, environment, weights, device)
         names = [path.name for path in self.files]

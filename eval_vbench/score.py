@@ -27,6 +27,7 @@ from eval_vbench.preflight import (
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, read_scores, write_score
 from eval_vbench.vbench_process import ScoringError, check_videos, run_dimensions, score_dimension
+from xattn_video.files import check_output_folder
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command, knob
 from xattn_video.reporting.console import (
     ErrorsToExitCodes,
@@ -80,6 +81,7 @@ class RunVideos:
 
     def __init__(self, folder: Path) -> None:
         self.run = RunFolder(folder)
+        self.scores_folder = self.run.scores
 
     def check(self) -> None:
         """Raise ValueError unless they are complete, with nothing among them."""
@@ -139,6 +141,8 @@ def main(asked: Scored, errors: ErrorsToExitCodes, as_json: AsJson = False) -> N
             "--skip-missing."
         )
     todo = [name for name in names if name not in unready and name not in scored]
+    if todo:
+        check_output_folder(videos.scores_folder, what="scores")
     errors.running = True
     try:
         for name in _score(videos, todo, environment, asked):

@@ -62,9 +62,9 @@ def read_score_file(file: Path) -> Score | None:
     """
     try:
         return Score(**json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{file} is not what eval_vbench.score writes ({error}); remove it and score again."
         ) from None

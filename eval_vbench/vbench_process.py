@@ -1,6 +1,5 @@
 """Scores a run with the real VBench: one process per dimension, checked before and after."""
 
-import json
 import math
 import os
 import subprocess
@@ -18,6 +17,7 @@ from eval_vbench.preflight import (
 from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, scored_items, videos_digest
+from xattn_video.files import check_output_folder, read_record, write_json
 from xattn_video.pipelines.item_folder import file_digest
 
 # VBench leaves a video out of this one when it finds no object in it.
@@ -100,7 +100,6 @@ def score_dimension(
         for entry in _entries(items, prompt)
         if dimension in entry["dimension"]
     ]
-    run.scores.mkdir(exist_ok=True)
     log = run.scores / f"{dimension}.log"
     answer = run_vbench(run.videos, dimension, entries, log, environment, weights_folder, device)
     score, videos = read_answer(dimension, answer, [item.file_name for item in items])
@@ -122,7 +121,7 @@ def run_vbench(
         videos: The folder.
         dimension: A dimension that can be scored.
         entries: Those of VBench's prompts that the videos were made from; None for other videos.
-        log: Where its output goes.
+        log: Where its output goes, in a folder that is there.
         environment: VBench's environment.
         weights_folder: The folder of the weights.
         device: None means CUDA if VBench's torch finds it, else the CPU.
@@ -140,9 +139,9 @@ def run_vbench(
             "dimension": dimension,
             "device": device,
         }
-        Path(request["full_info"] or "").write_text(json.dumps(entries or []), encoding="utf-8")
+        write_json(request["full_info"] or "", entries or [])
         request_file = Path(folder, "request.json")
-        request_file.write_text(json.dumps(request), encoding="utf-8")
+        write_json(request_file, request)
         with log.open("w", encoding="utf-8") as output:
             done = subprocess.run(
                 [str(environment.python), str(WORKER), "score", str(request_file)],
@@ -154,11 +153,18 @@ def run_vbench(
                 check=False,
             )
         if done.returncode:
+            # On a full disk VBench fails as it prints, and the log does not say so.
+            check_output_folder(log.parent, what="scores")
+            check_output_folder(Path(folder), what="VBench's result")
             raise ScoringError(f"{_ending(done.returncode)}: {_last_line(log)}; see {log}.")
         result = Path(folder, f"{dimension}_eval_results.json")
         if not result.is_file():
             raise ScoringError(f"VBench wrote no result; see {log}.")
-        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        answer = read_record(result, dimension)
+    if answer is None:
+        raise ScoringError(
+            f"VBench's result in {folder!r} is cut short; free space there, and see {log}."
+        )
     return answer
 
 

@@ -7,7 +7,11 @@ python vbench_worker.py score REQUEST.json            one dimension; VBench writ
 import importlib.metadata
 import importlib.util
 import json
+import os
+import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 
@@ -31,12 +35,22 @@ def probe(modules: list[str]) -> None:
     json.dump({"python": python, "vbench": version, "missing": missing}, sys.stdout)
 
 
+def end_with(parent: int, folder: Path) -> None:
+    """End when the process that started this one was killed, and remove the folder it left."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def score(request_file: Path) -> None:
     """Score one dimension through VBench's Python API.
 
     Its command line would start torch.distributed through a shell, ignore its exit code, and
     require CUDA.
     """
+    watching = (os.getppid(), request_file.parent)
+    threading.Thread(target=end_with, args=watching, daemon=True).start()
     request = json.loads(request_file.read_text(encoding="utf-8"))
     import torch
     from vbench import VBench

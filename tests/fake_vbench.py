@@ -4,7 +4,7 @@ from pathlib import Path
 
 # Written as vbench/__init__.py. FAKE_VBENCH names what goes wrong.
 _PACKAGE = """
-import json, os, pathlib, signal
+import json, os, pathlib, signal, time
 
 class VBench:
     def __init__(self, device, full_info_dir, output_path):
@@ -18,6 +18,13 @@ class VBench:
             raise RuntimeError("the checkpoint does not fit")
         if wrong == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if wrong == "full disk":
+            with open(os.path.join(videos_path, "filler"), "wb", buffering=0) as filler:
+                while filler.write(bytes(512)):
+                    pass
+        if wrong == "waits":
+            pathlib.Path(os.environ["FAKE_VBENCH_STARTED"]).write_text(str(os.getpid()))
+            time.sleep(120)
         suffix = pathlib.Path(os.listdir(videos_path)[0]).suffix
         found = []
         if mode == "custom_input":
@@ -40,7 +47,9 @@ class VBench:
             results = results[1:]
         if wrong == "nan video":
             results[0]["video_results"] = float("nan")
-        if wrong != "silent":
+        if wrong == "cut":
+            pathlib.Path(self.output, name + "_eval_results.json").write_text("{")
+        elif wrong != "silent":
             file = os.path.join(self.output, name + "_eval_results.json")
             json.dump({dimension: [aggregate, results]}, open(file, "w"))
 """

@@ -183,12 +183,15 @@ def test_generate_on_a_full_disk_fails_and_leaves_the_old_video(
 ):
     from xattn_video.pipelines import video
 
-    monkeypatch.setattr(video, "check_encoders", lambda *arguments: None)
-    with small_disk(kind, tmp_path / "disk") as folder:
+    with small_disk(kind, tmp_path / "disk") as folder, contextlib.ExitStack() as full:
+        # It fills up after the checks.
+        monkeypatch.setattr(
+            video, "check_encoders", lambda *_: full.enter_context(no_room(kind, folder))
+        )
         path = folder / f"v{suffix}"
         path.write_text("old")
-        with no_room(kind, folder):
-            code, out, err = generate("--prompt=a", "--dense", f"--output={path}")
+        code, out, err = generate("--prompt=a", "--dense", f"--output={path}")
+        full.close()
         assert code == 1
         assert "replaced" not in out
         line = err.splitlines()[-1]

@@ -108,6 +108,7 @@ def test_a_dimension_that_fails_does_not_stop_the_rest(run, fake, weights, monke
         ("nan video", "is not finite."),
         ("killed", "VBench was ended by signal 9: no message; see"),
         ("silent", "VBench wrote no result; see"),
+        ("cut", "is cut short; free space there, and see"),
     ],
 )
 def test_what_is_no_score_is_refused(run, fake, wrong, message, monkeypatch):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The numbers of system errors that free space helps against."""
 
 
 class XAttentionError(Exception):
@@ -84,7 +85,7 @@ class FileNotWrittenError(XAttentionError, OSError):
         kept = "the file of that name is unchanged" if path.exists() else "no part of it is left"
         super().__init__(
             f"cannot write {str(path)!r}: {reason}; {kept}. "
-            f"{'Free space there, or write' if number in _FULL else 'Write'} elsewhere."
+            f"{'Free space there, or write' if number in NO_ROOM else 'Write'} elsewhere."
             f"{more and ' '}{more}"
         )
         self.errno = number

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xattn_video.errors import FileNotWrittenError
+from xattn_video.errors import NO_ROOM, FileNotWrittenError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _PREFIX = ".xattn-video-"
 # Writing a file takes minutes, so a day-old temporary file of another machine is left over.
 _STALE_SECONDS = 24 * 3600
+# The smallest piece of most disks; a full one takes an empty file.
+_BLOCK = bytes(4096)
 # Not every file system can sync a folder, and one may write in folders that one may not read.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
@@ -69,9 +71,10 @@ def check_output_folder(folder: Path, *, what: str = "output") -> None:
     """
     with _refused(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
-        # Permission bits say nothing of a read-only file system; a file does.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        # Permission bits say nothing of a read-only file system or a full one; a file does.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(_BLOCK)
+            file.flush()
     clear_stale(folder)
 
 
@@ -82,12 +85,13 @@ def _refused(path: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         # A name that no system takes, such as one with a NUL, is a ValueError.
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason, number = getattr(error, "strerror", error), getattr(error, "errno", None)
         if isinstance(error, FileExistsError | NotADirectoryError):
             blocking = next(part for part in (path, *path.parents) if part.is_file())
             reason = f"{str(blocking)!r} is a file, not a folder"
         raise ValueError(
-            f"{what} cannot be written to {str(path)!r}: {reason}; use another."
+            f"{what} cannot be written to {str(path)!r}: {reason}; "
+            f"{'free space there, or use another' if number in NO_ROOM else 'use another'}."
         ) from None
 
 

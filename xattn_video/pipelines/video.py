@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from xattn_video.errors import FileNotWrittenError, MissingPackageError
+from xattn_video.errors import NO_ROOM, FileNotWrittenError, MissingPackageError
 from xattn_video.files import atomic_path, temporary_path
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ VIDEO_SUFFIXES = (".mp4", ".mkv")
 _LOSSLESS = ".mkv"
 # Mean difference in brightness, of 255. Coloured noise, the worst for 4:2:0, has 7.
 _MAX_LUMA_ERROR = 16
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Enough for a container whose time stamps are too coarse to lose one of them.
 _PROBE_FRAMES = 33
 
@@ -126,7 +125,7 @@ def check_encoders(folder: Path, suffixes: Iterable[str], fps: int) -> None:
                 _encode(path, frames, fps)
                 _check_written(path, frames)
             except OSError as error:
-                if error.errno in _FULL:
+                if error.errno in NO_ROOM:
                     raise ValueError(
                         f"no {suffix} can be written to {str(folder)!r}: {error.strerror}; "
                         "free space there, or write elsewhere."
@@ -193,7 +192,7 @@ def _raise_failure(code: int, said: str) -> NoReturn:
     """Raise OSError with what ffmpeg says, and the system's number where it names it."""
     if code == -getattr(signal, "SIGXFSZ", 0):
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    for number in _FULL:
+    for number in NO_ROOM:
         if os.strerror(number) in said:
             raise OSError(number, os.strerror(number))
     lines = said.strip().splitlines()
