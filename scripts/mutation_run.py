@@ -164,9 +164,24 @@ def _run_tests(tree: Path, tests: list[str], notes: Path | None) -> None:
     os._exit(0)
 
 
+def write_results(path: Path, mutants: list[dict[str, Any]]) -> None:
+    """Replace the file; `xattn_video.files` must not be loaded here, as mutants are of it."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(json.dumps(mutants, indent=1))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def typed_path(text: str) -> Path:
+    """A path with ~ and $VARIABLES expanded."""
+    return Path(os.path.expandvars(os.path.expanduser(text)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results")
+    parser.add_argument("results", type=typed_path, help="the JSON file to write")
     parser.add_argument("--number", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3600.0)
@@ -197,7 +212,7 @@ def main() -> None:
             tests = tests_of(mutant, known)
             mutant["outcome"] = "not run" if time.monotonic() > end else meet(tree, mutant, tests)
             mutant["tests"], mutant["code"] = len(tests), ""
-            Path(args.results).expanduser().write_text(json.dumps(mutants, indent=1))
+            write_results(args.results, mutants)
     print(dict(collections.Counter(mutant["outcome"] for mutant in mutants)))
 
 
