@@ -32,6 +32,7 @@ from xattn_video.measure.attention_cases import (
 )
 from xattn_video.measure.attention_problems import AttentionTensors, clustered_tensors
 from xattn_video.measure.timing import Budget
+from xattn_video.reporting.console import run_script
 
 
 def main(words: list[str] | None = None) -> None:
@@ -189,4 +190,4 @@ def print_table(results: ResultsWriter) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

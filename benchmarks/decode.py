@@ -20,6 +20,7 @@ from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.files import user_path
 from xattn_video.language.model_sources import find_language_model
 from xattn_video.language.registration import enable_prefill
+from xattn_video.reporting.console import run_script
 
 ATTENTIONS = ("sdpa", "xattention")
 _WARM_UP_ROUNDS = 2
@@ -116,4 +117,4 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

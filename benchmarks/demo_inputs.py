@@ -15,9 +15,10 @@ from torch import Tensor
 from benchmarks.argument_types import comma_separated
 from benchmarks.inputs_file import save_inputs
 from xattn_video import XAttnProcessor
-from xattn_video.files import user_path
+from xattn_video.files import check_output_path, user_path
 from xattn_video.pipelines.demo import load_demo_pipeline
 from xattn_video.processors.recorder import AttendedLayer
+from xattn_video.reporting.console import run_script
 
 PROMPT = (
     "a red circle moving left to right and a blue square moving top to bottom "
@@ -40,6 +41,7 @@ def main(words: list[str] | None = None) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=user_path, required=True)
     arguments = parser.parse_args(words)
+    check_output_path(arguments.output, (".safetensors",))
 
     pipe = load_demo_pipeline(device=arguments.device)
     captured = capture(pipe, arguments)
@@ -109,4 +111,4 @@ class Capture:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

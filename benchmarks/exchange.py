@@ -15,6 +15,7 @@ from benchmarks.launched_ranks import LaunchedRanks, launched_ranks
 from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.files import user_path
 from xattn_video.processors.head_exchange import HeadExchange
+from xattn_video.reporting.console import run_script
 
 
 def main(words: list[str] | None = None) -> None:
@@ -94,4 +95,4 @@ def _synchronize(ranks: LaunchedRanks) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

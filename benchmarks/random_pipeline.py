@@ -31,6 +31,7 @@ from transformers import (
 
 from xattn_video.files import user_path
 from xattn_video.pipelines.demo import DEMO_DIR
+from xattn_video.reporting.console import run_script
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,4 +110,4 @@ def new_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

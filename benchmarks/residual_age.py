@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from benchmarks.results_files import RESULTS
 from xattn_video import XAttnProcessor
-from xattn_video.files import user_path, write_json
+from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.pipelines.demo import load_demo_pipeline
 from xattn_video.pipelines.demo.grammar import held_out_scenes
 from xattn_video.policy.presets import parse_setting
+from xattn_video.reporting.console import run_script
 from xattn_video.reporting.machine import machine_record
 
 MEASURED = RESULTS / "residual_age" / "demo-cpu.json"
@@ -51,6 +52,7 @@ def main(words: list[str] | None = None) -> None:
         name: getattr(arguments, name)
         for name in ("height", "width", "num_frames", "num_inference_steps")
     }
+    check_output_path(arguments.output, (".json",))
     scenes = held_out_scenes(arguments.num_prompts)
     pipe = load_demo_pipeline(device=arguments.device)
     rows = [
@@ -139,4 +141,4 @@ def draw_ages(path: Path = MEASURED) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from xattn_video.files import write_json
+from xattn_video.files import check_output_path, write_json
 from xattn_video.reporting.machine import installed_versions
 
 PACKAGES = (
@@ -82,19 +82,24 @@ def _commit() -> str | None:
 
 
 class ResultsWriter:
-    """Rows and failures. The file is rewritten after each, so a killed run keeps its rows."""
+    """Rows and failures. The file is rewritten after each, so a killed run keeps its rows.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
 
     def __init__(self, path: Path | None, found: dict[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self._path = path
         self._environment = found
+        if path is not None:
+            check_output_path(path, (".json",))
 
     def add(self, row: dict[str, Any], done: bool) -> None:
         """Keep a row, or what failed in its place."""
         (self.rows if done else self.failures).append(row)
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         content = {**self._environment, "rows": self.rows, "failures": self.failures}
         write_json(self._path, content, indent=1)

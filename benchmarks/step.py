@@ -38,6 +38,7 @@ from xattn_video.ops.scoring import PRECISIONS, chosen_precision
 from xattn_video.policy.presets import parse_setting
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
+from xattn_video.reporting.console import run_script
 
 TEXT_TOKENS = 256
 # Tokens or heads in wrong places differ by more than the whole norm.
@@ -355,4 +356,4 @@ def time_exchanges(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

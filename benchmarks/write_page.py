@@ -25,6 +25,7 @@ from benchmarks.step_tables import (
 )
 from benchmarks.whole_videos import full_size_record, read_whole_videos
 from xattn_video.files import user_path, write_figure, write_json, write_text
+from xattn_video.reporting.console import run_script
 from xattn_video.reporting.pages import replace_between
 
 FULL_SIZE = Path("xattn_video/measure/full_size.json")
@@ -83,4 +84,4 @@ def write_pages(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

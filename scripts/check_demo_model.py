@@ -11,15 +11,15 @@ shape once an object. Prints the share right for each and writes every measureme
 import argparse
 import contextlib
 import dataclasses
-import sys
 import time
 from typing import Any
 
 import torch
 
-from xattn_video.files import user_path, write_json
+from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.measure.demo_checks import ATTRIBUTES, measure_clip, score_measurement
 from xattn_video.pipelines.demo import Scene, held_out_scenes, load_demo_pipeline
+from xattn_video.reporting.console import run_script
 
 GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
 
@@ -27,6 +27,8 @@ GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
 def main() -> int:
     """Generate, measure, report; 0 if every goal is met, else 1."""
     arguments = _parse_arguments()
+    if arguments.output is not None:
+        check_output_path(arguments.output, (".json",))
     scenes = held_out_scenes(arguments.num_prompts, arguments.seed)
     pipeline = load_demo_pipeline(device=arguments.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -123,4 +125,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

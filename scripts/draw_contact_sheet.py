@@ -7,9 +7,10 @@ import argparse
 
 import imageio.v3 as iio
 import torch
-from demo_training.pictures import save_sheet
 
-from xattn_video.files import user_path
+from demo_training.pictures import save_sheet
+from xattn_video.files import check_output_path, user_path
+from xattn_video.reporting.console import run_script
 
 
 def main() -> None:
@@ -17,12 +18,16 @@ def main() -> None:
     parser.add_argument("videos", type=user_path, nargs="+")
     parser.add_argument("--output", type=user_path, required=True)
     arguments = parser.parse_args()
+    check_output_path(arguments.output, (".png", ".jpg"))
     # [3, T, H, W]
     clips = [
         torch.from_numpy(iio.imread(video)).permute(3, 0, 1, 2) / 255 for video in arguments.videos
     ]
+    sizes = [f"{clip.shape[3]}x{clip.shape[2]}" for clip in clips]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"all videos must be of one size, got {', '.join(sizes)}.")
     save_sheet(clips, arguments.output)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,7 +29,6 @@ The transformer stage needs torch 2.9 or later, for `torch.optim.Muon`.
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -42,10 +41,10 @@ def main() -> int:
 
     # Imported late, so that --help is quick and the clock counts the imports.
     import torch
+
     from demo_training import package_stage, text_stage, transformer_stage, vae_stage
     from demo_training.training_plan import SMOKE, Plan, TrainingJob
     from demo_training.weights import inherit_reports
-
     from xattn_video.files import user_path
 
     job = TrainingJob(
@@ -102,4 +101,6 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from xattn_video.reporting.console import run_script
+
+    run_script(main)

@@ -23,6 +23,7 @@ from xattn_video.measure.comparison_page import (
     psnr_grid,
 )
 from xattn_video.measure.comparison_plots import write_plots
+from xattn_video.reporting.console import run_script
 from xattn_video.reporting.pages import replace_between
 
 BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"
@@ -117,4 +118,4 @@ def section(folder: Path, path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -314,6 +314,24 @@ class ErrorsToExitCodes:
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 
 
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run the main function of a benchmark or script, and exit as a command does.
+
+    What a user can mend becomes one line; of any other error the traceback is printed, too.
+    """
+    try:
+        with ErrorsToExitCodes(verbose=False) as errors:
+            errors.running = True
+            try:
+                code = main()
+            except Exception as error:
+                errors.verbose = not isinstance(error, OSError | ValueError | XAttentionError)
+                raise
+    except typer.Exit as ended:
+        code = ended.exit_code
+    sys.exit(code or 0)
+
+
 def describe(error: Exception) -> str:
     """The text of an error for the user: our own as it is, another library's on one line."""
     text = str(error)
