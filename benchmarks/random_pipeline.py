@@ -10,8 +10,10 @@ HunyuanVideo's own weights; the video is noise. The tokenizers are the demo mode
 
 import argparse
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from transformers import (
     LlamaModel,
 )
 
-from xattn_video.files import user_path
+from xattn_video.files import check_output_folder, user_path
 from xattn_video.pipelines.demo import DEMO_DIR
 from xattn_video.reporting.console import run_script
 
@@ -67,9 +69,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("folder", type=user_path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
+    check_output_folder(arguments.folder, what="folder")
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    random_pipeline(PipelineSizes(), device).save_pretrained(arguments.folder)
+    pipe = random_pipeline(PipelineSizes(), device)
+    check_room(pipe, arguments.folder)
+    pipe.save_pretrained(arguments.folder)
     print(f"{arguments.folder}: weights drawn on {device}, seed {arguments.seed}")
 
 
@@ -95,6 +100,22 @@ def random_pipeline(sizes: PipelineSizes, device: torch.device) -> HunyuanVideoP
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
     )
+
+
+def check_room(pipe: HunyuanVideoPipeline, folder: Path) -> None:
+    """Check that a pipeline's weights fit on a folder's disk.
+
+    Raises:
+        ValueError: They do not.
+    """
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = [tensor for model in models for tensor in model.state_dict().values()]
+    size, free = sum(tensor.nbytes for tensor in weights), shutil.disk_usage(folder).free
+    if free < size:
+        raise ValueError(
+            f"{str(folder)!r} has {free / 2**30:.2f} GiB free and the pipeline takes "
+            f"{size / 2**30:.2f} GiB; free space there, or use another folder."
+        )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from full_disk import small_disk
 from hunyuan import TINY_PIPELINE
 
 from benchmarks import random_pipeline
@@ -31,6 +32,14 @@ def test_the_command_writes_a_folder(tmp_path, monkeypatch, capsys):
     assert (folder / "model_index.json").is_file()
     assert list((folder / "transformer").glob("*.safetensors"))
     assert "seed 3" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(random_pipeline, "PipelineSizes", lambda: TINY_PIPELINE)
+    with small_disk("full disk", tmp_path / "disk") as disk:
+        with pytest.raises(ValueError, match="free space there, or use another folder"):
+            random_pipeline.main([str(disk / "tiny")])
+        assert list((disk / "tiny").iterdir()) == []
 
 
 def test_the_default_dtype_comes_back_after_a_failure():

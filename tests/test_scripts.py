@@ -58,6 +58,7 @@ def test_a_bug_keeps_its_traceback(capsys):
     code, err = ended(main, capsys)
     assert code == 1
     assert err.startswith("Traceback")
+    assert err.endswith("error: KeyError: 'a'\n")
 
 
 @pytest.mark.parametrize("code", [None, 0, 3])

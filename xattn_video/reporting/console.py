@@ -43,6 +43,7 @@ _ENDING_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 _PATIENCE_SECONDS = 5.0
+_VERBOSE_ADVICE = "; run again with --verbose for the traceback."
 # Typer brings click along in some releases and depends on it in others.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 # A backend that cannot run is an argument too: "auto" always finds one; a missing package is known
@@ -314,13 +315,18 @@ class ErrorsToExitCodes:
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 
 
+def _without_advice(error: BaseException, text: str) -> str:
+    """The text for a script, which has no --verbose."""
+    return text.removesuffix(_VERBOSE_ADVICE)
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a benchmark or script, and exit as a command does.
 
     What a user can mend becomes one line; of any other error the traceback is printed, too.
     """
     try:
-        with ErrorsToExitCodes(verbose=False) as errors:
+        with ErrorsToExitCodes(verbose=False, judge=_without_advice) as errors:
             errors.running = True
             try:
                 code = main()
@@ -341,7 +347,7 @@ def describe(error: Exception) -> str:
     text = " ".join(text.split())
     if isinstance(error, ValueError | TypeError | RuntimeError | OSError) and text:
         return text
-    return f"{type(error).__name__}: {text}; run again with --verbose for the traceback."
+    return f"{type(error).__name__}: {text}{_VERBOSE_ADVICE}"
 
 
 def as_typed(text: str) -> str:
