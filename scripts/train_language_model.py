@@ -23,10 +23,11 @@ def main() -> int:
     """Train, save and evaluate."""
     arguments = _parse_arguments()
     import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     from language_training.evaluation import evaluate
     from language_training.sequences import train_tokenizer
     from language_training.training import SMOKE, LanguagePlan, Training, make_model
-    from transformers import AutoTokenizer, LlamaForCausalLM
 
     # The processes that make sequences are many already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
