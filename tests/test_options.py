@@ -207,6 +207,15 @@ def test_a_file_in_the_place_of_a_folder_is_called_one(output, generate, tmp_pat
 
 
 @pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("target", [os.devnull, "missing"])
+def test_what_else_is_in_the_place_of_a_folder_is_named(target, generate, tmp_path):
+    (tmp_path / "f").symlink_to(target)
+    code, _, err = generate("--prompt=a", "--output=f/a.mp4")
+    assert code == 2
+    assert "'f' is a file, not a folder; use another." in err
+
+
+@pytest.mark.usefixtures("no_model")
 def test_a_backend_that_needs_a_gpu_names_the_option(generate):
     code, _, err = generate("--prompt=a", "--backend=flash4")
     assert code == 2

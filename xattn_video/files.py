@@ -87,7 +87,8 @@ def _refused(path: Path, what: str) -> Iterator[None]:
         # A name that no system takes, such as one with a NUL, is a ValueError.
         reason, number = getattr(error, "strerror", error), getattr(error, "errno", None)
         if isinstance(error, FileExistsError | NotADirectoryError):
-            blocking = next(p for p in (path, *path.parents) if p.exists() and not p.is_dir())
+            parts = (path, *path.parents)
+            blocking = next(part for part in parts if os.path.lexists(part) and not part.is_dir())
             reason = f"{str(blocking)!r} is a file, not a folder"
         raise ValueError(
             f"{what} cannot be written to {str(path)!r}: {reason}; "
