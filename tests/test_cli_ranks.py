@@ -90,6 +90,16 @@ def test_a_wrong_argument_is_told_once(words, tmp_path):
     assert second.err == ""
 
 
+@pytest.mark.usefixtures("prompts")
+def test_ranks_that_speak_tell_an_error_once(words, generate, tmp_path):
+    asked = ["--prompts-file=p.txt", "--output=v"]
+    assert generate(*asked, "--dense")[0] == 0
+    first, second = launch([*words, *asked, *SPARSE], 2, tmp_path)
+    assert second.err == ""
+    assert first.err.count("error: ") == 1
+    assert "error: 'v' holds a run of other settings" in first.err
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_halves_of_the_ranks_compute_one_pass_each(num_ranks, words, generate, tmp_path):
     asked = ["--prompt=a", *SPARSE, "--true-cfg-scale=2", "--report=run.json"]

@@ -93,6 +93,16 @@ def rank_one_is_killed_and_rank_zero_waits(rank):
     at_step_two(kill if rank == 1 else wait_for_a_gpu)
 
 
+def interrupt_all(rank):
+    """As a launcher that is stopped: one rank heeds the signal, one waits for the other."""
+
+    def be_ended():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    at_step_two(be_ended if rank == 1 else wait_for_a_gpu)
+
+
 def rank_one_is_stopped(rank):
     be_impatient()
     if rank == 1:
@@ -103,6 +113,7 @@ ENDS = {
     rank_one_raises: ("error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB.", 0),
     rank_one_is_killed: ("error: rank 1: it ended without a message: killed, or", 0),
     rank_one_is_killed_and_rank_zero_waits: ("error: rank 1: it ended without a message", 0),
+    interrupt_all: ("error: all ranks were interrupted by SIGTERM", 0),
     rank_zero_is_killed: ("error: rank 0: it ended without a message", 1),
     rank_one_is_stopped: ("error: rank 1: it has not answered for 2 s", 0),
     rank_one_hangs: ("error: rank 1: it has computed nothing for", 0),

@@ -220,6 +220,9 @@ class JobRanks:
         if watch is None:
             return text
         watch.claim()
+        if self.rank:
+            # One rank tells what failed.
+            _set_silent(True)
         is_lost = isinstance(error, RankLostError) or _is_of_exchange(error)
         if not isinstance(error, Exception):
             terminated = type(error) is not KeyboardInterrupt
@@ -289,8 +292,7 @@ def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
 def _end_failed(watch: RankWatch, rank: int, code: int, last_line: str) -> None:
     """End at once: what NCCL left undone would keep an orderly end waiting."""
     with contextlib.suppress(RuntimeError):
-        if watch.failure is None:
-            watch.publish(last_line.removeprefix("error: "))
+        watch.publish_unless_left(last_line.removeprefix("error: "))
         if rank == 0:
             watch.say_told()
         else:
@@ -345,9 +347,13 @@ def _quiet(rank: int) -> Iterator[Callable[[], str]]:
 
 def speak() -> None:
     """Let this rank print, each line with its number."""
+    _set_silent(False)
+
+
+def _set_silent(is_silent: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, RankStream):
-            stream.is_silent = False
+            stream.is_silent = is_silent
 
 
 def _is_of_exchange(error: BaseException) -> bool:

@@ -88,6 +88,7 @@ class RankWatch:
         self._progress, self._slowest, self._ticked = 0, 0.0, now
         self._beats = 0
         self._is_terminated = False
+        self._has_left = False
         self._found_at: float | None = None
         self._claim = threading.Lock()
         self._stopped = threading.Event()
@@ -129,8 +130,14 @@ class RankWatch:
         rank = self._rank if rank is None else rank
         return self._publish(self._store, RankFailure(rank, text, self.is_computing))
 
+    def publish_unless_left(self, text: str) -> None:
+        """Say that this rank has failed, unless one has or this one was interrupted."""
+        if self.failure is None and not self._has_left:
+            self.publish(text)
+
     def leave(self, why: str) -> None:
         """Say that this rank ends, which is no failure of its own."""
+        self._has_left = True
         self._store.set(f"left/{self._rank}", why)
 
     def say_told(self) -> None:
@@ -159,7 +166,7 @@ class RankWatch:
                 said, since = self._heard.get(other, ("", now))
                 if said.startswith("left"):
                     if heed_left:
-                        return self.publish(said.removeprefix("left "), other)
+                        return self._publish(self._store, self._leaving(other, said))
                 elif now - since > SUSPICION_SECONDS:
                     return self.publish(_ENDED, other)
             time.sleep(0.1)
@@ -193,6 +200,12 @@ class RankWatch:
             state, parent = status.rpartition(")")[2].split()[:2]
             if (host, parent, state) == (socket.gethostname(), str(os.getppid()), "T"):
                 os.kill(pid, signal.SIGKILL)
+
+    def _leaving(self, other: int, said: str) -> RankFailure:
+        """What to say of a rank that was interrupted: no rank is to blame if this one was too."""
+        if self._is_terminated:
+            return RankFailure(None, "all ranks were interrupted by SIGTERM")
+        return RankFailure(other, said.removeprefix("left "), self.is_computing)
 
     def _publish(self, store: Any, failure: RankFailure) -> RankFailure:
         first = store.compare_set("failure", "", json.dumps(asdict(failure)))
@@ -246,7 +259,7 @@ class RankWatch:
         now = time.monotonic()
         for other, (said, since) in self._heard.items():
             if said.startswith("left"):
-                self._publish(self._thread_store, RankFailure(other, said.removeprefix("left ")))
+                self._publish(self._thread_store, self._leaving(other, said))
             elif self._is_terminated and now - since > SUSPICION_SECONDS:
                 self._publish(self._thread_store, RankFailure(other, _ENDED))
             elif now - since > PATIENCE_SECONDS:
