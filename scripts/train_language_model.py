@@ -13,10 +13,10 @@ import argparse
 import copy
 import os
 import random
-import sys
 import time
 
 from xattn_video.files import user_path, write_json
+from xattn_video.reporting.console import run_script
 
 
 def main() -> int:
@@ -81,4 +81,4 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

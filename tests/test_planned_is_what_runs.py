@@ -32,16 +32,25 @@ SCHEDULES = st.builds(
         st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, HEADS - 1)), POINTS, max_size=3
     ),
 )
-KEPT = st.sampled_from([{}, {"mask_every": 2}, {"refresh_every": 2}, {"refresh_every": 3}])
-SETTINGS = st.builds(
-    lambda kept, *given, **options: SparseSettings(*given, **options, **kept),
-    KEPT,
-    SCHEDULES,
-    stride=st.just(SMALL["stride"]),
-    block_size=st.just(SMALL["block_size"]),
-    warmup_steps=st.integers(0, STEPS + 1),
-    cooldown_steps=st.integers(0, STEPS + 1),
-    min_tokens=st.sampled_from([0, VIDEO_TOKENS, VIDEO_TOKENS + 1]),
+BY_STEP = st.builds(ThresholdSchedule, POINTS, st.sampled_from(["hold", "linear"]))
+
+
+def settings_with(kept, schedules):
+    return st.builds(
+        lambda kept, *given, **options: SparseSettings(*given, **options, **kept),
+        st.sampled_from(kept),
+        schedules,
+        stride=st.just(SMALL["stride"]),
+        block_size=st.just(SMALL["block_size"]),
+        warmup_steps=st.integers(0, STEPS + 1),
+        cooldown_steps=st.integers(0, STEPS + 1),
+        min_tokens=st.sampled_from([0, VIDEO_TOKENS, VIDEO_TOKENS + 1]),
+    )
+
+
+# A layer whose tau was 1 at a refresh makes its own at its first sparse step; no plan counts it.
+SETTINGS = settings_with([{}, {"mask_every": 2}], SCHEDULES) | settings_with(
+    [{"refresh_every": 2}, {"refresh_every": 3}], BY_STEP
 )
 
 
