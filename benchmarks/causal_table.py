@@ -8,8 +8,6 @@ from typing import Any
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, ResultRow, read_results
 from xattn_video.reporting.tables import Table
 
-BEGIN = "<!-- causal: begin, written by benchmarks.write_page -->\n"
-END = "<!-- causal: end -->"
 # arXiv:2503.16428, figure 4 (stride 16, over FlashInfer), and table 5's density for that length.
 _PAPER = {
     8: (1.5, 0.4355),

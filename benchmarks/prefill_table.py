@@ -7,11 +7,9 @@ from benchmarks.results_files import RESULTS
 from xattn_video.reporting.tables import Table
 
 PREFILLS = RESULTS / "prefill"
-BEGIN = "<!-- prefills: begin, written by benchmarks.write_page -->\n"
-END = "<!-- prefills: end -->"
 
 
-def render() -> str:
+def render_prefills() -> str:
     """A row for each report, the shortest prompt first, and what they ran on."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
     files.sort(key=lambda file: file["tokens"])

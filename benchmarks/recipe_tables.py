@@ -1,7 +1,6 @@
 """Tables of docs/recipes, from the result files of `benchmarks.accelerations` and others."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
@@ -9,7 +8,6 @@ from benchmarks.step_tables import steps_section
 from benchmarks.whole_videos import WholeVideo
 from xattn_video.measure.methods import method_of
 from xattn_video.policy.presets import parse_setting
-from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table, figure
 
 ACCELERATIONS = RESULTS / "accelerations"
@@ -24,24 +22,13 @@ _PICTURE: dict[str, Callable[[ResultRow], str]] = {
 }
 
 
-def render_recipes(docs: Path, videos: list[WholeVideo]) -> dict[Path, str]:
-    """The pages of a folder that show such tables, with the tables of today."""
-    tables: dict[str, dict[str, Callable[[], str]]] = {
-        "first_block_cache.md": {"caches": caches},
-        "fp8.md": {"casting": casting},
-        "small_cards.md": {"offloads": lambda: offloads(videos)},
+def tables(videos: list[WholeVideo]) -> dict[str, dict[str, Callable[[], str]]]:
+    """The tables of each page, by mark."""
+    return {
+        "docs/recipes/first_block_cache.md": {"caches": caches},
+        "docs/recipes/fp8.md": {"casting": casting},
+        "docs/recipes/small_cards.md": {"offloads": lambda: offloads(videos)},
     }
-    pages = {}
-    for name, marked in tables.items():
-        path = docs / "recipes" / name
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        for mark, render in marked.items():
-            begin = f"<!-- {mark}: begin, written by benchmarks.write_page -->\n"
-            text = replace_between(text, begin, f"<!-- {mark}: end -->", render())
-        pages[path] = text
-    return pages
 
 
 def caches() -> str:

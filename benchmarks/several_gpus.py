@@ -1,14 +1,13 @@
 """Tables of several GPUs for docs/multi_gpu.md: steps, whole videos, and a model of more GPUs."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
 from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
-from benchmarks.step_tables import BEGIN, END, steps_section
+from benchmarks.step_tables import steps_section
 from benchmarks.whole_videos import WholeVideo
 from xattn_video.measure.expected_seconds import ExpectedSeconds, MeasuredParts, VideoParts
 from xattn_video.pipelines.loading import LoadOptions
@@ -16,18 +15,9 @@ from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.pipelines.run_plan import RunPlan, plan_run
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table, figure
 
 STEPS, RUNS = RESULTS / "multi_gpu", RESULTS / "ranks"
-RUNS_BEGIN = "<!-- runs: begin, written by benchmarks.write_page -->\n"
-RUNS_END = "<!-- runs: end -->"
-EXCHANGE_BEGIN = "<!-- exchange: begin, written by benchmarks.write_page -->\n"
-EXCHANGE_END = "<!-- exchange: end -->"
-VIDEOS_BEGIN = "<!-- videos: begin, written by benchmarks.write_page -->\n"
-VIDEOS_END = "<!-- videos: end -->"
-MODEL_BEGIN = "<!-- model: begin, written by benchmarks.write_page -->\n"
-MODEL_END = "<!-- model: end -->"
 # Those that divide 24 heads and stand in one machine.
 _NUMBERS_OF_GPUS = (1, 2, 4, 8)
 _SAME = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale", "sparse")
@@ -47,20 +37,16 @@ class StepPair(NamedTuple):
     many: ResultRow
 
 
-def render_several_gpus(page: Path, videos: list[WholeVideo]) -> str:
-    """The page with the tables of today."""
+def tables(videos: list[WholeVideo]) -> dict[str, Callable[[], str]]:
+    """The tables of the page, by mark."""
     files = read_results(STEPS)
-    sections = (
-        (BEGIN, END, _steps(files)),
-        (EXCHANGE_BEGIN, EXCHANGE_END, _exchanges(files)),
-        (VIDEOS_BEGIN, VIDEOS_END, _videos(video_pairs(videos))),
-        (MODEL_BEGIN, MODEL_END, _model(MeasuredParts.of_record(parts_record(videos)))),
-        (RUNS_BEGIN, RUNS_END, _runs(read_results(RUNS))),
-    )
-    text = page.read_text(encoding="utf-8")
-    for begin, end, section in sections:
-        text = replace_between(text, begin, end, section)
-    return text
+    return {
+        "steps": lambda: _steps(files),
+        "exchange": lambda: _exchanges(files),
+        "videos": lambda: _videos(video_pairs(videos)),
+        "model": lambda: _model(MeasuredParts.of_record(parts_record(videos))),
+        "runs": lambda: _runs(read_results(RUNS)),
+    }
 
 
 def video_pairs(videos: list[WholeVideo]) -> list[VideoPair]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
@@ -10,15 +9,11 @@ from xattn_video.measure.methods import method_of
 from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.pages import replace_between
 from xattn_video.reporting.tables import Table, figure
 
 # Of the whole video: 720x1280, 129 frames, 50 steps.
 NUM_VIDEO_TOKENS, NUM_STEPS = 118_800, 50
 PRESET_VIDEOS = RESULTS / "quality_fewer" / "fewer-blocks-512-h100.json"
-PRESETS_BEGIN = "<!-- presets: begin, written by benchmarks.write_page -->\n"
-PRESETS_END = "<!-- presets: end -->"
-BEGIN, END = "<!-- steps: begin, written by benchmarks.write_page -->\n", "<!-- steps: end -->"
 
 
 def render_presets() -> str:
@@ -51,20 +46,9 @@ def render_presets() -> str:
     return f"{facts}\n\n{Table.of(sparse, columns).markdown()}\n"
 
 
-def render_step_pages(docs: Path) -> dict[Path, str]:
-    """The pages of a folder that show such tables, with the tables of today."""
-    sections = {
-        "fewer-blocks.md": _settings(read_results(RESULTS / "fewer_blocks")),
-    }
-    pages = {docs / name: section for name, section in sections.items() if (docs / name).exists()}
-    return {
-        path: replace_between(path.read_text(encoding="utf-8"), BEGIN, END, section)
-        for path, section in pages.items()
-    }
-
-
-def _settings(files: list[ResultFile]) -> str:
+def render_steps() -> str:
     """Each kind of step, and for each setting the mean of the paper's 45 after the warm-up."""
+    files = read_results(RESULTS / "fewer_blocks")
     rows = [row for file in files for row in file.content["rows"]]
     means = [mean for file in files for mean in _mean_steps(file.content["rows"])]
     columns = {

@@ -9,27 +9,24 @@ exist; likewise what the package tells of a run at full size.
 """
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import causal_table, front, prefill_table, residual_age
+from benchmarks import causal_table, front, prefill_table, recipe_tables, residual_age
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
-from benchmarks.recipe_tables import render_recipes
-from benchmarks.results_files import read_results
-from benchmarks.several_gpus import parts_record, render_several_gpus
-from benchmarks.step_tables import (
-    PRESETS_BEGIN,
-    PRESETS_END,
-    render_presets,
-    render_step_pages,
-)
-from benchmarks.whole_videos import full_size_record, read_whole_videos
+from benchmarks.results_files import ResultFile, read_results
+from benchmarks.several_gpus import parts_record
+from benchmarks.several_gpus import tables as several_gpus_tables
+from benchmarks.step_tables import render_presets, render_steps
+from benchmarks.whole_videos import WholeVideo, full_size_record, read_whole_videos
 from xattn_video.files import user_path, write_figure, write_json, write_text
 from xattn_video.reporting.console import run_script
 from xattn_video.reporting.pages import replace_between
 
 FULL_SIZE = Path("xattn_video/measure/full_size.json")
-BEGIN, END = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
+MARKS = "<!-- {}: begin, written by benchmarks.write_page -->\n", "<!-- {}: end -->"
+"""Around each table of a page that people write."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -46,15 +43,12 @@ def write_pages(folder: Path) -> None:
     """Write all files in ``folder`` and print their names; render everything before writing."""
     files, videos = read_results(), read_whole_videos()
     pages = {folder / "docs/benchmarks.md": render_page(files, videos)}
-    readme = folder / "README.md"
-    if readme.exists():
-        table = render_readme_table(files, videos)
-        text = replace_between(readme.read_text(encoding="utf-8"), BEGIN, END, table)
-        pages[readme] = replace_between(text, PRESETS_BEGIN, PRESETS_END, render_presets())
+    for name, tables in marked_tables(files, videos).items():
+        if (folder / name).exists():
+            text = (folder / name).read_text(encoding="utf-8")
+            pages[folder / name] = with_tables(text, tables)
     pictures = folder / "docs" / IMAGES
     drawn = draw_figures(files, pictures)
-    pages |= render_step_pages(folder / "docs")
-    pages |= render_recipes(folder / "docs", videos)
     if (folder / "docs/fewer-blocks.md").exists():
         pictures_of_steps = {
             front.NAME: front.draw_front(front.read_points()),
@@ -63,15 +57,6 @@ def write_pages(folder: Path) -> None:
         for name, figure in pictures_of_steps.items():
             drawn.append(folder / "docs/images" / name)
             write_figure(drawn[-1], figure, dpi=120)
-    several = folder / "docs/multi_gpu.md"
-    if several.exists():
-        pages[several] = render_several_gpus(several, videos)
-    prefills = folder / "docs/long_context.md"
-    if prefills.exists():
-        text = prefills.read_text(encoding="utf-8")
-        for table in (prefill_table, causal_table):
-            text = replace_between(text, table.BEGIN, table.END, table.render())
-        pages[prefills] = text
     for picture in set(pictures.glob("*.png")) - set(drawn):
         picture.unlink()
     for path, text in pages.items():
@@ -81,6 +66,37 @@ def write_pages(folder: Path) -> None:
         write_json(path, {"whole": full_size_record(videos), "parts": parts_record(videos)})
     for path in (*pages, *carried, *drawn):
         print(f"wrote {path}")
+
+
+def marked_tables(
+    files: list[ResultFile], videos: list[WholeVideo]
+) -> dict[str, dict[str, Callable[[], str]]]:
+    """The tables of each page that people write, by mark."""
+    return {
+        "README.md": {
+            "benchmarks": lambda: render_readme_table(files, videos) + "\n",
+            "presets": render_presets,
+        },
+        "docs/fewer-blocks.md": {"steps": render_steps},
+        "docs/multi_gpu.md": several_gpus_tables(videos),
+        "docs/long_context.md": {
+            "prefills": prefill_table.render_prefills,
+            "causal": causal_table.render,
+        },
+        **recipe_tables.tables(videos),
+    }
+
+
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with the tables of today between their marks.
+
+    Raises:
+        ValueError: It does not hold each mark exactly once.
+    """
+    for mark, render in tables.items():
+        begin, end = (one.format(mark) for one in MARKS)
+        text = replace_between(text, begin, end, render())
+    return text
 
 
 if __name__ == "__main__":

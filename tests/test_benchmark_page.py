@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import causal_table, prefill_table, results_writer, write_page
+from benchmarks import results_writer, write_page
 from benchmarks.benchmark_page import figure_names, render_page, render_readme_table
 from benchmarks.figures import draw_figures, draw_parts
-from benchmarks.recipe_tables import render_recipes
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, read_results
-from benchmarks.several_gpus import render_several_gpus
-from benchmarks.step_tables import (
-    PRESETS_BEGIN,
-    PRESETS_END,
-    render_presets,
-    render_step_pages,
-)
 from benchmarks.whole_videos import read_whole_videos
-from benchmarks.write_page import BEGIN, END
-from xattn_video.reporting.pages import replace_between
+from benchmarks.write_page import MARKS, marked_tables, with_tables
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"heads": 24, "head_dim": 128, "dtype": "bfloat16", "extra_memory_gib": 0.5}
@@ -245,14 +236,6 @@ def test_the_committed_page_is_what_the_files_say():
     rerun = "; run python -m benchmarks.write_page --folder ."
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     assert page == render_page(files, videos), rerun
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert replace_between(readme, BEGIN, END, render_readme_table(files, videos)) == readme, rerun
-    prefills = (ROOT / "docs/long_context.md").read_text(encoding="utf-8")
-    for table in (prefill_table, causal_table):
-        shown = replace_between(prefills, table.BEGIN, table.END, table.render())
-        assert shown == prefills, rerun
-    presets = replace_between(readme, PRESETS_BEGIN, PRESETS_END, render_presets())
-    assert presets == readme, rerun
     pictures = {name for file in files for name in figure_names(file).values()}
     assert {path.name for path in (ROOT / "docs/images/benchmarks").iterdir()} == pictures, rerun
 
@@ -296,8 +279,9 @@ def test_pages_are_written_only_where_they_are_told(tmp_path, capsys, monkeypatc
 
 def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_path):
     readme, pictures = tmp_path / "README.md", tmp_path / "docs/images/benchmarks"
-    empty = f"{PRESETS_BEGIN}old{PRESETS_END}"
-    readme.write_text(f"a\n{write_page.BEGIN}old{write_page.END}\nb\n{empty}")
+    begin, end = MARKS
+    tables = [f"{begin.format(mark)}old{end.format(mark)}" for mark in ("benchmarks", "presets")]
+    readme.write_text("\nb\n".join(tables))
     pictures.mkdir(parents=True)
     (pictures / "gone.png").write_text("")
     write_page.write_pages(tmp_path)
@@ -305,17 +289,20 @@ def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_pa
     assert not (pictures / "gone.png").exists()
 
 
-def test_the_tables_of_recipes_are_what_the_files_say():
-    pages = render_recipes(ROOT / "docs", read_whole_videos())
-    assert [path.name for path in pages] == ["first_block_cache.md", "fp8.md", "small_cards.md"]
-    for path, text in pages.items():
-        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.write_page"
+PAGES_WITH_TABLES = [
+    "README.md",
+    "docs/fewer-blocks.md",
+    "docs/multi_gpu.md",
+    "docs/long_context.md",
+    "docs/recipes/first_block_cache.md",
+    "docs/recipes/fp8.md",
+    "docs/recipes/small_cards.md",
+]
 
 
-def test_the_tables_of_steps_are_what_the_files_say():
-    pages = render_step_pages(ROOT / "docs")
-    assert [path.name for path in pages] == ["fewer-blocks.md"]
-    several = ROOT / "docs/multi_gpu.md"
-    pages[several] = render_several_gpus(several, read_whole_videos())
-    for path, text in pages.items():
-        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.write_page"
+@pytest.mark.parametrize("name", PAGES_WITH_TABLES)
+def test_the_tables_of_a_page_are_what_the_files_say(name):
+    pages = marked_tables(read_results(), read_whole_videos())
+    assert [*pages] == PAGES_WITH_TABLES
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert with_tables(text, pages[name]) == text, "run python -m benchmarks.write_page --folder ."
