@@ -28,6 +28,7 @@ from xattn_video.reporting.web_page import WebPage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from xattn_video.language.model_sources import LanguageSource
     from xattn_video.language.prefill_settings import PrefillSettings
     from xattn_video.pipelines.loading import LoadOptions
 
@@ -83,6 +84,18 @@ class Prepared:
 
     scorers: Mapping[str, tuple[str, Scorer]]
     load: "Callable[[], tuple[Any, PreTrainedModel]]"
+
+
+def model_loader(
+    source: "LanguageSource", load: "LoadOptions"
+) -> "Callable[[], tuple[PreTrainedModel, PreTrainedModel]]":
+    """What loads a model for scorers that take the model itself."""
+
+    def loaded() -> "tuple[PreTrainedModel, PreTrainedModel]":
+        model = source.load(load.resolved_dtype, load.resolved_device)
+        return model, model
+
+    return loaded
 
 
 def harness_command(

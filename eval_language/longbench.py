@@ -5,7 +5,7 @@ python -m eval_language.longbench --run runs/longbench --model meta-llama/Llama-
 
 from typing import TYPE_CHECKING
 
-from eval_language.harness_run import HarnessOptions, Prepared, harness_command
+from eval_language.harness_run import HarnessOptions, Prepared, harness_command, model_loader
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
@@ -32,11 +32,7 @@ def prepare(asked: HarnessOptions, load: "LoadOptions") -> Prepared:
         for name, task in tasks.items()
     }
 
-    def loaded() -> tuple[object, object]:
-        model = source.load(load.resolved_dtype, load.resolved_device)
-        return model, model
-
-    return Prepared(scorers, loaded)
+    return Prepared(scorers, model_loader(source, load))
 
 
 app = harness_command("LongBench", "lm_eval[longbench]>=0.4.13", HarnessOptions, prepare)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from eval_language.harness_run import HarnessOptions, Prepared, harness_command
+from eval_language.harness_run import HarnessOptions, Prepared, harness_command, model_loader
 from xattn_video.options.command import knob
 
 if TYPE_CHECKING:
@@ -46,14 +46,11 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
             f"{asked.tokens:,}; use fewer --samples."
         )
 
-    def loaded() -> tuple[Any, Any]:
-        model = source.load(load.resolved_dtype, load.resolved_device)
-        return model, model
-
     def score(model: Any) -> dict[str, float]:
         return {str(number): _loss(model, one) for number, one in enumerate(samples)}
 
-    return Prepared({f"loss, {asked.tokens}": ("text", score)}, loaded)
+    scorers = {f"loss, {asked.tokens}": ("text", score)}
+    return Prepared(scorers, model_loader(source, load))
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from eval_language.harness_run import HarnessOptions, Prepared, harness_command
+from eval_language.harness_run import HarnessOptions, Prepared, harness_command, model_loader
 from xattn_video.options.command import knob
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
                 scorer = task_scorer(task, manager, asked.samples, str(length), **options)
                 scorers[f"{name}, {length}"] = (f"all, {length}", scorer)
 
-    def loaded() -> tuple[object, object]:
-        model = source.load(load.resolved_dtype, load.resolved_device)
-        return model, model
-
-    return Prepared(scorers, loaded)
+    return Prepared(scorers, model_loader(source, load))
 
 
 app = harness_command("RULER", "lm_eval[ruler]>=0.4.13", RulerOptions, prepare)
