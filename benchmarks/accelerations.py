@@ -9,9 +9,8 @@ matrix. The demo model is too small for its seconds to say anything of HunyuanVi
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean
-from typing import Any
 
 import torch
 from diffusers import FirstBlockCacheConfig, HunyuanVideoPipeline
@@ -44,14 +43,6 @@ class Variant:
     setting: str
     cache_threshold: float | None = None
     casting: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The columns that name a row."""
-        return {
-            "setting": self.setting,
-            "cache_threshold": self.cache_threshold,
-            "casting": self.casting,
-        }
 
 
 def main(words: list[str] | None = None) -> None:
@@ -111,7 +102,7 @@ def measure(
             score_frames(dense.frames, result.frames, pipe.device)
             for dense, result in zip(references, found, strict=True)
         ]
-        row = variant.to_dict() | settings_of_the_videos(arguments) | picture(scores)
+        row = asdict(variant) | settings_of_the_videos(arguments) | picture(scores)
         results.add(row | counted_work([result.report for result in found]), True)
         print(results.rows[-1], flush=True)
 

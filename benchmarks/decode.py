@@ -20,6 +20,7 @@ from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.files import user_path
 from xattn_video.language.model_sources import find_language_model
 from xattn_video.language.registration import enable_prefill
+from xattn_video.measure.timing import wait_for
 from xattn_video.reporting.console import run_script
 
 ATTENTIONS = ("sdpa", "xattention")
@@ -82,11 +83,11 @@ def time_rounds(
     for number in range(rounds + _WARM_UP_ROUNDS):
         for name in ATTENTIONS[:: -1 if number % 2 else 1]:
             with _attention(model, name):
-                _wait(model.device)
+                wait_for(model.device)
                 start = time.perf_counter()
                 for _ in range(steps):
                     token = _next_token(model, token, options)
-                _wait(model.device)
+                wait_for(model.device)
                 seconds[name].append(time.perf_counter() - start)
     return {name: times[_WARM_UP_ROUNDS:] for name, times in seconds.items()}
 
@@ -109,11 +110,6 @@ def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager[Any]
 def _next_token(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> Tensor:
     """int64 `[1, 1]`, on the device."""
     return model(tokens, **options).logits[:, -1:].argmax(dim=-1)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

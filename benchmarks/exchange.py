@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.launched_ranks import LaunchedRanks, launched_ranks
 from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.files import user_path
+from xattn_video.measure.timing import wait_for
 from xattn_video.processors.head_exchange import HeadExchange
 from xattn_video.reporting.console import run_script
 
@@ -89,8 +90,7 @@ def time_part(call: Callable[[], object], ranks: LaunchedRanks, repeats: int) ->
 
 
 def _synchronize(ranks: LaunchedRanks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)
+    wait_for(ranks.device)
     ranks.wait()
 
 

@@ -6,7 +6,7 @@ line in the density of the sparse pass between and beyond them.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,7 @@ def read_points(videos: Path = VIDEOS) -> list[Point]:
         if kind is None:
             continue
         density = settings.density or row["density"]
-        names = ("plain",) if kind == "plain" else ("choose", "reuse", "between", "refresh")
-        ms = {name: lines[name].at(density) for name in names}
-        ms["choose"] = ms.get("choose", ms.get("plain", 0.0))
-        ms["prime"] = ms.get("refresh", 0.0)
+        ms = {phase: line.at(density) for phase, line in lines[kind == "plain"].items()}
         mean_ms = mean_step_ms(settings, ms, dense_ms, num_steps)
         warmup = settings.warmup_steps
         seconds = (warmup * dense_ms + (NUM_STEPS - warmup) * mean_ms) / 1e3
@@ -121,22 +118,22 @@ def _kind(settings: SparseSettings) -> str | None:
     return "compensated" if settings.refresh_every is None else "with refreshes"
 
 
-def _measured_steps() -> tuple[dict[str, _Line], float]:
-    """The lines of every kind of step, and the milliseconds of a dense step."""
+def _measured_steps() -> tuple[dict[bool, dict[str, _Line]], float]:
+    """The lines of every phase, by whether attention is plain, and a dense step's milliseconds."""
     rows = [row for file in read_results(RESULTS / "fewer_blocks") for row in file.content["rows"]]
     plain = [row for file in read_results() for row in file.content["rows"]]
 
     def of(rows: list[dict[str, Any]], phase: str) -> Iterator[dict[str, Any]]:
         return (row for row in rows if row.get("phase") == phase)
 
-    lines = {
-        "plain": _Line.through(
-            [row for row in of(plain, "sparse") if row["threshold"] in (0.345, 0.455)][:2]
-        ),
-        "choose": _Line.through(list(of(rows, "choose"))),
-        "reuse": _Line.through(list(of(rows, "reuse"))),
-    }
+    taus = [row for row in of(plain, "sparse") if row["threshold"] in (0.345, 0.455)][:2]
+    others = {phase: _Line.through(list(of(rows, phase))) for phase in ("choose", "reuse")}
     for phase in ("between", "refresh"):
         measured = next(of(rows, phase))
-        lines[phase] = _Line(measured["density"], measured["latency_ms"], lines["reuse"].slope)
+        others[phase] = replace(
+            others["reuse"], density=measured["density"], ms=measured["latency_ms"]
+        )
+    # The warm-up's last step refreshes too.
+    others["prime"] = others["refresh"]
+    lines = {True: {"choose": _Line.through(taus)}, False: others}
     return lines, next(of(rows, "dense"))["latency_ms"]

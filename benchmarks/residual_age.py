@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.results_files import RESULTS
-from xattn_video import XAttnProcessor
+from xattn_video import enable_xattention
 from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.pipelines.demo import load_demo_pipeline
 from xattn_video.pipelines.demo.grammar import held_out_scenes
@@ -73,25 +73,20 @@ def measure(
 ) -> list[dict[str, float | bool]]:
     """The error of every step of one generation, and whether it ran sparse or refreshed."""
     dense = copy.deepcopy(pipe.transformer)
-    processor = XAttnProcessor(parse_setting(setting, min_tokens=0))
     errors: list[float] = []
 
     def compare(_: nn.Module, args: Any, given: dict[str, Any], found: Any) -> None:
         expected: Tensor = dense(*args, **given)[0]
         errors.append(((found[0] - expected).norm() / expected.norm()).item())
 
-    stock = pipe.transformer.attn_processors
-    pipe.transformer.set_attn_processor(processor)
-    processor.bind(pipe.transformer, pipeline=pipe)
-    hook = pipe.transformer.register_forward_hook(compare, with_kwargs=True)
-    try:
+    with (
+        enable_xattention(pipe, parse_setting(setting, min_tokens=0)) as handle,
+        pipe.transformer.register_forward_hook(compare, with_kwargs=True),
+        torch.no_grad(),
+    ):
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            pipe(prompt=prompt, generator=generator, output_type="latent", **video)
-    finally:
-        hook.remove()
-        pipe.transformer.set_attn_processor(stock)
-    runs = processor.report().forwards
+        pipe(prompt=prompt, generator=generator, output_type="latent", **video)
+    runs = handle.report().forwards
     return [
         {
             "step": run.step,

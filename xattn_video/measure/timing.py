@@ -33,6 +33,12 @@ class Budget:
         return max(1, min(self.repeats, int(self.max_seconds / max(seconds, 1e-9))))
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure(
     run: Callable[[], object], device: torch.device, budget: Budget
 ) -> dict[str, float | int | None]:
