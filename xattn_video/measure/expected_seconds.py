@@ -5,15 +5,12 @@ does not shrink, and X(n) the exchanges of n GPUs, in proportion to what each se
 are reached in proportion to arithmetic, other densities along a straight line.
 """
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from xattn_video.measure.full_size import read_full_size
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.run_plan import RunPlan
-
-_MEASURED = Path(__file__).with_name("full_size.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class MeasuredParts:
     @classmethod
     def read(cls) -> "MeasuredParts":
         """What the package carries."""
-        return cls.of_record(json.loads(_MEASURED.read_text(encoding="utf-8"))["parts"])
+        return cls.of_record(read_full_size("parts"))
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "MeasuredParts":

@@ -1,16 +1,14 @@
 """What a sparse run comes to: how near to dense, what it gained here, what full size gains."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from xattn_video.measure.comparison_rows import MethodRow
+from xattn_video.measure.full_size import read_full_size
 from xattn_video.reporting.web_page import Figure
 
-_FULL_SIZE = Path(__file__).with_name("full_size.json")
 # dB: what is commonly held to be hard to see, and to be seen when looked for.
 _HARD_TO_SEE, _TO_BE_SEEN = 40.0, 30.0
 # A step that takes this share less or more is no faster or slower.
@@ -43,7 +41,7 @@ class FullSize:
     @classmethod
     def read(cls) -> "FullSize":
         """What the package carries."""
-        return cls.of_record(json.loads(_FULL_SIZE.read_text(encoding="utf-8"))["whole"])
+        return cls.of_record(read_full_size("whole"))
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "FullSize":
