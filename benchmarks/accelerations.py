@@ -24,7 +24,7 @@ from xattn_video.pipelines.generation import GenerationResult, generate
 from xattn_video.pipelines.request import DEMO_SETTINGS, GenerationRequest, VideoSettings
 from xattn_video.policy.presets import parse_setting
 from xattn_video.policy.report import LayerRun, SparsityReport
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 DENSE = "threshold=1"
 SETTINGS = (DENSE, "threshold=0.9", "preset=balanced")

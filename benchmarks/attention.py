@@ -32,7 +32,7 @@ from xattn_video.measure.attention_cases import (
 )
 from xattn_video.measure.attention_problems import AttentionTensors, clustered_tensors
 from xattn_video.measure.timing import Budget
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 
 def main(words: list[str] | None = None) -> None:

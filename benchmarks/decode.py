@@ -21,7 +21,7 @@ from xattn_video.files import user_path
 from xattn_video.language.model_sources import find_language_model
 from xattn_video.language.registration import enable_prefill
 from xattn_video.measure.timing import wait_for
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 ATTENTIONS = ("sdpa", "xattention")
 _WARM_UP_ROUNDS = 2

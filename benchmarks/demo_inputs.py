@@ -18,7 +18,7 @@ from xattn_video import XAttnProcessor
 from xattn_video.files import check_output_path, user_path
 from xattn_video.pipelines.demo import load_demo_pipeline
 from xattn_video.processors.recorder import AttendedLayer
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 PROMPT = (
     "a red circle moving left to right and a blue square moving top to bottom "

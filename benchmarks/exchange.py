@@ -16,7 +16,7 @@ from benchmarks.results_writer import ResultsWriter, environment
 from xattn_video.files import user_path
 from xattn_video.measure.timing import wait_for
 from xattn_video.processors.head_exchange import HeadExchange
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 
 def main(words: list[str] | None = None) -> None:

@@ -33,7 +33,7 @@ from transformers import (
 
 from xattn_video.files import check_output_folder, user_path
 from xattn_video.pipelines.demo import DEMO_DIR
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 
 @dataclass(frozen=True, slots=True)

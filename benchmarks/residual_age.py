@@ -24,7 +24,7 @@ from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.pipelines.demo import load_demo_pipeline
 from xattn_video.pipelines.demo.grammar import held_out_scenes
 from xattn_video.policy.presets import parse_setting
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 from xattn_video.reporting.machine import machine_record
 
 MEASURED = RESULTS / "residual_age" / "demo-cpu.json"

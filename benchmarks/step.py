@@ -38,7 +38,7 @@ from xattn_video.ops.scoring import PRECISIONS, chosen_precision
 from xattn_video.policy.presets import parse_setting
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 TEXT_TOKENS = 256
 # Tokens or heads in wrong places differ by more than the whole norm.

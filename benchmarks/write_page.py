@@ -21,7 +21,7 @@ from benchmarks.several_gpus import tables as several_gpus_tables
 from benchmarks.step_tables import render_presets, render_steps
 from benchmarks.whole_videos import WholeVideo, full_size_record, read_whole_videos
 from xattn_video.files import user_path, write_figure, write_json, write_text
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 from xattn_video.reporting.pages import replace_between
 
 FULL_SIZE = Path("xattn_video/measure/full_size.json")

@@ -20,7 +20,8 @@ from xattn_video.measure.paired_difference import paired_difference
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
 from xattn_video.pipelines.item_folder import ItemFolder
-from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, print_message
+from xattn_video.reporting.console import print_message
+from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 from xattn_video.reporting.machine import installed_versions, machine_record
 from xattn_video.reporting.tables import Table, figure
 from xattn_video.reporting.web_page import WebPage

@@ -23,7 +23,8 @@ from xattn_video.pipelines.job_ranks import JobRanks, joined_ranks
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.console import ErrorsToExitCodes, OneLineCommand, print_error
+from xattn_video.reporting.console import print_error
+from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions

@@ -21,12 +21,8 @@ from xattn_video.errors import require_packages
 from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.measure.similarity import VMAF_LEFT_OUT
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
-from xattn_video.reporting.console import (
-    ErrorsToExitCodes,
-    OneLineCommand,
-    output_console,
-    print_message,
-)
+from xattn_video.reporting.console import output_console, print_message
+from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -30,13 +30,12 @@ from eval_vbench.vbench_process import ScoringError, check_videos, run_dimension
 from xattn_video.files import check_output_folder
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command, knob
 from xattn_video.reporting.console import (
-    ErrorsToExitCodes,
-    OneLineCommand,
     message_console,
     output_console,
     print_error,
     print_message,
 )
+from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

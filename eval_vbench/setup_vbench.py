@@ -12,11 +12,8 @@ import typer
 
 from eval_vbench.preflight import NEEDS, missing_modules, probe_environment
 from xattn_video.options.command import CONTEXT_SETTINGS, command
-from xattn_video.reporting.console import (
-    ErrorsToExitCodes,
-    OneLineCommand,
-    output_console,
-)
+from xattn_video.reporting.console import output_console
+from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -19,7 +19,7 @@ import torch
 from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.measure.demo_checks import ATTRIBUTES, measure_clip, score_measurement
 from xattn_video.pipelines.demo import Scene, held_out_scenes, load_demo_pipeline
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
 

@@ -10,7 +10,7 @@ import torch
 
 from demo_training.pictures import save_sheet
 from xattn_video.files import check_output_path, user_path
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 
 def main() -> None:

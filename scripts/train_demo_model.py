@@ -101,6 +101,6 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from xattn_video.reporting.console import run_script
+    from xattn_video.reporting.endings import run_script
 
     run_script(main)

@@ -16,7 +16,7 @@ import random
 import time
 
 from xattn_video.files import user_path, write_json
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from xattn_video.measure.comparison_page import (
     psnr_grid,
 )
 from xattn_video.measure.comparison_plots import write_plots
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 from xattn_video.reporting.pages import replace_between
 
 BEGIN = "<!-- results: begin, written by scripts/write_quality_page.py -->\n"

@@ -122,7 +122,7 @@ def test_a_killed_run_of_the_benchmark_is_resumed_and_nothing_is_left(
 
 
 def test_a_signal_that_a_library_swallows_is_said_again(monkeypatch):
-    from xattn_video.reporting import console
+    from xattn_video.reporting import endings
 
     def swallow(folder):
         with contextlib.suppress(BaseException):
@@ -130,7 +130,7 @@ def test_a_signal_that_a_library_swallows_is_said_again(monkeypatch):
             time.sleep(1)
         time.sleep(60)
 
-    monkeypatch.setattr(console, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(endings, "_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(vbench_score, "check_videos", swallow)
     begun = time.monotonic()
     code, _, err = invoke(vbench_score.app, "--run=a")

@@ -14,7 +14,7 @@ import pytest
 from full_disk import KINDS, no_room, small_disk
 
 from xattn_video.errors import FileNotWrittenError
-from xattn_video.reporting.console import run_script
+from xattn_video.reporting.endings import run_script
 
 ROOT = Path(__file__).parents[1]
 # Mutants of the package are run in copies of its process, so that it may load nothing of it.

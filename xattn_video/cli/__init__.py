@@ -14,7 +14,8 @@ from xattn_video.cli.plan import plan
 from xattn_video.cli.prefill import prefill
 from xattn_video.options.command import CONTEXT_SETTINGS
 from xattn_video.pipelines.job_ranks import joined_ranks
-from xattn_video.reporting.console import OneLineErrors, print_error
+from xattn_video.reporting.console import print_error
+from xattn_video.reporting.endings import OneLineErrors
 
 app = typer.Typer(
     name="xattn-video",

@@ -13,12 +13,12 @@ from xattn_video.options.groups import loading, sparse_subset, video_settings
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
-    ErrorsToExitCodes,
     output_console,
     print_labelled,
     print_warning,
     progress_console,
 )
+from xattn_video.reporting.endings import ErrorsToExitCodes
 from xattn_video.reporting.tables import Table, figure
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, video_settings
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.reporting.console import ErrorsToExitCodes
+from xattn_video.reporting.endings import ErrorsToExitCodes
 
 if TYPE_CHECKING:
     from xattn_video.measure.methods import Method

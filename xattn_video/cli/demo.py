@@ -12,7 +12,7 @@ from xattn_video.options.groups import loading, sparse_settings
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.console import ErrorsToExitCodes
+from xattn_video.reporting.endings import ErrorsToExitCodes
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions

@@ -13,7 +13,7 @@ from xattn_video.pipelines.job_ranks import JobRanks, speak
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.work_split import check_parallel, choose_split
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.console import ErrorsToExitCodes
+from xattn_video.reporting.endings import ErrorsToExitCodes
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions

@@ -22,7 +22,6 @@ from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.report import require_matplotlib
 from xattn_video.reporting.console import (
-    finishing_first,
     output_console,
     print_labelled,
     print_message,
@@ -30,6 +29,7 @@ from xattn_video.reporting.console import (
     progress_console,
     quiet_libraries,
 )
+from xattn_video.reporting.endings import finishing_first
 from xattn_video.reporting.progress import JobProgress
 
 if TYPE_CHECKING:

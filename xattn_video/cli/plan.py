@@ -11,11 +11,7 @@ from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, sparse_settings, video_settings
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.console import (
-    output_console,
-    print_labelled,
-    print_warning,
-)
+from xattn_video.reporting.console import output_console, print_labelled, print_warning
 from xattn_video.reporting.tables import Table
 
 if TYPE_CHECKING:

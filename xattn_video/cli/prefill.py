@@ -11,13 +11,13 @@ from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading
 from xattn_video.options.prefill_options import LongPrompt, prefill_settings
 from xattn_video.reporting.console import (
-    ErrorsToExitCodes,
     output_console,
     print_labelled,
     print_message,
     print_warning,
     quiet_libraries,
 )
+from xattn_video.reporting.endings import ErrorsToExitCodes
 from xattn_video.reporting.tables import Table, figure
 
 if TYPE_CHECKING:

@@ -8,12 +8,8 @@ from typing import Annotated, Any, TypeAlias, get_args
 import typer
 
 from xattn_video.pipelines.job_ranks import JobRanks
-from xattn_video.reporting.console import (
-    TYPED_OPTIONS,
-    ErrorsToExitCodes,
-    expands_paths,
-    log_choices,
-)
+from xattn_video.reporting.console import TYPED_OPTIONS, expands_paths, log_choices
+from xattn_video.reporting.endings import ErrorsToExitCodes
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 _VERBOSE = "Log choices; print the traceback of an error."

@@ -1,29 +1,19 @@
-"""The consoles of the command line, and its reports of errors."""
+"""What the command line prints, where it goes, and what libraries may add."""
 
-import contextlib
 import functools
-import io
 import logging
-import os
 import re
-import signal
-import sys
-import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import typer
-import typer.core
 from rich.console import Console
 from rich.text import Text
 
-from xattn_video.errors import BackendUnavailableError, MissingPackageError, XAttentionError
 from xattn_video.files import user_path
 
 P = ParamSpec("P")
@@ -34,21 +24,6 @@ TYPED_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("typed_options"
 
 # With --quiet its level is ERROR.
 _PROGRESS = logging.getLogger("xattn_video.progress")
-
-BAD_ARGUMENT = 2
-FAILED = 1
-# What a shell reports of a command that Ctrl-C ended; of one that another signal did, likewise.
-INTERRUPTED = 130
-_ENDING_SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
-_PATIENCE_SECONDS = 5.0
-_VERBOSE_ADVICE = "; run again with --verbose for the traceback."
-# Typer brings click along in some releases and depends on it in others.
-_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
-# A backend that cannot run is an argument too: "auto" always finds one; a missing package is known
-# before anything runs.
-_BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError, MissingPackageError)
 
 
 def output_console() -> Console:
@@ -103,72 +78,6 @@ def print_labelled(console: Console, lines: dict[str, str]) -> None:
         console.print(Text.assemble((f"{label:<11}", "bold"), text), soft_wrap=True)
 
 
-class _OneLineUsageErrors:
-    """Says in one line, too, what is wrong with the words that a command was given."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run the command and exit, unless ``standalone_mode`` is False."""
-        exits = options.pop("standalone_mode", True)
-        options["standalone_mode"] = False
-        run = super().main  # type: ignore[misc]
-        if not exits:
-            return run(*args, **options)
-        try:
-            with _whole_output():
-                code = run(*args, **options)
-                # Told of a failure, nobody needs to hear that its results are cut short.
-                if not code:
-                    sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read has read enough.
-            sys.exit(FAILED)
-        except OSError as error:
-            print_error(
-                f"not all results could be printed: {error.strerror}; free space, or print "
-                "elsewhere."
-            )
-            sys.exit(FAILED)
-        except _UsageError as error:
-            print_error(_describe_usage(error))
-            sys.exit(BAD_ARGUMENT)
-        except typer.Abort:
-            print_interruption()
-            sys.exit(INTERRUPTED)
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-@contextlib.contextmanager
-def _whole_output() -> Iterator[None]:
-    """Let stdout raise OSError within if it does not take all that is printed.
-
-    With PYTHONUNBUFFERED, as containers have it, Python drops without a word what a full disk
-    leaves of a write.
-    """
-    printed = sys.stdout
-    raw = getattr(printed, "buffer", None)
-    if isinstance(raw, io.RawIOBase):
-        buffer = io.BufferedWriter(raw)
-        sys.stdout = io.TextIOWrapper(
-            buffer, printed.encoding, printed.errors, line_buffering=True
-        )
-    try:
-        yield
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            # What is left would fail once more when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class OneLineErrors(_OneLineUsageErrors, typer.core.TyperGroup):
-    """A group of commands."""
-
-
-class OneLineCommand(_OneLineUsageErrors, typer.core.TyperCommand):
-    """A command by itself."""
-
-
 def expands_paths(command: Callable[P, T]) -> Callable[P, T]:
     """A command whose paths may begin with ~ and name $VARIABLES, whatever the option."""
 
@@ -188,166 +97,6 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, list):
         return [_expanded(part) for part in value]
     return user_path(value) if isinstance(value, Path) else value
-
-
-def _describe_usage(error: Any) -> str:
-    text = error.format_message()
-    command = "xattn-video" if error.ctx is None else error.ctx.command_path
-    return f"{text if text.endswith(('.', '?')) else f'{text}.'} See {command} --help."
-
-
-class Terminated(KeyboardInterrupt):
-    """A signal asked the command to end. It stops as on Ctrl-C and leaves nothing half done."""
-
-    number = signal.SIGTERM
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    for ending in _ENDING_SIGNALS:
-        # Whoever sends it again must not stop the tidying up.
-        signal.signal(ending, signal.SIG_IGN)
-    Terminated.number = signal.Signals(number)
-    if hasattr(signal, "setitimer"):
-        # A library's `except:` or a finaliser may swallow it: say it again until it is heard.
-        signal.signal(signal.SIGALRM, _say_again)
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_SECONDS, _PATIENCE_SECONDS)
-    raise Terminated
-
-
-def _say_again(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
-
-
-def _own_text(error: BaseException, text: str) -> str:
-    return text
-
-
-@contextlib.contextmanager
-def finishing_first() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP wait until the block within has ended."""
-    came: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
-        for number in _ENDING_SIGNALS
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
-
-
-class ErrorsToExitCodes:
-    """Turns an exception into one line on stderr and an exit code.
-
-    The same holds for Ctrl-C, SIGTERM (sent by slurm, docker and others) and SIGHUP (a closed
-    terminal). The text of a KeyboardInterrupt, if any, says what was done until then.
-
-    Args:
-        verbose: Print the traceback too.
-        judge: Makes what is printed of an error and its text, "" for an interruption: where
-            several processes work together, another one may have failed first.
-
-    Attributes:
-        running: Set this when all arguments have been checked: from then on a ValueError is a
-            failure of the run, not a wrong argument.
-    """
-
-    def __init__(
-        self, verbose: bool, judge: Callable[[BaseException, str], str] = _own_text
-    ) -> None:
-        self.verbose = verbose
-        self._judge = judge
-        self.running = False
-        self._handled: list[signal.Signals] = []
-
-    def __enter__(self) -> "ErrorsToExitCodes":
-        if threading.current_thread() is threading.main_thread():
-            for number in _ENDING_SIGNALS:
-                # One that the caller ignores, as nohup does, or handles stays that way.
-                if signal.getsignal(number) == signal.SIG_DFL:
-                    signal.signal(number, _terminate)
-                    self._handled.append(number)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, Terminated) and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in self._handled:
-            # A launcher ends all processes when one has failed: this one says why first.
-            signal.signal(number, signal.SIG_DFL if error is None else signal.SIG_IGN)
-        try:
-            self._report(kind, error, trace)
-        finally:
-            for number in self._handled:
-                signal.signal(number, signal.SIG_DFL)
-
-    def _report(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Print an error, and raise its exit code."""
-        if isinstance(error, KeyboardInterrupt):
-            cause = self._judge(error, "")
-            if cause:
-                print_error(cause)
-                raise typer.Exit(FAILED) from None
-            if isinstance(error, Terminated):
-                print_interruption(str(error), error.number.name)
-                raise typer.Exit(128 + error.number) from None
-            print_interruption(str(error))
-            raise typer.Exit(INTERRUPTED) from None
-        if not isinstance(error, Exception) or isinstance(error, typer.Exit | BrokenPipeError):
-            return
-        if self.verbose:
-            sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
-        print_error(self._judge(error, describe(error)))
-        bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
-        raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
-
-
-def _without_advice(error: BaseException, text: str) -> str:
-    """The text for a script, which has no --verbose."""
-    return text.removesuffix(_VERBOSE_ADVICE)
-
-
-def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run the main function of a benchmark or script, and exit as a command does.
-
-    What a user can mend becomes one line; of any other error the traceback is printed, too.
-    """
-    try:
-        with ErrorsToExitCodes(verbose=False, judge=_without_advice) as errors:
-            errors.running = True
-            try:
-                code = main()
-            except Exception as error:
-                errors.verbose = not isinstance(error, OSError | ValueError | XAttentionError)
-                raise
-    except typer.Exit as ended:
-        code = ended.exit_code
-    sys.exit(code or 0)
-
-
-def describe(error: Exception) -> str:
-    """The text of an error for the user: our own as it is, another library's on one line."""
-    text = str(error)
-    if isinstance(error, XAttentionError):
-        # A backend names its remedy as Python has it; here it is an option.
-        return text.replace('backend "auto"', "--backend auto")
-    text = " ".join(text.split())
-    if isinstance(error, ValueError | TypeError | RuntimeError | OSError) and text:
-        return text
-    return f"{type(error).__name__}: {text}{_VERBOSE_ADVICE}"
 
 
 def as_typed(text: str) -> str:
