@@ -101,6 +101,27 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a language model with random weights, and its tokenizer."""
+    from language_models import save_with_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_llm")
+    save_with_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def fake_vbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stand-in for VBench, where this Python finds it."""
+    from fake_vbench import install_fake_vbench
+
+    folder = tmp_path / "packages"
+    install_fake_vbench(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
 @pytest.fixture
 def tiny_hub(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What pages load from the hub is the tiny pipeline, and their videos have its size."""

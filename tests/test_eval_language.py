@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import save_with_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 HARNESSES = ROOT / "tests/fake_harnesses"
 CPU = ["--device=cpu", "--dtype=float32"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_with_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture
@@ -47,8 +39,8 @@ def ruler(folder, model, *arguments):
     return run("ruler", *wanted, *arguments)
 
 
-def test_every_setting_stands_beside_dense_in_one_table(harnesses, model, tmp_path):
-    code, _, err = ruler(tmp_path / "run", model, "--settings=0.9:8,0.5:16")
+def test_every_setting_stands_beside_dense_in_one_table(harnesses, tiny_llm, tmp_path):
+    code, _, err = ruler(tmp_path / "run", tiny_llm, "--settings=0.9:8,0.5:16")
     assert code == 0, err
     report = json.loads((tmp_path / "run/report.json").read_text())
     results = {(one["task"], one["setting"]): one for one in report["results"]}
@@ -72,27 +64,29 @@ def test_every_setting_stands_beside_dense_in_one_table(harnesses, model, tmp_pa
     assert (tmp_path / "run/report.html").read_text().count("<table>") == 2
 
 
-def test_attention_is_what_the_setting_says_and_the_models_own_again(harnesses, model, tmp_path):
-    assert ruler(tmp_path / "run", model, "--settings=0.5:8")[0] == 0
+def test_attention_is_what_the_setting_says_and_the_models_own_again(
+    harnesses, tiny_llm, tmp_path
+):
+    assert ruler(tmp_path / "run", tiny_llm, "--settings=0.5:8")[0] == 0
     calls = harnesses("lm_eval").CALLS
     assert [name.split("-")[0] for _, name in calls] == ["sdpa", "xattention"] * 2
 
 
-def test_a_run_resumes_and_refuses_other_settings(harnesses, model, tmp_path):
+def test_a_run_resumes_and_refuses_other_settings(harnesses, tiny_llm, tmp_path):
     folder = tmp_path / "run"
-    assert ruler(folder, model, "--settings=0.5:8")[0] == 0
+    assert ruler(folder, tiny_llm, "--settings=0.5:8")[0] == 0
     calls = harnesses("lm_eval").CALLS
     calls.clear()
     (folder / "items/ruler_vt-400-tau-0.5-stride-8.json").unlink()
-    assert ruler(folder, model, "--settings=0.5:8")[0] == 0
+    assert ruler(folder, tiny_llm, "--settings=0.5:8")[0] == 0
     assert [task for task, _ in calls] == ["ruler_vt"]
-    code, _, err = ruler(folder, model, "--settings=0.6:8")
+    code, _, err = ruler(folder, tiny_llm, "--settings=0.6:8")
     assert code == 2
     assert "holds a run of other settings" in err
 
 
-def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, model, tmp_path):
-    assert ruler(tmp_path / "run", model, "--lengths=300,400", "--settings=0.5:8")[0] == 0
+def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_llm, tmp_path):
+    assert ruler(tmp_path / "run", tiny_llm, "--lengths=300,400", "--settings=0.5:8")[0] == 0
     given = harnesses("lm_eval.tasks").METADATA
     assert [one["max_seq_lengths"] for one in given] == [[300], [400]]
 
@@ -108,16 +102,22 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, model
         (["--tasks=longbench_qasper"], "cannot be had: Couldn't reach 'Xnhyacinth/LongBench'"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, harnesses, model, tmp_path):
-    code, out, err = ruler(tmp_path / "run", model, *arguments)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments, message, harnesses, tiny_llm, tmp_path
+):
+    code, out, err = ruler(tmp_path / "run", tiny_llm, *arguments)
     assert code == 2, err
     assert message in err
     assert (err.count("\n"), out) == (1, "")
     assert not (tmp_path / "run").exists()
 
 
-def test_longbench_says_where_its_data_come_from(harnesses, model, tmp_path):
-    arguments = (f"--run={tmp_path / 'run'}", f"--model={model}", "--tasks=longbench_qasper")
+def test_longbench_says_where_its_data_come_from(harnesses, tiny_llm, tmp_path):
+    arguments = (
+        f"--run={tmp_path / 'run'}",
+        f"--model={tiny_llm}",
+        "--tasks=longbench_qasper",
+    )
     code, _, err = run("longbench", *arguments)
     assert code == 2
     assert "run it once where there is a network" in err
@@ -164,16 +164,21 @@ def test_the_scripts_pass_their_options_on(name):
     assert "THRESHOLD:STRIDE" in done.stdout
 
 
-def test_the_loss_on_text_is_that_of_its_second_half(model, tmp_path):
+def test_the_loss_on_text_is_that_of_its_second_half(tiny_llm, tmp_path):
     text = tmp_path / "text"
     text.write_text("".join(f"{number} is a number; " for number in range(300)))
-    words = [f"--run={tmp_path / 'run'}", f"--model={model}", f"--text={text}", "--tokens=512"]
+    words = [
+        f"--run={tmp_path / 'run'}",
+        f"--model={tiny_llm}",
+        f"--text={text}",
+        "--tokens=512",
+    ]
     code, _, err = run("perplexity", *words, "--samples=3", "--settings=0.5:8,0.9999:8")
     assert code == 0, err
     dense, sparse, nearly_all = json.loads((tmp_path / "run/report.json").read_text())["results"]
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm)
     ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, 512:1024]
-    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llm)
     with torch.inference_mode():
         logits = loaded(ids).logits[0, 255:511]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 256:])
@@ -183,10 +188,10 @@ def test_the_loss_on_text_is_that_of_its_second_half(model, tmp_path):
     assert "lower is better" in (tmp_path / "run/report.md").read_text()
 
 
-def test_a_text_that_is_too_short(model, tmp_path):
+def test_a_text_that_is_too_short(tiny_llm, tmp_path):
     text = tmp_path / "text"
     text.write_text("short")
-    words = [f"--run={tmp_path / 'run'}", f"--model={model}", f"--text={text}"]
+    words = [f"--run={tmp_path / 'run'}", f"--model={tiny_llm}", f"--text={text}"]
     code, _, err = run("perplexity", *words)
     assert code == 2
     assert "the text has 5 tokens, too few for 100 samples of 4,096; use fewer --samples." in err

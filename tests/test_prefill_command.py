@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run_cli
-from language_models import save_with_tokenizer, tiny_model
+from language_models import tiny_model
 
 from xattn_video.language import needle as needles
 from xattn_video.language.kv_memory import describe_prefill_shortage, plan_prefill
@@ -20,13 +20,6 @@ from xattn_video.language.prefill_settings import PrefillSettings
 ROOT = Path(__file__).parents[1]
 RANDOM = ["--model=random:tiny", "--tokens=640", "--chunk-size=256", "--device=cpu"]
 SPARSE = ["--block-size=16", "--min-tokens=64"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("model")
-    save_with_tokenizer(where)
-    return where
 
 
 @pytest.fixture
@@ -99,11 +92,16 @@ def test_a_schedule_file_gives_layers_their_own_thresholds(tmp_path):
     assert written["settings"]["threshold"]["layers"] == {"1": [[0, 1.0]]}
 
 
-def test_a_needle_is_hidden_and_asked_for(folder, tmp_path):
+def test_a_needle_is_hidden_and_asked_for(tiny_llm, tmp_path):
     report = tmp_path / "run.json"
     options = ["--tokens=800", "--chunk-size=256", "--needle=two grey owls", "--device=cpu"]
     code, out, err = run_cli(
-        "prefill", f"--model={folder}", *options, *SPARSE, "--compare=dense", f"--report={report}"
+        "prefill",
+        f"--model={tiny_llm}",
+        *options,
+        *SPARSE,
+        "--compare=dense",
+        f"--report={report}",
     )
     assert code == 0, err
     assert "Speed and memory only" not in err
@@ -116,12 +114,12 @@ def test_a_needle_is_hidden_and_asked_for(folder, tmp_path):
 
 
 @pytest.mark.parametrize("compare", ["dense", "sdpa"])
-def test_at_tau_1_it_says_what_dense_attention_says(folder, tmp_path, compare):
+def test_at_tau_1_it_says_what_dense_attention_says(tiny_llm, tmp_path, compare):
     report = tmp_path / "run.json"
     options = ["--tokens=800", "--chunk-size=256", "--threshold=0.9999999", "--device=cpu"]
     code, _, err = run_cli(
         "prefill",
-        f"--model={folder}",
+        f"--model={tiny_llm}",
         *options,
         *SPARSE,
         f"--compare={compare}",
@@ -156,10 +154,10 @@ def test_it_writes_what_generate_writes():
         assert told == ([96, 192, 288, 300] if size == 96 else [300])
 
 
-def test_the_prompt_has_the_asked_length_and_holds_the_needle(folder):
+def test_the_prompt_has_the_asked_length_and_holds_the_needle(tiny_llm):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llm)
     for depth in (0, 0.3, 1):
         tokens = needles.needle_prompt(tokenizer, 1000, "two grey owls", depth)
         assert tokens.shape == (1, 1000)
@@ -263,11 +261,13 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_bad_input_is_one_line(options, text, folder, tmp_path, monkeypatch):
+def test_bad_input_is_one_line(options, text, tiny_llm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = run_cli(
-        "prefill", "--device=cpu", *[option.format(folder=folder) for option in options]
+        "prefill",
+        "--device=cpu",
+        *[option.format(folder=tiny_llm) for option in options],
     )
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -276,9 +276,9 @@ def test_bad_input_is_one_line(options, text, folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_beyond_the_context_is_marked(folder):
+def test_beyond_the_context_is_marked(tiny_llm):
     options = ["--tokens=2100", "--chunk-size=1050", "--beyond-context", "--device=cpu"]
-    code, out, err = run_cli("prefill", f"--model={folder}", *options)
+    code, out, err = run_cli("prefill", f"--model={tiny_llm}", *options)
     assert code == 0, err
     assert "longer than the model's context of 2,048 tokens" in err
     assert "answer" not in out
@@ -311,8 +311,8 @@ def test_an_older_transformers_is_refused_before_the_plan(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path):
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+def test_a_folder_without_a_tokenizer_is_refused(tiny_llm, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_llm / "config.json").read_text())
     code, _, err = run_cli("prefill", f"--model={tmp_path}", "--tokens=500")
     assert code == 2
     assert "has no tokenizer that can be read" in err

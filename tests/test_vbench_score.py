@@ -31,15 +31,6 @@ def run(made, tmp_path):
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """The stand-in, where this Python finds it."""
-    folder = tmp_path / "packages"
-    install_fake_vbench(folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    return folder
-
-
-@pytest.fixture
 def weights(tmp_path):
     """A folder with something in every file that VBench needs."""
     folder = tmp_path / "weights"
@@ -59,7 +50,7 @@ def score_run(run, *arguments, python=sys.executable):
     return invoke(score.app, f"--run={run}", f"--vbench-python={python}", *arguments)
 
 
-def test_every_dimension_is_scored(run, fake, weights):
+def test_every_dimension_is_scored(run, fake_vbench, weights):
     code, table, messages = score_run(run, f"--weights={weights}")
     assert code == 0, messages
     assert "temporal_flickering     0.9000  2 videos" in table
@@ -71,7 +62,7 @@ def test_every_dimension_is_scored(run, fake, weights):
     assert set(scores["temporal_flickering"].videos) == names
 
 
-def test_what_was_scored_is_not_scored_again(run, fake, weights, monkeypatch):
+def test_what_was_scored_is_not_scored_again(run, fake_vbench, weights, monkeypatch):
     arguments = (f"--weights={weights}", "--dimensions=temporal_flickering,dynamic_degree")
     assert score_run(run, *arguments)[0] == 0
     monkeypatch.setenv("FAKE_VBENCH", "raise")
@@ -81,7 +72,7 @@ def test_what_was_scored_is_not_scored_again(run, fake, weights, monkeypatch):
     assert not list(run.glob("scores/*.tmp"))
 
 
-def test_a_dimension_that_fails_does_not_stop_the_rest(run, fake, weights, monkeypatch):
+def test_a_dimension_that_fails_does_not_stop_the_rest(run, fake_vbench, weights, monkeypatch):
     place = f"--weights={weights}"
     both = "--dimensions=temporal_flickering,motion_smoothness"
     assert score_run(run, place, "--dimensions=dynamic_degree")[0] == 0
@@ -111,7 +102,7 @@ def test_a_dimension_that_fails_does_not_stop_the_rest(run, fake, weights, monke
         ("cut", "is cut short; free space there, and see"),
     ],
 )
-def test_what_is_no_score_is_refused(run, fake, wrong, message, monkeypatch):
+def test_what_is_no_score_is_refused(run, fake_vbench, wrong, message, monkeypatch):
     monkeypatch.setenv("FAKE_VBENCH", wrong)
     code, _, messages = score_run(run, "--dimensions=temporal_flickering")
     assert code == 1
@@ -120,8 +111,8 @@ def test_what_is_no_score_is_refused(run, fake, wrong, message, monkeypatch):
     assert read_scores(RunFolder(run)) == {}
 
 
-def test_what_is_missing_is_listed_before_any_work(run, fake, tmp_path):
-    (fake / "clip.py").unlink()
+def test_what_is_missing_is_listed_before_any_work(run, fake_vbench, tmp_path):
+    (fake_vbench / "clip.py").unlink()
     weights = tmp_path / "none"
     empty = weights / "clip_model/ViT-B-32.pt"
     empty.parent.mkdir(parents=True)
@@ -142,21 +133,21 @@ def test_what_is_missing_is_listed_before_any_work(run, fake, tmp_path):
     assert not (run / "scores").exists()
 
 
-def test_skip_missing_scores_the_rest(run, fake, tmp_path):
+def test_skip_missing_scores_the_rest(run, fake_vbench, tmp_path):
     code, table, _ = score_run(run, f"--weights={tmp_path / 'none'}", "--skip-missing")
     assert code == 0
     assert "temporal_flickering     0.9000  2 videos" in table
     assert list(read_scores(RunFolder(run))) == ["temporal_flickering"]
 
 
-def test_a_stray_file_is_refused(run, fake):
+def test_a_stray_file_is_refused(run, fake_vbench):
     (run / "videos/manifest.json").touch()
     code, _, messages = score_run(run)
     assert code == 2
     assert "holds 1 files that are no videos of this run: 'manifest.json'; move them" in messages
 
 
-def test_a_missing_video_is_refused(run, fake):
+def test_a_missing_video_is_refused(run, fake_vbench):
     lost = min((run / "videos").iterdir())
     lost.unlink()
     code, _, messages = score_run(run)
@@ -164,7 +155,7 @@ def test_a_missing_video_is_refused(run, fake):
     assert f"1 of 2 videos are missing or cut short: {lost.name!r}; run eval_vbench" in messages
 
 
-def test_a_truncated_video_is_refused(run, fake):
+def test_a_truncated_video_is_refused(run, fake_vbench):
     short = min((run / "videos").iterdir())
     short.write_bytes(short.read_bytes()[:-10])
     code, _, messages = score_run(run)
@@ -172,7 +163,7 @@ def test_a_truncated_video_is_refused(run, fake):
     assert f"1 of 2 videos are missing or cut short: {short.name!r}" in messages
 
 
-def test_a_broken_video_is_refused(run, fake, tiny_pipeline):
+def test_a_broken_video_is_refused(run, fake_vbench, tiny_pipeline):
     broken = min((run / "videos").iterdir())
     content = bytearray(broken.read_bytes())
     content[-20:] = bytes(20)
@@ -296,7 +287,7 @@ def score_own(folder, *arguments):
     return invoke(score.app, f"--videos={folder}", python, *arguments)
 
 
-def test_ones_own_videos_are_scored_and_not_scored_again(own, fake, weights, monkeypatch):
+def test_ones_own_videos_are_scored_and_not_scored_again(own, fake_vbench, weights, monkeypatch):
     code, table, messages = score_own(own, f"--weights={weights}")
     assert code == 0, messages
     assert "temporal_flickering     0.9000  2 videos" in table
@@ -327,7 +318,7 @@ def test_what_cannot_be_scored_is_one_line(words, message, tmp_path, monkeypatch
     assert err.startswith(f"error: {message}")
 
 
-def test_a_dimension_that_needs_vbenchs_prompts_is_refused(own, fake):
+def test_a_dimension_that_needs_vbenchs_prompts_is_refused(own, fake_vbench):
     code, _, err = score_own(own, "--dimensions=color,dynamic_degree")
     assert code == 2
     assert "error: color need VBench's own prompts; videos without them can be scored on" in err

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_vbench import install_fake_vbench
 from full_disk import KINDS, no_room, small_disk
 from vbench_runs import invoke
 
@@ -15,15 +14,6 @@ from eval_vbench import score
 
 ROOT = Path(__file__).parents[1]
 FLICKER = "--dimensions=temporal_flickering"
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """The stand-in, where this Python finds it."""
-    folder = tmp_path / "packages"
-    install_fake_vbench(folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def score_own(folder, *arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_is_found_before_anything_is_scored(kind, fake, tmp_path, monkeypatch):
+def test_a_full_disk_is_found_before_anything_is_scored(kind, fake_vbench, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_VBENCH", "raise")
     with small_disk(kind, tmp_path / "disk") as folder:
         (folder / "a.mp4").write_text("x")
@@ -56,7 +46,7 @@ def test_a_full_disk_is_found_before_anything_is_scored(kind, fake, tmp_path, mo
         assert score_own(folder, FLICKER)[0] == 0
 
 
-def test_a_disk_that_fills_up_meanwhile_is_named(fake, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_meanwhile_is_named(fake_vbench, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_VBENCH", "full disk")
     with small_disk("full disk", tmp_path / "disk") as folder:
         (folder / "a.mp4").write_text("x")
@@ -68,14 +58,14 @@ def test_a_disk_that_fills_up_meanwhile_is_named(fake, tmp_path, monkeypatch):
         )
 
 
-def test_what_lies_in_the_way_of_the_scores_is_named(own, fake):
+def test_what_lies_in_the_way_of_the_scores_is_named(own, fake_vbench):
     (own / "vbench").touch()
     code, _, err = score_own(own, FLICKER)
     assert code == 2
     assert f"{str(own / 'vbench')!r} is a file, not a folder" in err
 
 
-def test_a_score_that_is_no_text_is_named(own, fake):
+def test_a_score_that_is_no_text_is_named(own, fake_vbench):
     (own / "vbench").mkdir()
     (own / "vbench/temporal_flickering.json").write_bytes(b"\xff")
     code, _, err = score_own(own, FLICKER)
@@ -84,11 +74,11 @@ def test_a_score_that_is_no_text_is_named(own, fake):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
-def test_vbench_ends_with_the_command_that_was_killed(own, fake, tmp_path):
+def test_vbench_ends_with_the_command_that_was_killed(own, fake_vbench, tmp_path):
     temporary, started = tmp_path / "temporary", tmp_path / "started"
     temporary.mkdir()
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nPYTHONPATH={fake} exec {sys.executable} $*\n")
+    python.write_text(f"#!/bin/sh\nPYTHONPATH={fake_vbench} exec {sys.executable} $*\n")
     python.chmod(0o755)
     asked = {"FAKE_VBENCH": "waits", "FAKE_VBENCH_STARTED": str(started)}
     words = [f"--videos={own}", f"--vbench-python={python}", FLICKER]
