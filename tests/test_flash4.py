@@ -30,6 +30,7 @@ def capability(monkeypatch):
 
     def pretend(major, minor):
         monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0")
+        monkeypatch.setattr(flash_attention_4, "find_spec", lambda name: name)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
 
@@ -127,6 +128,16 @@ print(available_backends("cpu", head_dim=64)["flash4"][0])
     )
     expected = 'flash-attn-4 is not installed; pip install "xattn-video[hopper]".'
     assert run.stdout.strip() == expected
+
+
+def test_what_an_incomplete_installation_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0b36")
+    monkeypatch.setattr(
+        flash_attention_4, "find_spec", lambda name: None if name == "quack" else name
+    )
+    reasons = flash4.unsupported_reasons(HOPPER)
+    expected = 'flash-attn-4 is installed without quack; pip install "xattn-video[hopper]".'
+    assert reasons[0] == expected
 
 
 def test_the_check_runs_once_for_each_kind_of_input(monkeypatch, fresh_check):

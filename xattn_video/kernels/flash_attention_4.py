@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from xattn_video.kernels.support import cuda_unsupported_reasons
 DTYPES = (torch.float16, torch.bfloat16)
 # Those for which its Hopper tiles are 128 x 128 in the block-sparse kernel.
 HEAD_DIMS = (64, 128)
+# What it imports from packages that it needs.
+_IMPORTS = ("cutlass", "quack", "einops")
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -21,6 +24,13 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int)
         importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
         reasons.append('flash-attn-4 is not installed; pip install "xattn-video[hopper]".')
+    else:
+        lacking = [name for name in _IMPORTS if find_spec(name) is None]
+        if lacking:
+            reasons.append(
+                f"flash-attn-4 is installed without {', '.join(lacking)}; "
+                'pip install "xattn-video[hopper]".'
+            )
     no_cuda = cuda_unsupported_reasons(device)
     reasons.extend(no_cuda)
     if not no_cuda:
