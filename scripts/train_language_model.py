@@ -4,9 +4,9 @@
 
 It makes RULER's forms by itself, needs the package wonderwords for their words, and downloads
 nothing. First it learns mostly to copy repeated random strings, then answers in texts that grow
-from 256 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
-on with a finished model. The folder gets the weights in bfloat16, the tokenizer and
-`evaluation.json`.
+from 64 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
+on with a finished model, from 2,048 tokens. The folder gets the weights in bfloat16, the tokenizer
+and `evaluation.json`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> int:
 
     from language_training.evaluation import evaluate
     from language_training.sequences import train_tokenizer
-    from language_training.training import SMOKE, LanguagePlan, Training, make_model
+    from language_training.training import LONGER, SMOKE, LanguagePlan, Training, make_model
 
     # The processes that make sequences are many already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -36,6 +36,9 @@ def main() -> int:
     random.seed(0)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
+    if arguments.workers:
+        # Threads that wait for cores which the workers have make every step slower.
+        torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = SMOKE if arguments.smoke else LanguagePlan()
     if arguments.start_from is None:
@@ -44,6 +47,7 @@ def main() -> int:
     else:
         AutoTokenizer.from_pretrained(arguments.start_from).save_pretrained(folder)
         model = LlamaForCausalLM.from_pretrained(arguments.start_from, dtype=torch.float32)
+        plan = LONGER
     parameters = sum(one.numel() for one in model.parameters())
     print(f"{parameters / 1e6:.2f} million parameters on {device}", flush=True)
 
