@@ -209,7 +209,7 @@ def test_a_layer_leaves_the_text_to_the_computed_blocks(first_order, lengths):
     layout = TokenLayout(48, 12, lengths, torch.device("cpu"))
     forward = ForwardPass(
         settings,
-        Decision(None, ((0.5, 0.5),), None),
+        Decision(None, ((0.5, 0.5),), None, (False,), (True,)),
         layout,
         torch.tensor(layout.key_lengths, dtype=torch.int32) if layout.ragged else None,
         "torch_gather",

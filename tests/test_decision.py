@@ -67,7 +67,9 @@ def refreshes(settings, run=LONG, steps=6):
 def test_the_last_warm_up_step_and_every_rth_after_it_refresh():
     settings = SparseSettings(0.9, warmup_steps=1, refresh_every=2)
     assert refreshes(settings) == [0, 2, 4]
-    assert count_steps(settings, LONG) == StepCounts(2, 4, refreshes=2, primes=1, choices=3)
+    assert count_steps(settings, LONG) == StepCounts(
+        2, 4, refreshes=2, primes=1, refreshed=2, choices=3
+    )
     assert refreshes(settings, replace(LONG, num_steps=None), 9) == [0, 2, 4, 6, 8]
     assert refreshes(replace(settings, warmup_steps=0)) == [0, 2, 4]
     assert refreshes(SparseSettings(0.9, warmup_steps=1)) == []
@@ -98,7 +100,7 @@ def test_blocks_are_chosen_at_every_mth_sparse_step_or_at_refreshes():
     def chooses(**options):
         settings = SparseSettings(0.9, warmup_steps=1, **options)
         decisions = [decide(settings, step, LONG) for step in range(1, 5)]
-        return [decision.chooses for decision in decisions]
+        return [any(decision.choosing) for decision in decisions]
 
     assert chooses() == [True] * 4
     assert chooses(mask_every=2) == [True, False, True, False]
@@ -110,6 +112,34 @@ def test_dense_steps_among_sparse_ones_do_not_count():
     settings = SparseSettings([0.9, 1, 0.9, 1, 0.9, 0.9], warmup_steps=0, refresh_every=2)
     assert refreshes(settings) == [0, 4]
     assert refreshes(replace(settings, cooldown_steps=2)) == [0]
+
+
+@pytest.mark.parametrize("options", [{"refresh_every": 2}, {"mask_every": 2}], ids=str)
+def test_a_layer_that_skipped_nothing_at_the_others_turn_has_its_own(options):
+    schedule = ThresholdSchedule(
+        ((0, 0.9),), layers={0: ((0, 1.0), (1, 0.9)), 1: ((0, 0.9), (2, 1.0), (3, 0.9))}
+    )
+    settings = SparseSettings(schedule, warmup_steps=0, **options)
+    run = replace(LONG, num_layers=3, num_steps=None)
+    decisions = [decide(settings, step, run) for step in range(5)]
+    expected = [
+        (False, True, True),
+        (True, False, False),
+        (True, False, True),
+        (False, True, False),
+        (True, True, True),
+    ]
+    assert [decision.choosing for decision in decisions] == expected
+    refreshing = expected if "refresh_every" in options else [(False,) * 3] * 5
+    assert [decision.refreshing for decision in decisions] == refreshing
+
+
+def test_late_refreshes_are_counted_by_layer():
+    schedule = ThresholdSchedule(((0, 0.9),), layers={0: ((0, 1.0), (1, 0.9))})
+    settings = SparseSettings(schedule, warmup_steps=0, refresh_every=4)
+    # Both layers refresh once, one of them a step late; the last step is dense.
+    counts = count_steps(settings, replace(LONG, num_steps=4))
+    assert counts == StepCounts(1, 3, refreshes=2, refreshed=1.0, choices=1.0)
 
 
 def test_the_last_sparse_step_is_known_where_the_steps_are():

@@ -37,7 +37,7 @@ def attend(layout, tensors, tau=0.6, lengths=None):
     slot.threshold = None if tau is None else torch.tensor(tau)
     slot.forward = ForwardPass(
         SparseSettings(**OPTIONS),
-        Decision(slot.reason, ((tau or 1.0,),), tau),
+        Decision(slot.reason, ((tau or 1.0,),), tau, (False,), (tau is not None,)),
         layout,
         lengths,
         "torch_gather",

@@ -14,7 +14,7 @@ from xattn_video.processors.recorder import ForwardPass, Recorder
 def forward():
     return ForwardPass(
         SparseSettings(block_size=8),
-        Decision(None, ((0.5,),), 0.5),
+        Decision(None, ((0.5,),), 0.5, (False,), (True,)),
         TokenLayout(48, 16, (16,), torch.device("cpu")),
         None,
         "torch_gather",

@@ -30,9 +30,10 @@ def attend(tensors, kept, refreshes, sparse=True, last=False):
     slot = LayerSlot("layer")
     slot.reason = None if sparse else "warm-up"
     slot.threshold = torch.tensor(SETTINGS.density) if sparse or refreshes else None
+    slot.refreshes = slot.chooses = refreshes
     slot.forward = ForwardPass(
         SETTINGS,
-        Decision(slot.reason, ((0.2, 0.2),), None, refreshes, refreshes, last),
+        Decision(slot.reason, ((0.2, 0.2),), None, (refreshes,), (refreshes,), last),
         TokenLayout(48, 16, (10, 3), torch.device("cpu")),
         torch.tensor([58, 51], dtype=torch.int32),
         "torch_gather",

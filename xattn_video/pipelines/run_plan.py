@@ -83,7 +83,7 @@ class RunPlan:
     dense_steps: int
     sparse_steps: int
     refresh_steps: int
-    """Sparse steps in which every layer runs dense as well."""
+    """Sparse steps in which at least one layer runs dense as well."""
     dense_step_tflop: float
     attention_share: float
     scoring_share: float
@@ -236,7 +236,7 @@ def _speedup_bounds(
     for density in sorted({*DENSITIES, *([] if asked is None else [asked])}):
         sparse_cost = 1 - share + share * (density + scoring)
         # Attentions of the whole run, in those of a dense step.
-        attentions = counts.dense + counts.refreshes + counts.choices * scoring
+        attentions = counts.dense + counts.refreshed + counts.choices * scoring
         attentions += (counts.sparse + counts.primes) * density
         steps = counts.dense + counts.sparse
         run_cost = steps * (1 - share) + attentions * share

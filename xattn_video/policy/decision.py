@@ -1,6 +1,7 @@
 """Decides what a denoising step does, dense or sparse; nothing else decides."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -39,8 +40,10 @@ class Decision:
         reason: Why every layer runs dense; None where at least one runs sparse.
         thresholds: Tau of every head, `[num_layers][num_heads]`, or the density in its place.
         threshold: Tau where it is one number for all layers and heads.
-        refreshes: Whether layers compute the dense and the sparse output and keep the residual.
-        chooses: Whether sparse layers choose their blocks anew.
+        refreshing: Whether each layer computes the dense and the sparse output and keeps the
+            residual. One that skipped no block at the others' refresh does it at its first sparse
+            step after that.
+        choosing: Whether each layer chooses blocks, anew or for the first time.
         last_sparse: Whether no later step runs sparse; False where that is not known, or not asked
             because nothing is kept.
     """
@@ -48,8 +51,8 @@ class Decision:
     reason: DenseReason | None
     thresholds: tuple[tuple[float, ...], ...]
     threshold: float | None
-    refreshes: bool = False
-    chooses: bool = True
+    refreshing: tuple[bool, ...]
+    choosing: tuple[bool, ...]
     last_sparse: bool = False
 
     @property
@@ -57,14 +60,23 @@ class Decision:
         """Whether at least one layer runs sparse."""
         return self.reason is None
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether at least one layer refreshes."""
+        return any(self.refreshing)
+
+    @property
+    def any_sparse_output(self) -> bool:
+        """Whether a layer computes a sparse output, as its output or for the residual."""
+        return self.sparse or self.refreshes
+
     def computes_sparsely(self, layer: int) -> bool:
         """Whether a layer's sparse output is computed, as its output or for the residual."""
-        skips = any(tau != 1 for tau in self.thresholds[layer])
-        return skips and (self.sparse or self.refreshes)
+        return self.any_sparse_output and _skips(self.thresholds[layer])
 
     def layer_reason(self, layer: int) -> DenseReason | None:
         """Why a layer runs dense; None if it runs sparse."""
-        if self.reason is None and all(tau == 1 for tau in self.thresholds[layer]):
+        if self.reason is None and not _skips(self.thresholds[layer]):
             return "threshold 1"
         return self.reason
 
@@ -89,26 +101,27 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         )
     reason = _dense_reason(settings, step, run)
     primes = _primes(settings, step, run)
-    refreshes, chooses, last_sparse = primes, True, False
+    # What primes prepares the step after it.
+    taus = settings.schedule.per_head(step + primes, run.num_layers, run.num_heads)
+    choosing, last_sparse = [False] * run.num_layers, False
+    if reason is None or primes:
+        choosing = [_skips(layer) for layer in taus]
     if reason is None and settings.keeps_between_steps:
-        number = sum(_is_sparse(settings, earlier, run) for earlier in range(step))
+        for earlier in _steps_since_choice(settings, step, run):
+            before = settings.schedule.per_head(earlier, run.num_layers, run.num_heads)
+            choosing = [
+                new and not _skips(layer) for new, layer in zip(choosing, before, strict=True)
+            ]
         last_sparse = num_steps is not None and not any(
             _is_sparse(settings, later, run) for later in range(step + 1, num_steps)
         )
-        if every is None:
-            chooses = number % settings.mask_every == 0
-        else:
-            number += _primes(settings, settings.warmup_steps - 1, run)
-            refreshes = chooses = number % every == 0
-    # What primes prepares the step after it.
-    taus = settings.schedule.per_head(step + primes, run.num_layers, run.num_heads)
     by_mass = settings.density is None
     return Decision(
         reason,
         tuple(map(tuple, taus)),
         taus[0][0] if by_mass and settings.schedule.is_uniform else None,
-        refreshes,
-        chooses,
+        tuple(choosing) if every is not None else (False,) * run.num_layers,
+        tuple(choosing),
         last_sparse,
     )
 
@@ -120,16 +133,18 @@ class StepCounts:
     Attributes:
         dense: Steps in which every layer runs dense.
         sparse: All others.
-        refreshes: Of the sparse ones, those that run dense as well.
+        refreshes: Of the sparse ones, those in which at least one layer runs dense as well.
         primes: Of the dense ones, those that run sparse as well; 1 or 0.
-        choices: Steps that choose blocks.
+        refreshed: The refreshes of single layers in sparse steps, divided by the number of layers.
+        choices: The same for the choices of blocks, in all steps.
     """
 
     dense: int
     sparse: int = 0
     refreshes: int = 0
     primes: int = 0
-    choices: int = 0
+    refreshed: float = 0
+    choices: float = 0
 
 
 def count_steps(settings: SparseSettings, run: Run) -> StepCounts:
@@ -139,8 +154,11 @@ def count_steps(settings: SparseSettings, run: Run) -> StepCounts:
     sparse = [decision for decision in decisions if decision.sparse]
     refreshes = sum(decision.refreshes for decision in sparse)
     primes = sum(decision.refreshes for decision in decisions) - refreshes
-    choices = primes + sum(decision.chooses for decision in sparse)
-    return StepCounts(len(decisions) - len(sparse), len(sparse), refreshes, primes, choices)
+    refreshed = sum(sum(decision.refreshing) for decision in sparse) / run.num_layers
+    choices = sum(sum(decision.choosing) for decision in decisions) / run.num_layers
+    return StepCounts(
+        len(decisions) - len(sparse), len(sparse), refreshes, primes, refreshed, choices
+    )
 
 
 def _is_sparse(settings: SparseSettings, step: int, run: Run) -> bool:
@@ -178,13 +196,28 @@ def _primes(settings: SparseSettings, step: int, run: Run) -> bool:
     )
 
 
+def _steps_since_choice(settings: SparseSettings, step: int, run: Run) -> list[int]:
+    """The sparse steps from the latest in which all layers chose blocks; none if this is one."""
+    made = [earlier for earlier in range(step) if _is_sparse(settings, earlier, run)]
+    if _primes(settings, settings.warmup_steps - 1, run):
+        # The warm-up's last step chose with the thresholds of the step after it.
+        made.insert(0, settings.warmup_steps)
+    every = settings.refresh_every or settings.mask_every
+    return made[len(made) - len(made) % every :]
+
+
+def _skips(taus: Sequence[float]) -> bool:
+    """Whether a layer with these thresholds, one a head, skips any block."""
+    return any(tau != 1 for tau in taus)
+
+
 def _keeps_all(settings: SparseSettings, step: int, run: Run) -> bool:
     """Whether no layer skips any block in the step."""
     schedule = settings.schedule
     if schedule.is_uniform:
         return schedule.threshold(step) == 1
     taus = schedule.per_head(step, run.num_layers, run.num_heads)
-    return all(tau == 1 for layer in taus for tau in layer)
+    return not any(map(_skips, taus))
 
 
 def _num_steps(run: Run) -> int:

@@ -169,15 +169,15 @@ def _attend_sparsely(
 
     It computes the blocks that the layer kept, where it is not to choose anew.
     """
-    decision, kept = forward.decision, forward.kept
+    kept = forward.kept
     residuals = None if kept is None else kept.residuals
     if residuals is not None:
         # A layer that a cache skipped at the refresh has nothing to add: it refreshes now.
-        slot.refreshed = decision.refreshes or not residuals.holds(slot.name)
+        slot.refreshed = slot.refreshes or not residuals.holds(slot.name)
         if not slot.refreshed:
             residuals.fetch(slot.name, query.device)
     blocks = None
-    if kept is not None and not (decision.chooses or slot.refreshed):
+    if kept is not None and not (slot.chooses or slot.refreshed):
         blocks = kept.blocks(slot.name)
     chooses = blocks is None
     out, blocks = forward.operator(query, key, value, threshold, forward, blocks)
@@ -188,7 +188,7 @@ def _attend_sparsely(
     if not slot.refreshed:
         return residuals.add(slot.name, out), blocks
     dense = dense_attention(query, key, value, forward.layout, forward.dense_backend)
-    if not decision.last_sparse:
+    if not forward.decision.last_sparse:
         residuals.keep(slot.name, dense, out)
     return dense, blocks
 

@@ -126,6 +126,7 @@ class LayerSlot:
         fuses: Whether one kernel prepares queries and keys on the layers' device.
         reason: Why the layer runs dense; None where it is to run sparse.
         threshold: Tau, a scalar or `[H, 1]`, where it is to compute a sparse output.
+        refreshes, chooses: Whether it is to compute both outputs, and to choose blocks.
         state, kept: What it did, and the number of blocks, a scalar that stays on the device.
         refreshed: Whether it computed both outputs.
         head_order: How the next sparse step deals the heads out to ranks, see `HeadExchange`.
@@ -142,6 +143,8 @@ class LayerSlot:
         self.fuses = False
         self.reason: DenseReason | None = None
         self.threshold: Tensor | None = None
+        self.refreshes = False
+        self.chooses = True
         self.state: State = "skipped"
         self.kept: Tensor | None = None
         self.refreshed = False

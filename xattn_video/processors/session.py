@@ -102,15 +102,14 @@ class Session:
         if layout.ragged:
             lengths = torch.tensor(layout.key_lengths, dtype=torch.int32)
             lengths = lengths.to(device, non_blocking=True)
-        computes_sparsely = decision.sparse or decision.refreshes
-        if computes_sparsely and settings.token_order == "hilbert":
+        if decision.any_sparse_output and settings.token_order == "hilbert":
             layout = layout.along_hilbert_curve()
         forward = ForwardPass(
             settings,
             decision,
             layout,
             lengths,
-            backend if computes_sparsely else None,
+            backend if decision.any_sparse_output else None,
             dense_backend,
             exchange,
             operator,
@@ -150,7 +149,7 @@ class Session:
         layout: TokenLayout,
     ) -> KeptByPass | None:
         """What the layers of this pass kept before, or will keep; None where nothing is kept."""
-        if not settings.keeps_between_steps or not (decision.sparse or decision.refreshes):
+        if not (settings.keeps_between_steps and decision.any_sparse_output):
             return None
         identity = (
             inputs.latent_shape,
@@ -190,7 +189,7 @@ class Session:
             raise
 
     def _fill_slots(self, decision: Decision, device: torch.device) -> None:
-        """Tell every layer whether it runs dense, and its tau: a scalar, or `[H, 1]`."""
+        """Tell every layer what it does, and its tau: a scalar, or `[H, 1]`."""
         taus = [decision.thresholds[position] for position in self._positions]
         if decision.threshold is not None:
             thresholds = [torch.full((), decision.threshold, device=device)] * len(taus)
@@ -202,6 +201,8 @@ class Session:
         ):
             slot.reason = decision.layer_reason(position)
             slot.threshold = threshold if decision.computes_sparsely(position) else None
+            slot.refreshes = decision.refreshing[position]
+            slot.chooses = decision.choosing[position]
             slot.fuses = fuses
 
 
