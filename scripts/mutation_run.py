@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ TEST_SECONDS = 15.0
 TIMEOUT_SECONDS = 120.0
 
 
-def draw_mutants(number: int, seed: int) -> Iterator[dict[str, Any]]:
+def draw_mutants(number: int, seed: int, folders: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Draw a place in the code first, then what happens to it."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
@@ -47,7 +47,7 @@ def draw_mutants(number: int, seed: int) -> Iterator[dict[str, Any]]:
 
     operators = {name: get_operator(name) for name in operator_names() if not name.endswith(SAME)}
     places = collections.defaultdict(list)
-    for path in (path for name in FOLDERS for path in Path("xattn_video", name).rglob("*.py")):
+    for path in (path for name in folders for path in Path("xattn_video", name).rglob("*.py")):
         code = path.read_text()
         nodes, skipped = list(ast_nodes(get_ast(code))), list(_skipped_ranges(ast.parse(code)))
         for name, operator in operators.items():
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("results", type=typed_path, help="the JSON file to write")
     parser.add_argument("--number", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folders", nargs="*", default=FOLDERS, choices=FOLDERS)
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--tests", nargs="*", help="test files; by default all that use the code")
     args = parser.parse_args()
@@ -193,7 +194,7 @@ def main() -> None:
     import transformers  # noqa: F401
 
     torch.set_num_threads(1)
-    mutants = list(draw_mutants(args.number, args.seed))
+    mutants = list(draw_mutants(args.number, args.seed, args.folders))
     files = args.tests or [
         str(path) for path in Path("tests").glob("test_*.py") if USES_THEM.search(path.read_text())
     ]
