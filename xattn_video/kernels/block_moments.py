@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xattn_video.kernels.block_sparse_forward import load_rows
 from xattn_video.kernels.support import with_unit_stride
 
 
@@ -21,15 +22,15 @@ def _block_moments_kernel(
     """One block of one head."""
     block, head_of_all = tl.program_id(0), tl.program_id(1)
     batch, head = (head_of_all // H).to(tl.int64), (head_of_all % H).to(tl.int64)
-    rows = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE).to(tl.int64)
+    key = load_rows(
+        key_ptr + batch * stride_kb + head * stride_kh, stride_ks, block * BLOCK_SIZE, 0,
+        BLOCK_SIZE, HEAD_DIM, PADDED_DIM, False,
+    )  # fmt: skip
+    value = load_rows(
+        value_ptr + batch * stride_vb + head * stride_vh, stride_vs, block * BLOCK_SIZE, 0,
+        BLOCK_SIZE, HEAD_DIM, PADDED_DIM, False,
+    )  # fmt: skip
     columns = tl.arange(0, PADDED_DIM)
-    inside = (columns < HEAD_DIM)[None, :]
-    key_ptrs = key_ptr + batch * stride_kb + head * stride_kh
-    value_ptrs = value_ptr + batch * stride_vb + head * stride_vh
-    key = tl.load(key_ptrs + rows[:, None] * stride_ks + columns[None, :], mask=inside, other=0.0)
-    value = tl.load(
-        value_ptrs + rows[:, None] * stride_vs + columns[None, :], mask=inside, other=0.0
-    )
     mean_key = tl.sum(key.to(tl.float32), axis=0) / BLOCK_SIZE
     mean_value = tl.sum(value.to(tl.float32), axis=0) / BLOCK_SIZE
     # [PADDED_DIM, PADDED_DIM]
@@ -44,7 +45,7 @@ def _block_moments_kernel(
         tl.store(mean_key_ptr + places, mean_key.to(dtype), mask=columns < HEAD_DIM)
         tl.store(mean_value_ptr + places, mean_value.to(dtype), mask=columns < HEAD_DIM)
         places = number * HEAD_DIM * HEAD_DIM + columns[:, None] * HEAD_DIM + columns[None, :]
-        square = inside & (columns < HEAD_DIM)[:, None]
+        square = (columns < HEAD_DIM)[None, :] & (columns < HEAD_DIM)[:, None]
         tl.store(covariance_ptr + places, covariance.to(dtype), mask=square)
 
 

@@ -36,14 +36,15 @@ _BOUNDED_DTYPES = (torch.bfloat16,)
 
 
 @triton.jit
-def _load_rows(
-    source, stride, batch, head, first, num_rows,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+def load_rows(
+    source, stride, first, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr = False,
+    batch=0, head=0,
 ):  # fmt: skip
     """Rows from ``first`` on of a `[num_rows, HEAD_DIM]` matrix; rows and columns beyond it are 0.
 
-    ``source`` is a TMA descriptor `[B, H, S, HEAD_DIM]` or points to the matrix.
+    ``source`` points to the matrix, or is a TMA descriptor `[B, H, S, HEAD_DIM]`. Without MASKED
+    all rows are within the matrix.
     """
     rows = first + tl.arange(0, ROWS)
     columns = tl.arange(0, PADDED_DIM)
@@ -86,9 +87,9 @@ def _attend(
         first_n = block * BLOCK_SIZE + (i % PARTS) * TILE_N
         block = tl.load(indices_ptr + tl.minimum((i + 1) // PARTS, last_block))
         # [TILE_N, PADDED_DIM]
-        key = _load_rows(
-            key_source, stride_ks, batch, kv_head, first_n, key_length,
-            TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS,
+        key = load_rows(
+            key_source, stride_ks, first_n, key_length,
+            TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS, batch, kv_head,
         )  # fmt: skip
         # [TILE_M, TILE_N]
         products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
@@ -106,9 +107,9 @@ def _attend(
         if MASKED:
             weights = tl.where(visible, weights, 0.0)
         row_sum += tl.sum(weights, axis=1)
-        value = _load_rows(
-            value_source, stride_vs, batch, kv_head, first_n, key_length,
-            TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS,
+        value = load_rows(
+            value_source, stride_vs, first_n, key_length,
+            TILE_N, HEAD_DIM, PADDED_DIM, MASKED, DESCRIPTORS, batch, kv_head,
         )  # fmt: skip
         accumulator = tl.dot(
             weights.to(value.dtype), value, accumulator, input_precision=INPUT_PRECISION
@@ -161,9 +162,9 @@ def _block_sparse_forward_kernel(
         unmasked -= 1
         last = tl.load(indices_ptr + tl.maximum(unmasked - 1, 0))
 
-    query = _load_rows(
-        query_source, stride_qs, batch, head, tile * TILE_M, Sq,
-        TILE_M, HEAD_DIM, PADDED_DIM, not DESCRIPTORS, DESCRIPTORS,
+    query = load_rows(
+        query_source, stride_qs, tile * TILE_M, Sq,
+        TILE_M, HEAD_DIM, PADDED_DIM, not DESCRIPTORS, DESCRIPTORS, batch, head,
     )  # fmt: skip
     accumulator = tl.zeros([TILE_M, PADDED_DIM], dtype=tl.float32)
     row_sum = tl.zeros([TILE_M], dtype=tl.float32)

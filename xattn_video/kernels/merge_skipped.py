@@ -12,25 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xattn_video.kernels.block_sparse_forward import load_rows
 from xattn_video.kernels.support import with_unit_stride
 
 # Of a mass, in powers of 2: 928 of them times values stay finite.
 _LARGEST = tl.constexpr(80.0)
 _LOWEST = tl.constexpr(-1e38)
 _LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def _load_matrix(
-    pointer, stride, first, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-):  # fmt: skip
-    """Rows from ``first`` on of a `[num_rows, HEAD_DIM]` matrix; 0 beyond it."""
-    rows = first + tl.arange(0, ROWS)
-    columns = tl.arange(0, PADDED_DIM)
-    inside = (rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["H", "Sq", "N"])
@@ -45,9 +33,9 @@ def _merge_skipped_kernel(
     row = tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     first = row * BLOCK_SIZE
-    query = _load_matrix(
+    query = load_rows(
         query_ptr + batch * stride_qb + head * stride_qh, stride_qs, first, Sq,
-        BLOCK_SIZE, HEAD_DIM, PADDED_DIM,
+        BLOCK_SIZE, HEAD_DIM, PADDED_DIM, True,
     )  # fmt: skip
     keys = key_ptr + (batch * H + head) * N * HEAD_DIM
     values = value_ptr + (batch * H + head) * N * HEAD_DIM
@@ -64,12 +52,12 @@ def _merge_skipped_kernel(
     for start in tl.range(0, N, TILE_N):
         columns = start + tl.arange(0, TILE_N)
         kept = tl.load(kept_row + columns, mask=columns < N, other=1)
-        key = _load_matrix(keys, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM)
+        key = load_rows(keys, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM, True)
         products = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
         exponents = tl.minimum(products * scale_log2 - lse[:, None], _LARGEST)
         weights = tl.where((kept == 0)[None, :], tl.exp2(exponents), 0.0)
         total += tl.sum(weights, axis=1)
-        value = _load_matrix(values, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM)
+        value = load_rows(values, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM, True)
         if value.dtype == tl.float16:
             # Weights leave its range. TF32 has as many digits.
             mean = tl.dot(weights, value.to(tl.float32), mean, input_precision="tf32")
@@ -77,8 +65,8 @@ def _merge_skipped_kernel(
             mean = tl.dot(weights.to(value.dtype), value, mean, input_precision=INPUT_PRECISION)
     if SLOPES:
         slopes = slope_ptr + ((batch * H + head) * tl.num_programs(0) + row) * HEAD_DIM * HEAD_DIM
-        slope = _load_matrix(
-            slopes, HEAD_DIM, 0, HEAD_DIM, PADDED_DIM, HEAD_DIM, PADDED_DIM
+        slope = load_rows(
+            slopes, HEAD_DIM, 0, HEAD_DIM, PADDED_DIM, HEAD_DIM, PADDED_DIM, True
         )  # fmt: skip
         mean += tl.dot(query, slope, input_precision=INPUT_PRECISION) * (scale * total)[:, None]
     dims = tl.arange(0, PADDED_DIM)
