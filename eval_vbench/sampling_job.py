@@ -1,8 +1,6 @@
 """Runs `eval_vbench.generate` after its arguments have been checked."""
 
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,12 +23,11 @@ from xattn_video.reporting.console import (
     progress_console,
     quiet_libraries,
 )
-from xattn_video.reporting.progress import JobProgress, RunProgress
+from xattn_video.reporting.progress import JobProgress
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
-    from eval_vbench.sampling import Sampling
     from xattn_video.pipelines.loading import LoadOptions
 
 
@@ -99,7 +96,7 @@ class SamplingJob:
             MissingPackageError: ffmpeg cannot write the videos.
         """
         first = self.items[0]
-        request = self._request(first)
+        request = self.request(first)
         # One rank is enough to warn.
         if self.share.rank == 0:
             print_warnings(check_runs(self.load, [request], force))
@@ -129,32 +126,21 @@ class SamplingJob:
         Raises:
             RuntimeError: Some failed, or the run could not go on.
         """
-        from eval_vbench.sampling import Sampling, wait_for_others
+        from eval_vbench.sampling import sample, wait_for_others
 
         share, items = self.share, self.items
         # The displays of several ranks would run into one another.
         alone = share.num_ranks == 1 and self.ranks.is_first
         shown = JobProgress(progress_console() if alone else Console(quiet=True))
-        sampling = Sampling(
-            self.run,
-            share,
-            self.video,
-            self.sparse,
-            self.fps,
-            self.lossless,
-            self._say,
-            partial(self._show_run, shown),
-            self.team,
-        )
-        missing = sampling.missing(items)
-        ours = len(share.of(items))
-        self._say(f"{ours - len(missing)} of {ours} videos are there")
-        if self._any_missing(sampling):
+        ours = share.of(items)
+        missing = [item for item in ours if self.run.record(item.key) is None]
+        self.say(f"{len(ours) - len(missing)} of {len(ours)} videos are there")
+        if self._any_missing(missing):
             if not self.verbose:
                 quiet_libraries()
             self.run.forget_failures(item.key for item in missing)
             with shown.running():
-                attempts = sampling.sample(self._load(missing, shown), missing)
+                attempts = sample(self, self._load(missing, shown), missing, shown)
             if attempts.failed:
                 wait_for_others(self.run, items)
             attempts.conclude(len(missing))
@@ -167,25 +153,25 @@ class SamplingJob:
         from xattn_video.pipelines.prompt_length import cut_prompts
 
         if self.share.num_ranks > 1:
-            self._say(f"loading {self.load.model}")
+            self.say(f"loading {self.load.model}")
         shown.load(self.load.model, downloads=is_on_hub(self.load.model))
         if self.team.team_size > 1:
             self.ranks.connect(self.load.resolved_device)
         pipe = load_pipeline(self.load)
         WorkSplit(self.team.team_size).share(pipe)
         pipe.set_progress_bar_config(disable=True)
-        requests = [self._request(item) for item in missing]
+        requests = [self.request(item) for item in missing]
         print_warnings(cut_prompts(pipe, requests))
         work = ExpectedWork.of(pipe)
         shown.left.decoding_steps = work.decoding_steps(self.video)
         # A rank may have nothing to make and help its team alone.
-        shown.expect([work.of_run(self._request(self.items[0]))] * len(missing))
+        shown.expect([work.of_run(self.request(self.items[0]))] * len(missing))
         return pipe
 
-    def _any_missing(self, sampling: "Sampling") -> bool:
+    def _any_missing(self, missing: list[VideoItem]) -> bool:
         """Whether this rank is to make videos, or one of those that it opens a group with."""
         if self.ranks.is_alone:
-            return bool(sampling.missing(self.items))
+            return bool(missing)
         return self.ranks.share(
             "any missing",
             lambda: any(self.run.record(item.key) is None for item in self.items),
@@ -195,18 +181,12 @@ class SamplingJob:
     def _prefix(self) -> str:
         return f"[{self.share.rank}] " if self.share.num_ranks > 1 else ""
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line of progress."""
         print_message(self._prefix + text)
 
-    def _show_run(
-        self, shown: JobProgress, title: str, pipe: "HunyuanVideoPipeline", item: VideoItem
-    ) -> AbstractContextManager[RunProgress]:
-        """Shows a video's steps; what writes it is timed with its decoding."""
-        from xattn_video.pipelines.expected_work import ExpectedWork
-
-        return shown.run(title, ExpectedWork.of(pipe).of_run(self._request(item)))
-
-    def _request(self, item: VideoItem) -> GenerationRequest:
+    def request(self, item: VideoItem) -> GenerationRequest:
+        """What to generate for a video."""
         return GenerationRequest(
             item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
         )
