@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from xattn_video.measure.similarity import Scorer
 
 
-def fidelity_scorer(device: str) -> "Scorer":
-    """A scorer that compares videos, and that prints which measures are not available.
-
-    Raises:
-        MissingPackageError: torchmetrics cannot be used.
-    """
-    from xattn_video.measure.similarity import Scorer
-
-    return Scorer(device)
-
-
 def measure_fidelity(
     dense: RunFolder,
     sparse: RunFolder,
@@ -37,7 +26,7 @@ def measure_fidelity(
     Args:
         dense, sparse: Complete runs with lossless copies.
         items: The videos of both runs.
-        scorer: The scorer of `fidelity_scorer`.
+        scorer: Measures them.
         say: Prints a line of progress.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eval_vbench.fidelity import fidelity_scorer, measure_fidelity
+from eval_vbench.fidelity import measure_fidelity
 from eval_vbench.report_page import report_page, report_values
 from eval_vbench.report_plot import plot_report
 from eval_vbench.report_web import report_web_page
@@ -19,7 +19,7 @@ from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, l
 from eval_vbench.run_folder import RunFolder
 from xattn_video.errors import require_packages
 from xattn_video.files import check_output_folder, write_json, write_text
-from xattn_video.measure.similarity import VMAF_LEFT_OUT
+from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
 from xattn_video.reporting.console import output_console, print_message
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
@@ -75,7 +75,7 @@ def _write(
     elif not dense.settings["lossless"]:
         notes.append("PSNR, SSIM and LPIPS need lossless copies, which these runs do not keep.")
         fidelity = False
-    scorer = fidelity_scorer(device) if fidelity else None
+    scorer = Scorer(device) if fidelity else None
     if scorer is not None:
         notes += [f"{name} was not measured: {why}" for name, why in scorer.missing.items()]
     results = []
