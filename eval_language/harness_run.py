@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -22,7 +21,7 @@ from xattn_video.options.groups import loading
 from xattn_video.pipelines.item_folder import ItemFolder
 from xattn_video.reporting.console import print_message
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
-from xattn_video.reporting.machine import installed_versions, machine_record
+from xattn_video.reporting.machine import machine_record
 from xattn_video.reporting.tables import Table, figure
 from xattn_video.reporting.web_page import WebPage
 
@@ -158,7 +157,7 @@ def _score(
     folder: ItemFolder, prepared: Prepared, variants: "dict[str, PrefillSettings | None]"
 ) -> None:
     """Score what the folder lacks."""
-    from xattn_video.language.registration import enable_prefill
+    from xattn_video.language.long_prompt import prefill_attention
 
     loaded = None
     for (task, (_, scorer)), (label, settings) in product(
@@ -169,22 +168,16 @@ def _score(
         loaded = loaded or prepared.load()
         scored, model = loaded
         start = time.perf_counter()
-        with (
-            enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers)
-            if settings
-            else nullcontext()
-        ) as handle:
+        with prefill_attention(model, settings) as handle:
             scores = scorer(scored)
         report = handle.report() if handle else None
-        machine = machine_record(model.device)
         record = {
             "scores": scores,
             "seconds": time.perf_counter() - start,
             "density": report and report.density,
             "attention": report and report.summary(),
-            **machine,
+            **machine_record(model.device, "transformers", "lm_eval", "lmms-eval"),
         }
-        record["versions"] |= installed_versions(("transformers", "lm_eval", "lmms-eval"))
         folder.add(_key(task, label), (), record)
         print_message(f"{task}, {label}: {mean(scores.values()):.3f}, {record['seconds']:.0f} s")
 

@@ -21,7 +21,7 @@ from xattn_video.language.registration import check_transformers
 from xattn_video.options.prefill_options import DEFAULT_NEEDLE, LongPrompt
 from xattn_video.pipelines.memory import find_room
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.machine import installed_versions, machine_record
+from xattn_video.reporting.machine import machine_record
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
@@ -165,10 +165,8 @@ def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun
 
 def job_record(job: PrefillJob, runs: dict[str, PrefillRun]) -> dict[str, Any]:
     """What was planned, asked and measured, as JSON values; without runs only the first two."""
-    machine = machine_record(job.load.resolved_device)
-    machine["versions"] |= installed_versions(("transformers",))
     content: dict[str, Any] = {
-        **machine,
+        **machine_record(job.load.resolved_device, "transformers"),
         "model": job.source.name,
         "dtype": str(job.load.resolved_dtype).removeprefix("torch."),
         "tokens": job.prompt.tokens,

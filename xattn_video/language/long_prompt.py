@@ -74,10 +74,10 @@ def run_prefill(
     chunks = tokens.split(chunk_size, dim=1)
     if device.type == "cuda":
         # Kernels compile, and are tuned, in a first call: before there are keys, and after.
-        with _attention(model, settings):
+        with prefill_attention(model, settings):
             _Reader(model, 2 * chunk_size).read_all(chunks[:2])
         torch.cuda.reset_peak_memory_stats(device)
-    with _attention(model, settings) as handle:
+    with prefill_attention(model, settings) as handle:
         reader = _Reader(model, tokens.shape[1] + max_new_tokens)
         seconds = reader.read_all(chunks, on_chunk)
         logits = reader.logits
@@ -89,9 +89,10 @@ def run_prefill(
     return PrefillRun(tuple(seconds), decode_seconds, peak, tuple(new_tokens), logits, report)
 
 
-def _attention(
+def prefill_attention(
     model: PreTrainedModel, settings: PrefillSettings | None
 ) -> AbstractContextManager[LanguageHandle | None]:
+    """A context with sparse attention as settled; with None, the model's own."""
     if settings is None:
         return nullcontext()
     return enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def machine_record(device: "torch.device") -> dict[str, Any]:
-    """The package versions and the name of the device."""
+def machine_record(device: "torch.device", *packages: str) -> dict[str, Any]:
+    """The name of the device, and the versions of what always counts and of these packages."""
     import diffusers
     import torch
 
@@ -22,7 +22,7 @@ def machine_record(device: "torch.device") -> dict[str, Any]:
         "diffusers": diffusers.__version__,
     }
     # What the backends run on.
-    versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn"))
+    versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn", *packages))
     cuda = device.type == "cuda"
     return {
         "versions": versions,
