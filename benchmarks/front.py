@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.results_files import RESULTS, read_results
+from benchmarks.results_files import RESULTS, read_results, rows_of
 from benchmarks.step_tables import NUM_STEPS, mean_step_ms
 from xattn_video.policy.settings import SparseSettings
 
@@ -120,8 +120,7 @@ def _kind(settings: SparseSettings) -> str | None:
 
 def _measured_steps() -> tuple[dict[bool, dict[str, _Line]], float]:
     """The lines of every phase, by whether attention is plain, and a dense step's milliseconds."""
-    rows = [row for file in read_results(RESULTS / "fewer_blocks") for row in file.content["rows"]]
-    plain = [row for file in read_results() for row in file.content["rows"]]
+    rows, plain = rows_of(read_results(RESULTS / "fewer_blocks")), rows_of(read_results())
 
     def of(rows: list[dict[str, Any]], phase: str) -> Iterator[dict[str, Any]]:
         return (row for row in rows if row.get("phase") == phase)

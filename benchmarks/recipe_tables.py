@@ -1,9 +1,9 @@
 """Tables of docs/recipes, from the result files of `benchmarks.accelerations` and others."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of
 from benchmarks.step_tables import steps_section
 from benchmarks.whole_videos import WholeVideo
 from xattn_video.measure.methods import method_of
@@ -38,7 +38,7 @@ def caches() -> str:
         "cache": lambda row: figure(row["cache_threshold"], "g") or "none",
         "attention": _setting,
     }
-    rows = [row for row in _rows(files) if not row["casting"]]
+    rows = [row for row in rows_of(files) if not row["casting"]]
     return _videos_section(files, rows, columns | _SAVED | _PICTURE)
 
 
@@ -49,7 +49,7 @@ def casting() -> str:
         "attention": _setting,
         "weights": lambda row: _weights(row["casting"]),
     }
-    rows = [row for row in _rows(files) if row["cache_threshold"] is None]
+    rows = [row for row in rows_of(files) if row["cache_threshold"] is None]
     settings = [row["setting"] for row in rows]
     rows.sort(key=lambda row: settings.index(row["setting"]))
     return _videos_section(files, rows, columns | _PICTURE)
@@ -68,10 +68,6 @@ def offloads(videos: list[WholeVideo]) -> str:
     }
     rows.sort(key=lambda video: video.peak_memory_gib)
     return Table.of(rows, columns).markdown() + "\n"
-
-
-def _rows(files: Iterable[ResultFile]) -> list[ResultRow]:
-    return [row for file in files for row in file.content["rows"]]
 
 
 def _videos_section(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,11 @@ class ResultFile:
     def model_problems(self) -> list[ProblemRows]:
         """Problems on a model's own queries and keys."""
         return [problem for problem in self.problems if problem.from_model]
+
+
+def rows_of(files: Iterable[ResultFile]) -> list[ResultRow]:
+    """The rows of several files, one after the other."""
+    return [row for file in files for row in file.content["rows"]]
 
 
 def read_results(folder: Path = RESULTS) -> list[ResultFile]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of
 from benchmarks.step_tables import steps_section
 from benchmarks.whole_videos import WholeVideo
 from xattn_video.measure.expected_seconds import ExpectedSeconds, MeasuredParts, VideoParts
@@ -141,8 +141,7 @@ def _exchanges(files: list[ResultFile]) -> str:
         "ms": lambda row: f"{row['latency_ms']:.2f}",
         "s in a step": lambda row: f"{row['latency_ms'] * num_layers / 1e3:.3f}",
     }
-    rows = [row for file in files for row in file.content["rows"]]
-    return steps_section(files, Table.of(rows, columns))
+    return steps_section(files, Table.of(rows_of(files), columns))
 
 
 def _runs(files: list[ResultFile]) -> str:
@@ -158,8 +157,7 @@ def _runs(files: list[ResultFile]) -> str:
             row["error"] and f"`{shorten(row['error'], 130, placeholder=' ...')}`"
         ),
     }
-    rows = [row for file in files for row in file.content["rows"]]
-    return steps_section(files, Table.of(rows, columns, num_left=2))
+    return steps_section(files, Table.of(rows_of(files), columns, num_left=2))
 
 
 def _identical(row: ResultRow) -> str:

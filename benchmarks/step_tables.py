@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of
 from xattn_video.measure.methods import method_of
 from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
@@ -20,9 +20,7 @@ def render_presets() -> str:
     """The table of presets: the demo's picture, and the mean step of HunyuanVideo at 720p."""
     record = json.loads(PRESET_VIDEOS.read_text(encoding="utf-8"))
     video = record["video"]
-    steps = [
-        row for file in read_results(RESULTS / "fewer_blocks") for row in file.content["rows"]
-    ]
+    steps = rows_of(read_results(RESULTS / "fewer_blocks"))
     seconds = {
         method_of(parse_setting(mean["setting"])).name: mean["latency_ms"] / 1e3
         for mean in _mean_steps(steps)
@@ -49,7 +47,7 @@ def render_presets() -> str:
 def render_steps() -> str:
     """Each kind of step, and for each setting the mean of the paper's 45 after the warm-up."""
     files = read_results(RESULTS / "fewer_blocks")
-    rows = [row for file in files for row in file.content["rows"]]
+    rows = rows_of(files)
     means = [mean for file in files for mean in _mean_steps(file.content["rows"])]
     columns = {
         "setting": lambda row: row.get("setting") or row.get("threshold"),
