@@ -16,7 +16,6 @@ from xattn_video.cli.compare_options import (
     compared_requests,
     refuse_unused,
 )
-from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading, video_settings
@@ -68,9 +67,4 @@ def compare(
         errors.verbose,
         details.force,
     )
-    job.check(details.overwrite)
-    folder = ResumableFolder(job.folder)
-    with folder.lock():
-        folder.adopt(job.settings(), details.overwrite)
-        errors.running = True
-        job.run(folder, as_json)
+    job.start(details.overwrite, errors, as_json)

@@ -1,8 +1,6 @@
 """Compares two video files: `xattn-video compare --reference a.mkv --candidate b.mkv`."""
 
 import json
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +10,7 @@ import typer
 from xattn_video import __version__
 from xattn_video.cli.compare_results import check_new_results
 from xattn_video.cli.page_file import PageWish, open_in_browser
+from xattn_video.cli.record import typed_command
 from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.video import check_encoders, write_video
 from xattn_video.reporting.console import output_console, print_labelled, print_warning
@@ -119,7 +118,7 @@ class FilesJob:
                 compared_player(" and ".join(names), clips[0], names[1], clips[1], names[0]),
             ),
             facts=(("Measured", lines),),
-            command=shlex.join(["xattn-video", *sys.argv[1:]]),
+            command=typed_command(),
         )
 
     def _read(self) -> "tuple[Clip, Clip]":
@@ -141,7 +140,7 @@ class FilesJob:
         write_json(
             folder / "results.json",
             {
-                "command": shlex.join(["xattn-video", *sys.argv[1:]]),
+                "command": typed_command(),
                 "versions": {"xattn_video": __version__},
                 "reference": {"file": str(self.reference), "codec": clips[0].codec},
                 "candidate": {"file": str(self.candidate), "codec": clips[1].codec},

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +14,7 @@ import typer
 from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_results
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish, open_in_browser
-from xattn_video.cli.record import run_record, shaping_record
+from xattn_video.cli.record import run_record, shaping_record, typed_command
 from xattn_video.errors import require_packages
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps
@@ -30,6 +28,7 @@ from xattn_video.reporting.console import (
     progress_console,
     quiet_libraries,
 )
+from xattn_video.reporting.endings import ErrorsToExitCodes
 from xattn_video.reporting.progress import JobProgress
 
 if TYPE_CHECKING:
@@ -118,6 +117,15 @@ class CompareJob:
             "videos": self.videos,
             "kept_mass": self.kept_mass,
         }
+
+    def start(self, overwrite: bool, errors: ErrorsToExitCodes, as_json: bool = False) -> None:
+        """Check everything, then run in the folder, which is this process's alone meanwhile."""
+        self.check(overwrite)
+        folder = ResumableFolder(self.folder)
+        with folder.lock():
+            folder.adopt(self.settings(), overwrite)
+            errors.running = True
+            self.run(folder, as_json)
 
     def run(self, folder: ResumableFolder, as_json: bool = False) -> None:
         """Make what is missing in the folder, write the files, print the table or JSON.
@@ -226,7 +234,7 @@ class CompareJob:
         video = self.requests[0].video
         shape = read_model_shape(find_model(self.load.model))
         return {
-            "command": shlex.join(["xattn-video", *sys.argv[1:]]),
+            "command": typed_command(),
             **run_record(self.load, self.fps),
             "video": asdict(video),
             "video_tokens": math.prod(shape.grid(video.height, video.width, video.num_frames)),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from xattn_video.cli.compare_job import CompareJob
-from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import Group, command, knob
 from xattn_video.options.groups import loading, sparse_settings
@@ -68,9 +67,4 @@ def demo(
         verbose=errors.verbose,
         table=False,
     )
-    job.check(details.overwrite)
-    folder = ResumableFolder(job.folder)
-    with folder.lock():
-        folder.adopt(job.settings(), details.overwrite)
-        errors.running = True
-        job.run(folder)
+    job.start(details.overwrite, errors)

@@ -1,8 +1,6 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
 import math
-import shlex
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from textwrap import shorten
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
-from xattn_video.cli.record import generation_record, job_record, shaping_record
+from xattn_video.cli.record import generation_record, run_record, shaping_record, typed_command
 from xattn_video.cli.summary import print_outlook, print_summary
 from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
@@ -305,17 +303,21 @@ def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     from xattn_video.measure.generation_web import generation_web_page
 
     if job.outputs.html is not None and runs:
-        record = job_record(job.load, job.fps, [runs[number] for number in sorted(runs)])
-        command = shlex.join(["xattn-video", *sys.argv[1:]])
-        write_text(job.outputs.html, generation_web_page(record, command).html())
+        page = generation_web_page(_record(job, runs), typed_command())
+        write_text(job.outputs.html, page.html())
         print_labelled(output_console(), {"page": str(job.outputs.html)})
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     """Rewritten after every video, so that a run cut short leaves what it did."""
     if job.outputs.report is not None and runs:
-        ordered = [runs[number] for number in sorted(runs)]
-        record = job_record(job.load, job.fps, ordered)
-        record["ranks"] = job.ranks.count
-        record["ranks_per_video"] = job.split.ranks_per_video
-        write_json(job.outputs.report, record)
+        ranks = {"ranks": job.ranks.count, "ranks_per_video": job.split.ranks_per_video}
+        write_json(job.outputs.report, _record(job, runs) | ranks)
+
+
+def _record(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What all videos share, then each video."""
+    return {
+        **run_record(job.load, job.fps),
+        "runs": [runs[number] for number in sorted(runs)],
+    }

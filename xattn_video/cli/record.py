@@ -1,5 +1,7 @@
 """The report of `--report`: settings, versions, times, and what attention really did."""
 
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +14,9 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.request import GenerationRequest
 
 
-def job_record(load: "LoadOptions", fps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a command: what all videos share, then each video."""
-    return {**run_record(load, fps), "runs": runs}
+def typed_command() -> str:
+    """The command as it was typed."""
+    return shlex.join(["xattn-video", *sys.argv[1:]])
 
 
 def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
