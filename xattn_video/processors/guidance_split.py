@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xattn_video.policy.report import ForwardRun, SparsityReport
+from xattn_video.processors.replaced import replaced
 
 _ATTRIBUTE = "_xattn_guidance"
 
@@ -97,21 +98,14 @@ def guidance_split(transformer: Any) -> Iterator[GuidanceSplit | None]:
     if not getattr(transformer, _ATTRIBUTE, False):
         yield None
         return
-    split, previous = GuidanceSplit(), vars(transformer).get("forward")
-    real = transformer.forward
+    split, real = GuidanceSplit(), transformer.forward
 
     def forward(*args: Any, **options: Any) -> tuple[Tensor]:
         return split.forward(real, transformer.config, *args, **options)
 
-    transformer.forward = forward
-    try:
+    # Where models are offloaded, the pipeline puts another in its place.
+    with replaced(transformer, "forward", forward):
         yield split
-    finally:
-        # Where models are offloaded, the pipeline has put another in its place.
-        if vars(transformer).get("forward") is forward:
-            del transformer.forward
-            if previous is not None:
-                transformer.forward = previous
 
 
 def _computed(ours: ForwardRun, theirs: ForwardRun) -> ForwardRun:

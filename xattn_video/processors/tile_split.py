@@ -8,9 +8,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from xattn_video.processors.replaced import replaced
 
 _ATTRIBUTE = "_xattn_tiles"
 
@@ -36,7 +37,7 @@ def tile_split(vae: Any) -> Iterator[None]:
     def decode(*args: Any, **options: Any) -> Any:
         return _decode(vae, group, lambda: real(*args, **options))
 
-    with _replaced(vae, "decode", decode):
+    with replaced(vae, "decode", decode):
         yield
 
 
@@ -49,14 +50,14 @@ def _decode(vae: Any, group: Any, real: Callable[[], Any]) -> Any:
         return tile.new_empty(_decoded_shape(vae, tile))
 
     with (
-        _replaced(vae.decoder, "forward", note),
-        _replaced(vae, "blend_v", _keep),
-        _replaced(vae, "blend_h", _keep),
-        _replaced(vae, "blend_t", _keep),
+        replaced(vae.decoder, "forward", note),
+        replaced(vae, "blend_v", _keep),
+        replaced(vae, "blend_h", _keep),
+        replaced(vae, "blend_t", _keep),
     ):
         real()
     decoded = iter(_decode_tiles(vae, group, tiles))
-    with _replaced(vae.decoder, "forward", lambda *_: next(decoded)):
+    with replaced(vae.decoder, "forward", lambda *_: next(decoded)):
         return real()
 
 
@@ -94,18 +95,3 @@ def _decoded_shape(vae: Any, tile: Tensor) -> tuple[int, ...]:
 def _keep(before: Tensor, tile: Tensor, extent: int) -> Tensor:
     """In the place of blending, while there is nothing to blend."""
     return tile
-
-
-@contextlib.contextmanager
-def _replaced(owner: torch.nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """A method replaced on one object, and put back."""
-    missing = object()
-    previous = vars(owner).get(name, missing)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        if previous is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, previous)
