@@ -87,6 +87,18 @@ def test_a_transformer_without_the_processor_is_not_bound():
         tiny_processor().bind(tiny_transformer())
 
 
+def test_a_transformer_that_it_left_does_not_end_its_work_on_another():
+    first, processor = with_processor()
+    processor.unbind(first)
+    first.set_attn_processor(tiny_processor())
+    second = tiny_transformer()
+    second.set_attn_processor(processor)
+    processor.unbind(first)
+    run(second)
+    assert processor.step_index == 0
+    tiny_processor().unbind(first)
+
+
 def test_setting_it_twice_leaves_one_hook():
     transformer, processor = with_processor()
     transformer.set_attn_processor(processor)

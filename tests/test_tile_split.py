@@ -70,6 +70,12 @@ def test_every_tile_is_decoded_once(three_ranks):
     assert three_ranks[0]["tiled"]["all"] > 12
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_room_for_anothers_tile_has_the_size_of_its_pixels(frames):
+    vae, tile = tiny_vae(), torch.randn(1, 4, frames, 3, 4)
+    assert tile_split._decoded_shape(vae, tile) == vae.decoder(tile).shape
+
+
 def test_equal_tiles_are_dealt_out_evenly():
     owners = tile_split._owners([5] * 308, 8)
     assert sorted({owners.count(rank) for rank in range(8)}) == [38, 39]
