@@ -24,9 +24,8 @@ from eval_vbench.preflight import (
     preflight_table,
     probe_environment,
 )
-from eval_vbench.run_folder import RunFolder
-from eval_vbench.score_files import Score, read_scores, write_score
-from eval_vbench.vbench_process import ScoringError, check_videos, run_dimensions, score_dimension
+from eval_vbench.score_files import Score
+from eval_vbench.vbench_process import RunVideos, ScoringError
 from xattn_video.files import check_output_folder
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command, knob
 from xattn_video.reporting.console import (
@@ -73,36 +72,6 @@ class Scored:
         """Where VBench's weights are."""
         place = self.weights or Path(os.environ.get("VBENCH_CACHE_DIR", "~/.cache/vbench"))
         return place.expanduser().resolve()
-
-
-class RunVideos:
-    """The videos of a run; has what `OwnVideos` has."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run = RunFolder(folder)
-        self.scores_folder = self.run.scores
-
-    def check(self) -> None:
-        """Raise ValueError unless they are complete, with nothing among them."""
-        check_videos(self.run)
-
-    def dimensions(self) -> list[str]:
-        """The dimensions that the run's prompts belong to."""
-        return run_dimensions(self.run)
-
-    def scores(self) -> dict[str, Score]:
-        """Those of the videos as they are now."""
-        return read_scores(self.run)
-
-    def score(
-        self, dimension: str, environment: Environment, weights: Path, device: str | None
-    ) -> Score:
-        """Let VBench score one dimension."""
-        return score_dimension(self.run, dimension, environment, weights, device)
-
-    def keep(self, score: Score) -> None:
-        """Write a score to its file."""
-        write_score(self.run, score)
 
 
 _Videos: TypeAlias = RunVideos | OwnVideos

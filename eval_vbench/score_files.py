@@ -31,11 +31,6 @@ class Score:
     vbench: str
 
 
-def write_score(run: RunFolder, score: Score) -> None:
-    """Keep a score."""
-    write_score_file(run.scores, score)
-
-
 def write_score_file(folder: Path, score: Score) -> None:
     """Keep a score in a folder."""
     folder.mkdir(exist_ok=True)

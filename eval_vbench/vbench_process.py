@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from eval_vbench.dimensions import dimensions
 from eval_vbench.preflight import (
     HUGGING_FACE_HOME,
     TORCH_HOME,
@@ -14,9 +15,14 @@ from eval_vbench.preflight import (
     WORKER,
     Environment,
 )
-from eval_vbench.prompts import VideoItem
 from eval_vbench.run_folder import RunFolder
-from eval_vbench.score_files import Score, scored_items, videos_digest
+from eval_vbench.score_files import (
+    Score,
+    read_scores,
+    scored_items,
+    videos_digest,
+    write_score_file,
+)
 from xattn_video.files import check_output_folder, read_record, write_json
 from xattn_video.pipelines.item_folder import file_digest
 
@@ -31,79 +37,92 @@ class ScoringError(RuntimeError):
     """VBench failed, or its result is not a score."""
 
 
-def check_videos(run: RunFolder) -> None:
-    """Check that the folder holds the complete videos of the run and nothing else.
+class RunVideos:
+    """The videos of a run; has what `OwnVideos` has."""
 
-    VBench takes the suffix of all videos from any file it finds, and returns NaN without an error.
+    def __init__(self, folder: Path) -> None:
+        self.run = RunFolder(folder)
+        self.scores_folder = self.run.scores
 
-    Raises:
-        ValueError: A video is missing or was changed, or there is a stray file.
-    """
-    items = run.expected_items()
-    found = {path.name for path in run.videos.glob("*")} if run.videos.is_dir() else set()
-    stray = sorted(found - {item.file_name for item in items})
-    if stray:
-        raise ValueError(
-            f"{str(run.videos)!r} holds {len(stray)} files that are no videos of this run: "
-            f"{_some(stray)}; move them away."
+    def check(self) -> None:
+        """Check that the folder holds the complete videos of the run and nothing else.
+
+        VBench takes the suffix of all videos from any file it finds, and returns NaN without an
+        error.
+
+        Raises:
+            ValueError: A video is missing or was changed, or there is a stray file.
+        """
+        run, items = self.run, self.run.expected_items()
+        found = {path.name for path in run.videos.glob("*")} if run.videos.is_dir() else set()
+        stray = sorted(found - {item.file_name for item in items})
+        if stray:
+            raise ValueError(
+                f"{str(run.videos)!r} holds {len(stray)} files that are no videos of this run: "
+                f"{_some(stray)}; move them away."
+            )
+        records = {item: run.record(item.key) for item in items}
+        missing = [item.file_name for item, record in records.items() if record is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(items)} videos are missing or cut short: "
+                f"{_some(missing)}; run eval_vbench.generate again with the run's settings: it "
+                "makes them."
+            )
+        broken = [
+            item.file_name
+            for item, record in records.items()
+            if record is not None
+            and file_digest(run.video(item))
+            != record["files"][f"videos/{item.file_name}"]["sha256"]
+        ]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(items)} videos are not what was generated: "
+                f"{_some(broken)}; remove them, then run eval_vbench.generate again: it makes "
+                "them."
+            )
+
+    def dimensions(self) -> list[str]:
+        """The dimensions that the run's prompts belong to, in VBench's order."""
+        return [name for name in dimensions() if scored_items(self.run, name)]
+
+    def scores(self) -> dict[str, Score]:
+        """Those of the videos as they are now."""
+        return read_scores(self.run)
+
+    def score(
+        self, dimension: str, environment: Environment, weights_folder: Path, device: str | None
+    ) -> Score:
+        """Let VBench score one dimension; its output goes to scores/{dimension}.log.
+
+        Args:
+            dimension: A dimension that can be scored.
+            environment: VBench's environment.
+            weights_folder: The folder of the weights.
+            device: None means CUDA if VBench's torch finds it, else the CPU.
+
+        Raises:
+            ScoringError: VBench failed, or its result is not a score of these videos.
+        """
+        run, items = self.run, scored_items(self.run, dimension)
+        prompts = {item.prompt.name: item.prompt for item in items}
+        entries = [
+            entry
+            for prompt in prompts.values()
+            for entry in prompt.entries
+            if dimension in entry["dimension"]
+        ]
+        log = run.scores / f"{dimension}.log"
+        answer = run_vbench(
+            run.videos, dimension, entries, log, environment, weights_folder, device
         )
-    records = {item: run.record(item.key) for item in items}
-    missing = [item.file_name for item, record in records.items() if record is None]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(items)} videos are missing or cut short: {_some(missing)}; "
-            "run eval_vbench.generate again with the run's settings: it makes them."
-        )
-    broken = [
-        item.file_name
-        for item, record in records.items()
-        if record is not None
-        and file_digest(run.video(item)) != record["files"][f"videos/{item.file_name}"]["sha256"]
-    ]
-    if broken:
-        raise ValueError(
-            f"{len(broken)} of {len(items)} videos are not what was generated: {_some(broken)}; "
-            "remove them, then run eval_vbench.generate again: it makes them."
-        )
+        score, videos = read_answer(dimension, answer, [item.file_name for item in items])
+        return Score(dimension, score, videos, videos_digest(run, items), VBENCH_VERSION)
 
-
-def run_dimensions(run: RunFolder) -> list[str]:
-    """The dimensions that the run's prompts belong to, in VBench's order."""
-    from eval_vbench.dimensions import dimensions
-
-    return [name for name in dimensions() if scored_items(run, name)]
-
-
-def score_dimension(
-    run: RunFolder,
-    dimension: str,
-    environment: Environment,
-    weights_folder: Path,
-    device: str | None,
-) -> Score:
-    """Let VBench score one dimension; its output goes to scores/{dimension}.log.
-
-    Args:
-        run: A complete run.
-        dimension: A dimension that can be scored.
-        environment: VBench's environment.
-        weights_folder: The folder of the weights.
-        device: None means CUDA if VBench's torch finds it, else the CPU.
-
-    Raises:
-        ScoringError: VBench failed, or its result is not a score of these videos.
-    """
-    items = scored_items(run, dimension)
-    entries = [
-        entry
-        for prompt in dict.fromkeys(item.prompt.name for item in items)
-        for entry in _entries(items, prompt)
-        if dimension in entry["dimension"]
-    ]
-    log = run.scores / f"{dimension}.log"
-    answer = run_vbench(run.videos, dimension, entries, log, environment, weights_folder, device)
-    score, videos = read_answer(dimension, answer, [item.file_name for item in items])
-    return Score(dimension, score, videos, videos_digest(run, items), VBENCH_VERSION)
+    def keep(self, score: Score) -> None:
+        """Write a score to its file."""
+        write_score_file(self.scores_folder, score)
 
 
 def run_vbench(
@@ -191,10 +210,6 @@ def read_answer(
     if broken:
         raise ScoringError(f"VBench's value of {_some(broken)} is not finite.")
     return float(aggregate), videos
-
-
-def _entries(items: list[VideoItem], prompt: str) -> tuple[dict[str, Any], ...]:
-    return next(item.prompt.entries for item in items if item.prompt.name == prompt)
 
 
 def _variables(weights_folder: Path) -> dict[str, str]:

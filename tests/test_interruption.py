@@ -131,7 +131,7 @@ def test_a_signal_that_a_library_swallows_is_said_again(monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(endings, "_PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(vbench_score, "check_videos", swallow)
+    monkeypatch.setattr(vbench_score.RunVideos, "check", swallow)
     begun = time.monotonic()
     code, _, err = invoke(vbench_score.app, "--run=a")
     assert (code, err) == (143, "interrupted by SIGTERM.\n")
@@ -146,7 +146,7 @@ def test_every_command_ends_on_a_signal_with_its_code(number, monkeypatch, tmp_p
         raise AssertionError("the signal was not handled")
 
     monkeypatch.setattr(vbench_report, "load_run", send)
-    monkeypatch.setattr(vbench_score, "check_videos", send)
+    monkeypatch.setattr(vbench_score.RunVideos, "check", send)
     monkeypatch.setattr(vbench_generate, "SamplingJob", send)
     monkeypatch.setattr("xattn_video.cli.outputs.Prompts.read", send)
     monkeypatch.setattr("xattn_video.cli.compare_options.compared_prompts", send)
@@ -166,7 +166,7 @@ def test_every_command_ends_on_a_signal_with_its_code(number, monkeypatch, tmp_p
 
 
 def test_a_signal_that_the_caller_ignores_stays_ignored(monkeypatch):
-    monkeypatch.setattr(vbench_score, "check_videos", lambda folder: os.kill(os.getpid(), 1))
+    monkeypatch.setattr(vbench_score.RunVideos, "check", lambda folder: os.kill(os.getpid(), 1))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         code, _, err = invoke(vbench_score.app, "--run=gone")

@@ -16,7 +16,7 @@ from eval_vbench.report_page import report_page
 from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import caveats, compare, load_run
 from eval_vbench.run_folder import RunFolder
-from eval_vbench.score_files import Score, scored_items, videos_digest, write_score
+from eval_vbench.score_files import Score, scored_items, videos_digest, write_score_file
 from xattn_video.measure.paired_difference import paired_difference
 from xattn_video.pipelines.item_folder import settings_hash
 
@@ -42,7 +42,9 @@ def give_scores(folder, dimension, value):
     run = RunFolder(folder)
     items = scored_items(run, dimension)
     videos = {item.file_name: value for item in items}
-    write_score(run, Score(dimension, value, videos, videos_digest(run, items), "0.1.5"))
+    write_score_file(
+        run.scores, Score(dimension, value, videos, videos_digest(run, items), "0.1.5")
+    )
 
 
 def make_report(runs, *arguments):
