@@ -193,17 +193,12 @@ class ErrorsToExitCodes:
             # A launcher ends all processes when one has failed: this one says why first.
             signal.signal(number, signal.SIG_DFL if error is None else signal.SIG_IGN)
         try:
-            self._report(kind, error, trace)
+            self._report(error)
         finally:
             for number in self._handled:
                 signal.signal(number, signal.SIG_DFL)
 
-    def _report(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _report(self, error: BaseException | None) -> None:
         """Print an error, and raise its exit code."""
         if isinstance(error, KeyboardInterrupt):
             cause = self._judge(error, "")
@@ -218,7 +213,7 @@ class ErrorsToExitCodes:
         if not isinstance(error, Exception) or isinstance(error, typer.Exit | BrokenPipeError):
             return
         if self.verbose:
-            sys.stderr.write("".join(traceback.format_exception(kind, error, trace)))
+            sys.stderr.write("".join(traceback.format_exception(error)))
         print_error(self._judge(error, describe(error)))
         bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
