@@ -1,7 +1,7 @@
 """What a language model's attention really did: sparse or dense, by layer and by forward pass."""
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,7 @@ class PrefillReport:
             "num_refused": self.num_refused,
             "compiled": self.compiled,
             "dense_reasons": self.dense_reasons,
-            "forwards": [
-                {"decision": one.decision, "forwards": one.forwards, "tokens": one.tokens}
-                for one in self.forwards
-            ],
+            "forwards": [asdict(one) for one in self.forwards],
             "layers": [
                 {
                     "layer": one.layer,

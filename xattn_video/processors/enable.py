@@ -1,5 +1,6 @@
 """Switch XAttention on and off for a video transformer in one line."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -11,7 +12,7 @@ from xattn_video.processors.binding import family_of, transformer_of
 from xattn_video.processors.processor import XAttnProcessor
 
 
-class XAttentionHandle:
+class XAttentionHandle(AbstractContextManager["XAttentionHandle"]):
     """XAttention on one transformer, until `disable` or the end of a ``with`` block.
 
     Attributes:
@@ -32,9 +33,6 @@ class XAttentionHandle:
         if self._previous is not None:
             self._transformer.set_attn_processor(self._previous)
             self._previous = None
-
-    def __enter__(self) -> "XAttentionHandle":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.disable()
