@@ -76,29 +76,22 @@ def expected(query, key, value, mask, num_blocks, first_order, block_size=32):
     return out
 
 
+def assert_as_the_formula(*inputs):
+    found = compensated(*inputs).double()
+    torch.testing.assert_close(found, expected(*inputs), rtol=0, atol=1e-5)
+
+
 @BOTH
 @pytest.mark.parametrize("tokens", [128, 150])
 def test_the_formulas(first_order, tokens):
-    inputs = (*problem(batch=2, tokens=tokens), tokens // 32)
-    torch.testing.assert_close(
-        compensated(*inputs, first_order).double(),
-        expected(*inputs, first_order),
-        rtol=0,
-        atol=1e-5,
-    )
+    assert_as_the_formula(*problem(batch=2, tokens=tokens), tokens // 32, first_order)
 
 
 @BOTH
 def test_blocks_beyond_the_video_are_left_out(first_order):
     query, key, value, mask = problem()
     mask[..., 2:4] = False
-    inputs = query, key, value, mask, 2
-    torch.testing.assert_close(
-        compensated(*inputs, first_order).double(),
-        expected(*inputs, first_order),
-        rtol=0,
-        atol=1e-5,
-    )
+    assert_as_the_formula(query, key, value, mask, 2, first_order)
 
 
 def test_rows_that_skip_nothing_stay_as_they_are():

@@ -1,5 +1,6 @@
 """What really ran: dense or sparse, by step and layer."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,17 +83,17 @@ class SparsityReport:
     @property
     def sparse_steps(self) -> tuple[int, ...]:
         """The steps in which at least one layer ran sparse, ascending."""
-        return tuple(sorted({forward.step for forward, _, _ in self._sparse_runs()}))
+        return tuple(sorted({forward.step for forward, _, _ in self._runs("sparse")}))
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers that ran sparse at least once, ascending."""
-        return tuple(sorted({layer for _, layer, _ in self._sparse_runs()}))
+        return tuple(sorted({layer for _, layer, _ in self._runs("sparse")}))
 
     @property
     def density(self) -> float | None:
         """Kept over valid blocks of all that ran sparse; None if nothing did."""
-        return _density(run for _, _, run in self._sparse_runs())
+        return _density(run for _, _, run in self._runs("sparse"))
 
     @property
     def budget(self) -> float | None:
@@ -100,25 +101,16 @@ class SparsityReport:
         as 1; None if nothing ran sparse."""
         if self.density is None:
             return None
-        runs = (run for forward in self.forwards for run in forward.layers)
-        counted = (run for run in runs if run.state == "sparse" or run.reason == "last step")
         return _density(
             replace(run, kept=run.valid) if run.refreshed or run.kept is None else run
-            for run in counted
+            for _, _, run in self._runs()
+            if run.state == "sparse" or run.reason == "last step"
         )
 
     @property
     def refresh_steps(self) -> tuple[int, ...]:
         """The steps in which at least one layer refreshed its residual, ascending."""
-        return tuple(
-            sorted(
-                {
-                    forward.step
-                    for forward in self.forwards
-                    if any(run.refreshed for run in forward.layers)
-                }
-            )
-        )
+        return tuple(sorted({forward.step for forward, _, run in self._runs() if run.refreshed}))
 
     @property
     def imbalance(self) -> float | None:
@@ -134,17 +126,13 @@ class SparsityReport:
     @property
     def dense_reasons(self) -> dict[str, int]:
         """{reason: number of layer runs} for the layers that ran dense."""
-        counts: dict[str, int] = {}
-        for forward in self.forwards:
-            for run in forward.layers:
-                if run.reason is not None:
-                    counts[run.reason] = counts.get(run.reason, 0) + 1
-        return counts
+        reasons = (run.reason for _, _, run in self._runs() if run.reason is not None)
+        return dict(Counter(reasons))
 
     def layer_densities(self) -> list[list[float | None]]:
         """`[layers][steps]`: kept over valid blocks of a step's passes; None unless sparse."""
         runs: dict[tuple[int, int], list[LayerRun]] = {}
-        for forward, layer, run in self._sparse_runs():
+        for forward, layer, run in self._runs("sparse"):
             runs.setdefault((layer, forward.step), []).append(run)
         return [
             [_density(runs.get((layer, step), ())) for step in self.steps]
@@ -153,7 +141,7 @@ class SparsityReport:
 
     def step_density(self, step: int) -> float | None:
         """Kept over valid blocks of a step's passes and layers; None if none was sparse."""
-        return _density(run for forward, _, run in self._sparse_runs() if forward.step == step)
+        return _density(run for forward, _, run in self._runs("sparse") if forward.step == step)
 
     def summary(self) -> str:
         """One line, such as "45/50 steps x 60/60 layers sparse, density 0.41, 0 refused"."""
@@ -246,21 +234,16 @@ class SparsityReport:
         # As matplotlib: a name without a suffix is a PNG.
         write_figure(path if Path(path).suffix else f"{path}.png", figure)
 
-    def _sparse_runs(self) -> Iterator[tuple[ForwardRun, int, LayerRun]]:
-        """Every layer run that was sparse, with its forward pass and layer."""
+    def _runs(self, state: State | None = None) -> Iterator[tuple[ForwardRun, int, LayerRun]]:
+        """Every layer run, or those of one state, with its forward pass and layer."""
         for forward in self.forwards:
             for layer, run in enumerate(forward.layers):
-                if run.state == "sparse":
+                if state in (None, run.state):
                     yield forward, layer, run
 
     def _grid(self) -> list[list[float | Literal["dense", "skipped"]]]:
         """`[layers][steps]`: a density, or "dense" or "skipped"."""
-        dense = {
-            (layer, forward.step)
-            for forward in self.forwards
-            for layer, run in enumerate(forward.layers)
-            if run.state == "dense"
-        }
+        dense = {(layer, forward.step) for forward, layer, _ in self._runs("dense")}
         return [
             [
                 ("dense" if (layer, step) in dense else "skipped") if density is None else density
