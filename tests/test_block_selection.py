@@ -6,8 +6,7 @@ pytest.importorskip("triton")
 
 from xattn_video import select_blocks
 from xattn_video.kernels import block_selection as kernel
-from xattn_video.kernels.block_selection import block_selection
-from xattn_video.ops.blocks import BlockLists, ForcedBlocks, fewest_blocks
+from xattn_video.ops.blocks import BlockLists, ForcedBlocks, fewest_blocks, kernel_block_lists
 
 BLOCK_SIZE = 64
 
@@ -28,18 +27,7 @@ def select(scores, threshold, forced=None, by_count=False):
             scores.shape[2] * BLOCK_SIZE, scores.shape[3] * BLOCK_SIZE, BLOCK_SIZE
         )
     threshold = torch.as_tensor(threshold, device=scores.device)
-    counts, indices = block_selection(
-        scores,
-        threshold.expand(scores.shape[:-1]),
-        query_length=forced.query_length,
-        key_length=forced.key_length,
-        block_size=forced.block_size,
-        causal=forced.causal,
-        num_text_tokens=forced.num_text_tokens,
-        key_lengths=forced.key_lengths,
-        by_count=by_count,
-    )
-    return BlockLists(counts, indices)
+    return kernel_block_lists(scores, threshold, forced, by_count)
 
 
 def assert_same_lists(actual, mask):

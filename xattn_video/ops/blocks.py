@@ -163,6 +163,13 @@ def select_block_lists(
             mask = scores.new_zeros((), dtype=torch.bool)
         mask = fewest_blocks(scores, threshold, mask.expand_as(scores), by_count)
         return BlockLists.from_mask(mask)
+    return kernel_block_lists(scores, threshold, forced, by_count)
+
+
+def kernel_block_lists(
+    scores: Tensor, threshold: Tensor, forced: ForcedBlocks, by_count: bool = False
+) -> BlockLists:
+    """`select_block_lists` by the kernel, which must be able to run."""
     # Imported here so that selection works where Triton is missing.
     from xattn_video.kernels.block_selection import block_selection
 
