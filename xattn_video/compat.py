@@ -71,27 +71,31 @@ def Xattention_prefill(  # noqa: N802  (the published name)
     check_triple(query_states, key_states, value_states, causal, suffix="_states")
     check_block_size(block_size, stride)
     _check_options(norm, kdb, chunk_size, block_size)
-    for name, flag in {"keep_sink": keep_sink, "keep_recent": keep_recent}.items():
-        check_flag(name, flag)
-    if use_triton is not None:
-        check_flag("use_triton", use_triton)
     scale = query_states.shape[-1] ** -0.5
     scoring = ScoringInputs(
         query_states, key_states, block_size, stride, causal, None, scale / norm
     )
+    forced = _forced(scoring, keep_sink, keep_recent)
     scores = _scores(scoring, use_triton, chunk_size)
-    Sq, Sk = query_states.shape[2], key_states.shape[2]
-    forced = torch.zeros((), dtype=torch.bool, device=query_states.device)
-    if causal or keep_sink:
-        forced = forced | sink_blocks(Sk, block_size=block_size, device=forced.device)
-    if causal or keep_recent:
-        forced = forced | diagonal_blocks(Sq, Sk, block_size=block_size, device=forced.device)
     tau = check_thresholds(_by_head(threshold, query_states), scores.shape[:-1], scores.device)
     blocks = BlockLists.from_mask(fewest_blocks(scores, tau, forced.expand_as(scores)))
     inputs = AttentionInputs(
         query_states, key_states, value_states, blocks, block_size, causal, None, scale
     )
     return run_attend(inputs, "auto")[0]
+
+
+def _forced(inputs: ScoringInputs, keep_sink: bool, keep_recent: bool) -> Tensor:
+    """The blocks kept at any score, bool, broadcastable to the scores."""
+    check_flag("keep_sink", keep_sink)
+    check_flag("keep_recent", keep_recent)
+    Sq, Sk, device = inputs.query.shape[2], inputs.key.shape[2], inputs.query.device
+    forced = torch.zeros((), dtype=torch.bool, device=device)
+    if inputs.causal or keep_sink:
+        forced = forced | sink_blocks(Sk, block_size=inputs.block_size, device=device)
+    if inputs.causal or keep_recent:
+        forced = forced | diagonal_blocks(Sq, Sk, block_size=inputs.block_size, device=device)
+    return forced
 
 
 def _by_head(threshold: float | Tensor, query: Tensor) -> float | Tensor:
@@ -127,6 +131,8 @@ def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: in
 
 def _scores(inputs: ScoringInputs, use_triton: bool | None, chunk_size: int | None) -> Tensor:
     """`block_scores`, computed as ``use_triton`` says."""
+    if use_triton is not None:
+        check_flag("use_triton", use_triton)
     query = inputs.query
     problem = Problem(query.device, query.dtype, query.shape[-1], inputs.block_size)
     reasons = triton_unsupported_reasons(problem, inputs.stride)

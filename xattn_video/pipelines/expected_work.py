@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from xattn_video.pipelines.model_shape import ModelShape, shape_of_configs
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
-from xattn_video.pipelines.run_plan import dense_step_flop
-from xattn_video.policy.decision import Run, StepCounts, count_steps
+from xattn_video.pipelines.run_plan import dense_step_flop, planned_steps
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -50,17 +49,7 @@ class ExpectedWork:
             videos: Made in one call.
             kept_mass: Whether the sparse steps measure kept mass.
         """
-        steps = request.video.num_inference_steps
-        counts = StepCounts(dense=steps)
-        if request.sparse is not None:
-            run = Run(
-                self.shape.layers,
-                self.shape.heads,
-                math.prod(self._grid(request.video)),
-                self.device_type,
-                steps,
-            )
-            counts = count_steps(request.sparse, run)
+        counts = planned_steps(self.shape, request.video, request.sparse, self.device_type)
         sparse = "sparse, kept mass" if kept_mass else "sparse"
         units = {"text": 1, "dense": counts.dense - counts.primes, "decoding": 1}
         units |= {"refresh": counts.refreshes + counts.primes}
@@ -69,12 +58,10 @@ class ExpectedWork:
 
     def decoding_steps(self, video: VideoSettings) -> float:
         """Dense steps that take about as long as decoding does, by arithmetic."""
-        latents = math.prod(self._grid(video)) * self.shape.patch_size**2
+        grid = self.shape.grid(video.height, video.width, video.num_frames)
+        latents = math.prod(grid) * self.shape.patch_size**2
         decoding = latents * self.shape.patch_size_t * _flop_of_latent(self.vae_config)
         return _CONVOLUTIONS_SLOWER * decoding / dense_step_flop(self.shape, video)
-
-    def _grid(self, video: VideoSettings) -> tuple[int, int, int]:
-        return self.shape.grid(video.height, video.width, video.num_frames)
 
 
 def _flop_of_latent(vae_config: Mapping[str, Any]) -> float:

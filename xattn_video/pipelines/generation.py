@@ -177,16 +177,7 @@ def generate_together(
         if processor is not None:
             processor.observers.extend(observers)
         recorder = _StepRecorder(pipe, first.video.num_inference_steps, processor, on_step)
-        # Denoising begins when the transformer is first called, after the text is encoded.
-        hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
-        try:
-            with tile_split(pipe.vae):
-                videos = pipe(
-                    **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
-                ).frames
-            frames = [_to_bytes(video, pipe.vae.dtype) for video in videos]
-        finally:
-            hook.remove()
+        frames = _frames(pipe, requests, recorder)
         report = processor.report() if processor else None
         if report is not None and guidance is not None:
             report = guidance.whole(report)
@@ -210,6 +201,22 @@ def generate_together(
         )
         for clip, latent, request in zip(frames, latents, requests, strict=True)
     )
+
+
+def _frames(
+    pipe: "HunyuanVideoPipeline", requests: Sequence[GenerationRequest], recorder: "_StepRecorder"
+) -> list[NDArray[np.uint8]]:
+    """The videos of one call, uint8 `[T, H, W, 3]` each."""
+    # Denoising begins when the transformer is first called, after the text is encoded.
+    hook = pipe.transformer.register_forward_pre_hook(recorder.forward_begins)
+    try:
+        with tile_split(pipe.vae):
+            videos = pipe(
+                **_pipeline_arguments(requests), callback_on_step_end=recorder.step_ends
+            ).frames
+        return [_to_bytes(video, pipe.vae.dtype) for video in videos]
+    finally:
+        hook.remove()
 
 
 class _StepRecorder:

@@ -123,29 +123,20 @@ def plan_run(
     video_tokens = math.prod(grid)
     tokens = video_tokens + shape.text_tokens
     blocks = -(-tokens // settings.block_size)
-    steps = video.num_inference_steps
     device = options.resolved_device
-    counts = StepCounts(dense=steps)
-    if sparse:
-        run = Run(shape.layers, shape.heads, video_tokens, device.type, steps)
-        counts = count_steps(sparse, run)
+    counts = planned_steps(shape, video, sparse, device.type)
     forwards = 2 if video.true_cfg_scale > 1 else 1
     flop, share = _arithmetic(shape, tokens)
     tflop = forwards * flop / 1e12
     # Half a product of queries and keys that are `stride` times fewer.
     scoring = 1 / (2 * settings.stride)
     memory, shortage = _memory(shape, video, settings, options, counts)
-    backend: str | None = None
-    warnings: list[str] = []
+    backend, warnings = None, list[str]()
     if sparse:
-        warnings += _sparsity_warnings(sparse, counts, video_tokens, share, device.type)
-        if counts.sparse and has_fast_dense(device, options.resolved_dtype):
-            warnings.append(_FAST_DENSE)
-        if options.device_is_here:
-            backend, found = _choose_backend(shape, sparse, options)
-            warnings += found
+        backend, found = _choose_backend(shape, sparse, options)
+        warnings = _sparsity_warnings(sparse, counts, video_tokens, share, options) + found
     warnings += [shortage] if shortage else []
-    warnings += _machine_warnings(shape, options, tflop * steps)
+    warnings += _machine_warnings(shape, options, tflop * video.num_inference_steps)
     return RunPlan(
         grid=grid,
         video_tokens=video_tokens,
@@ -155,7 +146,7 @@ def plan_run(
         last_block_tokens=tokens - (blocks - 1) * settings.block_size,
         layers=shape.layers,
         forwards_per_step=forwards,
-        steps=steps,
+        steps=video.num_inference_steps,
         dense_steps=counts.dense,
         sparse_steps=counts.sparse,
         refresh_steps=counts.refreshes,
@@ -172,6 +163,17 @@ def plan_run(
         share=_share_plan(shape, video_tokens, forwards, options),
         warnings=tuple(warnings),
     )
+
+
+def planned_steps(
+    shape: ModelShape, video: VideoSettings, sparse: SparseSettings | None, device_type: str
+) -> StepCounts:
+    """What the steps of a generation will do; all are dense without sparse settings."""
+    steps = video.num_inference_steps
+    if sparse is None:
+        return StepCounts(dense=steps)
+    tokens = math.prod(shape.grid(video.height, video.width, video.num_frames))
+    return count_steps(sparse, Run(shape.layers, shape.heads, tokens, device_type, steps))
 
 
 def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:
@@ -249,10 +251,15 @@ def _speedup_bounds(
 def _choose_backend(
     shape: ModelShape, settings: SparseSettings, options: LoadOptions
 ) -> tuple[str | None, list[str]]:
-    """The backend that will run, and the reasons if none, a faster one or 8 bits cannot run."""
+    """The backend that will run, and the reasons if none, a faster one or 8 bits cannot run.
+
+    Of a device elsewhere nothing is known.
+    """
     device = options.resolved_device
     problem = Problem(device, options.resolved_dtype, shape.head_dim, settings.block_size)
-    backend, warnings = None, []
+    backend, warnings = None, list[str]()
+    if not options.device_is_here:
+        return backend, warnings
     try:
         backend = resolve_backend(settings.backend, problem)
         warnings += _backend_warnings(backend, device)
@@ -270,12 +277,12 @@ def _sparsity_warnings(
     counts: StepCounts,
     video_tokens: int,
     share: float,
-    device_type: str,
+    options: LoadOptions,
 ) -> list[str]:
     """Why sparse attention would not pay."""
     warnings = []
     blocks = video_tokens // settings.block_size
-    min_tokens = settings.min_tokens_on(device_type)
+    min_tokens = settings.min_tokens_on(options.resolved_device.type)
     if video_tokens < min_tokens:
         warnings.append(
             f"No step is sparse: {video_tokens:,} video tokens are fewer than "
@@ -298,6 +305,8 @@ def _sparsity_warnings(
             f"Attention is {share:.0%} of a step's arithmetic. If it took no time, a step would "
             f"be {1 / (1 - share):.2f}x faster. Longer or larger videos gain more."
         )
+    if counts.sparse and has_fast_dense(options.resolved_device, options.resolved_dtype):
+        warnings.append(_FAST_DENSE)
     return warnings
 
 
