@@ -7,21 +7,18 @@ torchrun --nproc-per-node 8 -m -- eval_vbench.generate --run runs/dense --dense 
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eval_vbench.launch import Share, launched_share
-from eval_vbench.prompts import DEFAULT_SUITE, DEMO_SUITE, SUITES, VIDEOS_PER_PROMPT
 from eval_vbench.run_folder import RunFolder
-from eval_vbench.sampling_job import SamplingJob
-from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
+from eval_vbench.sampling_job import RunOptions, SamplingJob
+from xattn_video.options.command import CONTEXT_SETTINGS, command
 from xattn_video.options.groups import loading, sparse_settings, video_settings
 from xattn_video.pipelines.job_ranks import JobRanks, joined_ranks
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import print_error
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
@@ -32,31 +29,6 @@ if TYPE_CHECKING:
 _VIDEO = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The options of the run."""
-
-    run: Path = knob("Folder of the run; an existing run is resumed.", ...)
-    suite: str | None = knob(
-        f"Prompts: {', '.join(SUITES)}.",
-        shown_default=f"{DEFAULT_SUITE}; demo for the demo model",
-    )
-    num_prompts: int | None = knob("Number of prompts of the suite.", shown_default="all")
-    videos_per_prompt: int = knob(
-        f"{' or '.join(map(str, VIDEOS_PER_PROMPT))}, as VBench requires.", 1
-    )
-    lossless: bool = knob("Keep lossless copies, which PSNR and SSIM need.", True)
-    seed: int = knob("Base seed; the seed of every video is derived from it.", 0)
-    fps: int = knob("Frames per second of the file.", 24)
-    force: bool = knob("Run even if the memory seems too small.", False, "--force")
-    overwrite: bool = knob(
-        "Make every video of the run anew, whatever the folder holds; with one process only.",
-        False,
-        "--overwrite",
-    )
-    gpus_per_video: int = knob("GPUs that share each video, one process each.", 1)
 
 
 @app.command(
@@ -85,12 +57,7 @@ def main(
         RunFolder(asked.run),
         share,
         settle_offload(load, video),
-        asked.suite or (DEMO_SUITE if load.model == DEMO else DEFAULT_SUITE),
-        asked.num_prompts,
-        asked.videos_per_prompt,
-        asked.seed,
-        asked.fps,
-        asked.lossless,
+        asked,
         video,
         sparse,
         errors.verbose,
@@ -102,7 +69,7 @@ def main(
             "--overwrite removes the run's videos, which other ranks may be writing, got "
             f"{share.num_ranks * count} ranks; give another --run, or remove the folder."
         )
-    job.check(asked.force, asked.overwrite)
+    job.check()
     with job.run.lock_rank(share.rank, share.num_ranks) if job.writes else nullcontext():
         errors.running = True
         job.generate()

@@ -73,14 +73,14 @@ def _sample_one(
     if not job.writes:
         return
     places = [run.video(item)]
-    if job.lossless:
+    if job.asked.lossless:
         places.append(run.lossless_video(item))
     files = {
         run.unfinished(job.share.rank, f"{item.key}{place.suffix}"): place for place in places
     }
     for file in files:
-        write_video(file, result.frames, job.fps)
-    run.add_video(item, files, _record(pipe, item, request, result, job.fps))
+        write_video(file, result.frames, job.asked.fps)
+    run.add_video(item, files, _record(pipe, item, request, result, job.asked.fps))
 
 
 def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:

@@ -1,18 +1,29 @@
 """Runs `eval_vbench.generate` after its arguments have been checked."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from eval_vbench.launch import Share
-from eval_vbench.prompts import Prompt, VideoItem, choose_prompts, video_items
+from eval_vbench.prompts import (
+    DEFAULT_SUITE,
+    DEMO_SUITE,
+    SUITES,
+    VIDEOS_PER_PROMPT,
+    Prompt,
+    VideoItem,
+    choose_prompts,
+    video_items,
+)
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder
+from xattn_video.options.command import knob
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
-from xattn_video.pipelines.source import is_on_hub
+from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.pipelines.video import check_encoders
 from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.settings import SparseSettings
@@ -32,6 +43,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The options of the run."""
+
+    run: Path = knob("Folder of the run; an existing run is resumed.", ...)
+    suite: str | None = knob(
+        f"Prompts: {', '.join(SUITES)}.",
+        shown_default=f"{DEFAULT_SUITE}; demo for the demo model",
+    )
+    num_prompts: int | None = knob("Number of prompts of the suite.", shown_default="all")
+    videos_per_prompt: int = knob(
+        f"{' or '.join(map(str, VIDEOS_PER_PROMPT))}, as VBench requires.", 1
+    )
+    lossless: bool = knob("Keep lossless copies, which PSNR and SSIM need.", True)
+    seed: int = knob("Base seed; the seed of every video is derived from it.", 0)
+    fps: int = knob("Frames per second of the file.", 24)
+    force: bool = knob("Run even if the memory seems too small.", False, "--force")
+    overwrite: bool = knob(
+        "Make every video of the run anew, whatever the folder holds; with one process only.",
+        False,
+        "--overwrite",
+    )
+    gpus_per_video: int = knob("GPUs that share each video, one process each.", 1)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingJob:
     """One rank's part of a run.
 
@@ -39,10 +75,7 @@ class SamplingJob:
         run: The folder of the run.
         share: The part of the videos that this rank generates.
         load: How the model is loaded.
-        suite, num_prompts, videos_per_prompt: What to generate; None means all prompts.
-        seed: The base seed; the seed of every video is derived from it.
-        fps: Frames per second of the files.
-        lossless: Whether lossless copies are kept.
+        asked: The options of the run.
         video, sparse: As in a request.
         verbose: Whether to show the messages of other libraries.
         ranks: All that share videos; by default this one alone.
@@ -52,12 +85,7 @@ class SamplingJob:
     run: RunFolder
     share: Share
     load: "LoadOptions"
-    suite: str
-    num_prompts: int | None
-    videos_per_prompt: int
-    seed: int
-    fps: int
-    lossless: bool
+    asked: RunOptions
     video: VideoSettings
     sparse: SparseSettings | None
     verbose: bool
@@ -65,7 +93,12 @@ class SamplingJob:
     team: JobRanks = field(default_factory=JobRanks)
 
     def __post_init__(self) -> None:
-        check_fps(self.fps)
+        check_fps(self.asked.fps)
+
+    @property
+    def suite(self) -> str:
+        """Where the prompts come from."""
+        return self.asked.suite or (DEMO_SUITE if self.load.model == DEMO else DEFAULT_SUITE)
 
     @property
     def writes(self) -> bool:
@@ -75,19 +108,15 @@ class SamplingJob:
     @property
     def prompts(self) -> list[Prompt]:
         """All prompts of the run."""
-        return choose_prompts(self.suite, self.num_prompts)
+        return choose_prompts(self.suite, self.asked.num_prompts)
 
     @property
     def items(self) -> list[VideoItem]:
         """All videos of the run, on all ranks."""
-        return video_items(self.prompts, self.videos_per_prompt, self.seed)
+        return video_items(self.prompts, self.asked.videos_per_prompt, self.asked.seed)
 
-    def check(self, force: bool = False, overwrite: bool = False) -> None:
+    def check(self) -> None:
         """Check what would fail, and claim the folder for this run.
-
-        Args:
-            force: Run even if the memory seems too small.
-            overwrite: Remove the run's videos, whatever its settings.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -99,20 +128,22 @@ class SamplingJob:
         request = self.request(first)
         # One rank is enough to warn.
         if self.share.rank == 0:
-            print_warnings(check_runs(self.load, [request], force))
+            print_warnings(check_runs(self.load, [request], self.asked.force))
         check_output_folder(self.run.path, what="run")
-        check_encoders(self.run.path, (".mp4", ".mkv") if self.lossless else (".mp4",), self.fps)
-        self.run.adopt(self.settings(), overwrite)
+        check_encoders(
+            self.run.path, (".mp4", ".mkv") if self.asked.lossless else (".mp4",), self.asked.fps
+        )
+        self.run.adopt(self.settings(), self.asked.overwrite)
 
     def settings(self) -> dict[str, Any]:
         """All that the videos depend on."""
         return {
             "suite": self.suite,
             "num_prompts": len(self.prompts),
-            "videos_per_prompt": self.videos_per_prompt,
-            "seed": self.seed,
-            "fps": self.fps,
-            "lossless": self.lossless,
+            "videos_per_prompt": self.asked.videos_per_prompt,
+            "seed": self.asked.seed,
+            "fps": self.asked.fps,
+            "lossless": self.asked.lossless,
             "model": self.load.model,
             "dtype": str(self.load.resolved_dtype).removeprefix("torch."),
             "attention_backend": self.load.attention_backend,
