@@ -1,6 +1,5 @@
 """`xattn-video compare`: dense against sparse videos, or two video files."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,13 +57,8 @@ def compare(
         settle_offload(load, video),
         compared_requests(texts, details.seeds, details.negative_prompt, video),
         methods,
-        details.output or Path("compare"),
-        details.fps,
-        details.batch_size,
-        details.videos,
-        details.kept_mass,
+        details,
         page,
         errors.verbose,
-        details.force,
     )
-    job.start(details.overwrite, errors, as_json)
+    job.start(errors, as_json)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from xattn_video.cli.compare_options import CompareDetails
 from xattn_video.cli.compare_results import ResultsFolder, batch_key, check_new_results
 from xattn_video.cli.outputs import ResumableFolder
 from xattn_video.cli.page_file import PageWish, open_in_browser
@@ -45,40 +46,34 @@ class CompareJob:
         load: How the model is loaded.
         requests: One dense request for each prompt and seed.
         methods: The methods to compare with dense attention.
-        folder: Where everything is written.
-        fps: Frames per second of the videos.
-        batch_size: Videos generated in one call.
-        videos: Whether videos are written and VMAF is measured, both of which need ffmpeg.
-        kept_mass: Whether kept mass is measured, for the first batch.
+        details: What else is generated, measured and written.
         page: Whether a web page is written, and opened.
         verbose: Whether to show the messages of other libraries.
-        force: Whether to run even if the memory seems too small.
         table: Whether the table is printed.
     """
 
     load: "LoadOptions"
     requests: tuple[GenerationRequest, ...]
     methods: "tuple[Method, ...]"
-    folder: Path
-    fps: int
-    batch_size: int
-    videos: bool
-    kept_mass: bool
+    details: CompareDetails
     page: PageWish
     verbose: bool
-    force: bool = False
     table: bool = True
 
     def __post_init__(self) -> None:
-        check_fps(self.fps)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}; use 1.")
+        check_fps(self.details.fps)
+        if self.details.batch_size < 1:
+            raise ValueError(
+                f"batch_size must be at least 1, got {self.details.batch_size}; use 1."
+            )
 
-    def check(self, overwrite: bool) -> None:
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.details.output or Path("compare")
+
+    def check(self) -> None:
         """Find out what would fail or be in vain before the weights are loaded.
-
-        Args:
-            overwrite: Whether the folder may hold results of other settings.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot
@@ -92,12 +87,12 @@ class CompareJob:
         require_packages("comparisons", "torchmetrics", "matplotlib")
         require_torchmetrics()
         if not ResumableFolder(self.folder).settings_file.exists():
-            check_new_results(self.folder, overwrite)
-        if self.videos:
-            check_encoders(self.folder, VIDEO_SUFFIXES, self.fps)
+            check_new_results(self.folder, self.details.overwrite)
+        if self.details.videos:
+            check_encoders(self.folder, VIDEO_SUFFIXES, self.details.fps)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
         requests = [replace(self.requests[0], sparse=settings) for settings in sparse]
-        warnings = check_runs(self.load, requests, self.force)
+        warnings = check_runs(self.load, requests, self.details.force)
         if self.load.model == DEMO:
             warnings += unknown_words([request.prompt for request in self.requests])
         print_warnings(warnings)
@@ -107,23 +102,23 @@ class CompareJob:
         record = self._record()
         names = ("device", "video", "negative_prompt", "seeds", "batch_size")
         return {
-            **shaping_record(self.load, self.fps),
+            **shaping_record(self.load, self.details.fps),
             **{name: record[name] for name in names},
             "prompts": list(dict.fromkeys(request.prompt for request in self.requests)),
             "methods": {
                 method.name: None if method.sparse is None else method.sparse.to_dict()
                 for method in self.methods
             },
-            "videos": self.videos,
-            "kept_mass": self.kept_mass,
+            "videos": self.details.videos,
+            "kept_mass": self.details.kept_mass,
         }
 
-    def start(self, overwrite: bool, errors: ErrorsToExitCodes, as_json: bool = False) -> None:
+    def start(self, errors: ErrorsToExitCodes, as_json: bool = False) -> None:
         """Check everything, then run in the folder, which is this process's alone meanwhile."""
-        self.check(overwrite)
+        self.check()
         folder = ResumableFolder(self.folder)
         with folder.lock():
-            folder.adopt(self.settings(), overwrite)
+            folder.adopt(self.settings(), self.details.overwrite)
             errors.running = True
             self.run(folder, as_json)
 
@@ -138,7 +133,7 @@ class CompareJob:
         if not self.verbose:
             quiet_libraries()
         results = ResultsFolder(
-            folder, (DENSE, *self.methods), self.videos, self.page.html, self._record()
+            folder, (DENSE, *self.methods), self.details.videos, self.page.html, self._record()
         )
         missing = {first: batch for first, batch in self._batches() if not results.resume(first)}
         count = sum(len(batch) for batch in missing.values())
@@ -178,7 +173,7 @@ class CompareJob:
         """Generate and measure what is missing, with one display for all of it."""
         from xattn_video.measure.similarity import Scorer
 
-        scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.videos)
+        scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.details.videos)
         for name, why in scorer.missing.items():
             print_message(f"{name} is not measured: {why}")
         with JobProgress(progress_console()).running() as shown:
@@ -203,12 +198,12 @@ class CompareJob:
         pipe.set_progress_bar_config(disable=True)
         print_warnings(cut_prompts(pipe, self.requests))
         judge = judge_demo_clip if self.load.model == DEMO else None
-        comparison = Comparison(pipe, self.methods, scorer, self.fps, judge)
+        comparison = Comparison(pipe, self.methods, scorer, self.details.fps, judge)
         shown.left.decoding_steps = ExpectedWork.of(pipe).decoding_steps(self.requests[0].video)
         for first, batch in missing.items():
-            kept_mass = self.kept_mass and first == 1
+            kept_mass = self.details.kept_mass and first == 1
             shown.expect(comparison.expected(batch, measure_kept_mass=kept_mass))
-        comparison.warm_up(self.requests[: self.batch_size], shown.run)
+        comparison.warm_up(self.requests[: self.details.batch_size], shown.run)
         for first, batch in missing.items():
             title = (
                 f"{first}/{len(self.requests)} {shorten(batch[0].prompt, 40, placeholder='...')}"
@@ -216,15 +211,15 @@ class CompareJob:
             progress = partial(shown.run, prefix=f"{title}: ")
             with attempts.item(batch_key(first), title):
                 for outcomes in comparison.run(
-                    batch, progress, measure_kept_mass=self.kept_mass and first == 1
+                    batch, progress, measure_kept_mass=self.details.kept_mass and first == 1
                 ):
                     results.add(first, outcomes, scorer.missing)
                 results.finish_batch(first)
 
     def _batches(self) -> Iterator[tuple[int, tuple[GenerationRequest, ...]]]:
         """The requests that are generated together, and the number of the first, from 1."""
-        for first in range(0, len(self.requests), self.batch_size):
-            yield first + 1, self.requests[first : first + self.batch_size]
+        for first in range(0, len(self.requests), self.details.batch_size):
+            yield first + 1, self.requests[first : first + self.details.batch_size]
 
     def _record(self) -> dict[str, Any]:
         """What all videos share."""
@@ -235,11 +230,11 @@ class CompareJob:
         shape = read_model_shape(find_model(self.load.model))
         return {
             "command": typed_command(),
-            **run_record(self.load, self.fps),
+            **run_record(self.load, self.details.fps),
             "video": asdict(video),
             "video_tokens": math.prod(shape.grid(video.height, video.width, video.num_frames)),
             "negative_prompt": self.requests[0].negative_prompt,
             "num_prompts": len({request.prompt for request in self.requests}),
             "seeds": list(dict.fromkeys(request.seed for request in self.requests)),
-            "batch_size": self.batch_size,
+            "batch_size": self.details.batch_size,
         }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from xattn_video.cli.compare_job import CompareJob
+from xattn_video.cli.compare_options import CompareDetails
 from xattn_video.cli.page_file import PageWish
 from xattn_video.options.command import Group, command, knob
 from xattn_video.options.groups import loading, sparse_settings
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 # Two CPU cores make it twice in about a minute.
 DEMO_VIDEO = VideoSettings(height=256, width=256, num_frames=33, num_inference_steps=25)
 _PROMPT = "a red circle moving left to right over a blue background"
-_FPS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,9 @@ def demo(
         load,
         (GenerationRequest(details.prompt, None, details.seed, DEMO_VIDEO, sparse=None),),
         (method_of(sparse),),
-        details.output,
-        _FPS,
-        batch_size=1,
-        videos=True,
-        kept_mass=False,
-        page=PageWish(open=details.open),
-        verbose=errors.verbose,
+        CompareDetails(output=details.output, overwrite=details.overwrite, kept_mass=False),
+        PageWish(open=details.open),
+        errors.verbose,
         table=False,
     )
-    job.start(details.overwrite, errors)
+    job.start(errors)
