@@ -26,9 +26,8 @@ from demo_training.weights import (
     add_report,
     load_checkpoint,
     load_weights,
-    random_state,
     restore_random_state,
-    save_checkpoint,
+    save_stage,
 )
 
 LEARNING_RATE = 1.2e-3
@@ -114,7 +113,7 @@ def run(job: TrainingJob) -> None:
     clock = Clock.begin(job, before, 2.0 if job.is_smoke else RESERVE_S)
     job.log(f"training from {clock.fraction:.1%} to {clock.planned_fraction:.1%} of the schedule")
     _train(trainee, trained, clock, calls, history)
-    _save(job, trained, clock, calls + 1, history)
+    save_stage(job, trained, clock, calls + 1, history)
     job.log(f"checkpoint saved at {clock.fraction:.1%} of the schedule")
     add_report(
         job.work_dir,
@@ -279,7 +278,7 @@ def _train(
             recent, kinds = [], {}
             reported, reported_step = time.time(), trained.step_count
         if now - saved >= SAVE_EVERY_S:
-            _save(job, trained, clock, calls + 1, history)
+            save_stage(job, trained, clock, calls + 1, history)
             saved = time.time()
 
 
@@ -298,20 +297,3 @@ def _summary(recent: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         if len(inside):
             by_sigma[f"<{min(high, 1.0):g}"] = round(inside.mean().item(), 4)
     return {"loss": round(losses.mean().item(), 4), "by_sigma": by_sigma}
-
-
-def _save(
-    job: TrainingJob,
-    trained: TrainedWeights,
-    clock: Clock,
-    calls: int,
-    history: list[dict[str, Any]],
-) -> None:
-    state = {
-        "weights": trained.state(),
-        "random": random_state(),
-        "spent": clock.spent,
-        "calls": calls,
-        "history": history,
-    }
-    save_checkpoint(job.work_dir, "transformer", state)

@@ -31,9 +31,8 @@ from demo_training.weights import (
     add_report,
     load_checkpoint,
     load_weights,
-    random_state,
     restore_random_state,
-    save_checkpoint,
+    save_stage,
     save_state,
 )
 
@@ -124,7 +123,7 @@ def run(job: TrainingJob) -> None:
 
     clock = Clock.begin(job, before, 5.0 if job.is_smoke else RESERVE_S)
     _train(job, vae, trained, pools, rng, clock, calls, history)
-    _save(job, trained, clock, calls + 1, history)
+    save_stage(job, trained, clock, calls + 1, history)
     job.log(f"checkpoint saved at {clock.fraction:.0%} of the schedule")
     del pools
 
@@ -265,7 +264,7 @@ def _train(
             job.log(f"{job.stage} {line}")
             recent, reported, reported_step = {}, time.time(), trained.step_count
         if now - saved >= SAVE_EVERY_S:
-            _save(job, trained, clock, calls + 1, history)
+            save_stage(job, trained, clock, calls + 1, history)
             saved = time.time()
 
 
@@ -280,23 +279,6 @@ def _summary(recent: dict[str, list[Tensor]]) -> dict[str, Any]:
 def _psnr(squared_error: float) -> float:
     """Peak signal to noise of values in [-1, 1]."""
     return 10 * math.log10(4 / max(squared_error, 1e-10))
-
-
-def _save(
-    job: TrainingJob,
-    trained: TrainedWeights,
-    clock: Clock,
-    calls: int,
-    history: list[dict[str, Any]],
-) -> None:
-    state = {
-        "weights": trained.state(),
-        "random": random_state(),
-        "spent": clock.spent,
-        "calls": calls,
-        "history": history,
-    }
-    save_checkpoint(job.work_dir, job.stage, state)
 
 
 @torch.no_grad()

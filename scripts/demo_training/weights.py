@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from demo_training.training_plan import Clock, TrainingJob
 from xattn_video.files import atomic_path, write_json
 
 PART_BYTES = 14 * 1024 * 1024
@@ -161,6 +162,24 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> list[P
     for old in set(directory.glob(f"{name}.ckpt.*")) - set(parts):
         old.unlink()
     return parts
+
+
+def save_stage(
+    job: TrainingJob,
+    trained: TrainedWeights,
+    clock: Clock,
+    calls: int,
+    history: list[dict[str, Any]],
+) -> None:
+    """Write the checkpoint from which the stage can go on."""
+    state = {
+        "weights": trained.state(),
+        "random": random_state(),
+        "spent": clock.spent,
+        "calls": calls,
+        "history": history,
+    }
+    save_checkpoint(job.work_dir, job.stage, state)
 
 
 def load_checkpoint(directory: Path, name: str) -> dict[str, Any]:
