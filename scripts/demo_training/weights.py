@@ -94,11 +94,6 @@ class TrainedWeights:
             torch._foreach_lerp_(self.ema, masters, 1 - decay)
         return norm
 
-    def drop_gradients(self) -> None:
-        """Forget gradients that no step will use."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
     @torch.no_grad()
     def show_average(self) -> None:
         """Put the moving average into the modules."""
