@@ -9,6 +9,7 @@ from command_line import run_cli
 
 from benchmarks.several_gpus import parts_record
 from benchmarks.whole_videos import read_whole_videos
+from xattn_video import ThresholdSchedule
 from xattn_video.measure.expected_seconds import (
     ExpectedSeconds,
     MeasuredParts,
@@ -71,6 +72,17 @@ def test_a_sum_of_all_parts_is_expected():
     dense = ExpectedSeconds(MEASURED, plan(sparse=False))
     assert dense.total(1.0) == 3 + 50 * 20 + 30
     assert "50 dense x 20.00 + 30 decoding" in dense.describe()
+
+
+def test_a_refresh_runs_dense_too_in_the_layers_that_refresh():
+    late = ThresholdSchedule(((0, 0.9),), layers={0: ((0, 1.0), (6, 0.9))})
+    settings = SparseSettings(late, warmup_steps=5, refresh_every=50)
+    load = LoadOptions(device="cuda", device_elsewhere=True, dtype=torch.bfloat16)
+    found = plan_run(ModelShape(), VideoSettings(), settings, load)
+    # The warm-up's last step refreshes 59 layers, step 6 the first one; the last step is dense.
+    assert (found.dense_steps, found.sparse_steps, found.refresh_steps) == (6, 44, 1)
+    seconds = ExpectedSeconds(MEASURED, found).total(0.5)
+    assert seconds == pytest.approx(3 + (6 + 1 / 60) * 20 + 44 * 12 + 30)
 
 
 def test_a_sparse_step_saves_attention_in_proportion():

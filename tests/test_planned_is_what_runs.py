@@ -93,6 +93,12 @@ def test_planned_is_what_runs(pipe, sparse):
         len(report.sparse_steps),
     )
     assert plan.refresh_steps == len(set(report.refresh_steps) & set(report.sparse_steps))
+    refreshed = sum(
+        layer.refreshed and layer.state == "sparse"
+        for forward in report.forwards
+        for layer in forward.layers
+    )
+    assert plan.refreshed == refreshed / NUM_LAYERS
     # The time left.
     units = ExpectedWork(shape, "cpu", {}).of_run(
         GenerationRequest("a red circle", video=video, sparse=sparse)

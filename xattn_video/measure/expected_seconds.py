@@ -103,9 +103,7 @@ class ExpectedSeconds:
     def total(self, density: float) -> float:
         """Seconds from the prompt to the frames."""
         parts, plan = self.parts(density), self.plan
-        # A refresh runs dense as well.
-        dense_steps = plan.dense_steps + plan.refresh_steps
-        steps = dense_steps * parts.dense_step + plan.sparse_steps * parts.sparse_step
+        steps = self._dense_steps * parts.dense_step + plan.sparse_steps * parts.sparse_step
         return parts.text + steps + parts.decoding
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +120,7 @@ class ExpectedSeconds:
         plan = self.plan
         density = self.measured.density if plan.sparse_steps else 1.0
         parts = self.parts(density)
-        dense_steps = plan.dense_steps + plan.refresh_steps
+        dense_steps = f"{round(self._dense_steps, 1):g}"
         terms = [f"{parts.text:.0f} text", f"{dense_steps} dense x {parts.dense_step:.2f}"]
         if plan.sparse_steps:
             terms.append(f"{plan.sparse_steps} sparse x {parts.sparse_step:.2f}")
@@ -131,6 +129,11 @@ class ExpectedSeconds:
             f"about {self.total(density):.0f}{at} on {self.measured.device} without offloading "
             f"(a model from measured parts: {' + '.join(terms)} + {parts.decoding:.0f} decoding)"
         )
+
+    @property
+    def _dense_steps(self) -> float:
+        """Those of the plan; a layer that refreshes runs dense as well."""
+        return self.plan.dense_steps + self.plan.refreshed
 
     def _split(self, alone: float, on_two: float) -> float:
         """Seconds of a part on the planned number of GPUs."""

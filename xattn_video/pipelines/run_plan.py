@@ -84,6 +84,8 @@ class RunPlan:
     sparse_steps: int
     refresh_steps: int
     """Sparse steps in which at least one layer runs dense as well."""
+    refreshed: float
+    """Their layers that do, divided by the number of layers."""
     dense_step_tflop: float
     attention_share: float
     scoring_share: float
@@ -150,6 +152,7 @@ def plan_run(
         dense_steps=counts.dense,
         sparse_steps=counts.sparse,
         refresh_steps=counts.refreshes,
+        refreshed=counts.refreshed,
         dense_step_tflop=tflop,
         attention_share=share,
         scoring_share=share * scoring,
