@@ -21,6 +21,22 @@ from xattn_video.processors import engine
 STOCK_REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
 
 
+def dispatched(monkeypatch):
+    """Queries' and keys' sizes and the options of each call of Diffusers' dispatch from now on."""
+    calls, dispatch = [], engine.dispatch_attention_fn
+
+    def spy(query, key, value, **options):
+        calls.append((query.shape[:2], key.shape[:2], options))
+        return dispatch(query, key, value, **options)
+
+    monkeypatch.setattr(engine, "dispatch_attention_fn", spy)
+    return calls
+
+
+def backends(calls):
+    return [options["backend"] for _, _, options in calls]
+
+
 # Dense steps
 
 
@@ -49,14 +65,7 @@ def test_a_dense_step_without_padding_is_the_stock_one_bit_for_bit():
 
 
 def test_a_dense_step_runs_without_a_mask_on_the_valid_keys(monkeypatch):
-    calls = []
-    dispatch = engine.dispatch_attention_fn
-
-    def spy(query, key, value, **options):
-        calls.append((query.shape[:2], key.shape[:2], options))
-        return dispatch(query, key, value, **options)
-
-    monkeypatch.setattr(engine, "dispatch_attention_fn", spy)
+    calls = dispatched(monkeypatch)
     transformer, _ = with_processor(1.0)
     run(transformer, lengths=(10, 10))
     whole = VIDEO_TOKENS + TEXT_TOKENS
@@ -68,22 +77,16 @@ def test_a_dense_step_runs_without_a_mask_on_the_valid_keys(monkeypatch):
 
 
 def test_a_dense_step_uses_the_attention_backend_that_was_set(monkeypatch):
-    used = []
-    dispatch = engine.dispatch_attention_fn
-    monkeypatch.setattr(
-        engine,
-        "dispatch_attention_fn",
-        lambda *args, backend: used.append(backend) or dispatch(*args, backend=backend),
-    )
+    calls = dispatched(monkeypatch)
     transformer, _ = with_processor(1.0)
     expected = run(transformer)
     try:
         transformer.set_attention_backend("_native_math")
         torch.testing.assert_close(run(transformer), expected)
-        assert used[-NUM_LAYERS:] == [AttentionBackendName._NATIVE_MATH] * NUM_LAYERS
+        assert backends(calls[-NUM_LAYERS:]) == [AttentionBackendName._NATIVE_MATH] * NUM_LAYERS
         transformer.reset_attention_backend()
         run(transformer)
-        assert used[-NUM_LAYERS:] == [None] * NUM_LAYERS
+        assert backends(calls[-NUM_LAYERS:]) == [None] * NUM_LAYERS
     finally:
         # Diffusers leaves it set for the whole process.
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
@@ -109,18 +112,12 @@ def test_how_few_depends_on_the_device_where_nothing_is_said(monkeypatch):
 
 
 def test_gradients_use_the_attention_backend_that_was_set(monkeypatch):
-    used = []
-    dispatch = engine.dispatch_attention_fn
-    monkeypatch.setattr(
-        engine,
-        "dispatch_attention_fn",
-        lambda *args, **options: used.append(options["backend"]) or dispatch(*args, **options),
-    )
+    calls = dispatched(monkeypatch)
     transformer, processor = with_processor()
     processor._attention_backend = AttentionBackendName._NATIVE_MATH
     transformer.requires_grad_(True)
     transformer(**forward_inputs())
-    assert used == [AttentionBackendName._NATIVE_MATH] * NUM_LAYERS
+    assert backends(calls) == [AttentionBackendName._NATIVE_MATH] * NUM_LAYERS
 
 
 def test_gradients_run_dense_and_equal_the_stock_ones():
