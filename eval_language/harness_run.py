@@ -43,7 +43,7 @@ class HarnessOptions:
     """The options that all harnesses share."""
 
     run: Path = knob("Folder of the run and its report; an existing run is resumed.", ...)
-    model: str = knob("A hub ID, a folder or a .gguf file.", ...)
+    model: str = knob("demo (ships with the package), a hub ID, a folder or a .gguf file.", ...)
     tasks: str | None = knob("Tasks, between commas.", shown_default="the paper's")
     settings: str = knob("Sparse settings beside dense, THRESHOLD:STRIDE.", "0.9:8,0.9:16")
     samples: int = knob("Samples of each task, the first ones.", 100)

@@ -1,6 +1,6 @@
 """RULER with lm-evaluation-harness.
 
-python -m eval_language.ruler --run runs/ruler --model runs/language --lengths 8192,16384
+python -m eval_language.ruler --run runs/ruler --model demo --lengths 8192,16384
 """
 
 from dataclasses import dataclass

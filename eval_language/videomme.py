@@ -28,6 +28,13 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
     """Load the data sets, from the hub or its cache."""
     from lmms_eval.tasks import TaskManager, get_task_dict
 
+    from xattn_video.language.model_sources import DEMO
+
+    if asked.model == DEMO:
+        raise ValueError(
+            "the demo language model sees no videos; use a model that does, such as "
+            "Qwen/Qwen2-VL-7B-Instruct."
+        )
     names = (asked.tasks or "videomme,videomme_w_subtitle").split(",")
     for name in names:
         with needed_data(name):

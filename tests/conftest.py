@@ -1,9 +1,12 @@
 """Options, markers and fixtures that all tests share."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -109,6 +112,23 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_llm")
     save_with_tokenizer(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_demo(tiny_llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The language model that is called demo is the tiny one."""
+    monkeypatch.setattr("xattn_video.language.model_sources.DEMO_FOLDER", tiny_llm)
+
+
+@pytest.fixture
+def harnesses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports `lm_eval` and `lmms_eval` from the stand-ins."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lm_eval", "lmms_eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fake_harnesses")
+    yield import_module
+    for name in [name for name in sys.modules if name.split(".")[0] in ("lm_eval", "lmms_eval")]:
+        del sys.modules[name]
 
 
 @pytest.fixture

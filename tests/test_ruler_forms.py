@@ -8,6 +8,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
+from xattn_video.language.needle import needle_prompt
+from xattn_video.options.prefill_options import DEMO_NEEDLE
 
 pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -80,6 +84,18 @@ def needles(haystack, key, value, **numbers):
 )
 def test_many_keys(form, given):
     assert shape(ours(form)) == shape(needles(*given))
+
+
+def test_a_number_that_prefill_hides_is_asked_for_in_the_same_words(tmp_path):
+    random.seed(0)
+    sequences.train_tokenizer(tmp_path, 20)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokens = needle_prompt(tokenizer, 1000, DEMO_NEEDLE, 0.5)[0]
+    text = tokenizer.decode(tokens)
+    # The last sentence of filler is cut, so that the prompt has the asked length.
+    lines = [line for line in text.split("\n") if not line or line not in forms.GRASS[:-1]]
+    assert shape("\n".join(lines)) == shape(needles("repeat", "words", "numbers"))
+    assert tokenizer(text)["input_ids"] == tokens.tolist()
 
 
 @pytest.mark.parametrize("numbers", [{}, {"num_needle_v": 4}, {"num_needle_q": 4}])

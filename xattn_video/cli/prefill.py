@@ -9,7 +9,7 @@ from xattn_video.files import write_json
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading
-from xattn_video.options.prefill_options import LongPrompt, prefill_settings
+from xattn_video.options.prefill_options import DEMO_NEEDLE, LongPrompt, prefill_settings
 from xattn_video.reporting.console import (
     output_console,
     print_labelled,
@@ -45,6 +45,11 @@ def prefill(
         _print_plan(job)
     if job.speed_only is not None:
         print_warning(f"Speed and memory only: {job.speed_only}.")
+    if job.unknown_needle:
+        print_warning(
+            "The demo model has learned to find numbers of seven digits alone; use --needle "
+            f"{DEMO_NEEDLE}."
+        )
     if prompt.plan:
         if as_json:
             typer.echo(json.dumps(job_record(job, {}), indent=2))
@@ -66,7 +71,7 @@ def _print_plan(job: "PrefillJob") -> None:
     plan = job.plan
     lines = {
         "model": f"{job.source.name}, {plan.parameters / 1e6:,.1f} million parameters",
-        "tokens": f"{job.prompt.tokens:,} in chunks of {job.prompt.chunk_size:,}",
+        "tokens": f"{job.num_tokens:,} in chunks of {job.prompt.chunk_size:,}",
         "memory": _memory(plan, job.free_gib),
     }
     print_labelled(output_console(), lines)
@@ -123,7 +128,7 @@ def _agreement(sparse: "PrefillRun", other: "PrefillRun") -> str:
 
 def _time(job: "PrefillJob", run: "PrefillRun") -> str:
     """Seconds, speed and memory of a run."""
-    text = f"{run.seconds:.2f} s, {job.prompt.tokens / run.seconds:,.0f} tokens/s"
+    text = f"{run.seconds:.2f} s, {job.num_tokens / run.seconds:,.0f} tokens/s"
     if len(run.new_tokens) > 1:
         each = run.decode_seconds / (len(run.new_tokens) - 1)
         text += f"; then {each * 1e3:.1f} ms for a new token"

@@ -18,7 +18,12 @@ from xattn_video.language.model_sources import LanguageSource, find_language_mod
 from xattn_video.language.needle import answer_tokens, needle_prompt
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.language.registration import check_transformers
-from xattn_video.options.prefill_options import DEFAULT_NEEDLE, LongPrompt
+from xattn_video.options.prefill_options import (
+    DEFAULT_NEEDLE,
+    DEFAULT_TOKENS,
+    DEMO_NEEDLE,
+    LongPrompt,
+)
 from xattn_video.pipelines.memory import find_room
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.machine import machine_record
@@ -57,9 +62,20 @@ class PrefillJob:
     speed_only: str | None
 
     @property
+    def num_tokens(self) -> int:
+        """Of the prompt."""
+        return self.tokens.shape[1]
+
+    @property
     def needle(self) -> str:
         """The hidden text."""
-        return self.prompt.needle or DEFAULT_NEEDLE
+        return _needle(self.prompt, self.source)
+
+    @property
+    def unknown_needle(self) -> bool:
+        """Whether the demo model has learned to find no such text."""
+        text = self.needle
+        return self.source.is_demo and not (text.isdecimal() and len(text) == len(DEMO_NEEDLE))
 
     def check_memory(self) -> None:
         """Raise ValueError if the memory does not suffice, with what would fit."""
@@ -94,8 +110,9 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
     check_transformers()
     if prompt.report is not None:
         check_output_path(prompt.report, (".json",), what="report")
+    num_tokens = DEFAULT_TOKENS if prompt.tokens is None else prompt.tokens
     # Random weights have the context that they are given.
-    source = find_language_model(prompt.model, prompt.tokens + _TIMED_TOKENS)
+    source = find_language_model(prompt.model, num_tokens + _TIMED_TOKENS)
     config = source.text_config
     settings.check_model(config.num_hidden_layers, config.num_attention_heads)
     tokenizer, max_new_tokens = None, _TIMED_TOKENS
@@ -106,13 +123,15 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
                 "--needle out."
             )
         torch.manual_seed(0)
-        tokens = torch.randint(config.vocab_size, (1, prompt.tokens))
+        tokens = torch.randint(config.vocab_size, (1, num_tokens))
     else:
         tokenizer = source.load_tokenizer()
-        needle = prompt.needle or DEFAULT_NEEDLE
-        tokens = needle_prompt(tokenizer, prompt.tokens, needle, prompt.depth)
+        needle = _needle(prompt, source)
         max_new_tokens = answer_tokens(tokenizer, needle)
-    beyond = _check_context(prompt, config, max_new_tokens)
+        if prompt.tokens is None:
+            num_tokens = min(num_tokens, _context(config, num_tokens) - max_new_tokens)
+        tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
+    beyond = _check_context(prompt, num_tokens, config, max_new_tokens)
     room = find_room(load)
     return PrefillJob(
         prompt,
@@ -124,7 +143,7 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
         max_new_tokens,
         plan_prefill(
             source,
-            prompt.tokens,
+            num_tokens,
             max_new_tokens,
             prompt.chunk_size,
             load.resolved_dtype,
@@ -150,7 +169,7 @@ def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun
     for kind, settings in kinds.items():
 
         def tell(tokens: int, seconds: float, kind: str = kind) -> None:
-            say(f"  {kind}: {tokens:,} of {job.prompt.tokens:,} tokens, chunk {seconds:.2f} s")
+            say(f"  {kind}: {tokens:,} of {job.num_tokens:,} tokens, chunk {seconds:.2f} s")
 
         runs[kind] = run_prefill(
             model,
@@ -169,7 +188,7 @@ def job_record(job: PrefillJob, runs: dict[str, PrefillRun]) -> dict[str, Any]:
         **machine_record(job.load.resolved_device, "transformers"),
         "model": job.source.name,
         "dtype": str(job.load.resolved_dtype).removeprefix("torch."),
-        "tokens": job.prompt.tokens,
+        "tokens": job.num_tokens,
         "chunk_size": job.prompt.chunk_size,
         "speed_only": job.speed_only,
         "settings": job.settings.to_dict(),
@@ -198,18 +217,31 @@ def _record(job: PrefillJob, run: PrefillRun) -> dict[str, Any]:
     return record
 
 
-def _check_context(prompt: LongPrompt, config: Any, max_new_tokens: int) -> str | None:
+def _needle(prompt: LongPrompt, source: LanguageSource) -> str:
+    return prompt.needle or (DEMO_NEEDLE if source.is_demo else DEFAULT_NEEDLE)
+
+
+def _context(config: Any, otherwise: int) -> int:
+    """The tokens that the model was made for; some configurations tell none."""
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return otherwise if context is None else context
+
+
+def _check_context(
+    prompt: LongPrompt, num_tokens: int, config: Any, max_new_tokens: int
+) -> str | None:
     """Why the text means nothing beyond the model's context; None within it.
 
     Raises:
         ValueError: The prompt does not fit, and that was not allowed.
     """
-    context = getattr(config, "max_position_embeddings", None)
-    if context is None or prompt.tokens + max_new_tokens <= context:
+    wanted = num_tokens + max_new_tokens
+    context = _context(config, wanted)
+    if wanted <= context:
         return None
     if not prompt.beyond_context:
         raise ValueError(
-            f"the model's context is {context:,} tokens, got {prompt.tokens:,} and "
+            f"the model's context is {context:,} tokens, got {num_tokens:,} and "
             f"{max_new_tokens} for the answer; use --tokens {context - max_new_tokens} or fewer, "
             "or --beyond-context for speed and memory alone."
         )

@@ -1,4 +1,4 @@
-"""Finds and loads a language model: random weights of a known shape, a folder, the hub, GGUF."""
+"""Finds and loads a language model: the demo model, random weights, a folder, the hub, GGUF."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from xattn_video.errors import MissingPackageError
 
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+"""Of the small trained model that ships with the package."""
 RANDOM = "random:"
 # As the models' own configurations have them; what speed does not depend on is left out.
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,7 +69,7 @@ class LanguageSource:
     """Where a language model comes from.
 
     Attributes:
-        name: ``random:`` and a shape, a folder, a hub ID, or a ``.gguf`` file.
+        name: ``demo``, ``random:`` and a shape, a folder, a hub ID, or a ``.gguf`` file.
         config: The configuration of the model.
     """
 
@@ -77,6 +80,11 @@ class LanguageSource:
     def is_random(self) -> bool:
         """Whether its weights are random: good for times and memory alone."""
         return self.name.startswith(RANDOM)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the small trained model that ships with the package."""
+        return self.name == DEMO
 
     @property
     def text_config(self) -> Any:
@@ -125,6 +133,7 @@ def find_language_model(name: str, max_tokens: int) -> LanguageSource:
 
     Raises:
         ValueError: There is no such model, or it is none that predicts text.
+        FileNotFoundError: The installation holds no demo model.
         MissingPackageError: A GGUF file without the package that reads it.
     """
     if name.startswith(RANDOM):
@@ -138,8 +147,8 @@ def find_language_model(name: str, max_tokens: int) -> LanguageSource:
         if Path(where).is_dir():
             raise ValueError(f"{name!r} cannot be read: {_first_line(error)}") from None
         raise ValueError(
-            f"{name!r} is no folder of a model, no .gguf file, no {RANDOM}SHAPE, and the hub does "
-            f"not give it: {_first_line(error)}"
+            f"{name!r} is no folder of a model, no .gguf file, not {DEMO!r}, no {RANDOM}SHAPE, "
+            f"and the hub does not give it: {_first_line(error)}"
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
@@ -159,6 +168,14 @@ def _shape(name: str) -> tuple[str, dict[str, Any]]:
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:
     """The folder or hub ID, and what else transformers must know to read it."""
+    if name == DEMO:
+        if not (DEMO_FOLDER / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the demo language model's files are missing, expected "
+                f"{DEMO_FOLDER / 'config.json'}; reinstall xattn-video, or train the model with "
+                "scripts/train_language_model.py."
+            )
+        return str(DEMO_FOLDER), {"local_files_only": True}
     path = Path(name)
     if path.suffix != ".gguf":
         if path.is_dir() and not (path / "config.json").is_file():

@@ -1,15 +1,41 @@
 """A long prompt of filler that hides a text and asks for it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_GRASS = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 )
-_HIDDEN = "The secret text is: {needle}. Remember the secret text. "
-_QUESTION = "What is the secret text? The secret text is:"
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a text is announced, surrounded, hidden and asked for."""
+
+    head: str
+    filler: str
+    hidden: str
+    question: str
+
+
+_TEXT = _Form(
+    head="",
+    filler=f"{_GRASS} ",
+    hidden="The secret text is: {needle}. Remember the secret text. ",
+    question="What is the secret text? The secret text is:",
+)
+# RULER's niah_single_1, word for word; the demo model has learned no other.
+_ASKED = "special magic number for quick-lantern mentioned in the provided text"
+_NUMBER = _Form(
+    head="A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.",
+    filler=f"\n{_GRASS}",
+    hidden="\nOne of the special magic numbers for quick-lantern is: {needle}.",
+    question=f"\nWhat is the {_ASKED}? The {_ASKED} is",
+)
 
 
 def needle_prompt(tokenizer: Any, num_tokens: int, needle: str, depth: float) -> Tensor:
@@ -18,16 +44,17 @@ def needle_prompt(tokenizer: Any, num_tokens: int, needle: str, depth: float) ->
     Args:
         tokenizer: The model's.
         num_tokens: The length.
-        needle: The text to hide.
+        needle: The text to hide; a number is hidden and asked for in RULER's words.
         depth: Where it lies in the filler, 0 for the beginning and 1 for the end.
 
     Raises:
         ValueError: The prompt is too short for the needle and the question.
     """
-    filler = _encode(tokenizer, _FILLER)
-    hidden = _encode(tokenizer, _HIDDEN.format(needle=needle))
-    question = _encode(tokenizer, _QUESTION)
-    begin = _beginning(tokenizer)
+    form = _NUMBER if needle.isdecimal() else _TEXT
+    filler = _encode(tokenizer, form.filler)
+    hidden = _encode(tokenizer, form.hidden.format(needle=needle))
+    question = _encode(tokenizer, form.question)
+    begin = _beginning(tokenizer) + _encode(tokenizer, form.head)
     room = num_tokens - len(begin) - len(hidden) - len(question)
     if room < 0:
         raise ValueError(
@@ -58,7 +85,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _beginning(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text, such as a token that begins the sequence."""
-    bare, whole = _encode(tokenizer, _FILLER), tokenizer(_FILLER)["input_ids"]
+    bare, whole = _encode(tokenizer, _GRASS), tokenizer(_GRASS)["input_ids"]
     return whole[: -len(bare)] if whole[-len(bare) :] == bare else []
 
 

@@ -14,7 +14,10 @@ from xattn_video.options.command import Group, knob, option
 from xattn_video.options.groups import SPARSITY, check_one_way, read_schedule
 from xattn_video.policy.settings import MIN_TOKENS_CUDA, SparseSettings
 
+DEFAULT_TOKENS = 131072
 DEFAULT_NEEDLE = "blue lanterns by the river"
+# The demo model has learned to find numbers of seven digits.
+DEMO_NEEDLE = "4816235"
 # What differs from video.
 _CHANGES: dict[str, dict[str, str]] = {
     "threshold": {"shown_default": f"{DEFAULT_PREFILL_THRESHOLD}"},
@@ -34,17 +37,21 @@ class LongPrompt:
     """
 
     model: str = knob(
-        "A hub ID, a folder, a .gguf file, or random:SHAPE (random weights, for speed and memory "
-        "alone).",
+        "demo (ships with the package), a hub ID, a folder, a .gguf file, or random:SHAPE (random "
+        "weights, for speed and memory alone).",
         ...,
         panel="Prompt",
     )
-    tokens: int = knob("Tokens of the prompt.", 131072, panel="Prompt")
+    tokens: int | None = knob(
+        "Tokens of the prompt.",
+        panel="Prompt",
+        shown_default=f"{DEFAULT_TOKENS}, or what the model's context holds",
+    )
     chunk_size: int = knob("Tokens of a forward pass.", 32768, panel="Prompt")
     needle: str | None = knob(
         "Text to hide in filler and to ask for.",
         panel="Prompt",
-        shown_default=f"{DEFAULT_NEEDLE}; none with random weights",
+        shown_default=f"{DEFAULT_NEEDLE}; demo {DEMO_NEEDLE}; none with random weights",
     )
     depth: float = knob("Where it lies: 0 at the beginning, 1 at the end.", 0.5, panel="Prompt")
     beyond_context: bool = knob(
@@ -64,10 +71,9 @@ class LongPrompt:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}; use 32768."
-                )
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; use 32768.")
         if not 0 <= self.depth <= 1:
             raise ValueError(f"depth must lie in [0, 1], got {self.depth:g}; use 0.5.")
         if self.compare not in (None, "dense", "sdpa"):
