@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# The XAttention authors' demo: a long prompt through Llama 3 8B with a context of a million tokens,
-# with their length and stride. Options come after these and win.
+# A long prompt in chunks: seconds, memory, density by layer, and the hidden text that is asked for.
+# By itself, the small model that ships with the package, which needs no hub; with --paper as the
+# first option, the XAttention authors' demo: their model, length and stride. Options come after
+# these and win.
 #
-#   scripts/run_demo.sh                                     # needs the hub and an 80 GB card
-#   scripts/run_demo.sh --model random:qwen2.5-7b --tokens 1048576 --density 0.07   # needs no hub
-#   scripts/run_demo.sh --plan                              # prints the memory that it needs
+#   scripts/run_demo.sh --compare dense
+#   scripts/run_demo.sh --model random:qwen2.5-7b --tokens 1048576 --density 0.07
+#   scripts/run_demo.sh --paper                             # needs the hub and an 80 GB card
+#   scripts/run_demo.sh --paper --plan                      # prints the memory that it needs
 set -euo pipefail
 
+words=(--model demo)
+if [[ ${1-} == --paper ]]; then
+    shift
+    words=(--model gradientai/Llama-3-8B-Instruct-Gradient-1048k --tokens 450560)
+fi
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-exec python -m xattn_video prefill --model gradientai/Llama-3-8B-Instruct-Gradient-1048k \
-    --tokens 450560 --chunk-size 32768 --stride 16 "$@"
+exec python -m xattn_video prefill "${words[@]}" --chunk-size 32768 --stride 16 "$@"

@@ -327,18 +327,25 @@ def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path):
     assert err.endswith("needs the package gguf, not installed here; pip install gguf.\n")
 
 
-def test_the_demo_script_passes_its_options_on(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ((), "demo"),
+        (("--paper",), "gradientai/Llama-3-8B-Instruct-Gradient-1048k --tokens 450560"),
+    ],
+)
+def test_the_demo_script_passes_its_options_on(words, model, tmp_path):
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho $PYTORCH_ALLOC_CONF $*\n")
     stub.chmod(0o755)
     done = subprocess.run(
-        ["bash", ROOT / "scripts/run_demo.sh", "--tokens", "1048576"],
+        ["bash", ROOT / "scripts/run_demo.sh", *words, "--tokens", "1048576"],
         capture_output=True,
         text=True,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("expandable_segments:True -m xattn_video prefill --model grad")
-    assert done.stdout.endswith(
-        "--tokens 450560 --chunk-size 32768 --stride 16 --tokens 1048576\n"
+    assert done.stdout == (
+        f"expandable_segments:True -m xattn_video prefill --model {model} --chunk-size 32768 "
+        "--stride 16 --tokens 1048576\n"
     )
