@@ -13,9 +13,12 @@ import argparse
 import copy
 import os
 import random
+import shlex
+import sys
 import time
+from typing import Any
 
-from xattn_video.files import user_path, write_json
+from xattn_video.files import user_path
 from xattn_video.reporting.endings import run_script
 
 
@@ -25,9 +28,10 @@ def main() -> int:
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    from language_training.evaluation import evaluate
+    from language_training.evaluation import write_evaluation
     from language_training.sequences import train_tokenizer
     from language_training.training import LONGER, SMOKE, LanguagePlan, Training, make_model
+    from language_training.training_record import write_training
 
     # The processes that make sequences are many already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -58,11 +62,16 @@ def main() -> int:
     training = Training(
         plan, folder, seconds, arguments.workers, device, compiled=not arguments.no_compile
     )
-    training.run(model.to(device), save)
     start = time.perf_counter()
-    trained = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    result = evaluate(trained, folder, arguments.lengths, arguments.samples)
-    write_json(folder / "evaluation.json", result)
+    call: dict[str, Any] = {
+        "command": shlex.join(sys.argv),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "steps": training.run(model.to(device), save),
+        "training_seconds": round(time.perf_counter() - start, 1),
+    }
+    write_training(folder, arguments.start_from, call)
+    start = time.perf_counter()
+    write_evaluation(folder, str(device), arguments.lengths, arguments.samples)
     print(f"evaluated in {time.perf_counter() - start:.0f} s", flush=True)
     return 0
 

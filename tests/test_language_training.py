@@ -11,7 +11,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 
 pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from language_training import training
+from language_training import training, training_record
 from language_training.sequences import Sequences, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -51,5 +51,25 @@ def test_the_script_writes_a_model_and_its_evaluation(tmp_path):
     model = LlamaForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert set(evaluation) == {"dense", "0.9"}
-    assert set(evaluation["dense"]["256"]["many_keys"]) == {"right", "density"}
+    assert evaluation["samples"] == 1
+    assert set(evaluation["shares"]) == {"dense", "0.9"}
+    assert set(evaluation["shares"]["dense"]["256"]["many_keys"]) == {"right", "density"}
+    record = json.loads((tmp_path / "TRAINING.json").read_text())
+    assert record["weights_sha256"] == evaluation["weights_sha256"]
+    (call,) = record["calls"]
+    assert call["steps"] > 0
+    assert call["training_seconds"] >= 18
+
+
+def test_a_record_keeps_the_calls_of_the_model_before(tmp_path):
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(name)
+    training_record.write_training(tmp_path / "first", None, {"steps": 1})
+    training_record.write_training(tmp_path / "second", tmp_path / "first", {"steps": 2})
+    first, second = (
+        json.loads((tmp_path / name / "TRAINING.json").read_text()) for name in ("first", "second")
+    )
+    assert [call["steps"] for call in second["calls"]] == [1, 2]
+    assert first["weights_sha256"] != second["weights_sha256"]

@@ -9,7 +9,27 @@ from transformers import LlamaForCausalLM
 
 from language_training.forms import FORMS
 from language_training.sequences import Encoder
+from language_training.training_record import weights_digest
 from xattn_video import enable_xattention
+from xattn_video.files import write_json
+from xattn_video.reporting.machine import installed_versions, machine_record
+
+EVALUATION = "evaluation.json"
+
+
+def write_evaluation(folder: Path, device: str, lengths: list[int], samples: int) -> None:
+    """Evaluate the model of a folder in bfloat16, and write the shares beside it."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    shares = evaluate(model, folder, lengths, samples)
+    record = {
+        "weights_sha256": weights_digest(folder),
+        "dtype": "bfloat16",
+        "samples": samples,
+        **machine_record(model.device),
+        "shares": shares,
+    }
+    record["versions"] |= installed_versions(("transformers",))
+    write_json(folder / EVALUATION, record)
 
 
 @torch.inference_mode()

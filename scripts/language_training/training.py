@@ -189,8 +189,8 @@ class Training:
     device: torch.device
     compiled: bool
 
-    def run(self, model: LlamaForCausalLM, save: Callable[[], None]) -> None:
-        """Train a model; ``save`` is called at the end of each stage."""
+    def run(self, model: LlamaForCausalLM, save: Callable[[], None]) -> int:
+        """Train a model; ``save`` is called at the end of each stage. Returns the steps."""
         attention = FoldedAttention(self.device)
         AttentionInterface.register("folded", attention)
         model.set_attn_implementation("folded")
@@ -219,6 +219,7 @@ class Training:
                     if accuracy >= stage.enough:
                         break
             save()
+        return step
 
     def _stages(self) -> Iterator[tuple[Stage, Iterator[Batch]]]:
         learned: list[int] = []
