@@ -4,15 +4,24 @@
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
 It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md, docs/multi_gpu.md, docs/long_context.md and docs/recipes if those files
-exist; likewise what the package tells of a run at full size.
+docs/fewer-blocks.md, docs/multi_gpu.md, docs/long_context.md, docs/language_demo_model.md and
+docs/recipes if those files exist; likewise what the package tells of a run at full size.
 """
 
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import causal_table, front, prefill_table, recipe_tables, residual_age
+from benchmarks import (
+    causal_table,
+    front,
+    language_demo_tables,
+    long_context_lines,
+    prefill_table,
+    recipe_tables,
+    residual_age,
+    ruler_table,
+)
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
 from benchmarks.results_files import ResultFile, read_results
@@ -76,12 +85,18 @@ def marked_tables(
         "README.md": {
             "benchmarks": lambda: render_readme_table(files, videos) + "\n",
             "presets": render_presets,
+            "long context": long_context_lines.render,
         },
         "docs/fewer-blocks.md": {"steps": render_steps},
         "docs/multi_gpu.md": several_gpus_tables(videos),
         "docs/long_context.md": {
             "prefills": prefill_table.render_prefills,
             "causal": causal_table.render,
+            "ruler": ruler_table.render,
+        },
+        "docs/language_demo_model.md": {
+            "training": language_demo_tables.training,
+            "evaluation": language_demo_tables.evaluation,
         },
         **recipe_tables.tables(videos),
     }

@@ -15,7 +15,7 @@ import typer
 
 from xattn_video.errors import MissingPackageError
 from xattn_video.files import check_output_folder, write_json, write_text
-from xattn_video.measure.paired_difference import paired_difference
+from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
 from xattn_video.pipelines.item_folder import ItemFolder
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
 _PAPER = Path(__file__).parent / "data" / "paper_tables.json"
-Record = dict[str, Any]
 Scorer = Callable[[Any], dict[str, float]]
 """Runs one task with what was loaded; returns the score of each sample."""
 
@@ -236,17 +235,13 @@ def _table(
 
 def _cells(dense: Sequence[Record], of: Sequence[Record]) -> tuple[str, ...]:
     """Samples, score, difference to dense, interval, density and seconds."""
-    first, second = (
-        {f"{n} {key}": value for n, one in enumerate(run) for key, value in one["scores"].items()}
-        for run in (dense, of)
-    )
-    difference = None if of is dense else paired_difference(first, second, {k: k for k in first})
-    densities = [one["density"] for one in of if one["density"] is not None]
+    found = PairedScores.of(dense, of)
+    difference = found.difference
     return (
-        str(len(second)),
-        f"{mean(second.values()):.3f}",
+        str(found.samples),
+        f"{found.score:.3f}",
         figure(difference.mean if difference else None, "+.3f"),
         difference.interval if difference else "",
-        figure(mean(densities) if densities else None, ".3f"),
-        f"{sum(one['seconds'] for one in of):.0f}",
+        figure(found.density, ".3f"),
+        f"{found.seconds:.0f}",
     )

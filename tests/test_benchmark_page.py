@@ -280,7 +280,8 @@ def test_pages_are_written_only_where_they_are_told(tmp_path, capsys, monkeypatc
 def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_path):
     readme, pictures = tmp_path / "README.md", tmp_path / "docs/images/benchmarks"
     begin, end = MARKS
-    tables = [f"{begin.format(mark)}old{end.format(mark)}" for mark in ("benchmarks", "presets")]
+    marks = ("benchmarks", "presets", "long context")
+    tables = [f"{begin.format(mark)}old{end.format(mark)}" for mark in marks]
     readme.write_text("\nb\n".join(tables))
     pictures.mkdir(parents=True)
     (pictures / "gone.png").write_text("")
@@ -294,6 +295,7 @@ PAGES_WITH_TABLES = [
     "docs/fewer-blocks.md",
     "docs/multi_gpu.md",
     "docs/long_context.md",
+    "docs/language_demo_model.md",
     "docs/recipes/first_block_cache.md",
     "docs/recipes/fp8.md",
     "docs/recipes/small_cards.md",

@@ -1,0 +1,70 @@
+"""The tables of docs/language_demo_model.md, from what lies beside the model's weights."""
+
+import json
+from typing import Any
+
+from xattn_video.language.model_sources import DEMO_FOLDER
+from xattn_video.reporting.tables import Table
+
+# The forms of scripts/language_training/forms.py and RULER's names for them.
+_RULER = {
+    "many_keys": "niah_multikey_2",
+    "many_uuids": "niah_multikey_3",
+    "few_keys": "niah_single_1, multivalue and multiquery",
+    "variable_tracking": "vt",
+    "common_words": "cwe",
+    "coded_words": "fwe",
+}
+
+
+def training() -> str:
+    """A row for each call of the training script."""
+    record = _read("TRAINING.json")
+    if record is None:
+        return "No weights are committed yet.\n"
+    columns = {
+        "call": lambda call: f"`{call['command']}`",
+        "on": lambda call: call["device"],
+        "steps": lambda call: f"{call['steps']:,}",
+        "minutes": lambda call: f"{call['training_seconds'] / 60:.1f}",
+    }
+    total = sum(call["training_seconds"] for call in record["calls"]) / 60
+    table = Table.of(record["calls"], columns).markdown()
+    return f"{table}\n\n- {total:.1f} minutes in all; {_versions(record)}\n"
+
+
+def evaluation() -> str:
+    """A row for each form: the share of right answers by length, dense and sparse."""
+    record = _read("evaluation.json")
+    if record is None:
+        return "No evaluation is committed yet.\n"
+    shares = record["shares"]
+    lengths = list(shares["dense"])
+    headings = ("form", "in RULER", *(f"{int(length):,}" for length in lengths))
+    rows = []
+    for form, name in _RULER.items():
+        cells = [_cell(shares, length, form) for length in lengths]
+        rows.append((form, name, *cells))
+    table = Table(headings, tuple(rows), num_left=2).markdown()
+    return (
+        f"{table}\n\n- share of right answers with dense attention / with tau 0.9, stride 8, and "
+        f"density; {record['samples']} prompts each, {record['dtype']}, {record['device']}: "
+        f"{_versions(record)}\n"
+    )
+
+
+def _cell(shares: dict[str, Any], length: str, form: str) -> str:
+    """Empty where a text of the length has no room for the form."""
+    dense, sparse = (shares[setting][length].get(form) for setting in ("dense", "0.9"))
+    if dense is None:
+        return ""
+    return f"{dense['right']:.2f} / {sparse['right']:.2f}, {sparse['density']:.2f}"
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = DEMO_FOLDER / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())

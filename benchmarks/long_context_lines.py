@@ -1,0 +1,55 @@
+"""The README's three lines on long context, from the files of prefills and of RULER."""
+
+import json
+
+from benchmarks.prefill_table import PREFILLS
+from benchmarks.results_files import ResultRow
+from benchmarks.ruler_table import RulerRuns
+
+
+def render() -> str:
+    """Speed, the longest prompt, and accuracy."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
+    compared = max((one for one in files if "speedup" in one), key=lambda one: one["tokens"])
+    longest = max(files, key=lambda one: one["tokens"])
+    lines = [_speed(compared), _memory(longest), _accuracy(RulerRuns.read())]
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _speed(file: ResultRow) -> str:
+    sparse, dense = file["runs"]["sparse"], file["runs"]["dense"]
+    return (
+        f"Speed: {_what(file)} in {sparse['seconds']:.1f} s instead of {dense['seconds']:.1f} s, "
+        f"{file['speedup']:.2f}x as fast, with {sparse['report']['density']:.1%} of the blocks "
+        f"({file['device']}, random weights)."
+    )
+
+
+def _memory(file: ResultRow) -> str:
+    sparse = file["runs"]["sparse"]
+    return (
+        f"Length: {_what(file)} in {sparse['seconds']:.1f} s and "
+        f"{sparse['peak_memory_gib']:.1f} GiB ({file['device']}, random weights); `--plan` tells "
+        "the memory beforehand."
+    )
+
+
+def _accuracy(runs: RulerRuns | None) -> str:
+    if runs is None or not runs.solved:
+        return "Accuracy: not measured on a trained model yet."
+    length = runs.lengths[-1]
+    dense, *others = runs.settings
+    parts = []
+    for setting in others:
+        found = runs.scores(runs.solved, length, setting)
+        parts.append(f"{found.score:.3f} with {setting} ({found.density:.1%} of the blocks)")
+    return (
+        f"Accuracy: on the {len(runs.solved)} of RULER's {len(runs.tasks)} tasks that the model "
+        f"`{runs.reports[0]['model']}` solves, at {length:,} tokens, "
+        f"{runs.scores(runs.solved, length, dense).score:.3f} with dense attention, "
+        f"{', '.join(parts)}."
+    )
+
+
+def _what(file: ResultRow) -> str:
+    return f"{file['tokens']:,} tokens prefilled at the size of {file['model'].split(':')[-1]}"

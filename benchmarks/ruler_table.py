@@ -1,0 +1,162 @@
+"""The table of RULER on docs/long_context.md, from reports of `eval_language.ruler`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from benchmarks.results_files import RESULTS
+from xattn_video.measure.paired_scores import PairedScores, Record
+from xattn_video.reporting.tables import Table, figure
+
+RULER = RESULTS / "ruler"
+_PAPER = RESULTS.parents[1] / "eval_language/data/paper_tables.json"
+_PAPERS_MODEL = "Llama-3.1-8B-Instruct"
+# A task that dense attention solves less often tells little of sparse attention.
+_SOLVED = 0.9
+
+
+@dataclass(frozen=True)
+class RulerRuns:
+    """Reports of one model with the same settings, such as one for each length.
+
+    Raises:
+        ValueError: They are not of one model, dtype and number of samples, two hold the same
+            result, or one is missing.
+    """
+
+    reports: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if len({(one["model"], one["dtype"], one["samples"]) for one in self.reports}) > 1:
+            raise ValueError("the reports of RULER must be of one model, dtype and --samples.")
+        keys = [self._key(one) for one in self._results()]
+        if len(keys) > len(set(keys)):
+            raise ValueError("two reports of RULER hold the same result; keep one of them.")
+        if len(keys) < len(self.tasks) * len(self.lengths) * len(self.settings):
+            raise ValueError("the reports of RULER must have the same tasks and settings.")
+
+    @classmethod
+    def read(cls) -> "RulerRuns | None":
+        """All that are committed; None if there are none."""
+        files = sorted(RULER.glob("*.json"))
+        reports = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        return cls(tuple(reports)) if files else None
+
+    def _results(self) -> Iterator[Record]:
+        for report in self.reports:
+            yield from report["results"]
+
+    @staticmethod
+    def _key(result: Record) -> tuple[str, int, str]:
+        """Task, length and setting."""
+        task, _, length = result["task"].rpartition(", ")
+        return task, int(length), result["setting"]
+
+    @cached_property
+    def _records(self) -> dict[tuple[str, int, str], Record]:
+        return {self._key(one): one for one in self._results()}
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the order of the run."""
+        return [*dict.fromkeys(self._key(one)[0] for one in self._results())]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The shortest first."""
+        return sorted({self._key(one)[1] for one in self._results()})
+
+    @property
+    def settings(self) -> list[str]:
+        """Dense attention first."""
+        return [*dict.fromkeys(self._key(one)[2] for one in self._results())]
+
+    @property
+    def solved(self) -> list[str]:
+        """The tasks that dense attention solves at every length."""
+        return [
+            task
+            for task in self.tasks
+            if all(
+                self.scores([task], length, self.settings[0]).score >= _SOLVED
+                for length in self.lengths
+            )
+        ]
+
+    def scores(self, tasks: Sequence[str], length: int, setting: str) -> PairedScores:
+        """Of some tasks together."""
+        dense, of = (
+            [self._records[task, length, label] for task in tasks]
+            for label in (self.settings[0], setting)
+        )
+        return PairedScores.of(dense, dense if setting == self.settings[0] else of)
+
+    def places(self) -> list[str]:
+        """What the runs ran on."""
+        return sorted(
+            {
+                f"{one['device']}: " + ", ".join(f"{k} {v}" for k, v in one["versions"].items())
+                for one in self._results()
+            }
+        )
+
+
+def render() -> str:
+    """A row for each task and setting, the paper's in between, and what was solved."""
+    runs = RulerRuns.read()
+    if runs is None:
+        return "No run is committed yet.\n"
+    solved, unsolved = runs.solved, [task for task in runs.tasks if task not in runs.solved]
+    groups = [("all solved", solved)] * bool(solved) + [(task, [task]) for task in runs.tasks]
+    rows: list[tuple[str, ...]] = []
+    for name, tasks in groups:
+        rows += [(name, setting, *_cells(runs, tasks, setting)) for setting in runs.settings]
+        rows += _paper_rows(runs.lengths) if name == "all solved" else []
+    headings = [
+        text for n in runs.lengths for text in (f"{n:,}: score, difference to dense", "density")
+    ]
+    table = Table(("task", "setting", *headings), tuple(rows), num_left=2)
+    first = runs.reports[0]
+    facts = [
+        f"{first['model']}, {first['dtype']}, {first['samples']} samples of each task at each "
+        "length; in brackets the 95% interval of the paired difference",
+        f"solved, which is {_SOLVED} or more with dense attention at every length: "
+        f"{', '.join(solved) or 'none'}; not solved: {', '.join(unsolved) or 'none'}",
+        f"the paper's rows are {_PAPERS_MODEL}'s on its own tasks, with a threshold for each head",
+        *runs.places(),
+    ]
+    return "\n".join([table.markdown(), "", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+def _cells(runs: RulerRuns, tasks: Sequence[str], setting: str) -> Iterator[str]:
+    for length in runs.lengths:
+        found = runs.scores(tasks, length, setting)
+        yield _score(found)
+        yield figure(found.density, ".3f")
+
+
+def _score(found: PairedScores) -> str:
+    if found.difference is None:
+        return f"{found.score:.3f}"
+    return f"{found.score:.3f}, {found.difference.mean:+.3f} {found.difference.interval}"
+
+
+def _paper_rows(lengths: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    """Full attention and XAttention of the paper at the same lengths."""
+    paper = json.loads(_PAPER.read_text(encoding="utf-8"))["RULER"]
+    full, *others = paper["rows"]
+    for row in [full, *(row for row in others if row[0] in paper["densities"])]:
+        cells: list[str] = []
+        for length in lengths:
+            name = f"{length / 1024:g}k"
+            if name not in paper["columns"]:
+                cells += ["", ""]
+                continue
+            at = paper["columns"].index(name)
+            change = f", {(row[at] - full[at]) / 100:+.3f}"
+            cells.append(f"{row[at] / 100:.3f}" + change * (row is not full))
+            density = None if row is full else paper["densities"][row[0]][at - 1] / 100
+            cells.append(figure(density, ".3f"))
+        yield ("the paper's, of another model", row[0], *cells)

@@ -1,0 +1,148 @@
+"""The table of RULER, the README's lines and the language demo model's tables, from made files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import language_demo_tables, long_context_lines, ruler_table
+
+LABELS = ("dense", "tau 0.9, stride 8")
+
+
+def report(length, **changes):
+    """Ten samples: dense attention solves the first task and half of the second."""
+    results = []
+    for task, wrong in (("niah_multikey_2", 0), ("ruler_vt", 5)):
+        for label in LABELS:
+            sparse = label != "dense"
+            right = 10 - wrong - sparse
+            results.append(
+                {
+                    "task": f"{task}, {length}",
+                    "setting": label,
+                    "scores": {str(n): float(n < right) for n in range(10)},
+                    "seconds": 1.5,
+                    "density": 2000 / length if sparse else None,
+                    "device": "a card",
+                    "versions": {"torch": "2.11.0"},
+                }
+            )
+    about = {"benchmark": "RULER", "model": "demo", "dtype": "bfloat16", "samples": 10}
+    return {**about, "results": results, **changes}
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """Write reports where the page looks for them."""
+
+    def write(*reports):
+        for number, one in enumerate(reports):
+            (tmp_path / f"{number}.json").write_text(json.dumps(one))
+
+    monkeypatch.setattr(ruler_table, "RULER", tmp_path)
+    return write
+
+
+def rows(text):
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_dense_and_sparse_and_the_papers_figures_stand_in_one_table(committed):
+    committed(report(16384), report(8192))
+    text = ruler_table.render()
+    headings, _, *found = rows(text)
+    assert headings[2:] == [
+        "8,192: score, difference to dense",
+        "density",
+        "16,384: score, difference to dense",
+        "density",
+    ]
+    dense, sparse, *papers = found[:5]
+    assert dense == ["all solved", "dense", "1.000", "", "1.000", ""]
+    assert sparse[1:4:2] == ["tau 0.9, stride 8", "0.244"]
+    assert sparse[2].startswith("0.900, -0.100 [-0.3000, +0.0000]")
+    assert [row[:2] for row in papers] == [
+        ["the paper's, of another model", name]
+        for name in ("full attention", "XAttention, stride 8", "XAttention, stride 16")
+    ]
+    assert papers[0][2:] == ["0.940", "", "0.920", ""]
+    assert papers[1][2:] == ["0.941, +0.000", "0.438", "0.932, +0.012", "0.275"]
+    assert [row[0] for row in found[5:]] == ["niah_multikey_2"] * 2 + ["ruler_vt"] * 2
+    assert "solved, which is 0.9 or more with dense attention at every length: niah_mu" in text
+    assert "not solved: ruler_vt" in text
+    assert "demo, bfloat16, 10 samples" in text
+    assert "- a card: torch 2.11.0" in text
+
+
+def test_a_length_that_the_paper_lacks_has_empty_cells(committed):
+    committed(report(2048))
+    papers = [row for row in rows(ruler_table.render()) if row[0].startswith("the paper's")]
+    assert {*map(tuple, (row[2:] for row in papers))} == {("", "")}
+
+
+def test_the_readme_tells_the_longest_length(committed):
+    committed(report(8192), report(32768))
+    speed, length, accuracy = long_context_lines.render().splitlines()
+    assert speed.startswith("- Speed: 131,072 tokens")
+    assert "random weights" in speed
+    assert length.startswith("- Length: 1,048,576 tokens")
+    assert accuracy == (
+        "- Accuracy: on the 1 of RULER's 2 tasks that the model `demo` solves, at 32,768 tokens, "
+        "1.000 with dense attention, 0.900 with tau 0.9, stride 8 (6.1% of the blocks)."
+    )
+
+
+def test_without_a_report_nothing_is_claimed(committed):
+    assert ruler_table.render() == "No run is committed yet.\n"
+    assert "- Accuracy: not measured on a trained model yet.\n" in long_context_lines.render()
+
+
+@pytest.mark.parametrize(
+    ("reports", "text"),
+    [
+        ([report(8192), report(8192)], "hold the same result"),
+        ([report(8192), report(16384, model="other")], "must be of one model"),
+        ([report(8192), report(16384, results=report(16384)["results"][:2])], "the same tasks"),
+    ],
+)
+def test_reports_that_do_not_belong_together_are_refused(reports, text, committed):
+    committed(*reports)
+    with pytest.raises(ValueError, match=text):
+        ruler_table.render()
+
+
+def test_the_demo_models_page_shows_what_lies_beside_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_demo_tables, "DEMO_FOLDER", tmp_path)
+    assert language_demo_tables.training() == "No weights are committed yet.\n"
+    assert language_demo_tables.evaluation() == "No evaluation is committed yet.\n"
+    call = {"command": "a b", "device": "a card", "steps": 1234, "training_seconds": 90}
+    versions = {"versions": {"torch": "2.11.0"}}
+    (tmp_path / "TRAINING.json").write_text(json.dumps({"calls": [call, call], **versions}))
+    _, _, first, second = rows(text := language_demo_tables.training())
+    assert first == second == ["`a b`", "a card", "1,234", "1.5"]
+    assert "- 3.0 minutes in all; torch 2.11.0" in text
+    shares = {
+        setting: {
+            "256": {"many_keys": {"right": right, "density": density}},
+            "8192": {
+                form: {"right": right, "density": density} for form in language_demo_tables._RULER
+            },
+        }
+        for setting, right, density in (("dense", 1.0, 1.0), ("0.9", 0.95, 0.3))
+    }
+    record = {"shares": shares, "samples": 20, "dtype": "bfloat16", "device": "a card"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record | versions))
+    headings, _, keys, uuids, *_ = rows(text := language_demo_tables.evaluation())
+    assert headings == ["form", "in RULER", "256", "8,192"]
+    assert keys == ["many_keys", "niah_multikey_2", "1.00 / 0.95, 0.30", "1.00 / 0.95, 0.30"]
+    assert uuids[2:] == ["", "1.00 / 0.95, 0.30"]
+    assert "20 prompts each, bfloat16, a card: torch 2.11.0" in text
+
+
+def test_the_forms_of_the_table_are_those_that_it_learned(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    from language_training.forms import FORMS
+
+    assert [*language_demo_tables._RULER] == [form.__name__ for form in FORMS]
