@@ -15,6 +15,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+# Two demo models, and what else is shipped.
+_LARGEST_BYTES = 45e6
 _OPERATOR = """
 import torch, xattn_video
 query = torch.randn(1, 2, 200, 64)
@@ -71,6 +73,9 @@ def run(empty: Path, *command: str | Path, fails: str = "") -> None:
 def main() -> None:
     """Check the wheel that the argument names."""
     wheel = Path(sys.argv[1]).resolve()
+    size = wheel.stat().st_size
+    if size > _LARGEST_BYTES:
+        sys.exit(f"{wheel.name}: {size / 1e6:.1f} MB, expected {_LARGEST_BYTES / 1e6:g} or less")
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder, "empty")
         empty.mkdir()
