@@ -54,6 +54,11 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
             manager = task_manager({"tokenizer": folder, "max_seq_lengths": [length]})
             for name in (asked.tasks or TASKS).split(","):
                 task = load_task(name, manager)
+                if not next(iter(task.test_docs()))["outputs"]:
+                    raise ValueError(
+                        f"{name} has no room for an answer in a length of {length:,}; use longer "
+                        "--lengths, or leave the task out with --tasks."
+                    )
                 options = {"tokenizer": tokenizer, "max_length": length + _OVERSHOOT}
                 scorer = task_scorer(task, manager, asked.samples, str(length), **options)
                 scorers[f"{name}, {length}"] = (f"all, {length}", scorer)

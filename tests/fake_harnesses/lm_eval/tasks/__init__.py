@@ -1,6 +1,14 @@
 METADATA = []
 
 
+class Task(str):
+    """A name, whose prompts have an answer where they are long enough."""
+
+    def test_docs(self):
+        (length,) = METADATA[-1]["max_seq_lengths"]
+        return [{"outputs": ["an answer"] * (length >= 300)}]
+
+
 class TaskManager:
     def __init__(self, include_path, metadata):
         METADATA.append(metadata)
@@ -9,4 +17,4 @@ class TaskManager:
     def load(self, names):
         if names[0].startswith("longbench"):
             raise ConnectionError("Couldn't reach 'Xnhyacinth/LongBench' on the Hub")
-        return {"tasks": {name: name for name in names}}
+        return {"tasks": {name: Task(name) for name in names}}
