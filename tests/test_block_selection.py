@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 
 from xattn_video import select_blocks
 from xattn_video.kernels import block_selection as kernel
+from xattn_video.ops import blocks
 from xattn_video.ops.blocks import BlockLists, ForcedBlocks, fewest_blocks, kernel_block_lists
 
 BLOCK_SIZE = 64
@@ -175,6 +176,28 @@ def test_threshold_one_keeps_what_hardly_scores(device):
 def test_scores_of_any_layout(device):
     scores = exact_scores(1, 1, 2, 20, device).transpose(2, 3).contiguous().transpose(2, 3)
     assert_same_lists(select(scores, 0.5), select_blocks(scores, 0.5))
+
+
+@pytest.mark.parametrize(("Nk", "expected"), [(8192, ["kernel"]), (8193, [])])
+def test_rows_that_the_kernel_cannot_hold_are_sorted(Nk, expected, monkeypatch):
+    """8,193 blocks of 128 are the keys beyond 1,048,576 tokens."""
+    called = []
+
+    def call(scores, *_, **__):
+        called.append("kernel")
+        lists = BlockLists.from_mask(torch.ones_like(scores, dtype=torch.bool))
+        return lists.counts, lists.indices
+
+    # As on a GPU that Triton compiles for.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(blocks, "device_unsupported_reasons", lambda device: [])
+    monkeypatch.setattr(kernel, "block_selection", call)
+    scores = exact_scores(1, 1, 1, Nk, torch.device("cpu"))
+    forced = ForcedBlocks(BLOCK_SIZE, Nk * BLOCK_SIZE, BLOCK_SIZE)
+    found = blocks.select_block_lists(scores, 0.5, forced)
+    assert called == expected
+    if not called:
+        assert_same_lists(found, select_blocks(scores, 0.5))
 
 
 @pytest.mark.gpu

@@ -79,6 +79,14 @@ def test_auto_takes_it_first_on_hopper(capability):
     assert resolve_backend("flash4", HOPPER) == "flash4"
 
 
+def test_it_takes_causal_attention_too(capability):
+    """Else a prefill on Hopper would run on a slower kernel."""
+    capability(9, 0)
+    causal = dataclasses.replace(HOPPER, causal=True)
+    assert flash4.unsupported_reasons(causal) == []
+    assert resolve_backend("auto", causal) == "flash4"
+
+
 @pytest.mark.parametrize("found", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_gpus_are_refused(capability, found):
     """On 8.x the package would compute dense attention without a word."""
