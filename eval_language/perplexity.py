@@ -36,6 +36,12 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
     from xattn_video.language.model_sources import find_language_model
 
     source = find_language_model(asked.model, asked.tokens)
+    context = source.context
+    if context is not None and asked.tokens > context:
+        raise ValueError(
+            f"the model's context is {context:,} tokens, got {asked.tokens:,}; use --tokens "
+            f"{context} or fewer."
+        )
     try:
         text = asked.text.read_text(encoding="utf-8") if asked.text else "\n".join(topics.values())
     except (OSError, UnicodeError) as error:

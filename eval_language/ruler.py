@@ -39,8 +39,8 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
     except ValueError:
         raise ValueError(f"lengths must be numbers, got {asked.lengths!r}.") from None
     source = find_language_model(asked.model, max(lengths))
-    context = source.text_config.max_position_embeddings
-    if max(lengths) > context:
+    context = source.context
+    if context is not None and max(lengths) > context:
         raise ValueError(
             f"the model's context is {context:,} tokens, got a length of {max(lengths):,}; use "
             "shorter ones."

@@ -186,7 +186,16 @@ def test_a_text_that_is_too_short(tiny_llm, tmp_path):
     text = tmp_path / "text"
     text.write_text("short")
     words = [f"--run={tmp_path / 'run'}", f"--model={tiny_llm}", f"--text={text}"]
+    code, _, err = run("perplexity", *words, "--tokens=2048")
+    assert code == 2
+    assert "the text has 5 tokens, too few for 100 samples of 2,048; use fewer --samples." in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_of_text_beyond_the_models_context(tiny_llm, tmp_path):
+    words = [f"--run={tmp_path / 'run'}", f"--model={tiny_llm}", "--tokens=2049"]
     code, _, err = run("perplexity", *words)
     assert code == 2
-    assert "the text has 5 tokens, too few for 100 samples of 4,096; use fewer --samples." in err
+    assert "context is 2,048 tokens, got 2,049; use --tokens 2048 or fewer." in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -128,10 +128,10 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
         tokenizer = source.load_tokenizer()
         needle = _needle(prompt, source)
         max_new_tokens = answer_tokens(tokenizer, needle)
-        if prompt.tokens is None:
-            num_tokens = min(num_tokens, _context(config, num_tokens) - max_new_tokens)
+        if prompt.tokens is None and source.context is not None:
+            num_tokens = min(num_tokens, source.context - max_new_tokens)
         tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
-    beyond = _check_context(prompt, num_tokens, config, max_new_tokens)
+    beyond = _check_context(prompt, num_tokens, source.context, max_new_tokens)
     room = find_room(load)
     return PrefillJob(
         prompt,
@@ -221,23 +221,15 @@ def _needle(prompt: LongPrompt, source: LanguageSource) -> str:
     return prompt.needle or (DEMO_NEEDLE if source.is_demo else DEFAULT_NEEDLE)
 
 
-def _context(config: Any, otherwise: int) -> int:
-    """The tokens that the model was made for; some configurations tell none."""
-    context: int | None = getattr(config, "max_position_embeddings", None)
-    return otherwise if context is None else context
-
-
 def _check_context(
-    prompt: LongPrompt, num_tokens: int, config: Any, max_new_tokens: int
+    prompt: LongPrompt, num_tokens: int, context: int | None, max_new_tokens: int
 ) -> str | None:
     """Why the text means nothing beyond the model's context; None within it.
 
     Raises:
         ValueError: The prompt does not fit, and that was not allowed.
     """
-    wanted = num_tokens + max_new_tokens
-    context = _context(config, wanted)
-    if wanted <= context:
+    if context is None or num_tokens + max_new_tokens <= context:
         return None
     if not prompt.beyond_context:
         raise ValueError(

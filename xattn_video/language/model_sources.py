@@ -91,6 +91,12 @@ class LanguageSource:
         """The configuration of its text model."""
         return self.config.get_text_config(decoder=True)
 
+    @property
+    def context(self) -> int | None:
+        """The tokens that it was made for; None where its configuration tells none."""
+        context: int | None = getattr(self.text_config, "max_position_embeddings", None)
+        return context
+
     def count_parameters(self) -> int:
         """Its parameters; makes no weights."""
         with torch.device("meta"):
