@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_language.harness_run import Scorer
+from xattn_video.errors import MissingPackageError
 
 _OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -38,10 +39,18 @@ def load_task(name: str, manager: Any) -> Any:
 
 @contextmanager
 def needed_data(name: str) -> Iterator[None]:
-    """Say in one line that a task's data cannot be had, as ValueError."""
+    """Say in one line that a task's data cannot be had, as ValueError, or that a package lacks.
+
+    Raises:
+        MissingPackageError: The task imports a package that is not installed.
+    """
     try:
         yield
-    except (OSError, LookupError, ImportError) as error:
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{name} needs a package that is not installed here: {error}; install it with pip."
+        ) from None
+    except (OSError, LookupError) as error:
         raise ValueError(
             f"the data of {name} cannot be had: {' '.join(str(error).split())[:200]}; it comes "
             "from the hub or the web at its first use: run it once where there is a network, "

@@ -87,6 +87,10 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
         (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
         (["--lengths=200"], "niah_multikey_2 has no room for an answer in a length of 200"),
         (["--tasks=niah_9"], "lm_eval has no task 'niah_9'"),
+        (
+            ["--tasks=longbench_lsht"],
+            "longbench_lsht needs a package that is not installed here: No",
+        ),
         (["--tasks=longbench_qasper"], "cannot be had: Couldn't reach 'Xnhyacinth/LongBench'"),
     ],
 )
