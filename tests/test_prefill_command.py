@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from command_line import run_cli
 from language_models import tiny_model
 
+from benchmarks import decode
 from xattn_video.language import needle as needles
 from xattn_video.language.kv_memory import describe_prefill_shortage, plan_prefill
 from xattn_video.language.long_prompt import run_prefill
@@ -152,6 +154,14 @@ def test_it_writes_what_generate_writes():
         assert list(run.new_tokens) == expected[0, 300:].tolist()
         assert run.report.sparse_layers == (0, 1)
         assert told == ([96, 192, 288, 300] if size == 96 else [300])
+
+
+def test_the_cache_goes_by_the_name_that_this_transformers_calls_it():
+    """It has another name from 5.24 on; the old one warns until 5.40 and then is gone."""
+    model = tiny_model("llama")
+    with warnings.catch_warnings(action="error"):
+        run_prefill(model, torch.ones(1, 40, dtype=int), None, chunk_size=20, max_new_tokens=2)
+        decode.time_rounds(model, 40, rounds=1, steps=1)
 
 
 def test_the_prompt_has_the_asked_length_and_holds_the_needle(tiny_llm):
