@@ -13,7 +13,7 @@ from xattn_video.reporting.tables import Table, figure
 
 T = TypeVar("T")
 IMAGES = "images/benchmarks"
-README_COLUMNS = ("measured", "on", "density", "dense", "sparse", "faster", "than stock")
+README_COLUMNS = ("what", "hardware", "density", "dense", "sparse", "speed-up", "over stock")
 _TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
@@ -78,7 +78,7 @@ def sparse_table(problem: ProblemRows) -> str:
     columns: dict[str, Callable[[ResultRow], str]] = {
         "density": lambda row: figure(row.get("density"), ".3f"),
         "stride": estimate_of,
-        "by": lambda row: row["backend"],
+        "backend": lambda row: row["backend"],
         "scoring": lambda row: _ms(row if row["name"] == "scoring" else problem.scoring_of(row)),
         "selection": selection,
         "attention": lambda row: _ms(problem.part("attention", row, backend=row["backend"])),
@@ -97,7 +97,7 @@ def sweep_table(sweep: list[ProblemRows]) -> str:
         "best dense": lambda pair: _ms_by(pair[1], unit=""),
         "density": lambda pair: f"{pair[0]['density']:.3f}",
         "stride": lambda pair: estimate_of(pair[0]),
-        "by": lambda pair: pair[0]["backend"],
+        "backend": lambda pair: pair[0]["backend"],
         "total": lambda pair: _ms(pair[0]),
         "over best dense": lambda pair: _over(*pair),
     }
@@ -116,19 +116,19 @@ def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
     for (backend, stride, density), points in lines.items():
         losing = [length for length, speedup in points if speedup <= 1]
         winning = [length for length, _ in points if length > max(losing, default=0)]
-        found = f"from {winning[0]:,} tokens on" if winning else "at no size measured"
-        yield f"`{backend}`, stride {stride}, density {density:.3g}: faster {found}"
+        found = f"from {winning[0]:,} tokens" if winning else "at no measured size"
+        yield f"`{backend}`, stride {stride}, density {density:.3g}: faster than dense {found}"
 
 
 def selection_table(problems: list[ProblemRows]) -> str:
     """How much of a model's own attention the selections keep."""
     shares = {
         "density": "density",
-        "density of the sample": "sampled_density",
+        "density of sampled rows": "sampled_density",
         "kept mass": "kept_mass",
-        "least": "least_kept_mass",
+        "lowest kept mass": "least_kept_mass",
         "formula's density": "formula_density",
-        "its kept mass": "formula_kept_mass",
+        "formula's kept mass": "formula_kept_mass",
         "oracle's density": "oracle_density",
     }
     columns: dict[str, Callable[[ResultRow], object]] = {
@@ -155,7 +155,7 @@ def step_table(steps: list[ResultRow]) -> str:
     stock, dense = phases.get("stock"), phases.get("dense")
     columns: dict[str, Callable[[ResultRow], str]] = {
         "step": lambda row: row["phase"],
-        "by": lambda row: row["backend"] or "sdpa",
+        "backend": lambda row: row["backend"] or "sdpa",
         "stride": lambda row: estimate_of(row) if row["phase"] == "sparse" else "",
         "density": lambda row: figure(row.get("density"), ".3f"),
         "s": lambda row: f"{row['latency_ms'] / 1e3:.2f}",

@@ -12,12 +12,12 @@ from xattn_video.reporting.tables import Table, figure
 
 ACCELERATIONS = RESULTS / "accelerations"
 _SAVED: dict[str, Callable[[ResultRow], str]] = {
-    "block calls": lambda row: f"{row['blocks']:.0%}",
-    "attention blocks": lambda row: f"{row['attention']:.0%}",
+    "transformer blocks run": lambda row: f"{row['blocks']:.0%}",
+    "attention blocks computed": lambda row: f"{row['attention']:.0%}",
 }
 _PICTURE: dict[str, Callable[[ResultRow], str]] = {
     "PSNR": lambda row: _decibels(row, "psnr"),
-    "worst": lambda row: _decibels(row, "worst_psnr"),
+    "worst PSNR": lambda row: _decibels(row, "worst_psnr"),
     "SSIM": lambda row: f"{row['ssim']:.4f}",
 }
 
@@ -64,7 +64,7 @@ def offloads(videos: list[WholeVideo]) -> str:
     columns = {
         "`--offload`": lambda video: f"`{video.offload}`",
         "GPU memory": lambda video: f"{video.peak_memory_gib:.1f} GiB",
-        "a sparse step": lambda video: f"{video.step_seconds(sparse=True):.1f} s",
+        "sparse step": lambda video: f"{video.step_seconds(sparse=True):.1f} s",
     }
     rows.sort(key=lambda video: video.peak_memory_gib)
     return Table.of(rows, columns).markdown() + "\n"
@@ -77,8 +77,8 @@ def _videos_section(
     row = rows[0]
     facts = (
         f"Demo model, {row['width']}x{row['height']}x{row['num_frames']}, "
-        f"{row['num_inference_steps']} steps, {row['num_prompts']} prompts, against dense "
-        "attention in bfloat16 without a cache, from the same noise:"
+        f"{row['num_inference_steps']} steps, {row['num_prompts']} prompts, compared "
+        "with dense attention in bfloat16 without a cache, from the same noise:"
     )
     return f"{facts}\n\n{steps_section(files, Table.of(rows, columns, num_left=2))}"
 
@@ -97,4 +97,4 @@ def _weights(casting: bool) -> str:
 
 def _decibels(row: ResultRow, column: str) -> str:
     """Nothing for the reference itself."""
-    return f"{row[column]:.1f} dB" if row["ssim"] < 1 else "the same"
+    return f"{row[column]:.1f} dB" if row["ssim"] < 1 else "identical"

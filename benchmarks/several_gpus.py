@@ -121,12 +121,12 @@ def _steps(files: list[ResultFile]) -> str:
         "step": lambda pair: pair.many["phase"],
         "density": lambda pair: figure(pair.many["density"], ".3f"),
         "GPUs": lambda pair: pair.many["gpus"],
-        "one GPU s": lambda pair: f"{pair.one['latency_ms'] / 1e3:.2f}",
-        "seconds": lambda pair: f"{pair.many['latency_ms'] / 1e3:.2f}",
-        "faster": lambda pair: f"{pair.one['latency_ms'] / pair.many['latency_ms']:.2f}x",
+        "one GPU, s": lambda pair: f"{pair.one['latency_ms'] / 1e3:.2f}",
+        "several GPUs, s": lambda pair: f"{pair.many['latency_ms'] / 1e3:.2f}",
+        "speed-up": lambda pair: f"{pair.one['latency_ms'] / pair.many['latency_ms']:.2f}x",
         "exchanges": lambda pair: f"{pair.many['exchange_ms'] / pair.many['latency_ms']:.1%}",
-        "peak GiB of one": lambda pair: f"{pair.one['peak_memory_gib']:.1f}",
-        "peak GiB a GPU": lambda pair: f"{pair.many['peak_memory_gib']:.1f}",
+        "peak GiB, one GPU": lambda pair: f"{pair.one['peak_memory_gib']:.1f}",
+        "peak GiB per GPU": lambda pair: f"{pair.many['peak_memory_gib']:.1f}",
         "difference": lambda pair: f"{pair.many['difference']:.1e}",
     }
     return steps_section(files, Table.of(list(_step_pairs(files)), columns))
@@ -137,9 +137,9 @@ def _exchanges(files: list[ResultFile]) -> str:
     files = _with_rows(files, "exchange")
     num_layers = ModelShape().layers
     columns = {
-        "part of a layer's exchanges": lambda row: row["part"],
+        "part of an exchange": lambda row: row["part"],
         "ms": lambda row: f"{row['latency_ms']:.2f}",
-        "s in a step": lambda row: f"{row['latency_ms'] * num_layers / 1e3:.3f}",
+        "s per step": lambda row: f"{row['latency_ms'] * num_layers / 1e3:.3f}",
     }
     return steps_section(files, Table.of(rows_of(files), columns))
 
@@ -152,7 +152,7 @@ def _runs(files: list[ResultFile]) -> str:
         "ranks": lambda row: row["ranks"],
         "exit code": lambda row: row["exit_code"],
         "seconds": lambda row: f"{row['seconds']:.0f}",
-        "frames as on one GPU": _identical,
+        "frames identical to one GPU": _identical,
         "printed": lambda row: (
             row["error"] and f"`{shorten(row['error'], 130, placeholder=' ...')}`"
         ),
@@ -169,15 +169,15 @@ def _videos(pairs: list[VideoPair]) -> str:
     rows = [(pair, part) for pair in pairs for part in _PARTS]
     columns = {
         "part": lambda row: row[1],
-        "one GPU s": lambda row: f"{_PARTS[row[1]](row[0].one):.2f}",
-        "two GPUs s": lambda row: f"{_PARTS[row[1]](row[0].two):.2f}",
-        "faster": lambda row: f"{_PARTS[row[1]](row[0].one) / _PARTS[row[1]](row[0].two):.2f}x",
+        "one GPU, s": lambda row: f"{_PARTS[row[1]](row[0].one):.2f}",
+        "two GPUs, s": lambda row: f"{_PARTS[row[1]](row[0].two):.2f}",
+        "speed-up": lambda row: f"{_PARTS[row[1]](row[0].one) / _PARTS[row[1]](row[0].two):.2f}x",
     }
     lines = [Table.of(rows, columns).markdown(), ""]
     for video in itertools.chain.from_iterable(pairs):
         lines.append(
             f"- {video.device}, {video.packages}, density {video.density:.3f}, "
-            f"{video.peak_memory_gib:.1f} GiB a GPU: `{video.command}`"
+            f"{video.peak_memory_gib:.1f} GiB per GPU: `{video.command}`"
         )
     return "\n".join(lines) + "\n"
 
@@ -200,25 +200,25 @@ def _model(parts: MeasuredParts) -> str:
     alone = expected[0].total(parts.density)
     columns = {
         "GPUs": lambda row: row.plan.share.num_gpus,
-        "from": lambda row: "measured parts" if row.plan.share.num_gpus <= 2 else "model",
-        "dense step s": lambda row: f"{row.parts(parts.density).dense_step:.2f}",
-        "sparse step s": lambda row: f"{row.parts(parts.density).sparse_step:.2f}",
-        "exchanges s": lambda row: f"{row.traded:.2f}",
-        "text s": lambda row: f"{row.parts(parts.density).text:.1f}",
-        "decoding s": lambda row: f"{row.parts(parts.density).decoding:.1f}",
-        "video s": lambda row: f"{row.total(parts.density):.0f}",
-        "faster": lambda row: f"{alone / row.total(parts.density):.2f}x",
-        "sent GiB a step": lambda row: f"{row.plan.share.sent_gib:.1f}",
-        "GiB a GPU (estimate)": lambda row: f"{row.plan.memory.peak:.1f}",
+        "source": lambda row: "measured parts" if row.plan.share.num_gpus <= 2 else "model",
+        "dense step, s": lambda row: f"{row.parts(parts.density).dense_step:.2f}",
+        "sparse step, s": lambda row: f"{row.parts(parts.density).sparse_step:.2f}",
+        "exchanges, s": lambda row: f"{row.traded:.2f}",
+        "text, s": lambda row: f"{row.parts(parts.density).text:.1f}",
+        "decoding, s": lambda row: f"{row.parts(parts.density).decoding:.1f}",
+        "video, s": lambda row: f"{row.total(parts.density):.0f}",
+        "speed-up": lambda row: f"{alone / row.total(parts.density):.2f}x",
+        "GiB sent per step": lambda row: f"{row.plan.share.sent_gib:.1f}",
+        "GiB per GPU (estimate)": lambda row: f"{row.plan.memory.peak:.1f}",
     }
     plan = plans[0]
     facts = (
-        f"{parts.video}, {plan.steps} steps of which {plan.sparse_steps} sparse, density "
+        f"{parts.video}, {plan.steps} steps ({plan.sparse_steps} sparse), density "
         f"{parts.density:.3f}, {parts.device}:"
     )
     rate = parts.sent_gib * 2**30 / 1e9 / parts.exchange
     source = (
-        f"Each GPU of two sent {parts.sent_gib:.1f} GiB in the {parts.exchange:.2f} s of a step's "
-        f"exchanges, which is {rate:.0f} GB/s, copies included."
+        f"With two GPUs, each sent {parts.sent_gib:.1f} GiB in the {parts.exchange:.2f} s of a "
+        f"step's exchanges: {rate:.0f} GB/s, copies included."
     )
     return f"{facts}\n\n{Table.of(expected, columns).markdown()}\n\n{source}\n"

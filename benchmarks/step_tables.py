@@ -37,9 +37,9 @@ def render_presets() -> str:
     }
     facts = (
         f"Demo model, {video['width']}x{video['height']}x{video['num_frames']}, "
-        f"{video['num_inference_steps']} steps, {record['num_prompts']} prompts, against dense "
-        f"attention from the same noise. The mean step is HunyuanVideo's at 720x1280x129 on "
-        f"an H100, refreshes included; a dense one takes {dense_s:.1f} s:"
+        f"{video['num_inference_steps']} steps, {record['num_prompts']} prompts, compared with "
+        f"dense attention from the same noise. The mean step is that of HunyuanVideo at "
+        f"720x1280x129 on an H100, refreshes included; a dense step takes {dense_s:.1f} s:"
     )
     return f"{facts}\n\n{Table.of(sparse, columns).markdown()}\n"
 

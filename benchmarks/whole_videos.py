@@ -129,7 +129,7 @@ def videos_table(videos: list[WholeVideo]) -> str:
         "steps": lambda v: f"{v.count(sparse=False)} dense, {v.count(sparse=True)} sparse",
         "preset": lambda v: v.preset or "",
         "density": lambda v: figure(v.density, ".3f"),
-        "by": lambda v: ", ".join(v.run["report"]["backends"]),
+        "backend": lambda v: ", ".join(v.run["report"]["backends"]),
         "offload": lambda v: v.offload,
         "GPUs": lambda v: str(v.gpus),
         "s per dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),

@@ -109,8 +109,8 @@ def test_the_size_from_which_it_pays_is_named(gpu_file):
         if row["backend"] == "flash4":
             row["latency_ms"] *= 10
     page = render_page([ResultFile("x", gpu_file.content | {"rows": rows})], [])
-    assert "- `triton`, stride 8, density 0.345: faster from 8,192 tokens on" in page
-    assert "- `flash4`, stride 8, density 0.345: faster at no size measured" in page
+    assert "- `triton`, stride 8, density 0.345: faster than dense from 8,192 tokens" in page
+    assert "- `flash4`, stride 8, density 0.345: faster than dense at no measured size" in page
 
 
 def test_steps_are_compared_with_both_dense_ones(gpu_file):

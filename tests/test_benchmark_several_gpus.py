@@ -41,7 +41,7 @@ def test_a_video_is_shown_part_by_part():
     assert "| all sparse steps | 21.00 | 12.00 | 1.75x |" in table
     assert "| decoding | 27.00 | 9.00 | 3.00x |" in table
     assert "| whole video | 100.00 | 50.00 | 2.00x |" in table
-    assert "45.0 GiB a GPU: `torchrun --nproc-per-node 2 -m xattn_video.cli generate" in table
+    assert "45.0 GiB per GPU: `torchrun --nproc-per-node 2 -m xattn_video.cli generate" in table
 
 
 def test_a_run_is_shown_with_what_it_printed():
