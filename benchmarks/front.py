@@ -102,7 +102,7 @@ def draw_front(points: list[Point]) -> Figure:
     axes.set(
         xlabel="seconds of denoising, HunyuanVideo 720x1280x129, 50 steps, H100 (modelled)",
         ylabel="PSNR of the demo model, dB",
-        title="Picture against time; beside each point the share of blocks computed",
+        title="Picture quality against time; labels give the share of blocks computed",
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
