@@ -92,7 +92,9 @@ def complete(run: argparse.Namespace) -> None:
         run.density = [0.2, 0.345, 0.456]
     find_problems(run.problem)
     if run.inputs is not None and not run.inputs.is_file():
-        raise FileNotFoundError(f"--inputs {run.inputs} is no file; write it with demo_inputs.")
+        raise FileNotFoundError(
+            f"--inputs {run.inputs} is not a file; create it with benchmarks.demo_inputs."
+        )
     run.time_upstream = upstream.find_checkouts(run.upstream)
 
 
@@ -105,25 +107,35 @@ def make_parser() -> argparse.ArgumentParser:
     add("--inputs", type=user_path, help="a file of benchmarks.demo_inputs, instead of --problem")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA")
-    add("--density", type=numbers, default=[], help="share of blocks; it sets the threshold")
+    add(
+        "--density",
+        type=numbers,
+        default=[],
+        help="share of blocks to keep; determines the threshold",
+    )
     add("--threshold", type=numbers, default=[], help="share of the estimated mass to keep")
     strides = comma_separated(int)
-    add("--stride", type=strides, default=[8], help="the first also times attention apart")
+    add(
+        "--stride",
+        type=strides,
+        default=[8],
+        help="strides; with the first, attention is also timed alone",
+    )
     add("--precision", type=names, default=["exact"], help="precision of scoring: exact, float8")
-    add("--backends", type=names, help="default: all that can run")
-    add("--dense", type=names, help="baselines by name, or none; default: all installed")
+    add("--backends", type=names, help="default: all backends that can run")
+    add("--dense", type=names, help="names of dense baselines, or none; default: all installed")
     checkout = "your checkout of x-attention, or of block_sparse_attn where it was built"
     add("--upstream", type=user_path, action="append", default=[], help=checkout)
-    add("--focus", type=float, default=0.6, help="how different the random blocks are")
+    add("--focus", type=float, default=0.6, help="how much the mass of the random blocks varies")
     add("--repeats", type=int, default=10)
     add(
         "--max-seconds",
         type=float,
         default=20.0,
-        help="limit for timing one row, without compiling",
+        help="time limit for one row, without compilation",
     )
     add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path, help="the JSON file")
+    add("--output", type=user_path, help="JSON file to write")
     return parser
 
 

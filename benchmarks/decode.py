@@ -54,13 +54,18 @@ def main(words: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", action="append", required=True, help="as for `xattn-video prefill`; repeatable")
+    add(
+        "--model",
+        action="append",
+        required=True,
+        help="as in `xattn-video prefill`; can be repeated",
+    )
     add("--tokens", type=int, default=4096, help="of the prompt")
-    add("--rounds", type=int, default=40, help="of each attention, one after the other")
-    add("--steps", type=int, default=8, help="tokens of a round")
+    add("--rounds", type=int, default=40, help="rounds of each attention, alternating")
+    add("--steps", type=int, default=8, help="tokens decoded in a round")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path, help="the JSON file")
+    add("--output", type=user_path, help="JSON file to write")
     return parser
 
 

@@ -35,7 +35,12 @@ def main(words: list[str] | None = None) -> None:
     add("--num-inference-steps", type=int, default=25)
     add("--prompt", default=PROMPT)
     add("--seed", type=int, default=0)
-    add("--steps", type=comma_separated(int), default=[6, 18], help="denoising steps, from 0")
+    add(
+        "--steps",
+        type=comma_separated(int),
+        default=[6, 18],
+        help="denoising steps to capture, counted from 0",
+    )
     layers = ["transformer_blocks.1", "single_transformer_blocks.1", "single_transformer_blocks.4"]
     add("--layers", type=comma_separated(str), default=layers)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -97,7 +97,7 @@ def find_checkouts(folders: list[Path]) -> bool:
     """Make the folders importable; whether x-attention is one of them."""
     for folder in folders:
         if not folder.is_dir():
-            raise FileNotFoundError(f"--upstream {folder} is no folder; clone the code there.")
+            raise FileNotFoundError(f"--upstream {folder} is not a folder; clone the code there.")
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     return any((folder / "xattn" / "src" / "Xattention.py").is_file() for folder in folders)

@@ -43,7 +43,10 @@ def main(words: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=user_path, required=True, help="holds docs/ and perhaps a README.md"
+        "--folder",
+        type=user_path,
+        required=True,
+        help="folder with docs/ and, optionally, README.md",
     )
     write_pages(parser.parse_args(words).folder)
 

@@ -43,10 +43,12 @@ class HarnessOptions:
 
     run: Path = knob("Folder of the run and its report; an existing run is resumed.", ...)
     model: str = knob("demo (ships with the package), a hub ID, a folder or a .gguf file.", ...)
-    tasks: str | None = knob("Tasks, between commas.", shown_default="the paper's")
-    settings: str = knob("Sparse settings beside dense, THRESHOLD:STRIDE.", "0.9:8,0.9:16")
-    samples: int = knob("Samples of each task, the first ones.", 100)
-    dense_layers: int = knob("First layers that stay dense.", 0)
+    tasks: str | None = knob("Task names, separated by commas.", shown_default="the paper's")
+    settings: str = knob(
+        "Sparse settings to compare with dense, as THRESHOLD:STRIDE.", "0.9:8,0.9:16"
+    )
+    samples: int = knob("Number of samples per task, from the beginning.", 100)
+    dense_layers: int = knob("Number of first layers that stay dense.", 0)
     min_tokens: int = knob("With fewer tokens so far, a chunk runs dense.", 0)
 
     def variants(self) -> "dict[str, PrefillSettings | None]":
@@ -134,7 +136,7 @@ def harness_command(
         _write(folder, about, prepared, list(variants))
         print_message(f"report     {asked.run / 'report.md'}")
 
-    main.__doc__ = f"Score a language model on {name}, dense and sparse; run it again to resume."
+    main.__doc__ = f"Score a language model on {name}, dense and sparse. Run it again to resume."
     main.__annotations__ |= {
         "asked": options,
         "load": Annotated[Any, loading("dtype", "device")],
@@ -148,7 +150,7 @@ def _require(name: str, package: str) -> None:
     module = re.split(r"[\[>]", package)[0].replace("-", "_")
     if find_spec(module) is None:
         raise MissingPackageError(
-            f"{name} needs {module}, not installed here; pip install '{package}'."
+            f"{name} needs {module}, which is not installed; pip install '{package}'."
         )
 
 
@@ -199,7 +201,7 @@ def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[s
     papers = ((paper["heading"], _paper_table(paper)),) if "rows" in paper else ()
     page = WebPage(
         title=f"{about['benchmark']}, dense and sparse",
-        lead=f"{about['model']}, {about['dtype']}, {about['samples']} samples a task at most. "
+        lead=f"{about['model']}, {about['dtype']}, at most {about['samples']} samples per task. "
         f"{' '.join(sorted(origin))}.",
         tables=(("Measured", _table(records, prepared.scorers, labels)), *papers),
         notes=tuple(paper["remarks"]),

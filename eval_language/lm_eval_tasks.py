@@ -52,9 +52,9 @@ def needed_data(name: str) -> Iterator[None]:
         ) from None
     except (OSError, LookupError) as error:
         raise ValueError(
-            f"the data of {name} cannot be had: {' '.join(str(error).split())[:200]}; it comes "
-            "from the hub or the web at its first use: run it once where there is a network, "
-            "with the same HF_HOME, or leave the task out with --tasks."
+            f"the data of {name} is not available: {' '.join(str(error).split())[:200]}; it is "
+            "downloaded on first use: run the task once with network access and the same "
+            "HF_HOME, or exclude it with --tasks."
         ) from None
 
 

@@ -20,8 +20,8 @@ _METRIC = "videomme_perception_score"
 class VideoOptions(HarnessOptions):
     """The options of Video-MME."""
 
-    kind: str = knob("The name that lmms_eval gives the kind of model.", "qwen2_vl")
-    frames: int = knob("Frames of a video at most.", 768)
+    kind: str = knob("lmms_eval's name for the type of model.", "qwen2_vl")
+    frames: int = knob("Maximum number of frames per video.", 768)
 
 
 def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:

@@ -47,7 +47,9 @@ def download_weights(dimensions: Iterable[str], folder: Path, say: Callable[[str
             failed += 1
     if failed:
         raise DownloadError(
-            f"{failed} of {len(wanted)} weights could not be had, as listed above; the others are "
+            f"{failed} of {len(wanted)} weights could not be downloaded, as listed above; "
+            "the "
+            "others are "
             f"in {str(folder)!r}. Put these where the list says, or run the same command again."
         )
 
@@ -60,15 +62,15 @@ def _provide(entry: Weights, folder: Path) -> str:
         if place.is_dir() or entry.path not in sums:
             return "is there"
         if file_digest(place) != sums[entry.path]:
-            raise DownloadError("is not what was downloaded; remove it")
-        return f"is there, sha256 {sums[entry.path]} as it was downloaded"
+            raise DownloadError("differs from the downloaded file; remove it")
+        return f"is there, sha256 {sums[entry.path]} as downloaded"
     place.parent.mkdir(parents=True, exist_ok=True)
     if not entry.source.startswith("https://"):
         return _run(entry, folder)
     stated = entry.sha256 or _stated_by_the_hub(entry.source)
     digest = _fetch(entry.source, place, stated)
     _note(folder, entry.path, digest)
-    return f"fetched, sha256 {digest} {'as stated' if stated else '(none is stated)'}"
+    return f"fetched, sha256 {digest} {'as published' if stated else '(no checksum published)'}"
 
 
 def _fetch(address: str, place: Path, stated: str) -> str:
@@ -86,7 +88,7 @@ def _fetch(address: str, place: Path, stated: str) -> str:
         expected = answer.headers.get("Content-Length")
         size = temporary.stat().st_size
         if size == 0 or (expected is not None and size != int(expected)):
-            raise DownloadError(f"was cut short, got {size} of {expected} bytes")
+            raise DownloadError(f"was truncated, got {size} of {expected} bytes")
         digest = file_digest(temporary)
         if not digest.startswith(stated):
             raise DownloadError(f"has sha256 {digest}, expected {stated}")
@@ -138,7 +140,7 @@ def _run(entry: Weights, folder: Path) -> str:
             unpacked.replace(place)
         digest = file_digest(place)
         _note(folder, entry.path, digest)
-        return f"fetched, sha256 {digest} (none is stated)"
+        return f"fetched, sha256 {digest} (no checksum published)"
     from huggingface_hub import snapshot_download
 
     # It checks the checksums of the hub itself.

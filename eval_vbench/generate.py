@@ -45,7 +45,7 @@ def main(
     errors: ErrorsToExitCodes,
     ranks: JobRanks,
 ) -> None:
-    """Generate a run's videos; the same command resumes it."""
+    """Generate the videos of a run; run the same command again to resume."""
     from xattn_video.pipelines.memory import settle_offload
 
     count = asked.gpus_per_video

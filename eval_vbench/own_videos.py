@@ -44,10 +44,10 @@ class OwnVideos:
     def check(self) -> None:
         """Raise ValueError unless the folder holds videos."""
         if not self.folder.is_dir():
-            raise ValueError(f"{str(self.folder)!r} is no folder; give one that holds videos.")
+            raise ValueError(f"{str(self.folder)!r} is not a folder; give a folder with videos.")
         if not self.files:
             raise ValueError(
-                f"{str(self.folder)!r} holds no video that VBench takes; "
+                f"{str(self.folder)!r} contains no video that VBench accepts; "
                 f"expected files that end in {' or '.join(_SUFFIXES)}."
             )
 

@@ -40,10 +40,10 @@ def main(
     output: Annotated[
         Path, typer.Option(help="Folder for report.md, report.html, report.json and report.png.")
     ] = Path("report"),
-    fidelity: Annotated[bool, typer.Option(help="Measure PSNR, SSIM and the other measures.")] = (
-        True
-    ),
-    device: Annotated[str, typer.Option(help="Device for these measures: cpu or cuda.")] = "cpu",
+    fidelity: Annotated[
+        bool, typer.Option(help="Measure PSNR, SSIM and the other fidelity metrics.")
+    ] = (True),
+    device: Annotated[str, typer.Option(help="Device for these metrics: cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: VBench's dimensions, fidelity, density, time."""

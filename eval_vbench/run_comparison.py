@@ -101,7 +101,7 @@ def load_run(path: RunFolder) -> CompleteRun:
         raise ValueError(
             f"{str(path.path)!r} lacks {len(missing)} of {len(items)} videos, {failed} of them "
             f"failed, such as {missing[0].file_name!r}; run eval_vbench.generate again with the "
-            "settings of settings.json: it makes what is missing."
+            "settings in settings.json to generate them."
         )
     return CompleteRun(path, settings, tuple(items), records, read_scores(path))
 
@@ -217,14 +217,14 @@ def caveats(dense: CompleteRun, results: Sequence[SparseResult]) -> list[str]:
             f"{settings['videos_per_prompt']} video for each prompt instead of "
             f"{VBENCH_VIDEOS_PER_PROMPT}"
         )
-    reasons.append("temporal_flickering without VBench's 25 videos a prompt and static filter")
+    reasons.append("temporal_flickering without VBench's 25 videos per prompt and static filter")
     found = [f"Not comparable to the VBench leaderboard: {'; '.join(reasons)}."]
     seconds = settings["video"]["num_frames"] / settings["fps"]
     if seconds >= VBENCH_SECONDS:
         found.append(
-            f"The videos are over 5 s: {settings['video']['num_frames']} frames at "
-            f"{settings['fps']} fps are {seconds:.2f} s, and plain VBench is made for shorter "
-            "ones (VBench-Long for these). Read the differences, not the scores."
+            f"The videos are longer than 5 s: {settings['video']['num_frames']} frames at "
+            f"{settings['fps']} fps are {seconds:.2f} s. VBench is designed for shorter videos "
+            "(VBench-Long for longer ones), so compare the differences, not the scores."
         )
     if any(devices(result.run) != devices(dense) for result in results):
         names = sorted(set.union(devices(dense), *(devices(result.run) for result in results)))

@@ -115,7 +115,7 @@ class RunFolder(ItemFolder):
         if found:
             raise ValueError(
                 f"{str(self.videos)!r} holds {len(found)} files but {str(self.path)!r} has no "
-                f"settings.json, so nobody knows what made them (such as {found[0]!r}); "
+                f"settings.json, so their settings are unknown (such as {found[0]!r}); "
                 "give an empty folder."
             )
 

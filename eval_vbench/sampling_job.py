@@ -60,11 +60,13 @@ class RunOptions:
     fps: int = knob("Frames per second of the file.", 24)
     force: bool = knob("Run even if the memory seems too small.", False, "--force")
     overwrite: bool = knob(
-        "Make every video of the run anew, whatever the folder holds; with one process only.",
+        "Generate every video of the run again, even existing ones; with one process only.",
         False,
         "--overwrite",
     )
-    gpus_per_video: int = knob("GPUs that share each video, one process each.", 1)
+    gpus_per_video: int = knob(
+        "Number of GPUs that generate each video together, one process each.", 1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ class SamplingJob:
         shown = JobProgress(progress_console() if alone else Console(quiet=True))
         ours = share.of(items)
         missing = [item for item in ours if self.run.record(item.key) is None]
-        self.say(f"{len(ours) - len(missing)} of {len(ours)} videos are there")
+        self.say(f"{len(ours) - len(missing)} of {len(ours)} videos already exist")
         if self._any_missing(missing):
             if not self.verbose:
                 quiet_libraries()

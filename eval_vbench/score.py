@@ -43,12 +43,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Scored:
     """What is scored, and with what."""
 
-    run: Path | None = knob("A run that eval_vbench.generate made.")
+    run: Path | None = knob("A run of eval_vbench.generate.")
     videos: Path | None = knob(
-        "Any folder of .mp4 or .gif files instead; the scores go to its folder vbench."
+        "A folder of .mp4 or .gif files, instead of a run; the scores go to its folder vbench."
     )
     vbench_python: Path = knob(
-        "Python of the environment that eval_vbench.setup_vbench made.",
+        "Python of the environment created by eval_vbench.setup_vbench.",
         Path("vbench-env/bin/python"),
     )
     weights: Path | None = knob(
@@ -56,12 +56,12 @@ class Scored:
         shown_default="$VBENCH_CACHE_DIR or ~/.cache/vbench, as VBench itself",
     )
     dimensions: str | None = knob(
-        "Names, separated by commas.", shown_default="all that these videos can have"
+        "Dimension names, separated by commas.", shown_default="all that these videos support"
     )
     device: str | None = knob("cpu or cuda.", shown_default="cuda if there is one")
     skip_missing: bool = knob("Skip dimensions that cannot be scored.", False, "--skip-missing")
     download: bool = knob(
-        "First fetch the weights that are missing, with their checksums; without --run and "
+        "First download missing weights and check their checksums; without --run and "
         "--videos nothing else is done.",
         False,
         "--download",
@@ -104,8 +104,8 @@ def main(asked: Scored, errors: ErrorsToExitCodes, as_json: AsJson = False) -> N
     unready = [name for name in names if lacking[name] and name not in scored]
     if unready and not asked.skip_missing:
         raise ValueError(
-            f"{len(unready)} of {len(names)} dimensions cannot be scored, see above; supply "
-            "what they lack (--download fetches weights), or score the others with "
+            f"{len(unready)} of {len(names)} dimensions cannot be scored, see above; add "
+            "what is missing (--download downloads weights), or score the others with "
             "--skip-missing."
         )
     todo = [name for name in names if name not in unready and name not in scored]
@@ -128,7 +128,7 @@ def _videos(asked: Scored) -> _Videos | None:
         ValueError: Both were given, or neither and nothing is fetched.
     """
     if asked.run is not None and asked.videos is not None:
-        raise ValueError("--run and --videos exclude each other; give one of them.")
+        raise ValueError("--run and --videos cannot be combined; give only one of them.")
     if asked.run is not None:
         return RunVideos(asked.run)
     if asked.videos is not None:
@@ -199,8 +199,8 @@ def _score(
         yield f"{name:<24}{score.score:.4f}  {len(score.videos)} videos"
     if failed:
         raise ScoringError(
-            f"{failed} of {len(names)} dimensions failed, as listed above; the others are kept, "
-            "and the same command tries these again."
+            f"{failed} of {len(names)} dimensions failed, as listed above; the others are kept. "
+            "Run the same command again to retry."
         )
 
 

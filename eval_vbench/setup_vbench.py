@@ -35,7 +35,7 @@ def main(
         Path, typer.Option(help="Python 3.11 or older to create the environment with.")
     ] = Path(sys.executable),
 ) -> None:
-    """Make an environment with VBench in it; several GB, several minutes."""
+    """Create an environment with VBench; takes several GB and several minutes."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty; remove it, or give another folder.")
     _check_version(python)
@@ -50,7 +50,7 @@ def main(
     console = output_console()
     console.print(f"python     {inside}", soft_wrap=True)
     console.print(f"modules    there for {len(ready)} of {len(NEEDS)} dimensions")
-    console.print("next       python -m eval_vbench.score tells what else is missing")
+    console.print("next       python -m eval_vbench.score shows what else is missing")
 
 
 def _check_version(python: Path) -> None:
@@ -66,7 +66,8 @@ def _check_version(python: Path) -> None:
     if version > _NEWEST_PYTHON:
         raise ValueError(
             f"{str(python)!r} is Python {version[0]}.{version[1]}; vbench 0.1.5 needs "
-            "transformers 4.33.2, which has no wheels after 3.11: give --python of a 3.11."
+            "transformers 4.33.2, which has no wheels after 3.11: give a Python 3.11 with "
+            "--python."
         )
 
 

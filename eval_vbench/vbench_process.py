@@ -58,16 +58,16 @@ class RunVideos:
         stray = sorted(found - {item.file_name for item in items})
         if stray:
             raise ValueError(
-                f"{str(run.videos)!r} holds {len(stray)} files that are no videos of this run: "
+                f"{str(run.videos)!r} holds {len(stray)} files that are not videos of this run: "
                 f"{_some(stray)}; move them away."
             )
         records = {item: run.record(item.key) for item in items}
         missing = [item.file_name for item, record in records.items() if record is None]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(items)} videos are missing or cut short: "
-                f"{_some(missing)}; run eval_vbench.generate again with the run's settings: it "
-                "makes them."
+                f"{len(missing)} of {len(items)} videos are missing or truncated: "
+                f"{_some(missing)}; run eval_vbench.generate again with the run's settings to "
+                "generate them."
             )
         broken = [
             item.file_name
@@ -78,9 +78,8 @@ class RunVideos:
         ]
         if broken:
             raise ValueError(
-                f"{len(broken)} of {len(items)} videos are not what was generated: "
-                f"{_some(broken)}; remove them, then run eval_vbench.generate again: it makes "
-                "them."
+                f"{len(broken)} of {len(items)} videos have changed since they were generated: "
+                f"{_some(broken)}; remove them, then run eval_vbench.generate again."
             )
 
     def dimensions(self) -> list[str]:
@@ -228,7 +227,7 @@ def _variables(weights_folder: Path) -> dict[str, str]:
 
 
 def _ending(code: int) -> str:
-    return f"VBench was ended by signal {-code}" if code < 0 else "VBench failed"
+    return f"VBench was killed by signal {-code}" if code < 0 else "VBench failed"
 
 
 def _last_line(log: Path) -> str:

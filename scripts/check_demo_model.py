@@ -110,8 +110,10 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--threshold", type=float, help="sparse attention at this threshold")
-    kind.add_argument("--dense", action="store_true", help="the pipeline's own dense attention")
+    kind.add_argument("--threshold", type=float, help="use sparse attention with this threshold")
+    kind.add_argument(
+        "--dense", action="store_true", help="use the pipeline's own dense attention"
+    )
     parser.add_argument("--warmup-steps", type=int, default=5)
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--num-inference-steps", type=int, default=25)
@@ -120,7 +122,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
-    parser.add_argument("--output", type=user_path, help="a JSON file")
+    parser.add_argument("--output", type=user_path, help="JSON file to write")
     return parser.parse_args()
 
 

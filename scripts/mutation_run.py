@@ -186,7 +186,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folders", nargs="*", default=FOLDERS, choices=FOLDERS)
     parser.add_argument("--seconds", type=float, default=3600.0)
-    parser.add_argument("--tests", nargs="*", help="test files; by default all that use the code")
+    parser.add_argument(
+        "--tests", nargs="*", help="test files; default: all that use the mutated code"
+    )
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     import diffusers  # noqa: F401

@@ -94,9 +94,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--total-seconds", type=float)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--start-from", type=Path, help="a finished model to refine")
+    parser.add_argument("--start-from", type=Path, help="a finished model to refine further")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for a check on a CPU")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, for a quick check on a CPU"
+    )
     return parser.parse_args()
 
 

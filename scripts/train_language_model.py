@@ -82,10 +82,12 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=user_path, required=True)
     parser.add_argument("--minutes", type=float, default=7.0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that make sequences")
-    parser.add_argument("--start-from", type=user_path, help="a finished model to go on with")
+    parser.add_argument("--workers", type=int, default=0, help="processes that generate sequences")
+    parser.add_argument("--start-from", type=user_path, help="a finished model to continue from")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, for a check on a CPU")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, for a quick check on a CPU"
+    )
     parser.add_argument("--samples", type=int, default=10, help="of the evaluation, for each form")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[1024, 8192, 16384, 32768], metavar="TOKENS"

@@ -42,13 +42,13 @@ def main() -> int:
         "--page", type=user_path, required=True, help="the page to write or create"
     )
     parser.add_argument(
-        "--grid", type=user_path, help="another page, for the PSNR grid of the first file"
+        "--grid", type=user_path, help="another page to write the PSNR grid of the first file into"
     )
     arguments = parser.parse_args()
     present = [path for path in arguments.results if path.is_file()]
     for path in arguments.results:
         if path not in present:
-            print(f"there is no {str(path)!r}; its section is left out.", file=sys.stderr)
+            print(f"{str(path)!r} does not exist; its section is omitted.", file=sys.stderr)
     try:
         write_page(arguments.page, present)
         if arguments.grid is not None and present:
@@ -71,7 +71,7 @@ def write_page(page: Path, results: list[Path]) -> None:
     """
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
-        raise ValueError(f"the runs need names of their own, got {', '.join(names)}; rename one.")
+        raise ValueError(f"the runs need different names, got {', '.join(names)}; rename one.")
     check_output_path(page, (".md",), what="page")
     # Before any plot is drawn.
     replace_between(_text_of(page, BEGIN, END), BEGIN, END, "")
@@ -102,7 +102,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}; make it again.") from None
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}; create it again.") from None
     return record
 
 

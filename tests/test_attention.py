@@ -377,7 +377,9 @@ def test_a_threshold_that_is_no_number_is_refused(threshold):
 )
 def test_sizes_that_are_no_integers_are_refused(options):
     ((name, size),) = options.items()
-    with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
+    with pytest.raises(
+        TypeError, match=f"{name} must be an integer number of tokens, got {size!r}"
+    ):
         xattention(*make_inputs(1, 1, 128, 128, 16), **options)
 
 

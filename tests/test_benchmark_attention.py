@@ -324,7 +324,7 @@ def test_the_authors_attention_is_timed_where_its_kernel_is(run_benchmark, check
 
 def test_folders_without_the_authors_code_add_no_row(tmp_path):
     assert not upstream.find_checkouts([tmp_path])
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         upstream.find_checkouts([tmp_path / "missing"])
     sys.path.remove(str(tmp_path))
 

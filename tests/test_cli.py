@@ -49,7 +49,7 @@ def test_plan_for_a_person_and_for_a_program(tiny_pipeline):
     assert code == 0, err
     assert "118,800 video (33 x 45 x 80) + up to 256 text" in out
     assert "5 dense, 45 sparse, 3 layers" in out
-    assert "the paper's densities for HunyuanVideo, not a measurement" in out
+    assert "density from the paper for HunyuanVideo, not measured here" in out
     code, out, _ = run_cli("plan", "--model", tiny_pipeline, "--device=cpu", "--json", "--dense")
     assert json.loads(out)["sparse_steps"] == 0
 
@@ -58,7 +58,7 @@ def test_plan_tells_the_memory_of_every_way_to_offload():
     """`xattn-video plan` for HunyuanVideo on a GPU elsewhere."""
     lines = run_cli("plan", "--device=cuda")[1].splitlines()
     (offload,) = [line for line in lines if line.startswith("offload ")]
-    assert offload.startswith("offload    model, the default; --gpu-memory chooses for a GPU")
+    assert offload.startswith("offload    model, the default; with --gpu-memory, the fastest")
     assert "with none 50.6 GiB (host 39.4), with group 12.7 GiB (host 80.1)" in offload
     lines = run_cli("plan", "--device=cpu")[1].splitlines()
     assert "offload    none" in lines

@@ -29,7 +29,7 @@ def test_two_ranks_make_the_video_that_one_makes(words, generate, tmp_path):
     assert (tmp_path / "both.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
     both = json.loads((tmp_path / "run.json").read_text())["runs"][0]
     assert 1 <= both["report"]["imbalance"] < 1.5
-    assert "ranks      the busiest has 1." in first.out
+    assert "ranks      the busiest rank computes 1." in first.out
     assert without_balance(both["report"]) == without_balance(alone["report"])
     assert "2/4 steps x 3/3 layers sparse" in first.out
     assert "step 4/4  sparse" in first.err
@@ -68,7 +68,7 @@ def test_prompts_are_dealt_out(words, generate, tmp_path):
     min((tmp_path / "both/resume/items").iterdir()).unlink()
     first, second = launch([*words, *asked, "--output=both"], 2, tmp_path)
     assert (first.code, second.code) == (0, 0), first.err
-    assert first.err.count(" is there\n") == 2
+    assert first.err.count(" exists already\n") == 2
     assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "alone")
 
 
@@ -77,7 +77,8 @@ def test_different_options_are_one_line(words, tmp_path):
     first, second = launch({0: asked, 1: [*asked, "--num-frames=17"]}, 2, tmp_path)
     assert (first.code, second.code) == (1, 2)
     assert first.err == (
-        "error: rank 1: it was given other options than rank 0: --num-frames 9 and 17 (rank 0 and "
+        "error: rank 1: its options differ from those of rank 0: --num-frames 9 and 17 (rank 0 "
+        "and "
         "this rank); give all ranks the same.\n"
     )
     assert not (tmp_path / "a.mp4").exists()
@@ -97,7 +98,7 @@ def test_ranks_that_speak_tell_an_error_once(words, generate, tmp_path):
     first, second = launch([*words, *asked, *SPARSE], 2, tmp_path)
     assert second.err == ""
     assert first.err.count("error: ") == 1
-    assert "error: 'v' holds a run of other settings" in first.err
+    assert "error: 'v' holds a run with other settings" in first.err
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -23,24 +23,24 @@ from command_line import SMALL, run_cli
         (["--prompt=a", "--threshold=1.5"], "--threshold must lie in (0, 1], got 1.5"),
         (
             ["--prompt=a", "--threshold=0.9", "--dense"],
-            "--threshold and --dense exclude each other",
+            "--threshold and --dense cannot be combined",
         ),
         (
             ["--prompt=a", "--threshold=0.9", "--schedule=s.json"],
-            "--threshold and --schedule exclude each other",
+            "--threshold and --schedule cannot be combined",
         ),
         (
             ["--prompt=a", "--threshold=0.95", "--density=0.1"],
-            "--threshold and --density exclude each other",
+            "--threshold and --density cannot be combined",
         ),
         (
             ["--preset=fast", "--threshold=0.9"],
-            "--threshold and --preset exclude each other",
+            "--threshold and --preset cannot be combined",
         ),
         (["--preset=best"], "--preset must be one of quality, balanced, fast, got 'best'"),
         (
             ["--preset=fast", "--token-order=hilbert"],
-            "--preset='fast' sets --threshold, --density, --token-order",
+            "--preset='fast' already sets --threshold, --density, --token-order",
         ),
         (["--prompt=a", "--density=1.5"], "--density must lie in (0, 1], got 1.5"),
         (["--prompt=a", "--refresh-every=0"], "--refresh-every must be at least 1 step, got 0"),
@@ -74,7 +74,7 @@ from command_line import SMALL, run_cli
             ["--prompt=a", "--offload=all"],
             "--offload must be one of none, model, sequential, group",
         ),
-        (["--prompt=a", "--offload=model"], "offload='model' moves parts off an accelerator"),
+        (["--prompt=a", "--offload=model"], "offload='model' needs a GPU"),
         (["--prompt=a", "--backend=fast"], "unknown attention backend 'fast'"),
         (
             ["--prompt=a", "--scoring-precision=int8"],
@@ -132,8 +132,8 @@ def test_dense_makes_no_wrong_option_right(option, message, generate):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompt; expected one per line"),
-        ("# a comment\n\n   \n", "holds no prompt; expected one per line"),
+        ("", "contains no prompt; expected one per line"),
+        ("# a comment\n\n   \n", "contains no prompt; expected one per line"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
     ids=["empty", "comments", "binary"],
@@ -151,7 +151,7 @@ def test_many_videos_need_a_folder(generate, tmp_path):
     for what, name in (("output", "a.mp4"), ("plot", "p.png")):
         code, _, err = generate("--prompts-file=p.txt", f"--{what}={name}")
         assert code == 2
-        assert f"with --prompts-file the {what} is a folder, got {name!r}; give a name" in err
+        assert f"with --prompts-file, the --{what} must be a folder, got {name!r}; give" in err
         assert not (tmp_path / name).exists()
 
 
@@ -309,7 +309,7 @@ def model_errors(tmp_path: Path) -> list[tuple[str, str]]:
     (wan / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     (broken / "model_index.json").write_text("{")
     return [
-        (str(wan), "is a WanPipeline; supported is HunyuanVideoPipeline"),
+        (str(wan), "is a WanPipeline, but the command line loads text-to-video pipelines only"),
         (str(empty), "is not a Diffusers pipeline: it has no model_index.json"),
         (str(broken), "is not valid JSON"),
         ("./nowhere", "model './nowhere' is neither a folder nor a hub ID"),
@@ -340,7 +340,7 @@ def test_the_demo_model_in_float16_is_refused(tmp_path):
     )
     assert code == 2
     assert err == (
-        "error: dtype float16 is too small for the values of the demo model's VAE; "
+        "error: dtype float16 cannot represent the values of the demo model's VAE; "
         "use bfloat16 or float32.\n"
     )
 

@@ -38,7 +38,7 @@ def test_it_names_file_size_time_and_memory():
     assert lines[0] == "video      a.mp4"
     assert lines[1] == "size       256x256, 65 frames, seed 7"
     time = (
-        "100.0 s, 3 dense steps of 2.00 s, 2 sparse steps of 1.00 s, 1.5 s for the text, "
+        "100.0 s, 3 dense steps of 2.00 s, 2 sparse steps of 1.00 s, 1.5 s for text encoding, "
         "83.5 s for decoding"
     )
     assert f"time       {time}" in lines
@@ -48,19 +48,19 @@ def test_it_names_file_size_time_and_memory():
 def test_refresh_steps_have_a_time_of_their_own():
     text = summary_of(dense=[3, 3], sparse=[1, 1, 1], refresh=[4])
     assert "3 sparse steps of 1.00 s, 1 refresh step of 4.00 s," in text
-    assert "saved      about 5.0 s against dense steps" in text
+    assert "saved      about 5.0 s compared with dense steps" in text
 
 
 def test_it_says_what_was_saved():
     text = summary_of(dense=[3, 3], sparse=[1, 1, 1])
-    assert "saved      about 6.0 s against dense steps throughout (an estimate)\n" in text
+    assert "saved      about 6.0 s compared with dense steps throughout (estimate)\n" in text
     assert "lost" not in text
 
 
 def test_a_loss_says_what_would_pay():
     text = summary_of(dense=[1, 1], sparse=[1.5, 1.5])
-    wanted = "lost       about 1.0 s against dense steps throughout (an estimate)"
-    assert f"{wanted}; longer videos and lower thresholds pay" in text
+    wanted = "lost       about 1.0 s compared with dense steps throughout (estimate)"
+    assert f"{wanted}; longer videos and lower thresholds gain more" in text
     assert "saved" not in text
 
 
@@ -68,15 +68,19 @@ def test_a_loss_says_what_would_pay():
     ("has_amx", "dtype", "pays"),
     [
         (True, torch.bfloat16, "dense attention is fast on this CPU in bfloat16 (AMX)"),
-        (True, torch.float32, "on a CPU in float32, longer videos and lower thresholds pay"),
-        (False, torch.bfloat16, "on a CPU in bfloat16, longer videos and lower thresholds pay"),
+        (True, torch.float32, "on a CPU in float32, longer videos and lower thresholds gain more"),
+        (
+            False,
+            torch.bfloat16,
+            "on a CPU in bfloat16, longer videos and lower thresholds gain more",
+        ),
     ],
 )
 def test_a_loss_on_a_cpu_knows_the_dtype(has_amx, dtype, pays, monkeypatch):
     found = {"amx_bf16": has_amx}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     load = LoadOptions(device="cpu", dtype=dtype)
-    assert f"(an estimate); {pays}" in summary_of(dense=[1, 1], sparse=[1.5, 1.5], load=load)
+    assert f"(estimate); {pays}" in summary_of(dense=[1, 1], sparse=[1.5, 1.5], load=load)
 
 
 @pytest.mark.parametrize(("dense", "sparse"), [([1, 1], []), ([], [1, 1])])

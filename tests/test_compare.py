@@ -141,7 +141,7 @@ app({["compare", "--model", str(tiny_pipeline), *SMALL, *HERE, *SPARSE, PROMPT]!
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "VMAF is not measured: it needs ffmpeg, which was not to be used." in done.stderr
+    assert "VMAF is not measured: it needs ffmpeg, which was not used in this run." in done.stderr
     assert not (tmp_path / "o/videos").exists()
     assert "<video" not in (tmp_path / "o/results.html").read_text()
     assert json.loads((tmp_path / "o/results.json").read_text())["missing"]["VMAF"]
@@ -223,8 +223,11 @@ def test_compare_knows_every_setting_of_generate():
     [
         ([], "give --prompt, --prompts-file or --demo-prompts, got none"),
         ([PROMPT, "--prompts-file=p.txt"], "give --prompt or --prompts-file, got both"),
-        ([PROMPT, "--demo-prompts=4"], "--demo-prompts excludes --prompt and --prompts-file"),
-        (["--demo-prompts=4"], "--demo-prompts are for --model demo, got "),
+        (
+            [PROMPT, "--demo-prompts=4"],
+            "--demo-prompts cannot be combined with --prompt or --prompts-file",
+        ),
+        (["--demo-prompts=4"], "--demo-prompts needs --model demo, got "),
         ([PROMPT, "--thresholds=0.9;0.95"], "--thresholds must be numbers separated by commas"),
         ([PROMPT, "--thresholds="], "--thresholds must be numbers separated by commas, got ''"),
         ([PROMPT, "--thresholds=0.9,2"], "--thresholds must lie in (0, 1], got 2.0"),
@@ -254,16 +257,22 @@ def test_compare_knows_every_setting_of_generate():
         ([PROMPT, "--backend=fast"], "unknown attention backend 'fast'"),
         ([PROMPT, "--output=/proc/a"], "--output cannot be written to '/proc/a'"),
         ([PROMPT, "--output=done"], "'done' already holds results.json; choose another --output"),
-        ([PROMPT, "--open", "--no-html"], "--open and --no-html exclude each other"),
+        ([PROMPT, "--open", "--no-html"], "--open and --no-html cannot be combined"),
         (
             ["--reference=a.mkv", "--candidate=a.mkv", "--open"],
-            "--open shows the page in the folder --output",
+            "--open shows the page in the --output folder",
         ),
-        (["--reference=a.mkv"], "--reference and --candidate go together; give --candidate too"),
-        (["--candidate=a.mkv"], "--reference and --candidate go together; give --reference too"),
+        (
+            ["--reference=a.mkv"],
+            "--reference and --candidate must be given together; give --candidate too",
+        ),
+        (
+            ["--candidate=a.mkv"],
+            "--reference and --candidate must be given together; give --reference too",
+        ),
         (
             ["--reference=a.mkv", "--candidate=a.mkv", PROMPT],
-            "compare files that exist and generate nothing; leave out --prompt, or the files.",
+            "compare existing files and generate nothing; leave out --prompt, or the files.",
         ),
         (
             ["--reference=a.mkv", "--candidate=a.mkv", "--thresholds=0.9", "--no-kept-mass"],

@@ -179,7 +179,7 @@ def test_a_refresh_after_more_steps_than_there_are_is_refused():
         ({"density": True}, "density must be a number"),
         (
             {"density": 0.1, "threshold": 0.95},
-            "exclude each other, got density=0.1, threshold=0.95",
+            "cannot be combined, got density=0.1, threshold=0.95",
         ),
         ({"refresh_every": 0}, "refresh_every must be at least 1 step, got 0"),
         ({"refresh_every": -2}, "refresh_every must be at least 1 step, got -2"),
@@ -188,7 +188,7 @@ def test_a_refresh_after_more_steps_than_there_are_is_refused():
         ({"residual": "host"}, "residual='host' has no effect without refresh_every; give it too"),
         ({"mask_every": 0}, "mask_every must be at least 1 step, got 0"),
         ({"mask_every": None}, "mask_every must be a whole number of steps, got None"),
-        ({"mask_every": 4, "refresh_every": 5}, "leave mask_every out, got mask_every=4"),
+        ({"mask_every": 4, "refresh_every": 5}, "omit mask_every, got mask_every=4"),
         ({"token_order": "morton"}, "token_order must be one of raster, hilbert, got 'morton'"),
         ({"compensation": "mean"}, "compensation must be one of none, means, first-order"),
         ({"residual": "disk", "refresh_every": 2}, "residual must be one of auto, device, host"),

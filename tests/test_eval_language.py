@@ -69,7 +69,7 @@ def test_a_run_resumes_and_refuses_other_settings(harnesses, tiny_llm, tmp_path)
     assert [task for task, _ in calls] == ["ruler_vt"]
     code, _, err = ruler(folder, tiny_llm, "--settings=0.6:8")
     assert code == 2
-    assert "holds a run of other settings" in err
+    assert "holds a run with other settings" in err
 
 
 def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_llm, tmp_path):
@@ -91,7 +91,7 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
             ["--tasks=longbench_lsht"],
             "longbench_lsht needs a package that is not installed here: No",
         ),
-        (["--tasks=longbench_qasper"], "cannot be had: Couldn't reach 'Xnhyacinth/LongBench'"),
+        (["--tasks=longbench_qasper"], "is not available: Couldn't reach 'Xnhyacinth/LongBench'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -112,7 +112,7 @@ def test_longbench_says_where_its_data_come_from(harnesses, tiny_llm, tmp_path):
     )
     code, _, err = run("longbench", *arguments)
     assert code == 2
-    assert "run it once where there is a network" in err
+    assert "run the task once with network access" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -135,7 +135,7 @@ def test_what_cannot_be_written_is_told_in_one_line(tmp_path):
     (tmp_path / "old.md").write_text("old")
     full = OSError(errno.ENOSPC, "No space left on device")
     for name, kept in (
-        ("old.md", "the file of that name is unchanged"),
+        ("old.md", "the existing file is unchanged"),
         ("a.md", "no part of it"),
     ):
         with (

@@ -126,7 +126,7 @@ def test_a_broken_video_is_an_error(pipe, monkeypatch):
         return (torch.full((1, 3, 9, 64, 64), torch.nan),)
 
     monkeypatch.setattr(pipe.vae, "decode", decode)
-    message = r"decoded in float32, holds values that are not finite; .*check the model's files"
+    message = r"decoded in float32, has non-finite values; .*check the model's files"
     with pytest.raises(RuntimeError, match=message):
         generate(pipe, request())
 
@@ -140,7 +140,7 @@ def test_latents_that_are_not_finite_stop_the_run_at_their_step(pipe, monkeypatc
         return (noise * torch.nan if len(forwards) == 2 else noise,)
 
     monkeypatch.setattr(pipe.transformer, "forward", break_the_second)
-    message = "step 2 of 4 left values that are not finite, computed in float32; "
+    message = "step 2 of 4 produced non-finite values, computed in float32; "
     with pytest.raises(RuntimeError, match=message):
         generate(pipe, request(sparse=None))
     assert len(forwards) == 2
@@ -349,8 +349,8 @@ def test_sparse_settings_are_checked(options, message):
         ({"device": "nowhere"}, "device must be cpu, cuda or cuda:N"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'; use one of these"),
         ({"device": "mps"}, "device must be cpu, cuda or cuda:N, got 'mps'"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
-        ({"device": "cpu", "offload": "group"}, "offload='group' moves parts off an accelerator"),
+        ({"device": "cuda:99"}, "device 'cuda:99' does not exist"),
+        ({"device": "cpu", "offload": "group"}, "offload='group' needs a GPU"),
         ({"offload": "disk"}, "offload must be one of none, model, sequential, group"),
     ],
 )

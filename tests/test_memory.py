@@ -124,7 +124,7 @@ def test_the_fastest_offload_that_fits_is_chosen(room, offload):
     assert (memory.peak, memory.host) == (memory.peaks[offload], memory.hosts[offload])
     fits = memory.fits(offload, room)
     assert memory.offload_reason.startswith(
-        "the fastest that fits" if fits else "though nothing fits"
+        "the fastest that fits" if fits else "although nothing fits"
     )
 
 

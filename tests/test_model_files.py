@@ -39,11 +39,11 @@ def shard(folder: Path, weight_map: dict[str, str]) -> None:
 DAMAGES = {
     "weights cut short": (
         lambda m: cut(m / TRANSFORMER, 20_000),
-        f"{TRANSFORMER} is damaged or cut short at 20,000 bytes (",
+        f"{TRANSFORMER} is damaged or truncated at 20,000 bytes (",
     ),
     "header cut short": (
         lambda m: cut(m / TRANSFORMER, 100),
-        f"{TRANSFORMER} is damaged or cut short at 100 bytes (invalid header length)",
+        f"{TRANSFORMER} is damaged or truncated at 100 bytes (invalid header length)",
     ),
     "weights too long": (
         lambda m: (m / TRANSFORMER).open("ab").write(b"more"),
@@ -69,7 +69,7 @@ DAMAGES = {
         lambda m: (m / "text_encoder/model.safetensors").rename(
             m / "text_encoder/model.fp16.safetensors"
         ),
-        "text_encoder lacks its weights, model.safetensors or pytorch_model.bin: "
+        "text_encoder has no weights, model.safetensors or pytorch_model.bin: "
         "found config.json, model.fp16.safetensors; download it again.",
     ),
     "empty pickled weights": (
@@ -131,16 +131,18 @@ DAMAGES = {
     ),
     "another transformer": (
         lambda m: change(m / "transformer/config.json", _class_name="WanTransformer3DModel"),
-        "transformer/config.json is of another model: _class_name is 'WanTransformer3DModel', "
+        "transformer/config.json belongs to another model: _class_name "
+        "is "
+        "'WanTransformer3DModel', "
         "expected 'HunyuanVideoTransformer3DModel'",
     ),
     "another text encoder": (
         lambda m: change(m / "text_encoder/config.json", model_type="t5"),
-        "text_encoder/config.json is of another model: model_type is 't5', expected 'llama'",
+        "text_encoder/config.json belongs to another model: model_type is 't5', expected 'llama'",
     ),
     "a VAE of another model": (
         lambda m: change(m / "vae/config.json", latent_channels=16),
-        "of different models: in_channels is 4 and latent_channels is 16, expected the same",
+        "to different models: in_channels is 4 and latent_channels is 16, expected the same",
     ),
     "more layers than weights": (
         lambda m: change(m / "transformer/config.json", num_layers=2),

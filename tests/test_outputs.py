@@ -14,7 +14,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     (tmp_path / "p.txt").write_text("# b\na\n", encoding="utf-8-sig")
     assert read_prompts(tmp_path / "p.txt") == ["a"]
     (tmp_path / "p.txt").write_text("", encoding="utf-8-sig")
-    with pytest.raises(ValueError, match="holds no prompt; expected one per line"):
+    with pytest.raises(ValueError, match="contains no prompt; expected one per line"):
         read_prompts(tmp_path / "p.txt")
 
 

@@ -127,13 +127,13 @@ def test_residuals_are_planned_where_there_is_room(residual, gpu_gib, on_host, f
     if fits:
         assert found.shortage is None
     else:
-        assert "What refresh_every keeps takes 21 GiB of memory of the device" in found.shortage
+        assert "refresh_every stores 21 GiB of residuals in device memory" in found.shortage
 
 
 def test_the_residuals_are_shown():
     screen = io.StringIO()
     print_plan(plan(**REFRESH), Console(file=screen, width=250))
-    assert "6 dense, 44 sparse of which 8 refresh, 60 layers" in screen.getvalue()
+    assert "6 dense, 44 sparse (8 of them refresh), 60 layers" in screen.getvalue()
     assert ", residuals 20.8);" in screen.getvalue()
 
 
@@ -197,7 +197,7 @@ def test_large_videos_on_a_cpu_are_warned_of():
 
 def test_a_laptop_plans_for_a_gpu_elsewhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="device 'cuda' is not there"):
+    with pytest.raises(ValueError, match="device 'cuda' does not exist"):
         LoadOptions(device="cuda")
     found = plan(load=LoadOptions(device="cuda", device_elsewhere=True))
     assert (found.device, found.dtype, found.device_is_here) == ("cuda", "bfloat16", False)
@@ -257,7 +257,9 @@ def test_hunyuan_video_itself_needs_no_file():
 
 def test_other_pipelines_are_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(UnsupportedModelError, match="is a WanPipeline; supported is HunyuanVideo"):
+    with pytest.raises(
+        UnsupportedModelError, match="is a WanPipeline, but the command line loads"
+    ):
         read_model_shape(find_model(str(tmp_path)))
 
 
@@ -283,5 +285,5 @@ def test_gpus_that_share_a_video_are_planned_for():
     assert 1.9 < two["share"]["dense_step_speedup"] < 2
     code, out, err = run_cli(*words, "--num-gpus=3")
     assert code == 0
-    assert "gpus       3 share each video, with these" in out
-    assert "heads do not divide among 3 GPUs" in err
+    assert "gpus       3 generate each video together," in out
+    assert "heads cannot be divided evenly among 3 GPUs" in err

@@ -259,7 +259,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
         (["--model=random:tiny", "--needle= "], "needle is empty; give a few words."),
         (["--model=random:tiny", "--dense-layers=2"], "below the model's 2 layers, got 2"),
         (["--model=random:tiny", "--threshold=9"], "threshold must lie in (0, 1], got 9"),
-        (["--model=random:tiny", "--threshold=.9", "--density=.1"], "exclude each other"),
+        (["--model=random:tiny", "--threshold=.9", "--density=.1"], "cannot be combined"),
         (["--model=random:tiny", "--schedule=none.json"], "cannot read the schedule"),
         (["--model=random:tiny", "--report=r.txt"], "report must end in .json, got 'r.txt'"),
         (["--model=random:tiny", "--dtype=int8"], "dtype must be one of float32"),
@@ -334,7 +334,7 @@ def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path):
     (tmp_path / "model.gguf").touch()
     code, _, err = run_cli("prefill", f"--model={tmp_path / 'model.gguf'}")
     assert code == 2
-    assert err.endswith("needs the package gguf, not installed here; pip install gguf.\n")
+    assert err.endswith("needs the package gguf, which is not installed; pip install gguf.\n")
 
 
 @pytest.mark.parametrize(

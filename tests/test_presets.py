@@ -26,7 +26,11 @@ def test_the_default_stays_the_papers_method():
     ("preset", "options", "message"),
     [
         ("best", {}, "preset must be one of quality, balanced, fast, got 'best'"),
-        ("fast", {"density": 0.3}, "preset='fast' sets threshold, density, .* got density too"),
+        (
+            "fast",
+            {"density": 0.3},
+            "preset='fast' already sets threshold, density, .* got density too",
+        ),
         ("fast", {"threshold": 0.9, "mask_every": 2}, "got threshold, mask_every too"),
         ("fast", {"stride": 7}, "stride must divide block_size"),
     ],

@@ -73,7 +73,7 @@ def test_a_second_transformer_is_refused():
     transformer, processor = with_processor()
     other = tiny_transformer()
     before = dict(other.attn_processors)
-    with pytest.raises(ValueError, match=r"serves another transformer.*deepcopy"):
+    with pytest.raises(ValueError, match=r"is bound to another transformer.*deepcopy"):
         other.set_attn_processor(processor)
     assert other.attn_processors == before
     transformer.set_attn_processor(copy.deepcopy(processor))
@@ -231,7 +231,9 @@ def test_wrong_arguments_are_refused(options, message):
 @pytest.mark.parametrize("options", [{"stride": 8.0}, {"stride": "8"}, {"block_size": 128.0}])
 def test_arguments_of_a_wrong_type_are_refused(options):
     ((name, size),) = options.items()
-    with pytest.raises(TypeError, match=f"{name} must be an int of tokens, got {size!r}"):
+    with pytest.raises(
+        TypeError, match=f"{name} must be an integer number of tokens, got {size!r}"
+    ):
         XAttnProcessor(**options)
 
 

@@ -128,7 +128,7 @@ def test_files_that_are_no_videos_are_refused(tmp_path):
         read_clip(tmp_path / "nowhere.mkv")
     (tmp_path / "text.mkv").write_text("no video")
     with pytest.raises(
-        ValueError, match=r"cannot read '.*text.mkv' as a video: .*is the file whole"
+        ValueError, match=r"cannot read '.*text.mkv' as a video: .*is the file complete"
     ):
         read_clip(tmp_path / "text.mkv")
 
@@ -200,7 +200,7 @@ def test_lpips_needs_its_real_weights(tmp_path, monkeypatch, content):
     if content is not None:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").write_bytes(content)
-    assert "AlexNet's weights are not there, expected" in lpips.lpips_missing()
+    assert "AlexNet's weights were not found at" in lpips.lpips_missing()
 
 
 def test_lpips_needs_torchvision(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_a_grid_of_psnr_goes_into_a_page_of_its_own(script, page, tmp_path, monk
 
 def test_a_missing_run_leaves_its_section_out(script, page, tmp_path, monkeypatch, capsys):
     assert run(script, monkeypatch, tmp_path / "gone.json", "--page", page) == 1
-    assert "gone.json'; its section is left out" in capsys.readouterr().err
+    assert "gone.json' does not exist; its section is omitted" in capsys.readouterr().err
     assert page.read_text() == f"# Before\n\n{script.BEGIN}{script.END}\n\nAfter.\n"
 
 
@@ -120,7 +120,7 @@ def test_other_files_are_refused(script, page, tmp_path, monkeypatch, capsys, co
 
 def test_runs_of_one_name_are_refused(script, page, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(record()))
-    with pytest.raises(ValueError, match="names of their own, got a, a"):
+    with pytest.raises(ValueError, match="different names, got a, a"):
         script.write_page(page, [tmp_path / "a.json", tmp_path / "a.json"])
 
 

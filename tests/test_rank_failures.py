@@ -111,12 +111,12 @@ def rank_one_is_stopped(rank):
 
 ENDS = {
     rank_one_raises: ("error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB.", 0),
-    rank_one_is_killed: ("error: rank 1: it ended without a message: killed, or", 0),
+    rank_one_is_killed: ("error: rank 1: it ended without a message; it was killed or", 0),
     rank_one_is_killed_and_rank_zero_waits: ("error: rank 1: it ended without a message", 0),
     interrupt_all: ("error: all ranks were interrupted by SIGTERM", 0),
     rank_zero_is_killed: ("error: rank 0: it ended without a message", 1),
     rank_one_is_stopped: ("error: rank 1: it has not answered for 2 s", 0),
-    rank_one_hangs: ("error: rank 1: it has computed nothing for", 0),
+    rank_one_hangs: ("error: rank 1: it has made no progress for", 0),
 }
 
 
@@ -142,7 +142,7 @@ def test_a_killed_rank_costs_no_finished_video(tiny_pipeline, tmp_path):
     assert {path.name for path in (tmp_path / "videos").glob("*.mp4")} == {"first-seed0.mp4"}
     ended = launch([*words, "--parallel=prompts"], 2, tmp_path)
     assert [end.code for end in ended] == [0, 0], ended[0].err
-    assert ended[0].err.count(" is there\n") == 1
+    assert ended[0].err.count(" exists already\n") == 1
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 3
 
 
@@ -157,7 +157,7 @@ def test_a_rank_killed_among_dealt_prompts_costs_no_finished_video(tiny_pipeline
     assert made
     ended = launch(words, 2, tmp_path)
     assert [end.code for end in ended] == [0, 0], ended[0].err
-    assert ended[0].err.count(" is there\n") == len(made)
+    assert ended[0].err.count(" exists already\n") == len(made)
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 3
     assert all(path.read_bytes() == content for path, content in made.items())
 
@@ -184,6 +184,6 @@ def test_under_a_launcher_a_killed_rank_is_named(launcher, tmp_path):
             child.kill()
             break
     assert process.wait(60) == 1
-    line = "error: rank 1: it ended without a message: killed, or out of host memory"
+    line = "error: rank 1: it ended without a message; it was killed or ran out of host memory"
     assert err.read_text().splitlines().count(line) == 1, err.read_text()
     assert not (tmp_path / "a.mp4").exists()

@@ -130,19 +130,25 @@ def test_continuous_batching_is_refused_by_transformers(llama):
 
 @pytest.mark.parametrize("name", ["my-flash", "sdpa2", "org/kernel", ""])
 def test_a_name_that_transformers_reads_otherwise_is_refused(name):
-    with pytest.raises(ValueError, match=r'in its own way, got .*; use another, such as "x'):
+    with pytest.raises(ValueError, match=r'in a name, got .*; use another name, such as "x'):
         register_attention(name=name)
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"warmup_steps": 2}, "warmup_steps is no setting of a language model; use threshold"),
-        ({"threshold": [0.9, 0.8]}, "differs between denoising steps says nothing to a language"),
-        ({"threshold": lambda step: 0.9}, "differs between denoising steps"),
-        ({"threshold": SparseSettings(0.9, refresh_every=3)}, "refresh_every=3 says nothing to a"),
-        ({"threshold": SparseSettings(0.9, cooldown_steps=3)}, "cooldown_steps=3 says nothing"),
-        ({"threshold": SparseSettings(0.9, token_order="hilbert")}, "token_order='hilbert' says"),
+        ({"warmup_steps": 2}, "warmup_steps is not a setting for language models; use threshold"),
+        ({"threshold": [0.9, 0.8]}, "a language model has no denoising steps"),
+        ({"threshold": lambda step: 0.9}, "a language model has no denoising steps"),
+        (
+            {"threshold": SparseSettings(0.9, refresh_every=3)},
+            "refresh_every=3 has no effect on a",
+        ),
+        ({"threshold": SparseSettings(0.9, cooldown_steps=3)}, "cooldown_steps=3 has no effect"),
+        (
+            {"threshold": SparseSettings(0.9, token_order="hilbert")},
+            "token_order='hilbert' has no effect",
+        ),
         ({"threshold": 95}, r"threshold must lie in \(0, 1\], got 95"),
         ({"dense_layers": -1}, "dense_layers must be at least 0, got -1"),
         ({"dense_layers": 1.5}, "dense_layers must be a whole number, got 1.5"),
@@ -188,7 +194,9 @@ def test_a_model_with_an_encoder_is_refused():
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(UnsupportedModelError, match="has an encoder and a decoder; supported are"):
+    with pytest.raises(
+        UnsupportedModelError, match="has an encoder and a decoder; use a decoder-only"
+    ):
         enable_xattention(T5ForConditionalGeneration(config))
 
 
@@ -220,7 +228,7 @@ def test_without_transformers_it_is_one_line():
     run = run_without({"transformers"}, "import xattn_video; xattn_video.register_attention()")
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].endswith(
-        "sparse prefill needs transformers, not installed here; pip install transformers."
+        "sparse prefill needs transformers, which is not installed; pip install transformers."
     )
 
 

@@ -151,11 +151,26 @@ LAYER = SimpleNamespace(
     [
         ("auto", 34, 0, "device"),
         ("auto", 33, 21, "host"),
-        ("auto", 33, 20, "20.8 GiB, and there are 20.7 on the device and 20.0 on the host"),
+        (
+            "auto",
+            33,
+            20,
+            "20.8 GiB, but only this much is free: 20.7 on the device and 20.0 on the host",
+        ),
         ("device", 21, 0, "device"),
-        ("device", 20, 99, "20.8 GiB, and there are 20.0 on the device; make the video smaller"),
+        (
+            "device",
+            20,
+            99,
+            "20.8 GiB, but only this much is free: 20.0 on the device; make the video smaller",
+        ),
         ("host", 0, 21, "host"),
-        ("host", 99, 20, "20.8 GiB, and there are 20.0 on the host; make the video smaller"),
+        (
+            "host",
+            99,
+            20,
+            "20.8 GiB, but only this much is free: 20.0 on the host; make the video smaller",
+        ),
     ],
 )
 def test_the_place_is_where_there_is_room(monkeypatch, asked, device_gib, host_gib, expected):

@@ -102,7 +102,7 @@ def test_a_killed_run_of_prompts_goes_on(generate, tiny_pipeline, tmp_path):
     assert 1 <= done < 3
     code, _, err = generate(*words, "--output=o")
     assert code == 0, err
-    assert err.count(" is there\n") == done
+    assert err.count(" exists already\n") == done
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
     runs = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert [run["prompt"] for run in runs] == PROMPTS.split()
@@ -115,7 +115,7 @@ def test_a_second_run_loads_no_model_and_makes_nothing(generate, monkeypatch, tm
     monkeypatch.setattr(loading, "load_pipeline", lambda options: pytest.fail("loaded"))
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert code == 0, err
-    assert err.count(" is there\n") == 3
+    assert err.count(" exists already\n") == 3
     assert bytes_of(tmp_path / "videos") == before
     assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) == 3
 
@@ -171,8 +171,8 @@ def test_other_settings_are_refused(generate, tmp_path, monkeypatch):
     ):
         code, _, err = generate("--prompts-file=p.txt", *words)
         assert code == 2
-        assert f"'videos' holds a run of other settings: {difference}" in err
-        assert "give another --output, the same settings, or --overwrite to start anew" in err
+        assert f"'videos' holds a run with other settings: {difference}" in err
+        assert "give another --output, the same settings, or --overwrite to start over" in err
     assert bytes_of(tmp_path / "videos") == before
 
 
@@ -200,14 +200,14 @@ def test_a_prompt_that_fails_ends_no_batch_and_is_tried_again(
     assert "failed: second-seed0.mp4: RuntimeError: CUDA out of memory" in err
     assert err.splitlines()[-1] == (
         "error: 1 of 3 videos failed, as listed above and in videos/resume/failures; "
-        "the same command tries them again and keeps the others."
+        "run the same command again to retry them; the others are kept."
     )
     assert set(bytes_of(tmp_path / "videos")) == {"first-seed0.mp4", "third-seed0.mp4"}
     (failure,) = (tmp_path / "videos/resume/failures").iterdir()
     assert json.loads(failure.read_text())["error"] == "RuntimeError: CUDA out of memory"
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert code == 0, err
-    assert err.count(" is there\n") == 2
+    assert err.count(" exists already\n") == 2
     assert not list((tmp_path / "videos/resume/failures").iterdir())
     runs = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert [run["prompt"] for run in runs] == PROMPTS.split()
@@ -225,7 +225,7 @@ def test_three_failures_in_a_row_stop_the_batch(generate, monkeypatch, tmp_path)
     code, _, err = generate("--prompts-file=p.txt", "--dense")
     assert code == 1
     assert calls == ["a", "b", "c"]
-    assert "3 videos failed one after the other, the last with RuntimeError: an illegal" in err
+    assert "3 videos failed in a row, the last with RuntimeError: an illegal" in err
 
 
 @pytest.mark.parametrize("command", ["generate", "compare"])
@@ -281,8 +281,8 @@ def test_a_comparison_of_other_settings_is_refused(compare, monkeypatch):
     ):
         code, _, err = compare("--no-videos", *words)
         assert code == 2
-        assert f"'compare' holds a run of other settings: {difference}" in err
-        assert "or --overwrite to start anew" in err
+        assert f"'compare' holds a run with other settings: {difference}" in err
+        assert "or --overwrite to start over" in err
 
 
 def test_a_comparison_is_overwritten_when_asked(compare, tmp_path):

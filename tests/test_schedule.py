@@ -187,7 +187,7 @@ def test_a_function_is_checked_when_it_is_asked():
 
 
 def test_a_function_has_no_json_form():
-    with pytest.raises(TypeError, match="has no JSON form; list its values"):
+    with pytest.raises(TypeError, match="cannot be saved as JSON; convert it"):
         ThresholdSchedule.coerce(lambda step: 0.9).to_dict()
 
 

@@ -217,4 +217,4 @@ def test_the_script_runs_start_to_finish(tiny_pipeline, tmp_path):
     assert "2 of 944 prompts" in page
     again = run_script(*command)
     assert again.returncode == 0
-    assert "2 of 2 videos are there" in again.stderr
+    assert "2 of 2 videos already exist" in again.stderr

@@ -80,12 +80,12 @@ def fetch(tmp_path, monkeypatch, server):
 def test_a_file_is_fetched_once_and_its_checksum_kept(fetch, server, tmp_path):
     weights = Weights("a/model.pth", server.address("model.pth"))
     code, _, err = fetch(weights)
-    assert (code, err) == (0, f"a/model.pth: fetched, sha256 {SUM} (none is stated)\n")
+    assert (code, err) == (0, f"a/model.pth: fetched, sha256 {SUM} (no checksum published)\n")
     assert (tmp_path / "a/model.pth").read_bytes() == CONTENT
     assert json.loads((tmp_path / "checksums.json").read_text()) == {"a/model.pth": SUM}
     server.files.clear()
     code, _, err = fetch(weights)
-    assert (code, err) == (0, f"a/model.pth: is there, sha256 {SUM} as it was downloaded\n")
+    assert (code, err) == (0, f"a/model.pth: is there, sha256 {SUM} as downloaded\n")
 
 
 def test_a_file_that_changed_since_is_no_longer_trusted(fetch, server, tmp_path):
@@ -94,15 +94,15 @@ def test_a_file_that_changed_since_is_no_longer_trusted(fetch, server, tmp_path)
     (tmp_path / "model.pth").write_bytes(b"another")
     code, _, err = fetch(weights)
     assert code == 1
-    assert "failed: model.pth: is not what was downloaded; remove it; from https://" in err
-    assert "error: 1 of 1 weights could not be had" in err
+    assert "failed: model.pth: differs from the downloaded file; remove it; from https://" in err
+    assert "error: 1 of 1 weights could not be downloaded" in err
 
 
 def test_a_stated_checksum_is_compared(fetch, server, tmp_path):
     address = server.address("model.pth")
     code, _, err = fetch(Weights("m.pth", address, SUM), Weights("n.pth", address, "0" * 64))
     assert code == 1
-    assert f"m.pth: fetched, sha256 {SUM} as stated" in err
+    assert f"m.pth: fetched, sha256 {SUM} as published" in err
     assert f"failed: n.pth: has sha256 {SUM}, expected {'0' * 64}; from " in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checksums.json", "m.pth"]
 

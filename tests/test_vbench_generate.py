@@ -46,7 +46,7 @@ def test_a_finished_run_loads_no_model(finished, tiny_pipeline, monkeypatch):
     monkeypatch.setattr("xattn_video.pipelines.loading.load_pipeline", refuse)
     code, _, messages = make_run(finished, tiny_pipeline, *SPARSE)
     assert code == 0
-    assert "2 of 2 videos are there" in messages
+    assert "2 of 2 videos already exist" in messages
 
 
 def test_it_says_how_long_it_will_take(tiny_pipeline, tmp_path):
@@ -103,7 +103,7 @@ def test_a_lost_or_cut_video_is_made_again(finished, tiny_pipeline, tmp_path):
     second.write_bytes(second.read_bytes()[:100])
     code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
     assert code == 0
-    assert "0 of 2 videos are there" in messages
+    assert "0 of 2 videos already exist" in messages
     assert files_of(folder) == files_of(finished)
 
 
@@ -114,7 +114,7 @@ def test_a_video_whose_record_is_broken_is_made_again(content, finished, tiny_pi
     (folder / "items/0000-0.json").write_bytes(content)
     code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
     assert code == 0, messages
-    assert "1 of 2 videos are there" in messages
+    assert "1 of 2 videos already exist" in messages
     assert files_of(folder) == files_of(finished)
     assert RunFolder(folder).record("0000-0")["prompt"]
 
@@ -126,7 +126,7 @@ def test_one_rank_of_two_makes_the_same_videos(finished, tiny_pipeline, tmp_path
         monkeypatch.setenv("WORLD_SIZE", "2")
         code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
         assert code == 0
-        assert f"[{rank}] 0 of 1 videos are there" in messages
+        assert f"[{rank}] 0 of 1 videos already exist" in messages
     assert files_of(folder) == files_of(finished)
 
 
@@ -143,7 +143,7 @@ def test_other_settings_are_refused(finished, tiny_pipeline, option, message):
     before = files_of(finished)
     code, _, messages = make_run(finished, tiny_pipeline, *SPARSE, option)
     assert code == 2
-    assert f"holds a run of other settings: {message} (in the folder and requested)" in messages
+    assert f"holds a run with other settings: {message} (in the folder and requested)" in messages
     assert "give another --run, or the same settings" in messages
     assert files_of(finished) == before
 
@@ -151,7 +151,7 @@ def test_other_settings_are_refused(finished, tiny_pipeline, option, message):
 def test_dense_is_another_setting(finished, tiny_pipeline):
     code, _, messages = make_run(finished, tiny_pipeline, "--dense")
     assert code == 2
-    assert "holds a run of other settings: sparse {" in messages
+    assert "holds a run with other settings: sparse {" in messages
 
 
 def test_changed_settings_are_found(tiny_pipeline, tmp_path):
@@ -159,10 +159,10 @@ def test_changed_settings_are_found(tiny_pipeline, tmp_path):
     run.adopt({"seed": 0})
     file = tmp_path / "settings.json"
     file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(ValueError, match=r"was changed: its hash does not fit its settings"):
+    with pytest.raises(ValueError, match=r"was changed: its hash does not match its settings"):
         run.settings()
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"is not what a run writes"):
+    with pytest.raises(ValueError, match=r"is not a valid settings file"):
         run.settings()
 
 
@@ -171,7 +171,7 @@ def test_videos_of_unknown_origin_are_refused(tiny_pipeline, tmp_path):
     (tmp_path / "videos/cat-0.mp4").touch()
     code, _, messages = make_run(tmp_path, tiny_pipeline, "--dense")
     assert code == 2
-    assert "nobody knows what made them (such as 'cat-0.mp4'); give an empty folder" in messages
+    assert "so their settings are unknown (such as 'cat-0.mp4'); give an empty folder" in messages
 
 
 def test_two_processes_do_not_share_a_rank(finished, tiny_pipeline):
@@ -203,7 +203,7 @@ def test_failures_are_listed_and_tried_again(finished, tiny_pipeline, tmp_path, 
     assert run.record(second.key) is not None
     code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
     assert code == 0
-    assert "1 of 2 videos are there" in messages
+    assert "1 of 2 videos already exist" in messages
     assert run.failure(first.key) is None
     assert files_of(folder) == files_of(finished)
 
@@ -245,7 +245,7 @@ def test_a_full_disk_stops_the_run(finished, tiny_pipeline, tmp_path, monkeypatc
         patch.setattr(sampling, "write_video", write_or_fill)
         code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
     assert code == 1
-    assert "is full; nothing that was made is lost: free space, then run the same" in messages
+    assert "is full; finished work is kept: free some space, then run the same" in messages
     assert len(list((folder / "videos").iterdir())) == 1
     assert make_run(folder, tiny_pipeline, *SPARSE)[0] == 0
     assert files_of(folder) == files_of(finished)
@@ -258,7 +258,7 @@ def test_a_broken_gpu_stops_the_run(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "generate", fail)
     code, _, messages = make_run(tmp_path, tiny_pipeline, "--dense", prompts=5)
     assert code == 1
-    assert "3 videos failed one after the other, the last with RuntimeError: an ill" in messages
+    assert "3 videos failed in a row, the last with RuntimeError: an ill" in messages
     assert len(list((tmp_path / "failures").iterdir())) == 3
 
 
@@ -314,10 +314,10 @@ def test_a_run_of_other_settings_is_made_anew_where_that_is_asked(
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     code, _, messages = make_run(folder, tiny_pipeline, "--dense")
-    assert (code, "holds a run of other settings" in messages) == (2, True)
+    assert (code, "holds a run with other settings" in messages) == (2, True)
     code, _, messages = make_run(folder, tiny_pipeline, "--dense", "--overwrite", prompts=1)
     assert code == 0, messages
-    assert "0 of 1 videos are there" in messages
+    assert "0 of 1 videos already exist" in messages
     assert len(list((folder / "videos").iterdir())) == 1
     assert RunFolder(folder).settings()["sparse"] is None
 

@@ -97,7 +97,7 @@ def test_a_dimension_that_fails_does_not_stop_the_rest(run, fake_vbench, weights
         ("nan", "VBench scored 0 of 2 videos; missing are 'a "),
         ("drop", "VBench scored 1 of 2 videos; missing are 'a "),
         ("nan video", "is not finite."),
-        ("killed", "VBench was ended by signal 9: no message; see"),
+        ("killed", "VBench was killed by signal 9: no message; see"),
         ("silent", "VBench wrote no result; see"),
         ("cut", "is cut short; free space there, and see"),
     ],
@@ -129,7 +129,7 @@ def test_what_is_missing_is_listed_before_any_work(run, fake_vbench, tmp_path):
         f"        to    {empty}\n"
         "        from  https://openaipublic.azureedge.net/clip/models/" in table
     )
-    assert "7 of 8 dimensions cannot be scored, see above; supply what they lack" in messages
+    assert "7 of 8 dimensions cannot be scored, see above; add what is missing" in messages
     assert not (run / "scores").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_stray_file_is_refused(run, fake_vbench):
     (run / "videos/manifest.json").touch()
     code, _, messages = score_run(run)
     assert code == 2
-    assert "holds 1 files that are no videos of this run: 'manifest.json'; move them" in messages
+    assert "holds 1 files that are not videos of this run: 'manifest.json'; move them" in messages
 
 
 def test_a_missing_video_is_refused(run, fake_vbench):
@@ -152,7 +152,7 @@ def test_a_missing_video_is_refused(run, fake_vbench):
     lost.unlink()
     code, _, messages = score_run(run)
     assert code == 2
-    assert f"1 of 2 videos are missing or cut short: {lost.name!r}; run eval_vbench" in messages
+    assert f"1 of 2 videos are missing or truncated: {lost.name!r}; run eval_vbench" in messages
 
 
 def test_a_truncated_video_is_refused(run, fake_vbench):
@@ -160,7 +160,7 @@ def test_a_truncated_video_is_refused(run, fake_vbench):
     short.write_bytes(short.read_bytes()[:-10])
     code, _, messages = score_run(run)
     assert code == 2
-    assert f"1 of 2 videos are missing or cut short: {short.name!r}" in messages
+    assert f"1 of 2 videos are missing or truncated: {short.name!r}" in messages
 
 
 def test_a_broken_video_is_refused(run, fake_vbench, tiny_pipeline):
@@ -170,7 +170,11 @@ def test_a_broken_video_is_refused(run, fake_vbench, tiny_pipeline):
     broken.write_bytes(content)
     code, _, messages = score_run(run)
     assert code == 2
-    assert f"1 of 2 videos are not what was generated: {broken.name!r}; remove them" in messages
+    assert (
+        "1 of 2 videos have changed since they were "
+        "generated: "
+        f"{broken.name!r}; remove them" in messages
+    )
     broken.unlink()
     assert make_run(run, tiny_pipeline, "--dense")[0] == 0
     assert score_run(run, "--dimensions=temporal_flickering")[0] == 0
@@ -306,9 +310,15 @@ def test_ones_own_videos_are_scored_and_not_scored_again(own, fake_vbench, weigh
     ("words", "message"),
     [
         ([], "give --run or --videos, or --download to fetch weights; got none."),
-        (["--videos=a", "--run=b"], "--run and --videos exclude each other; give one of them."),
-        (["--videos=/nowhere"], "'/nowhere' is no folder; give one that holds videos."),
-        (["--videos=."], "'.' holds no video that VBench takes; expected files that end in .mp4"),
+        (
+            ["--videos=a", "--run=b"],
+            "--run and --videos cannot be combined; give only one of them.",
+        ),
+        (["--videos=/nowhere"], "'/nowhere' is not a folder; give a folder with videos."),
+        (
+            ["--videos=."],
+            "'.' contains no video that VBench accepts; expected files that end in .mp4",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(words, message, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_old_video_and_keeps_the_frames_elsewhere(
         assert list(elsewhere.iterdir()) == []
     else:
         (kept,) = elsewhere.iterdir()
-        assert f"The frames: they are in {str(kept)!r}" in text
+        assert f"The frames: they are saved in {str(kept)!r}" in text
         np.testing.assert_array_equal(np.load(kept), noise())
 
 
@@ -205,7 +205,7 @@ def test_frames_are_kept_beside_the_video_where_there_is_room(tmp_path, monkeypa
     (tmp_path / "bin").mkdir()
     install(monkeypatch, tmp_path / "bin", FAULTS["killed"])
     for name in ("v-frames.npy", "v-frames-2.npy"):
-        with pytest.raises(FileNotWrittenError, match=rf"SIGKILL.*they are in '.*{name}'"):
+        with pytest.raises(FileNotWrittenError, match=rf"SIGKILL.*they are saved in '.*{name}'"):
             write_video_or_keep_frames(tmp_path / "v.mp4", moving_square(), fps=24)
         np.testing.assert_array_equal(np.load(tmp_path / name), moving_square())
 

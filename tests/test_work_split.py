@@ -40,11 +40,17 @@ def test_ranks_for_a_video_and_for_a_pass():
     ("asked", "num_ranks", "video", "num_prompts", "message"),
     [
         ("ring", 2, PLAIN, None, r"must be one of auto, ulysses, cfg, prompts, got 'ring'"),
-        ("ulysses", 1, PLAIN, None, r"got one; start it with torchrun --nproc-per-node N"),
-        ("prompts", 2, PLAIN, None, r"give --prompts-file, or --parallel ulysses"),
-        ("cfg", 2, PLAIN, None, r"true_cfg_scale=1 with 2 ranks; use --true-cfg-scale above 1"),
+        ("ulysses", 1, PLAIN, None, r"got one; start with torchrun --nproc-per-node N"),
+        ("prompts", 2, PLAIN, None, r"give it, or use --parallel ulysses"),
+        ("cfg", 2, PLAIN, None, r"needs true_cfg_scale above 1 and an even number of ranks"),
         ("cfg", 3, GUIDED, None, r"an even number of ranks"),
-        ("auto", 5, PLAIN, None, r"24 heads do not divide among 5 ranks; use 2, 3, 4, 6, 8, 12,"),
+        (
+            "auto",
+            5,
+            PLAIN,
+            None,
+            r"24 heads cannot be divided evenly among 5 ranks; use 2, 3, 4, " r"6, 8, 12,",
+        ),
         ("cfg", 10, GUIDED, None, r"among 5 ranks; use 4, 6, 8, 12, 16, 24, 48 ranks"),
     ],
 )
@@ -82,5 +88,5 @@ def test_one_gpu_for_all_ranks_is_refused():
 @pytest.mark.usefixtures("two_gpus")
 def test_a_torch_without_nccl_is_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    with pytest.raises(ValueError, match="exchange through NCCL, which this torch lacks"):
+    with pytest.raises(ValueError, match="communicate through NCCL, which this torch does not"):
         JobRanks(0, 2, 0, 2).place(LoadOptions())

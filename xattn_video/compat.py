@@ -114,14 +114,14 @@ def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: in
     if kdb != 1:
         raise ValueError(f"kdb must be 1, got {kdb!r}: larger key steps are not supported.")
     if isinstance(norm, bool) or not isinstance(norm, Real):
-        raise TypeError(f"norm must be a number, got {norm!r}; 1 leaves the scale as it is.")
+        raise TypeError(f"norm must be a number, got {norm!r}; 1 leaves the scale unchanged.")
     if chunk_size is not None and (
         isinstance(chunk_size, bool) or not isinstance(chunk_size, int)
     ):
         raise TypeError(f"chunk_size must be an int of tokens or None, got {chunk_size!r}.")
     if not 0 < norm < math.inf:
         raise ValueError(
-            f"norm must be positive and finite, got {norm}; 1 leaves the scale as it is."
+            f"norm must be positive and finite, got {norm}; 1 leaves the scale unchanged."
         )
     if chunk_size is not None and (chunk_size < 1 or chunk_size % block_size):
         raise ValueError(

@@ -82,7 +82,7 @@ class FileNotWrittenError(XAttentionError, OSError):
 
     def __init__(self, path: Path, reason: str, number: int | None = None, more: str = "") -> None:
         self.path, self.reason, self.more = path, reason, more
-        kept = "the file of that name is unchanged" if path.exists() else "no part of it is left"
+        kept = "the existing file is unchanged" if path.exists() else "no part of it is left"
         super().__init__(
             f"cannot write {str(path)!r}: {reason}; {kept}. "
             f"{'Free space there, or write' if number in NO_ROOM else 'Write'} elsewhere."

@@ -40,7 +40,7 @@ def user_path(path: str | Path) -> Path:
     if missing:
         raise ValueError(
             f"the path {str(path)!r} names ${missing[0]}, which is not set; "
-            "set and export it, or write the path out."
+            "set and export it, or give the full path."
         )
     return Path(os.path.expandvars(os.path.expanduser(path)))
 

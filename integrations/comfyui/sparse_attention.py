@@ -265,15 +265,26 @@ class XAttentionNode:
                 ),
                 "start_percent": (
                     "FLOAT",
-                    share | {"default": 0.1, "tooltip": "Dense until this share of the sampling."},
+                    share
+                    | {
+                        "default": 0.1,
+                        "tooltip": "Attention is dense before this fraction of the sampling.",
+                    },
                 ),
                 "end_percent": (
                     "FLOAT",
-                    share | {"default": 1.0, "tooltip": "Dense again from this share on."},
+                    share
+                    | {
+                        "default": 1.0,
+                        "tooltip": "Attention is dense again after this fraction of the sampling.",
+                    },
                 ),
                 "dense_blocks": (
                     "STRING",
-                    {"default": "", "tooltip": "Blocks that stay dense, such as 0, 1, 57-59."},
+                    {
+                        "default": "",
+                        "tooltip": "Transformer blocks that stay dense, such as 0, 1, 57-59.",
+                    },
                 ),
                 "min_tokens": (
                     "INT",
@@ -303,8 +314,8 @@ class XAttentionNode:
         found = type(model.get_model_object("diffusion_model"))
         if not _SUPPORTED & {base.__name__ for base in found.__mro__}:
             raise ValueError(
-                f"this node serves ComfyUI's HunyuanVideo and Wan, got {found.__name__}; "
-                "leave the node out for this model."
+                f"this node supports ComfyUI's HunyuanVideo and Wan models, got {found.__name__}; "
+                "remove the node for this model."
             )
         if start_percent >= end_percent:
             raise ValueError(
@@ -324,7 +335,9 @@ class XAttentionNode:
         copy = model.clone()
         options = copy.model_options.setdefault("transformer_options", {})
         if isinstance(options.get(_OVERRIDE), SparseAttention):
-            raise ValueError("this model has XAttention already; use one such node for a model.")
+            raise ValueError(
+                "this model already has XAttention; use only one such node per model."
+            )
         attention = SparseAttention(settings, options.get(_OVERRIDE))
         options[_OVERRIDE] = attention
         # As comfy.patcher_extension names it.

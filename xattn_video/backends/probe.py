@@ -59,7 +59,7 @@ def check_on_small_problem(
         [
             f"the installed kernel {what} on {kind.device} with {kind.dtype} and head_dim "
             f"{kind.head_dim}{' in causal attention' * kind.causal}"
-            f"{' and a key head for several query heads' * grouped} "
+            f"{' with grouped-query attention' * grouped} "
             f"(relative error {error:.2g} in a check on first use); {remedy}"
         ],
     )

@@ -88,7 +88,7 @@ def _resolve_auto(problem: Problem) -> str:
     for name in AUTO_ORDER.get(problem.device.type, ("torch_gather",)):
         reasons = load_backend(name).unsupported_reasons(problem)
         if not reasons:
-            passed_over = f"; passed over: {'; '.join(refused)}" if refused else ""
+            passed_over = f"; skipped: {'; '.join(refused)}" if refused else ""
             logger.info("attention backend %r chosen for %s%s", name, problem, passed_over)
             return name
         refused.extend(f"{name}: {reason}" for reason in reasons)

@@ -22,7 +22,7 @@ app = typer.Typer(
     help="HunyuanVideo with block-sparse attention (XAttention).",
     epilog='Example: xattn-video generate --model demo --prompt "a red circle moving left to '
     'right over a blue background". '
-    "Exit codes: 0 done, 2 an argument is wrong and nothing was run, 1 the run failed, "
+    "Exit codes: 0 done, 2 invalid argument (nothing was run), 1 the run failed, "
     "130 it was interrupted (Ctrl-C), 143 it was terminated (SIGTERM).",
     cls=OneLineErrors,
     context_settings=CONTEXT_SETTINGS,

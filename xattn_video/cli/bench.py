@@ -31,7 +31,7 @@ _CPU_TFLOP_PER_SECOND = 0.1
 _CALLS = 10
 _PATIENCE_SECONDS = 120
 _OPEN_MODEL = {
-    "help": "Whose attention: demo, a hub ID, or a folder.",
+    "help": "Model whose attention is timed: demo, a hub ID, or a folder.",
     "default": None,
     "shown_default": "HunyuanVideo, from the hub; demo on a CPU",
 }
@@ -49,7 +49,7 @@ class Timing:
     """What is timed, and how long."""
 
     density: float = knob(
-        "Share of blocks to compute; in a real run, the threshold decides it.", 0.4
+        "Share of blocks to compute; in a real run it depends on the threshold.", 0.4
     )
     seconds: float = knob("Time limit for each row, in seconds.", 5.0)
 
@@ -123,7 +123,7 @@ def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> No
         "attention": f"{best:.2f}x as fast as {found.best_dense['backend']}, the best dense kernel"
         + _over_stock(found),
         "step": f"about {step:.2f}x: attention is {run_plan.attention_share:.0%} of a dense "
-        "step's matrix products; norms and other work lower it",
+        "step's matrix products; norms and other operations reduce the gain",
         "video": f"about {run:.2f}x over {run_plan.steps} steps, "
         f"{run_plan.dense_steps} of them dense",
     }
@@ -131,7 +131,7 @@ def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> No
     print_labelled(console, lines)
     if best < 1:
         print_warning(
-            "Sparse attention does not pay here: it is slower than the best dense kernel. Use "
+            "Sparse attention is slower here than the best dense kernel. Use "
             "--dense, or a larger or longer video."
         )
 

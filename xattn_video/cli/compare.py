@@ -39,7 +39,7 @@ def compare(
     context: typer.Context,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how close sparse videos are to dense ones; run it again to resume."""
+    """Measure how close sparse videos are to dense ones. Run it again to resume."""
     from xattn_video.pipelines.memory import settle_offload
 
     asked = (prompts.prompt, prompts.prompts_file, prompts.demo_prompts)

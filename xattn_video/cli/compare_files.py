@@ -54,9 +54,11 @@ class FilesJob:
         """
         if reference is None or candidate is None:
             lacking = "--reference" if reference is None else "--candidate"
-            raise ValueError(f"--reference and --candidate go together; give {lacking} too.")
+            raise ValueError(
+                f"--reference and --candidate must be given together; give {lacking} too."
+            )
         if page.open and folder is None:
-            raise ValueError("--open shows the page in the folder --output; give --output too.")
+            raise ValueError("--open shows the page in the --output folder; give --output too.")
         return cls(reference, candidate, folder, overwrite, page)
 
     def check(self) -> None:
@@ -156,7 +158,7 @@ def _lines(similarity: "Similarity") -> dict[str, str]:
     identical = "all" if similarity.num_identical == count else similarity.num_identical
     lines = {
         "frames": f"{count}, {identical} identical",
-        "PSNR": f"{similarity.psnr:.2f} dB, {similarity.lowest_psnr:.2f} dB at the worst frame",
+        "PSNR": f"{similarity.psnr:.2f} dB, {similarity.lowest_psnr:.2f} dB in the worst frame",
         "SSIM": f"{similarity.ssim:.4f}",
     }
     if similarity.vmaf is not None:

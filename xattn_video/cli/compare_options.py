@@ -29,7 +29,7 @@ _SEVERAL = {
     "warmup_steps": ("warmup_steps", "0,5"),
     "stride": ("strides", "8,16"),
     "density": ("densities", "0.1,0.2"),
-    "refresh_every": ("refresh_every", "0,5,10, of which 0 is never"),
+    "refresh_every": ("refresh_every", "0,5,10, where 0 means never"),
 }
 # What a comparison of two existing files uses.
 _OF_FILES = (
@@ -64,14 +64,14 @@ class CompareDetails:
     """What else is generated, measured and written."""
 
     seeds: str = knob(
-        "Seeds of the initial noise, such as 0,1; each for every prompt.",
+        "Seeds of the initial noise, such as 0,1; every prompt uses each seed.",
         "0",
         "--seeds",
         "--seed",
         panel=_GRID,
     )
     kept_mass: bool = knob(
-        "Also measure the true softmax mass of the kept blocks, in one more generation of the "
+        "Also measure the true softmax mass of the kept blocks, with one extra generation of the "
         "first batch for each setting.",
         True,
         panel=_GRID,
@@ -99,16 +99,16 @@ class CompareDetails:
 @dataclass(frozen=True, slots=True)
 class _Further:
     setting: list[str] | None = knob(
-        "One more setting, such as preset=fast or density=0.2,refresh_every=5; may be given "
+        "An additional setting, such as preset=fast or density=0.2,refresh_every=5; may be given "
         "several times. Without --thresholds and --densities only these are compared.",
         panel=_GRID,
     )
     schedule: Path | None = knob(
-        "JSON file with a threshold for each step, to compare beside the thresholds, if any.",
+        "JSON file with a threshold for each step, compared in addition to --thresholds.",
         panel=_GRID,
     )
     noise_ceiling: bool = knob(
-        "Also compare dense with dense: how far apart two identical runs are.", True, panel=_GRID
+        "Also compare two dense runs, to show how much identical runs differ.", True, panel=_GRID
     )
 
 
@@ -125,9 +125,11 @@ def compared_prompts(
             raise ValueError("give --prompt, --prompts-file or --demo-prompts, got none.")
         return Prompts(prompt, prompts_file).read()
     if prompt is not None or prompts_file is not None:
-        raise ValueError("--demo-prompts excludes --prompt and --prompts-file; give one of them.")
+        raise ValueError(
+            "--demo-prompts cannot be combined with --prompt or --prompts-file; give only one."
+        )
     if model != DEMO:
-        raise ValueError(f"--demo-prompts are for --model {DEMO}, got {model!r}; give --prompt.")
+        raise ValueError(f"--demo-prompts needs --model {DEMO}, got {model!r}; give --prompt.")
     if demo_prompts < 1:
         raise ValueError(f"--demo-prompts must be at least 1, got {demo_prompts}; use 40.")
     from xattn_video.pipelines.demo import held_out_scenes
@@ -167,7 +169,7 @@ def refuse_unused(context: typer.Context) -> None:
     unused = [name for parameter, name in given_options(context) if parameter not in _OF_FILES]
     if unused:
         raise ValueError(
-            "--reference and --candidate compare files that exist and generate nothing; "
+            "--reference and --candidate compare existing files and generate nothing; "
             f"leave out {', '.join(unused)}, or the files."
         )
 
@@ -241,7 +243,7 @@ def _grid() -> Group:
     for source in fields(SparseSettings):
         if source.name in _SEVERAL:
             name, example = _SEVERAL[source.name]
-            text = f"{source.metadata['help'].rstrip('.')}; several such as {example}."
+            text = f"{source.metadata['help'].rstrip('.')}; a list such as {example}."
             default = None if source.default is None else str(source.default)
             options[name] = option(
                 source,

@@ -51,7 +51,7 @@ def demo(
     sparse: Annotated[SparseSettings, _of_the_demo(sparse_settings(), "dense")],
     errors: ErrorsToExitCodes,
 ) -> None:
-    """Show what sparse attention does to a video, in about a minute, without GPU or download."""
+    """Show a dense and a sparse demo video side by side, in about a minute, without a GPU."""
     from xattn_video.measure.methods import method_of
 
     job = CompareJob(

@@ -29,8 +29,8 @@ class GenerateDetails:
     seed: int = knob("Seed of the initial noise, for every prompt.", 0, panel="Video")
     fps: int = knob("Frames per second of the file.", 24, panel="Video")
     parallel: str = knob(
-        "How the ranks that torchrun started share the work: ulysses (tokens of each video), cfg "
-        "(the two passes of true guidance), prompts (of a file) or auto.",
+        "How the ranks started by torchrun divide the work: ulysses (tokens of each video), cfg "
+        "(the two passes of true guidance), prompts (the prompts of a file) or auto.",
         "auto",
         panel="Model",
     )
@@ -47,13 +47,13 @@ class Files:
         shown_default="named after the prompt; folder videos",
     )
     report: Path | None = knob(
-        "JSON file: settings, times, and what attention did.", panel="Files"
+        "JSON file for the settings, the times and the attention report.", panel="Files"
     )
     plot: Path | None = knob(
-        "PNG file: density by step and layer; a folder with --prompts-file.", panel="Files"
+        "PNG file for density by step and layer; a folder with --prompts-file.", panel="Files"
     )
     html: Path | None = knob(
-        "HTML file: one page with the videos, density by step and layer, and costs.",
+        "HTML file for one page with the videos, their density, time and memory.",
         panel="Files",
     )
     overwrite: bool = knob(
@@ -75,7 +75,7 @@ def generate(
     errors: ErrorsToExitCodes,
     ranks: JobRanks,
 ) -> None:
-    """Generate a video, or one for each line of a prompts file; run it again to resume."""
+    """Generate a video, or one for each line of a prompts file. Run it again to resume."""
     from xattn_video.pipelines.memory import settle_offload
 
     check_parallel(details.parallel, ranks.count)

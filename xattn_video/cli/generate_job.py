@@ -86,7 +86,7 @@ def check_job(job: GenerateJob) -> None:
     from xattn_video.pipelines.video import check_encoders
 
     if job.requests[0].sparse is None and any(job.outputs.plots):
-        raise ValueError("--plot shows the density of sparse steps; --dense has none.")
+        raise ValueError("--plot shows the density of sparse steps, and --dense has none.")
     first = job.outputs.videos[0]
     if job.split.writes(job.ranks):
         suffixes = [video.suffix.lower() for video in job.outputs.videos]
@@ -142,8 +142,10 @@ def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int
     for number, record in _finished(job).items():
         runs[number] = record
         plot = job.outputs.plots[number]
-        lacks = "" if plot is None or plot.exists() else f"; no {plot}: --overwrite makes it"
-        print_message(f"{job.outputs.videos[number]} is there{lacks}")
+        lacks = (
+            "" if plot is None or plot.exists() else f"; {plot} is missing: --overwrite creates it"
+        )
+        print_message(f"{job.outputs.videos[number]} exists already{lacks}")
     _write_report(job, runs)
     return [number for number in range(len(job.requests)) if number not in runs]
 

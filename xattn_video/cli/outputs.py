@@ -71,7 +71,7 @@ class ResumableFolder(ItemFolder):
 
     def __init__(self, path: Path) -> None:
         check_output_folder(path)
-        remedy = "give another --output, the same settings, or --overwrite to start anew"
+        remedy = "give another --output, the same settings, or --overwrite to start over"
         super().__init__(path, path / "resume", remedy)
 
 
@@ -160,7 +160,7 @@ def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) ->
     """Raise ValueError if a file is named but several files will be written."""
     if path is not None and path.suffix.lower() in suffixes:
         raise ValueError(
-            f"with --prompts-file the {what} is a folder, got {str(path)!r}; "
+            f"with --prompts-file, the {what} must be a folder, got {str(path)!r}; "
             f"give a name without {path.suffix}."
         )
 
@@ -185,7 +185,9 @@ def read_prompts(file: Path) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise ValueError(f"the prompts file {str(file)!r} holds no prompt; expected one per line.")
+        raise ValueError(
+            f"the prompts file {str(file)!r} contains no prompt; expected one per line."
+        )
     return prompts
 
 

@@ -21,10 +21,10 @@ class PageWish:
 
     def __post_init__(self) -> None:
         if self.open and not self.html:
-            raise ValueError("--open and --no-html exclude each other; give only one.")
+            raise ValueError("--open and --no-html cannot be combined; give only one.")
 
 
 def open_in_browser(page: Path) -> None:
     """Show a page; where there is no browser, say where it is."""
     if not webbrowser.open(page.resolve().as_uri()):
-        print_message(f"there is no browser here; copy {page} to a machine that has one")
+        print_message(f"no browser was found; copy {page} to a machine that has one")

@@ -31,7 +31,7 @@ def plan(
     sparse: Annotated[SparseSettings | None, sparse_settings()],
     as_json: AsJson = False,
 ) -> None:
-    """Estimate a run without loading weights: tokens, steps, memory, and whether it pays."""
+    """Estimate a run without loading weights: tokens, steps, memory and possible speed-up."""
     from xattn_video.measure.expected_seconds import expected_seconds
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.run_plan import plan_run
@@ -53,12 +53,12 @@ def print_plan(
     """Show a plan to a person; its warnings go to stderr."""
     frames, rows, columns = run_plan.grid
     memory = run_plan.memory
-    twice = ", two forwards each" if run_plan.forwards_per_step > 1 else ""
+    twice = ", two forward passes each" if run_plan.forwards_per_step > 1 else ""
     lines = {
         "tokens": f"{run_plan.video_tokens:,} video ({frames} x {rows} x {columns}) "
         f"+ up to {run_plan.text_tokens} text",
-        "blocks": f"{run_plan.blocks:,} of {run_plan.block_size} tokens in a row, "
-        f"the last one holds {run_plan.last_block_tokens}",
+        "blocks": f"{run_plan.blocks:,} per row, {run_plan.block_size} tokens each "
+        f"({run_plan.last_block_tokens} in the last)",
         "steps": f"{run_plan.dense_steps} dense, {_sparse_steps(run_plan)}{twice}, "
         f"{run_plan.layers} layers",
         "compute": f"{run_plan.dense_step_tflop:,.1f} TFLOP in a dense step, "
@@ -80,10 +80,10 @@ def print_plan(
     if run_plan.speedup_bounds:
         console.print(
             "\nLargest possible speed-up by density (share of blocks kept), arithmetic only"
-            + (":" if expected is None else ", and the seconds to expect:")
+            + (":" if expected is None else ", and the expected time:")
         )
         console.print(_bounds_table(run_plan, expected).terminal(console.width), crop=False)
-        console.print("* the paper's densities for HunyuanVideo, not a measurement")
+        console.print("* density from the paper for HunyuanVideo, not measured here")
     for warning in run_plan.warnings:
         print_warning(warning)
 
@@ -94,14 +94,15 @@ def _shared(run_plan: "RunPlan") -> dict[str, str]:
     if share.num_gpus == 1:
         return {}
     return {
-        "gpus": f"{share.num_gpus} share each video, with these {run_plan.memory.peak:.1f} GiB on "
-        f"each: a dense step at most {share.dense_step_speedup:.2f}x as fast as on one "
-        f"(arithmetic); each sends {share.sent_gib:.1f} GiB in a step"
+        "gpus": f"{share.num_gpus} generate each video together, "
+        f"{run_plan.memory.peak:.1f} GiB on "
+        f"each; a dense step is at most {share.dense_step_speedup:.2f}x as fast as on one GPU "
+        f"(arithmetic only); each sends {share.sent_gib:.1f} GiB per step"
     }
 
 
 def _sparse_steps(run_plan: "RunPlan") -> str:
-    refreshed = f" of which {run_plan.refresh_steps} refresh" if run_plan.refresh_steps else ""
+    refreshed = f" ({run_plan.refresh_steps} of them refresh)" if run_plan.refresh_steps else ""
     return f"{run_plan.sparse_steps} sparse{refreshed}"
 
 
@@ -128,14 +129,14 @@ def _backend(run_plan: "RunPlan") -> str:
     if not run_plan.sparse_steps:
         return "none, attention is dense"
     if not run_plan.device_is_here:
-        return "`xattn-video backends` tells on the machine that has the device"
-    return run_plan.backend or "none can run"
+        return "run `xattn-video backends` on the machine with the device"
+    return run_plan.backend or "no backend can run"
 
 
 def _bounds_table(run_plan: "RunPlan", expected: "ExpectedSeconds | None") -> Table:
     columns: dict[str, Callable[[SpeedupBound], str]] = {
         "density": lambda bound: f"{bound.density:.3g}{'*' if bound.from_paper else ' '}",
-        "a sparse step": lambda bound: f"{bound.step:.2f}x",
+        "sparse step": lambda bound: f"{bound.step:.2f}x",
         f"all {run_plan.steps} steps": lambda bound: f"{bound.run:.2f}x",
     }
     if expected is not None:

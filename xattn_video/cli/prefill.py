@@ -36,7 +36,7 @@ def prefill(
     errors: ErrorsToExitCodes,
     as_json: AsJson = False,
 ) -> None:
-    """Prefill a language model's long prompt in chunks: seconds, memory, density, the answer."""
+    """Prefill a long prompt with a language model: time, memory, density and the answer."""
     from xattn_video.cli.prefill_job import job_record, prepare_job, run_job
 
     quiet_libraries()

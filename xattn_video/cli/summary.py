@@ -36,11 +36,11 @@ def print_summary(
     if result.report is not None:
         lines["backend"] = ", ".join(result.report.backends) or "none needed"
         if result.report.imbalance is not None:
-            lines["ranks"] = f"the busiest has {result.report.imbalance:.2f}x its share of blocks"
+            lines["ranks"] = f"the busiest rank computes {result.report.imbalance:.2f}x the mean"
     lines["time"] = _time(result)
     saved = result.estimated_seconds_saved
     if saved is not None:
-        estimate = f"about {abs(saved):.1f} s against dense steps throughout (an estimate)"
+        estimate = f"about {abs(saved):.1f} s compared with dense steps throughout (estimate)"
         if saved >= 0:
             lines["saved"] = estimate
         else:
@@ -56,7 +56,7 @@ def print_outlook(console: Console) -> None:
     from xattn_video.measure.verdict import FullSize
 
     lines = {
-        "picture": "`xattn-video demo --open` shows how near it is to dense attention's",
+        "picture": "`xattn-video demo --open` compares it with dense attention",
         "full size": FullSize.read().figure.line,
     }
     print_labelled(console, lines)
@@ -81,6 +81,6 @@ def _time(result: "GenerationResult") -> str:
             count = sum(step.kind == kind for step in result.steps)
             noun = "step" if count == 1 else "steps"
             parts.append(f"{count} {kind} {noun} of {seconds:.2f} s")
-    parts.append(f"{result.text_seconds:.1f} s for the text")
+    parts.append(f"{result.text_seconds:.1f} s for text encoding")
     parts.append(f"{result.decoding_seconds:.1f} s for decoding")
     return ", ".join(parts)

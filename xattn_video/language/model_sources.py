@@ -194,7 +194,7 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"there is no file {name!r}; give the path of a .gguf file.")
     if find_spec("gguf") is None:
         raise MissingPackageError(
-            f"{name!r} needs the package gguf, not installed here; pip install gguf."
+            f"{name!r} needs the package gguf, which is not installed; pip install gguf."
         )
     return str(path.parent), {"gguf_file": path.name}
 

@@ -213,7 +213,7 @@ class PrefillAttention:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.name} runs dense where gradients are on; call the model under "
+                f"{self.name} runs dense because gradients are enabled; call the model under "
                 "torch.no_grad() or torch.inference_mode().",
                 stacklevel=2,
             )

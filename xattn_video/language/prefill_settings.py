@@ -52,7 +52,7 @@ class PrefillSettings:
             value = getattr(self.sparse, source.name)
             if source.name not in _TAKEN and value != source.default:
                 raise ValueError(
-                    f"{source.name}={value!r} says nothing to a language model; leave it out."
+                    f"{source.name}={value!r} has no effect on a language model; remove it."
                 )
         schedule = self.sparse.schedule
         points = (
@@ -62,8 +62,8 @@ class PrefillSettings:
         )
         if not points or any(len(of_steps) > 1 for of_steps in points):
             raise ValueError(
-                "a threshold that differs between denoising steps says nothing to a language "
-                "model; give one value, or a ThresholdSchedule with one point for each layer or "
+                "a language model has no denoising steps, so its threshold cannot differ between "
+                "them; give one value, or a ThresholdSchedule with one point for each layer or "
                 "head."
             )
 
@@ -78,7 +78,7 @@ class PrefillSettings:
         unknown = [name for name in options if name not in PREFILL_FIELDS]
         if unknown:
             raise TypeError(
-                f"{unknown[0]} is no setting of a language model; use threshold, dense_layers, "
+                f"{unknown[0]} is not a setting for language models; use threshold, dense_layers, "
                 f"{', '.join(PREFILL_FIELDS)}."
             )
         if threshold is None and options.get("density") is None:

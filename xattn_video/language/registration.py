@@ -10,7 +10,7 @@ try:
     from transformers import __version__ as _version
 except ImportError:
     raise MissingPackageError(
-        "sparse prefill needs transformers, not installed here; pip install transformers."
+        "sparse prefill needs transformers, which is not installed; pip install transformers."
     ) from None
 from xattn_video.language.prefill_attention import PrefillAttention
 from xattn_video.language.prefill_report import PrefillReport
@@ -72,8 +72,8 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
         if _text_config(model)._attn_implementation != self.name:
             _unregister(self._attention)
             raise UnsupportedModelError(
-                f"{type(model).__name__} has attention of its own that does not go through "
-                "transformers' attention interface; its attention cannot be replaced."
+                f"{type(model).__name__} does not use transformers' attention interface, so "
+                "its attention cannot be replaced."
             )
 
 
@@ -107,8 +107,8 @@ def register_attention(
     taken = [other for other in _OTHERS if other in name]
     if not name or taken:
         raise ValueError(
-            f"transformers reads {taken[0] if taken else name!r} in a name in its own way, got "
-            f'{name!r}; use another, such as "xattention".'
+            f"transformers reserves {taken[0] if taken else name!r} in a name, got "
+            f'{name!r}; use another name, such as "xattention".'
         )
     return LanguageHandle(
         PrefillAttention(name, PrefillSettings.of(threshold, dense_layers, **options))
@@ -184,8 +184,8 @@ def _text_config(model: PreTrainedModel) -> Any:
     """The configuration of the causal language model in a model."""
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has an encoder and a decoder; supported are decoder-only "
-            "language models, alone or behind a vision tower."
+            f"{type(model).__name__} has an encoder and a decoder; use a decoder-only "
+            "language model, with or without a vision tower."
         )
     return model.config.get_text_config(decoder=True)
 

@@ -57,7 +57,7 @@ def read_clip(path: Path) -> Clip:
         is_file = path.is_file()
     except OSError as error:
         raise ValueError(
-            f"cannot read {str(path)!r}: {error.strerror}; give a video that you may open."
+            f"cannot read {str(path)!r}: {error.strerror}; give a readable video."
         ) from None
     if not is_file:
         raise ValueError(f"there is no video {str(path)!r}; give the name of a file.")
@@ -67,7 +67,7 @@ def read_clip(path: Path) -> Clip:
     except (OSError, ValueError, StopIteration) as error:
         detail = (str(error).strip().splitlines() or ["no frame was found"])[-1].strip()
         raise ValueError(
-            f"cannot read {str(path)!r} as a video: {detail}; is the file whole?"
+            f"cannot read {str(path)!r} as a video: {detail}; is the file complete?"
         ) from None
     fps, seconds = float(described["fps"]), float(described.get("duration") or 0)
     stated = round(seconds * fps)

@@ -95,7 +95,7 @@ def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) ->
     axes.set(
         xlabel="density of the sparse steps (kept / valid blocks)",
         ylabel="PSNR against dense, dB",
-        title="Nearness to dense\n(at the points: threshold or density / refresh distance)",
+        title="Closeness to dense attention\n(labels: threshold or density / refresh interval)",
     )
     axes.grid(color="0.9")
     figure.legend(loc="outside right upper", frameon=False)

@@ -19,7 +19,9 @@ MOST_PLAYERS = 8
 # A narrow window has room for so many columns.
 _FEW_ROWS = 3
 _COMPRESSED = (
-    "The videos on this page are compressed. PSNR and SSIM are those of the raw frames, which the "
+    "The videos on this page are compressed. PSNR and SSIM are computed from the raw "
+    "frames, "
+    "which the "
     ".mkv files in the folder videos hold without loss."
 )
 
@@ -166,6 +168,6 @@ def _notes(record: Record, pairs: Sequence[object]) -> Iterator[str]:
     if pairs:
         yield _COMPRESSED
     if len(pairs) > MOST_PLAYERS:
-        yield f"{MOST_PLAYERS} of {len(pairs)} pairs are shown; the folder videos holds all."
+        yield f"{MOST_PLAYERS} of {len(pairs)} pairs are shown; the folder videos contains all."
     for name, why in record["missing"].items():
         yield f"{name} is not measured: {why}"

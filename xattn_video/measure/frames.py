@@ -47,7 +47,7 @@ def require_torchmetrics() -> None:
         # It imports a torchvision that is there, and one made for another torch cannot be.
         raise MissingPackageError(
             f"PSNR and SSIM need torchmetrics, which fails to import: {error}; "
-            "install the torchvision that belongs to this torch, or none."
+            "install the torchvision that matches this torch, or uninstall it."
         ) from None
 
 

@@ -92,8 +92,12 @@ def _made_with(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _notes(count: int) -> Iterator[str]:
-    yield "The videos on this page are compressed; the files that the command wrote are better."
+    yield (
+        "The videos on this page are compressed; the files written "
+        "by the "
+        "command have higher quality."
+    )
     if count > 1:
-        yield "What ran and the settings are those of the first video."
+        yield "The settings and the attention report are those of the first video."
     if count > MOST_PLAYERS:
         yield f"{MOST_PLAYERS} of {count} videos are shown."

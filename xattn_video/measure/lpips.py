@@ -22,15 +22,17 @@ def lpips_missing() -> str | None:
         # Results are shown to others, whom the name of a home folder does not concern.
         shown = str(weights).replace(str(Path.home()), "~", 1)
         return (
-            f"AlexNet's weights are not there, expected {shown}; "
-            f"download https://download.pytorch.org/models/{_WEIGHTS} to it."
+            f"AlexNet's weights were not found at {shown}; "
+            f"download https://download.pytorch.org/models/{_WEIGHTS} to that path."
         )
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        return "torchvision is not installed; install the one that belongs to this torch."
+        return "torchvision is not installed; install the version that matches this torch."
     except RuntimeError as error:
-        return f"torchvision fails to import ({error}); install the one of this torch."
+        return (
+            f"torchvision fails to import ({error}); install the version that matches this torch."
+        )
     return None
 
 

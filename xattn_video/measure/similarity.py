@@ -15,8 +15,8 @@ from xattn_video.measure.vmaf import vmaf, vmaf_missing
 from xattn_video.pipelines.video import write_video
 
 VMAF_LEFT_OUT = (
-    "the videos are plain areas almost throughout, where VMAF takes differences that no one sees "
-    "for lost detail; PSNR and SSIM hold."
+    "the videos have almost no detail, and VMAF then counts invisible differences as lost detail; "
+    "PSNR and SSIM remain valid."
 )
 # Of 255: blocks of 8x8 pixels whose brightness varies less are plain. A video is plain in which
 # at least this share of them is: the demo model's videos have 0.8 and more.
@@ -84,7 +84,9 @@ class Scorer:
     def __init__(self, device: torch.device | str = "cpu", *, use_ffmpeg: bool = True) -> None:
         require_torchmetrics()
         self._device = device
-        no_vmaf = vmaf_missing() if use_ffmpeg else "it needs ffmpeg, which was not to be used."
+        no_vmaf = (
+            vmaf_missing() if use_ffmpeg else "it needs ffmpeg, which was not used in this run."
+        )
         reasons = {"VMAF": no_vmaf, "LPIPS": lpips_missing()}
         self.missing = {name: reason for name, reason in reasons.items() if reason is not None}
         self._reference: Clip | None = None

@@ -53,8 +53,8 @@ class FullSize:
         """For a reader who has run something smaller."""
         return Figure(
             f"{self.dense_seconds / self.sparse_seconds:.2f}x",
-            "speed at the size it is made for",
-            f"{self.video}, {self.device}: {self.sparse_seconds:.0f} s a video instead of "
+            "speed at full size",
+            f"{self.video}, {self.device}: {self.sparse_seconds:.0f} s per video instead of "
             f"{self.dense_seconds:.0f} s, density {self.density:.2f}; {self.weights} weights, "
             "so this shows speed only",
         )
@@ -78,11 +78,13 @@ def verdict(row: MethodRow, record: Mapping[str, Any]) -> dict[str, Figure]:
 
 def _nearness(row: MethodRow) -> Figure:
     if row.identical or row.psnr is None:
-        return Figure("identical", "to dense", "every frame is the dense video's, bit for bit")
+        return Figure(
+            "identical", "to dense", "every frame is identical to the dense video, bit for bit"
+        )
     if row.psnr >= _HARD_TO_SEE:
-        words = "hard to see the difference"
+        words = "the difference is hard to see"
     elif row.psnr >= _TO_BE_SEEN:
-        words = "small differences show when looked for"
+        words = "small differences are visible on close inspection"
     else:
         words = "the difference shows"
     ssim = "" if row.ssim is None else f"SSIM {row.ssim:.4f}; "
@@ -109,8 +111,12 @@ def _speed_here(row: MethodRow, record: Mapping[str, Any]) -> Figure | None:
         words = "sparse is slower here"
         if row.density is not None:
             left_out = 1 - row.density
-            words += f": leaving out {left_out:.0%} of the blocks saves less than choosing costs"
-    return Figure(f"{ratio:.2f}x", "speed of a sparse step here", f"{times}; {words}")
+            words += (
+                f": leaving out {left_out:.0%} of the blocks saves less "
+                "time than "
+                "selecting blocks costs"
+            )
+    return Figure(f"{ratio:.2f}x", "speed of a sparse step on this machine", f"{times}; {words}")
 
 
 def _step_seconds(record: Mapping[str, Any], method: str, name: str) -> float | None:

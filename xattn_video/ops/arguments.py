@@ -13,7 +13,7 @@ def check_tensor(name: str, found: object, meaning: str) -> None:
     if not isinstance(found, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor, {meaning}, got {_describe(found)}; "
-            "torch.as_tensor makes one of a list or an array."
+            "use torch.as_tensor to convert a list or an array."
         )
     if found.is_nested or found.layout != torch.strided:
         layout = "nested" if found.is_nested else str(found.layout)
@@ -23,8 +23,8 @@ def check_tensor(name: str, found: object, meaning: str) -> None:
         )
     if found.device.type == "meta":
         raise ValueError(
-            f"{name} must be a torch.Tensor that holds numbers, {meaning}, got "
-            f"{list(found.shape)} on the meta device; load or make it on the CPU or a GPU."
+            f"{name} must be a torch.Tensor with data, {meaning}, got "
+            f"{list(found.shape)} on the meta device; load or create it on the CPU or a GPU."
         )
 
 
@@ -47,7 +47,7 @@ def check_scale(scale: float | None, query: Tensor) -> float:
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None for 1 / sqrt(D), got {_describe(scale)}.")
     if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; None takes 1 / sqrt(D).")
+        raise ValueError(f"scale must be finite, got {scale}; None means 1 / sqrt(D).")
     return float(scale)
 
 
@@ -63,7 +63,9 @@ def check_block_size(block_size: int, stride: int = 1) -> None:
     for name, size in (("block_size", block_size), ("stride", stride)):
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
-                f"{name} must be an int of tokens, got {size!r}; pass an int, such as 64."
+                f"{name} must be an integer number of tokens, got {size!r}; pass an int, such "
+                "as "
+                "64."
             )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}; use 64 or 128.")
@@ -164,7 +166,9 @@ def check_text(num_text_tokens: int, query: Tensor, key: Tensor, causal: bool) -
     """Raise unless the text tokens fit in the keys and leave room for video tokens."""
     if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int):
         raise TypeError(
-            f"num_text_tokens must be an int of tokens, got {_describe(num_text_tokens)}."
+            "num_text_tokens must be an int (a number of tokens), "
+            "got "
+            f"{_describe(num_text_tokens)}."
         )
     Sq, Sk = query.shape[2], key.shape[2]
     if not 0 <= num_text_tokens < Sk:

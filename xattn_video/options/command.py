@@ -12,8 +12,8 @@ from xattn_video.reporting.console import TYPED_OPTIONS, expands_paths, log_choi
 from xattn_video.reporting.endings import ErrorsToExitCodes
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
-_VERBOSE = "Log choices; print the traceback of an error."
-_QUIET = "Print results, warnings and errors, and no progress."
+_VERBOSE = "Log decisions, and print the traceback of an error."
+_QUIET = "Print only results, warnings and errors, without progress."
 
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 """The option of every command that prints a table."""

@@ -61,7 +61,7 @@ class _PlannedGpu:
     gpu_memory: float | None = knob(
         "Memory of the GPU, in GiB.", panel="Model", shown_default="what is free here"
     )
-    num_gpus: int = knob("GPUs that share each video.", 1, panel="Model")
+    num_gpus: int = knob("Number of GPUs that generate each video together.", 1, panel="Model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class _Instead:
     """Options that can be given instead of a threshold."""
 
     preset: str | None = knob(
-        "quality, balanced or fast: density, order, compensation and refreshes.", panel=SPARSITY
+        "quality, balanced or fast; sets density, token order, compensation and refreshes.",
+        panel=SPARSITY,
     )
     schedule: Path | None = knob("JSON file with a threshold for each step.", panel=SPARSITY)
     dense: bool = knob("Use dense attention in every step.", False, "--dense", panel=SPARSITY)
@@ -209,7 +210,7 @@ def check_one_way(ways: dict[str, Any]) -> None:
     """
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} exclude each other; give only one.")
+        raise ValueError(f"{' and '.join(chosen)} cannot be combined; give only one.")
 
 
 def read_schedule(file: Path) -> ThresholdSchedule:

@@ -53,7 +53,9 @@ class LongPrompt:
         panel="Prompt",
         shown_default=f"{DEFAULT_NEEDLE}; demo {DEMO_NEEDLE}; none with random weights",
     )
-    depth: float = knob("Where it lies: 0 at the beginning, 1 at the end.", 0.5, panel="Prompt")
+    depth: float = knob(
+        "Position of the needle: 0 at the beginning, 1 at the end.", 0.5, panel="Prompt"
+    )
     beyond_context: bool = knob(
         "Allow more tokens than the model's context, for speed and memory alone.",
         False,

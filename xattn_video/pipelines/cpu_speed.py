@@ -22,12 +22,13 @@ def what_pays(device: torch.device, dtype: torch.dtype) -> str:
     """What to change where sparse steps took longer than dense ones."""
     if has_fast_dense(device, dtype):
         return (
-            "dense attention is fast on this CPU in bfloat16 (AMX), so that only a small share of "
-            "the blocks pays: lower the threshold"
+            "dense attention is fast on this CPU in bfloat16 (AMX), so sparse attention gains "
+            "only "
+            "at low densities: lower the threshold"
         )
     if device.type == "cpu":
         return f"on a CPU in {str(dtype).removeprefix('torch.')}, {_USUAL}"
     return _USUAL
 
 
-_USUAL = "longer videos and lower thresholds pay"
+_USUAL = "longer videos and lower thresholds gain more"

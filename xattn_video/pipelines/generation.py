@@ -26,7 +26,7 @@ from xattn_video.processors.tile_split import tile_split
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
-_DAMAGED = "float32 has room for all values, so check the model's files and the guidance scales"
+_DAMAGED = "float32 can represent all values, so check the model's files and the guidance scales"
 _STEP_REMEDIES = {
     torch.float16: "load the model in bfloat16 or float32",
     torch.bfloat16: "load the model in float32",
@@ -255,7 +255,7 @@ class _StepRecorder:
         now = self._now()
         if not bool(tensors["latents"].isfinite().all()):
             raise RuntimeError(
-                f"step {index + 1} of {self._total} left values that are not finite, "
+                f"step {index + 1} of {self._total} produced non-finite values, "
                 f"computed in {_name(self._dtype)}; {_STEP_REMEDIES[self._dtype]}."
             )
         seconds = now - (self._last_end or now)
@@ -338,7 +338,7 @@ def _to_bytes(video: Tensor, dtype: torch.dtype) -> NDArray[np.uint8]:
         # On a GPU a bfloat16 transformer has a float16 VAE: float32 alone changes both.
         remedy = _DAMAGED if dtype == torch.float32 else "load the model in float32"
         raise RuntimeError(
-            f"the video, decoded in {_name(dtype)}, holds values that are not finite; {remedy}."
+            f"the video, decoded in {_name(dtype)}, has non-finite values; {remedy}."
         )
     num_frames, channels, height, width = video.shape
     frames = torch.empty(num_frames, height, width, channels, dtype=torch.uint8)

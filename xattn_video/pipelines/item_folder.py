@@ -67,7 +67,7 @@ class ItemFolder:
         different = describe_differences(self.settings(), settings)
         if different:
             raise ValueError(
-                f"{str(self.path)!r} holds a run of other settings: {'; '.join(different)} "
+                f"{str(self.path)!r} holds a run with other settings: {'; '.join(different)} "
                 f"(in the folder and requested); {self._remedy}."
             )
 
@@ -82,12 +82,12 @@ class ItemFolder:
             settings, stated = content["settings"], content["hash"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.settings_file} is not what a run writes ({error}); "
+                f"{self.settings_file} is not a valid settings file ({error}); "
                 "restore it, or start a run in another folder."
             ) from None
         if settings_hash(settings) != stated:
             raise ValueError(
-                f"{self.settings_file} was changed: its hash does not fit its settings; "
+                f"{self.settings_file} was changed: its hash does not match its settings; "
                 "restore it, or start a run in another folder."
             )
         return settings
@@ -214,9 +214,9 @@ class Attempts:
             self._say(f"failed: {name}: {describe_error(error)}")
             if self._in_a_row == _FAILURES_IN_A_ROW:
                 raise RunStoppedError(
-                    f"{self._in_a_row} videos failed one after the other, the last with "
-                    f"{describe_error(error)}; find the cause, then run the same command again: "
-                    "it keeps what is done."
+                    f"{self._in_a_row} videos failed in a row, the last with "
+                    f"{describe_error(error)}; fix the cause, then run the same command again; "
+                    "finished videos are kept."
                 ) from error
 
     def conclude(self, total: int) -> None:
@@ -224,8 +224,8 @@ class Attempts:
         if self.failed:
             raise RuntimeError(
                 f"{self.failed} of {total} videos failed, as listed above and in "
-                f"{self._folder.failures}; the same command tries them again and keeps the "
-                "others."
+                f"{self._folder.failures}; run the same command again to retry them; the "
+                "others are kept."
             ) from self._last
 
 
@@ -270,6 +270,6 @@ def _stop_if_full(error: Exception, folder: Path) -> None:
         # Where the frames of the video are.
         more = f" {error.more}" if isinstance(error, FileNotWrittenError) and error.more else ""
         raise RunStoppedError(
-            f"the disk of {str(folder)!r} is full; nothing that was made is lost: free space, "
+            f"the disk of {str(folder)!r} is full; finished work is kept: free some space, "
             f"then run the same command again.{more}"
         ) from error

@@ -123,7 +123,7 @@ class JobRanks:
         different = describe_differences(self.share(what, lambda: own), own)
         if different:
             raise ValueError(
-                f"it was given other {what} than rank 0: {'; '.join(different)} (rank 0 and this "
+                f"its {what} differ from those of rank 0: {'; '.join(different)} (rank 0 and this "
                 "rank); give all ranks the same."
             )
 
@@ -163,7 +163,8 @@ class JobRanks:
             )
         if not dist.is_nccl_available():
             raise ValueError(
-                "GPUs exchange through NCCL, which this torch lacks; use a CUDA build of torch "
+                "GPUs communicate through NCCL, which this torch does not have; use a CUDA build "
+                "of torch "
                 "for Linux, or one process without a launcher."
             )
         torch.cuda.set_device(self.local_rank)
@@ -262,7 +263,7 @@ def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=_JOIN_MINUTES)))
     except (RuntimeError, ValueError) as error:
         if rank == 0:
-            tell(f"the {count} ranks did not find each other: {' '.join(str(error).split())}")
+            tell(f"the {count} ranks could not connect: {' '.join(str(error).split())}")
         sys.exit(2)
     local_rank = int(os.environ.get("LOCAL_RANK", launched["RANK"]))
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", launched["WORLD_SIZE"]))

@@ -68,19 +68,18 @@ class LoadOptions:
         if self.gpu_memory is not None and not (device.type == "cuda" and self.gpu_memory > 0):
             raise ValueError(
                 f"gpu_memory must be above 0 GiB on a CUDA device, got {self.gpu_memory} on "
-                f"{str(device)!r}; use 24, or leave it out."
+                f"{str(device)!r}; use 24, or omit it."
             )
         if not self.device_elsewhere and not self.device_is_here:
             found = (
                 f"this machine has {torch.cuda.device_count()} CUDA device(s)."
                 if torch.cuda.is_available()
-                else "torch finds no CUDA; use cpu."
+                else "torch finds no CUDA device; use cpu."
             )
-            raise ValueError(f"device {str(device)!r} is not there: {found}")
+            raise ValueError(f"device {str(device)!r} does not exist: {found}")
         if device.type == "cpu" and self.resolved_offload != "none":
             raise ValueError(
-                f"offload={self.offload!r} moves parts off an accelerator, got device 'cpu'; "
-                "use offload none."
+                f"offload={self.offload!r} needs a GPU, got device 'cpu'; use offload none."
             )
 
     @property
@@ -165,7 +164,7 @@ def check_loading(options: LoadOptions) -> None:
         check_model_files(source.folder)
     if options.model == DEMO and options.dtype == torch.float16:
         raise ValueError(
-            "dtype float16 is too small for the values of the demo model's VAE; "
+            "dtype float16 cannot represent the values of the demo model's VAE; "
             "use bfloat16 or float32."
         )
     if options.attention_backend is not None:

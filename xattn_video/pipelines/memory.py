@@ -173,12 +173,13 @@ def describe_residual_shortage(memory: MemoryEstimate, room: Room) -> str | None
     """Why there is no room for what refreshes keep; None if there may be, or without any."""
     if not memory.residuals or memory.fits(memory.offload, room):
         return None
-    where = "host memory" if memory.residuals_on_host else "memory of the device"
+    where = "host memory" if memory.residuals_on_host else "device memory"
     return (
-        f"What refresh_every keeps takes {memory.residuals:.0f} GiB of {where} and there is no "
-        f"room for it: with it about {memory.peak:.0f} GiB are needed there, and "
-        f"{memory.host:.0f} GiB on the host. Leave refresh_every out, let residual be auto, or "
-        "make the video smaller."
+        f"refresh_every stores {memory.residuals:.0f} GiB of residuals in {where}, and there is "
+        "no "
+        f"room for them: the run needs about {memory.peak:.0f} GiB on the device and "
+        f"{memory.host:.0f} GiB on the host. Omit refresh_every, set residual to auto, or make "
+        "the video smaller."
     )
 
 
@@ -216,13 +217,13 @@ def describe_shortage(
 def _choose(memory: MemoryEstimate, room: Room) -> MemoryEstimate:
     """The fastest way to offload that fits."""
     if room.gpu is None:
-        reason = "the default; --gpu-memory chooses for a GPU of that size"
+        reason = "the default; with --gpu-memory, the fastest that fits is chosen"
         return replace(memory, offload_reason=reason)
     fitting = [name for name in _FASTEST_FIRST if memory.fits(name, room)]
     offload = fitting[0] if fitting else _FASTEST_FIRST[-1]
     free = f"{room.gpu:.0f} GiB of GPU memory"
     free += "" if room.host is None else f" and {room.host:.0f} GiB of host memory"
-    reason = f"the fastest that fits {free}" if fitting else f"though nothing fits {free}"
+    reason = f"the fastest that fits {free}" if fitting else f"although nothing fits {free}"
     return replace(
         memory,
         offload=offload,

@@ -82,7 +82,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is damaged or cut short at {file.stat().st_size:,} bytes "
+            f"{file} is damaged or truncated at {file.stat().st_size:,} bytes "
             f"({str(error).rpartition(': ')[2]}); {_AGAIN}."
         ) from None
 
@@ -100,7 +100,7 @@ def weight_files(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
         if (folder / name).exists():
             return {folder / name: []}
     found = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
-    raise ValueError(f"{folder} lacks its weights, {' or '.join(names)}: found {found}; {_AGAIN}.")
+    raise ValueError(f"{folder} has no weights, {' or '.join(names)}: found {found}; {_AGAIN}.")
 
 
 def unreadable(file: Path, error: OSError) -> ValueError:
@@ -164,7 +164,7 @@ def _read_config(folder: Path, part: str) -> dict[str, Any]:
     config = read_json(folder / part / name)
     if expected and config.get(key) not in expected:
         raise ValueError(
-            f"{folder / part / name} is of another model: {key} is {config.get(key)!r}, "
+            f"{folder / part / name} belongs to another model: {key} is {config.get(key)!r}, "
             f"expected {' or '.join(map(repr, expected))}; {_AGAIN}."
         )
     return config
@@ -175,7 +175,7 @@ def _check_shared_sizes(folder: Path, configs: dict[str, dict[str, Any]]) -> Non
         one, other = configs[ours].get(our_key), configs[theirs].get(their_key)
         if None not in (one, other) and one != other:
             raise ValueError(
-                f"{folder / ours} and {folder / theirs} are of different models: {our_key} is "
+                f"{folder / ours} and {folder / theirs} belong to different models: {our_key} is "
                 f"{one} and {their_key} is {other}, expected the same; take both from one model."
             )
 

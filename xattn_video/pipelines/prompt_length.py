@@ -56,7 +56,7 @@ def cut_prompts(pipe: "HunyuanVideoPipeline", requests: Iterable[GenerationReque
     return [
         f"the prompt {shorten(count.text, 40, placeholder='...')!r} is cut: Llama reads "
         f"{min(count.llama, count.llama_limit)} of its {count.llama} tokens, CLIP "
-        f"{min(count.clip, count.clip_limit)} of {count.clip}; put what matters first."
+        f"{min(count.clip, count.clip_limit)} of {count.clip}; put the most important part first."
         for count in dict.fromkeys(counts)
         if count.is_cut
     ]

@@ -28,7 +28,7 @@ _WAITING_GRACE, _WORKING_GRACE = 2.0, 25.0
 _TOLD_SECONDS = 10.0
 # Of the longest time between two layers.
 _SLOWNESS = 4
-_ENDED = "it ended without a message: killed, or out of host memory"
+_ENDED = "it ended without a message; it was killed or ran out of host memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +272,7 @@ class RankWatch:
             return
         least = min(self.team, key=lambda rank: self._reached[rank][0])
         if self._reached[least][0] < self._progress:
-            text = f"it has computed nothing for {patience:.0f} s, and the others wait for it"
+            text = f"it has made no progress for {patience:.0f} s while the others wait for it"
             self._publish(self._thread_store, RankFailure(least, text))
 
     def _end_stuck_process(self) -> None:

@@ -33,7 +33,9 @@ class VideoSettings:
     )
     true_cfg_scale: float = field(
         default=1.0,
-        metadata={"help": "True classifier-free guidance, by a second forward pass; on above 1."},
+        metadata={
+            "help": "True classifier-free guidance with a second forward pass; active above 1."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Estimates a run from its sizes: tokens, blocks, arithmetic, memory, and whether it pays."""
+"""Estimates a run from its sizes: tokens, blocks, arithmetic, memory and possible speed-up."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -32,9 +32,9 @@ DENSITIES = (0.2, *PAPER_DENSITIES, 0.6, 0.8)
 _SMALL_SHARE = 0.5
 _FEW_BLOCKS = 16
 _FAST_DENSE = (
-    "This CPU computes dense attention fast in bfloat16 (AMX): half of the blocks gain little or "
-    "nothing there, and a smaller share gains less than in float32, in which min_tokens on a CPU "
-    "was measured."
+    "This CPU computes dense attention fast in bfloat16 (AMX). Sparse attention gains little or "
+    "nothing at density 0.5, and less than in float32 at lower densities; the default of "
+    "min_tokens was measured in float32."
 )
 # What a CPU at one TFLOP/s does in an hour.
 _SLOW_CPU_TFLOP = 3600
@@ -327,9 +327,9 @@ def _machine_warnings(shape: ModelShape, options: LoadOptions, tflop: float) -> 
     warnings = []
     if shape.heads % options.num_gpus:
         warnings.append(
-            f"{shape.heads} heads do not divide among {options.num_gpus} GPUs, so they "
-            "cannot share a video. Use another number, or generate --prompts-file with --parallel "
-            "prompts."
+            f"{shape.heads} heads cannot be divided evenly among {options.num_gpus} GPUs, so the "
+            "GPUs cannot generate one video together. Use another number of GPUs, or generate "
+            "--prompts-file with --parallel prompts."
         )
     if options.resolved_device.type == "cpu" and tflop >= _SLOW_CPU_TFLOP:
         warnings.append(

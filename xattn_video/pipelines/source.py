@@ -84,7 +84,7 @@ def find_model(name: str) -> ModelSource:
     except OSError as error:
         raise ValueError(
             f"cannot read the model {name!r}: {error.strerror}; "
-            "give a folder that you may open, or a hub ID."
+            "give a readable folder or a hub ID."
         ) from None
     if is_folder:
         return ModelSource(name, folder)
@@ -110,8 +110,9 @@ def check_supported(source: ModelSource) -> None:
     found = source.read_json("model_index.json").get("_class_name")
     if found != SUPPORTED_PIPELINE:
         raise UnsupportedModelError(
-            f"model {source.name!r} is a {found}; supported is {SUPPORTED_PIPELINE}, for example "
-            f"{HUNYUAN_VIDEO!r} or {DEMO!r}: the command line loads text-to-video pipelines only. "
-            "In your own code XAttnProcessor serves every HunyuanVideoTransformer3DModel: "
+            f"model {source.name!r} is a {found}, but the command line loads text-to-video "
+            "pipelines "
+            f"only; use a {SUPPORTED_PIPELINE}, for example {HUNYUAN_VIDEO!r} or {DEMO!r}. "
+            "In your own code, XAttnProcessor supports every HunyuanVideoTransformer3DModel: "
             "HunyuanVideo text-to-video, HunyuanVideo image-to-video and SkyReels-V1."
         )

@@ -80,8 +80,9 @@ def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int
         found = "they were lost: no disk here has room for them."
         if kept is not None:
             found = (
-                f"they are in {str(kept)!r}: numpy.load reads them, and "
-                "xattn_video.pipelines.video.write_video makes the video of them."
+                f"they are saved in {str(kept)!r}: load them with numpy.load and write the video "
+                "with "
+                "xattn_video.pipelines.video.write_video."
             )
         reason = error.reason if isinstance(error, FileNotWrittenError) else str(error)
         number = getattr(error, "errno", None)
@@ -155,7 +156,7 @@ def find_ffmpeg() -> str:
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise MissingPackageError(
             f"videos need ffmpeg, which cannot be used: {error}; pip install 'imageio[ffmpeg]' "
-            "and unset IMAGEIO_FFMPEG_EXE (compare does without videos: --no-videos)."
+            "and unset IMAGEIO_FFMPEG_EXE (compare works without videos: --no-videos)."
         ) from None
     return ffmpeg
 

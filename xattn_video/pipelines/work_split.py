@@ -63,8 +63,8 @@ def check_parallel(asked: str, num_ranks: int) -> None:
         raise ValueError(f"parallel must be one of {', '.join(get_args(Asked))}, got {asked!r}.")
     if asked != "auto" and num_ranks == 1:
         raise ValueError(
-            f"--parallel {asked} shares the work of several ranks, got one; start it with "
-            "torchrun --nproc-per-node N -m xattn_video.cli, or leave it out."
+            f"--parallel {asked} needs several ranks, got one; start with torchrun "
+            "--nproc-per-node N -m xattn_video.cli, or omit --parallel."
         )
 
 
@@ -97,17 +97,17 @@ def choose_split(
         return WorkSplit()
     if asked == "prompts" and num_prompts is None:
         raise ValueError(
-            "--parallel prompts deals out the prompts of a file; give --prompts-file, or "
-            "--parallel ulysses for one video."
+            "--parallel prompts needs --prompts-file; give it, or use --parallel ulysses for one "
+            "video."
         )
     if asked == "prompts" or (asked == "auto" and (num_prompts or 0) >= num_ranks):
         return WorkSplit(num_ranks, by_prompt=True)
     guided = video.true_cfg_scale > 1
     if asked == "cfg" and (not guided or num_ranks % 2):
         raise ValueError(
-            "--parallel cfg lets each half of the ranks compute one of two passes, got "
-            f"true_cfg_scale={video.true_cfg_scale:g} with {num_ranks} ranks; use "
-            "--true-cfg-scale above 1 and an even number of ranks, or --parallel ulysses."
+            "--parallel cfg needs true_cfg_scale above 1 and an even number of ranks, got "
+            f"true_cfg_scale={video.true_cfg_scale:g} with {num_ranks} ranks; change them, or use "
+            "--parallel ulysses."
         )
     by_pass = asked == "cfg" or (asked == "auto" and guided and num_ranks % 2 == 0)
     split = WorkSplit(num_ranks, by_pass=by_pass)
@@ -116,7 +116,7 @@ def choose_split(
         fitting = [part for part in range(2, heads + 1) if heads % part == 0]
         fitting = [part * 2 if by_pass else part for part in fitting]
         raise ValueError(
-            f"{heads} heads do not divide among {split.ranks_per_pass} ranks; use "
+            f"{heads} heads cannot be divided evenly among {split.ranks_per_pass} ranks; use "
             f"{', '.join(map(str, fitting))} ranks, or --prompts-file with --parallel prompts."
         )
     return split

@@ -225,6 +225,6 @@ def _num_steps(run: Run) -> int:
         raise ValueError(
             "cooldown_steps needs the number of denoising steps, which a transformer does not "
             "know; use enable_xattention(pipe, cooldown_steps=...) on the pipeline that runs "
-            "it, or tell it with processor.bind(transformer, num_steps=...)."
+            "it, or pass it to processor.bind(transformer, num_steps=...)."
         )
     return run.num_steps

@@ -37,8 +37,8 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
     contradicting = [name for name in _SETS if name in options]
     if contradicting:
         raise ValueError(
-            f"preset={preset!r} sets {', '.join(_SETS)} itself, got {', '.join(contradicting)} "
-            "too; leave either out."
+            f"preset={preset!r} already sets {', '.join(_SETS)}, got {', '.join(contradicting)} "
+            "too; omit one of them."
         )
     return SparseSettings(**PRESETS[preset], **options)  # type: ignore[index]
 

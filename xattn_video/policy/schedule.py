@@ -249,7 +249,7 @@ class CallableSchedule:
     def to_dict(self) -> dict[str, Any]:
         """Raise TypeError: a function cannot be written as JSON."""
         raise TypeError(
-            f"a threshold function ({self.function!r}) has no JSON form; list its values with "
+            f"a threshold function ({self.function!r}) cannot be saved as JSON; convert it with "
             "ThresholdSchedule.from_list([function(step) for step in range(num_steps)])."
         )
 

@@ -87,7 +87,7 @@ class SparseSettings:
     )
     scoring_precision: "Precision" = field(
         default="auto",
-        metadata={"help": "Precision of scoring: exact, float8, or auto (the faster)."},
+        metadata={"help": "Precision of scoring: exact, float8, or auto (whichever is faster)."},
     )
     density: float | None = field(
         default=None,
@@ -102,19 +102,21 @@ class SparseSettings:
         metadata={"help": "How skipped blocks are approximated: none, means or first-order."},
     )
     mask_every: int = field(
-        default=1, metadata={"help": "Choose the blocks anew at every n-th sparse step."}
+        default=1,
+        metadata={"help": "Select blocks at every n-th sparse step and reuse them in between."},
     )
     refresh_every: int | None = field(
         default=None,
         metadata={
-            "help": "Refresh every n steps: run dense too, and add the difference until the next.",
+            "help": "Refresh every n steps: also run dense, and add the difference until "
+            "the next refresh.",
             "shown_default": "never",
         },
     )
     residual: ResidualPlace = field(
         default="auto",
         metadata={
-            "help": "Where refreshes keep the difference: device, host, or auto (by free memory)."
+            "help": "Where refreshes store the difference: device, host, or auto (by free memory)."
         },
     )
 
@@ -152,7 +154,7 @@ class SparseSettings:
             return cls(threshold, **options)
         if options:
             raise TypeError(
-                f"{', '.join(options)} cannot be given beside a SparseSettings; "
+                f"{', '.join(options)} cannot be combined with a SparseSettings; "
                 "use dataclasses.replace(settings, ...)."
             )
         return threshold
@@ -204,7 +206,7 @@ class SparseSettings:
             raise ValueError(f"density must lie in (0, 1], got {density}; try 0.1.")
         if self.threshold is not None:
             raise ValueError(
-                "density and threshold exclude each other, got "
+                "density and threshold cannot be combined, got "
                 f"density={density}, threshold={self.threshold}; give one of them."
             )
 
@@ -234,6 +236,6 @@ class SparseSettings:
             )
         if self.refresh_every is not None and self.mask_every != 1:
             raise ValueError(
-                "with refresh_every, blocks are chosen at refreshes; leave mask_every out, got "
+                "with refresh_every, blocks are selected at refreshes; omit mask_every, got "
                 f"mask_every={self.mask_every} and refresh_every={self.refresh_every}."
             )

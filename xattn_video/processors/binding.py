@@ -109,8 +109,8 @@ def unwrapped(model: Any) -> Any:
             model = model.get_base_model()
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise UnsupportedModelError(
-                f"{type(model).__name__} copies its model for every device; give the model "
-                "inside, model.module, and run one process for each GPU."
+                f"{type(model).__name__} copies its model to every device; pass the "
+                "inner model, model.module, and run one process for each GPU."
             )
         else:
             return model
@@ -126,8 +126,8 @@ def transformer_of(pipe_or_transformer: Any) -> Any:
         return unwrapped(pipe_or_transformer)
     if not hasattr(pipe_or_transformer, "transformer"):
         raise UnsupportedModelError(
-            f"{type(pipe_or_transformer).__name__} has no transformer; supported are pipelines "
-            "with a HunyuanVideoTransformer3DModel."
+            f"{type(pipe_or_transformer).__name__} has no transformer; use a pipeline with a "
+            "HunyuanVideoTransformer3DModel."
         )
     return unwrapped(pipe_or_transformer.transformer)
 
@@ -146,8 +146,7 @@ def family_of(model: Any) -> Family:
         for family in FAMILIES
     )
     raise UnsupportedModelError(
-        f"XAttnProcessor does not know the attention of {type(model).__name__}; supported is "
-        f"{known}."
+        f"XAttnProcessor does not support {type(model).__name__}; supported models: {known}."
     )
 
 

@@ -56,7 +56,7 @@ def enable_context_parallel(pipe_or_transformer: Any, degree: int | None = None)
         )
     if is_split(transformer):
         raise RuntimeError(
-            "context parallelism is enabled on this transformer already; call "
+            "context parallelism is already enabled on this transformer; call "
             "disable_context_parallel(transformer) first."
         )
     num_ranks = dist.get_world_size()
@@ -138,14 +138,15 @@ def exchange_of(
     if config.ring_degree > 1:
         raise NotImplementedError(
             "ring attention is not supported, got ring_degree="
-            f"{config.ring_degree}: blocks are selected from all keys of a row, and a ring sees a "
-            "part of them at a time; use ContextParallelConfig(ulysses_degree=N)."
+            f"{config.ring_degree}: blocks are selected from all keys of a row, but a ring sees "
+            "only "
+            "a part of them at a time; use ContextParallelConfig(ulysses_degree=N)."
         )
     degree, num_video = config.ulysses_degree, layout.num_video_tokens
     check_splits(transformer, family, degree)
     if num_video % degree and not config.ulysses_anything:
         raise ValueError(
-            f"{num_video} video tokens do not divide among {degree} ranks; use "
+            f"{num_video} video tokens cannot be divided evenly among {degree} ranks; use "
             "ContextParallelConfig(ulysses_degree=..., ulysses_anything=True), or "
             "enable_context_parallel(transformer)."
         )
@@ -168,14 +169,15 @@ def check_splits(transformer: Any, family: Family, degree: int) -> None:
     num_heads = transformer.config.num_attention_heads
     if num_heads % degree:
         raise ValueError(
-            f"{num_heads} heads do not divide among {degree} ranks; use "
+            f"{num_heads} heads cannot be divided evenly among {degree} ranks; use "
             f"{_or(_divisors(num_heads)[1:])} ranks."
         )
     cache = type(getattr(transformer, "_cache_config", None)).__name__
     if cache in _DECIDING_CACHES:
         raise NotImplementedError(
-            f"context parallelism cannot be used with {cache}: each rank would skip blocks by its "
-            "own tokens, and the others would wait for it; call transformer.disable_cache()."
+            f"context parallelism cannot be used with {cache}: each rank would decide from its "
+            "own "
+            "tokens whether to skip blocks; call transformer.disable_cache()."
         )
 
 

@@ -193,8 +193,8 @@ class XAttnProcessor(TransformerBound):
         bound = None if self._session is None else self._session.transformer()
         if bound is not None and bound is not transformer and self.serves(bound):
             raise ValueError(
-                "this XAttnProcessor serves another transformer; give each its own, "
-                "such as copy.deepcopy(processor)."
+                "this XAttnProcessor is bound to another transformer; use a separate one for "
+                "each, such as copy.deepcopy(processor)."
             )
 
     def unbind(self, transformer: Any) -> None:
@@ -214,7 +214,7 @@ class XAttnProcessor(TransformerBound):
         """Settle what the layers do in a forward pass; a hook calls this before the pass."""
         if torch.compiler.is_exporting():
             raise NotImplementedError(
-                "torch.export is not supported: which steps are sparse is settled while the "
+                "torch.export is not supported: which steps are sparse is decided while the "
                 "pipeline runs. Use torch.compile, or export with Diffusers' own processor."
             )
         if self._session is None or self._session.transformer() is not transformer:

@@ -231,10 +231,10 @@ def choose_place(asked: ResidualPlace, output: Tensor, num_layers: int) -> Place
             return place
     found = " and ".join(f"{max(free, 0) / _GIB:.1f} on the {name}" for name, free in room.items())
     raise ResidualMemoryError(
-        f"the residuals that refresh_every keeps for {num_layers} layers take "
-        f"{needed / _GIB:.1f} GiB, and there are {found}; "
-        "make the video smaller, choose another place with residual='host' or 'device', or leave "
-        "refresh_every out."
+        f"the residuals that refresh_every stores for {num_layers} layers take "
+        f"{needed / _GIB:.1f} GiB, but only this much is free: {found}; "
+        "make the video smaller, choose another location with residual='host' or 'device', or "
+        "omit refresh_every."
     )
 
 

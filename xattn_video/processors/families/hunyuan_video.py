@@ -93,8 +93,8 @@ def unsplit_reason(config: Any) -> str | None:
     """Why the video tokens cannot be split among ranks; None where they can."""
     if config.image_condition_type == "token_replace":
         return (
-            'image_condition_type="token_replace" treats the tokens of the first frame apart, '
-            "and counts them from the first row of each rank; run on one GPU."
+            'image_condition_type="token_replace" handles the tokens of the first frame '
+            "separately and counts them from the first token of each rank; run on one GPU."
         )
     return None
 
