@@ -208,4 +208,6 @@ def test_products_that_all_lie_opposite_to_their_bound(bound, dtype, device, mon
     # Norm of a key 8, scale 1 / 8: the bound of a query is its norm * log2(e).
     query = torch.full_like(key, -bound / 1.4427 / 8)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    assert_is_masked_attention(query, key, value, mask, relative_error=2**-16)
+    # A sum of 64 products is as large as the bound; its last bits depend on the order of the sum,
+    # which processors choose for themselves.
+    assert_is_masked_attention(query, key, value, mask, relative_error=bound * 2**-21)

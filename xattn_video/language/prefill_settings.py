@@ -93,8 +93,8 @@ class PrefillSettings:
     def min_tokens_on(self, device_type: str) -> int:
         """Tokens from which prefill runs sparse.
 
-        On CUDA that is the length from which video attention pays, until it is measured for
-        causal attention.
+        On CUDA it is that of video attention: causal attention with 7% of the blocks was faster
+        than the best dense kernel on an H100 from there on, and slower at half that length.
         """
         if self.sparse.min_tokens is None and device_type != "cuda":
             return MIN_TOKENS_CPU
