@@ -21,6 +21,7 @@ from benchmarks import (
     recipe_tables,
     residual_age,
     ruler_table,
+    skipped_table,
 )
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
@@ -90,7 +91,7 @@ def marked_tables(
             "presets": render_presets,
             "long context": long_context_lines.render,
         },
-        "docs/fewer-blocks.md": {"steps": render_steps},
+        "docs/fewer-blocks.md": {"steps": render_steps, "skipped": skipped_table.render},
         "docs/multi_gpu.md": several_gpus_tables(videos),
         "docs/long_context.md": {
             "prefills": prefill_table.render_prefills,
