@@ -88,6 +88,7 @@ def main() -> None:
         for package in distributions():
             link(package, site)
         run(empty, commands / "xattn-video", "plan", "--model", "demo", "-q")
+        run(empty, commands / "xattn-video", "prefill", "--model", "demo", "--plan", "-q")
         run(empty, commands / "xattn-run-hunyuan", "--plan", "runs")
 
 
