@@ -62,6 +62,23 @@ def render() -> str:
     return "\n".join(sections) or "No run of either is committed yet.\n"
 
 
+def attention_alone(tokens: int) -> str:
+    """How much faster attention is than the best dense kernel at one length; "" if unknown."""
+    lengths = (
+        length
+        for file in read_results(RESULTS / "causal")
+        if any(row["name"] == "xattention" for row in file.content["rows"])
+        for length in _lengths(file)
+    )
+    found = next((one for one in lengths if one.default["n"] == tokens), None)
+    if found is None:
+        return ""
+    return (
+        f"; attention alone {found.faster(found.default)} as fast as {found.dense['backend']} "
+        f"({_ms(found.default)} instead of {_ms(found.dense)} ms)"
+    )
+
+
 def _attention(file: ResultFile) -> Iterator[str]:
     lengths = [*_lengths(file)]
     densities = sorted({length.default["wanted_density"] for length in lengths})

@@ -2,6 +2,7 @@
 
 import json
 
+from benchmarks.causal_table import attention_alone
 from benchmarks.prefill_table import PREFILLS
 from benchmarks.results_files import ResultRow
 from benchmarks.ruler_table import RulerRuns
@@ -21,7 +22,7 @@ def _speed(file: ResultRow) -> str:
     return (
         f"Speed: {_what(file)} in {sparse['seconds']:.1f} s instead of {dense['seconds']:.1f} s, "
         f"{file['speedup']:.2f}x as fast, with {sparse['report']['density']:.1%} of the blocks "
-        f"({file['device']}, random weights)."
+        f"({file['device']}, random weights){attention_alone(file['tokens'])}."
     )
 
 

@@ -45,31 +45,42 @@ class HarnessOptions:
     model: str = knob("demo (ships with the package), a hub ID, a folder or a .gguf file.", ...)
     tasks: str | None = knob("Task names, separated by commas.", shown_default="the paper's")
     settings: str = knob(
-        "Sparse settings to compare with dense, as THRESHOLD:STRIDE.", "0.9:8,0.9:16"
+        "Sparse settings to compare with dense, as THRESHOLD:STRIDE or "
+        "THRESHOLD:STRIDE:DENSE_LAYERS.",
+        "0.9:8,0.9:16",
     )
     samples: int = knob("Number of samples per task, from the beginning.", 100)
-    dense_layers: int = knob("Number of first layers that stay dense.", 0)
+    dense_layers: int = knob(
+        "Number of first layers that stay dense, where a setting does not say.", 0
+    )
     min_tokens: int = knob("With fewer tokens so far, a chunk runs dense.", 0)
 
     def variants(self) -> "dict[str, PrefillSettings | None]":
         """Dense, which is None, and every sparse setting, by label.
 
         Raises:
-            ValueError: A setting is not written as THRESHOLD:STRIDE, or is out of range.
+            ValueError: A setting is written in another way, or is out of range.
         """
         from xattn_video.language.prefill_settings import PrefillSettings
 
         variants: dict[str, PrefillSettings | None] = {"dense": None}
         for text in self.settings.split(","):
-            threshold, _, stride = text.partition(":")
+            threshold, *rest = text.split(":")
             try:
-                values = float(threshold), int(stride)
+                tau = float(threshold)
+                stride, dense_layers = map(
+                    int, rest if len(rest) > 1 else [*rest, self.dense_layers]
+                )
             except ValueError:
                 raise ValueError(
-                    f"settings must be THRESHOLD:STRIDE, got {text!r}; use 0.9:8,0.9:16."
+                    "settings must be THRESHOLD:STRIDE or THRESHOLD:STRIDE:DENSE_LAYERS, got "
+                    f"{text!r}; use 0.9:8,0.9:16."
                 ) from None
-            variants[f"tau {values[0]:g}, stride {values[1]}"] = PrefillSettings.of(
-                values[0], self.dense_layers, stride=values[1], min_tokens=self.min_tokens
+            label = f"tau {tau:g}, stride {stride}"
+            if len(rest) > 1:
+                label += f", {dense_layers} dense layer{'s' * (dense_layers != 1)}"
+            variants[label] = PrefillSettings.of(
+                tau, dense_layers, stride=stride, min_tokens=self.min_tokens
             )
         return variants
 

@@ -51,6 +51,16 @@ def test_every_setting_stands_beside_dense_in_one_table(harnesses, tiny_llm, tmp
     assert (tmp_path / "run/report.html").read_text().count("<table>") == 2
 
 
+def test_a_setting_may_name_its_dense_layers(harnesses, tiny_llm, tmp_path):
+    assert (
+        ruler(tmp_path / "run", tiny_llm, "--settings=0.5:8:1,0.5:8", "--dense-layers=0")[0] == 0
+    )
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    found = {one["setting"]: one["attention"] for one in report["results"] if one["attention"]}
+    assert "1/2 layers sparse over" in found["tau 0.5, stride 8, 1 dense layer"]
+    assert "2/2 layers sparse over" in found["tau 0.5, stride 8"]
+
+
 def test_attention_is_what_the_setting_says_and_the_models_own_again(
     harnesses, tiny_llm, tmp_path
 ):
@@ -81,7 +91,12 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--settings=0.9"], "--settings must be THRESHOLD:STRIDE, got '0.9'; use 0.9:8,0.9:16."),
+        (
+            ["--settings=0.9"],
+            "--settings must be THRESHOLD:STRIDE or THRESHOLD:STRIDE:DENSE_LAYERS, got '0.9'; use "
+            "0.9:8,0.9:16.",
+        ),
+        (["--settings=0.9:8:1:1"], "got '0.9:8:1:1'; use 0.9:8,0.9:16."),
         (["--settings=2:8"], "threshold must lie in (0, 1], got 2.0"),
         (["--lengths=4k"], "--lengths must be numbers, got '4k'"),
         (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
