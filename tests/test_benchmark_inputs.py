@@ -88,4 +88,4 @@ def test_kept_mass_is_the_true_one(peaky):
 def test_a_missing_file_is_refused(capsys):
     with pytest.raises(SystemExit):
         attention.main(["--inputs", "nowhere.safetensors"])
-    assert "--inputs nowhere.safetensors is no file" in capsys.readouterr().err
+    assert "--inputs nowhere.safetensors is not a file" in capsys.readouterr().err

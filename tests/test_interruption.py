@@ -246,7 +246,7 @@ def test_compare_keeps_the_frames_of_a_video_that_it_cannot_write(
     code, _, err = run_cli(*words)
     assert code == 1
     (kept,) = (tmp_path / "out").rglob("*.npy")
-    assert f"they are in {str(kept)!r}" in err
+    assert f"they are saved in {str(kept)!r}" in err
 
 
 def test_paths_of_every_kind_are_expanded(generate, tmp_path, monkeypatch):

@@ -258,7 +258,7 @@ def test_gaps_packed_positions_and_own_masks_run_dense(llama):
 
 def test_gradients_run_dense_with_one_warning(llama):
     with enable_xattention(llama, 0.5, **SMALL) as handle:
-        with pytest.warns(UserWarning, match="runs dense where gradients are on"):
+        with pytest.warns(UserWarning, match="runs dense because gradients are enabled"):
             llama(**prompt())
         with warnings.catch_warnings(action="error"):
             llama(**prompt())

@@ -340,7 +340,7 @@ def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path):
 @pytest.mark.parametrize(
     ("words", "model"),
     [
-        ((), "demo"),
+        ((), "demo --dense-layers 2"),
         (("--paper",), "gradientai/Llama-3-8B-Instruct-Gradient-1048k --tokens 450560"),
     ],
 )
