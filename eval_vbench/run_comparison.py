@@ -35,9 +35,11 @@ class CompleteRun:
         if sparse is None:
             name = self.folder.path.resolve().name
             return "dense" if name == "dense" else f"dense ({name})"
-        threshold = sparse["threshold"]
-        tau = "schedule" if isinstance(threshold, dict) else f"{threshold:g}"
-        return f"tau {tau}, stride {sparse['stride']}, warm-up {sparse['warmup_steps']}"
+        kind = "threshold" if sparse.get("density") is None else "density"
+        share = sparse[kind]
+        value = "schedule" if isinstance(share, dict) else f"{share:g}"
+        name = "tau" if kind == "threshold" else kind
+        return f"{name} {value}, stride {sparse['stride']}, warm-up {sparse['warmup_steps']}"
 
 
 @dataclass(frozen=True, slots=True)

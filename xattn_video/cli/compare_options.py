@@ -9,10 +9,11 @@ import typer
 
 from xattn_video.cli.outputs import Prompts
 from xattn_video.options.command import Group, given_options, group_of, knob, option
-from xattn_video.options.groups import given_sparse, read_schedule, sparse_options
+from xattn_video.options.groups import given_sparse, sparse_options
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings
 from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.presets import parse_setting
+from xattn_video.policy.schedule import read_schedule
 from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
@@ -100,11 +101,13 @@ class CompareDetails:
 class _Further:
     setting: list[str] | None = knob(
         "An additional setting, such as preset=fast or density=0.2,refresh_every=5; may be given "
-        "several times. Without --thresholds and --densities only these are compared.",
+        "several times. density may be a file that `xattn-video calibrate` wrote, with a preset "
+        "too. Without --thresholds and --densities only these are compared.",
         panel=_GRID,
     )
     schedule: Path | None = knob(
-        "JSON file with a threshold for each step, compared in addition to --thresholds.",
+        "JSON file with a threshold for each step, or with what `xattn-video calibrate` found, "
+        "compared in addition to --thresholds and --densities.",
         panel=_GRID,
     )
     noise_ceiling: bool = knob(
@@ -191,7 +194,8 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
         if values[name] is not None
     }
     if values["schedule"] is not None:
-        grid.setdefault("threshold", []).append(read_schedule(values["schedule"]))
+        schedule = read_schedule(values["schedule"])
+        grid.setdefault(schedule.kind, []).append(schedule)
     several = {name for name, _ in _SEVERAL.values()}
     shared = given_sparse({name: values[name] for name in values if name not in several})
     whole_settings = values["setting"] or []

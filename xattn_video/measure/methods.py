@@ -1,6 +1,8 @@
 """The methods to compare: dense attention, dense attention again, a grid of sparse settings."""
 
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +35,7 @@ class Method:
         """The inverse of `to_dict`."""
         sparse = values["sparse"]
         if sparse is not None:
-            threshold = sparse.get("threshold")
-            if isinstance(threshold, Mapping):
-                threshold = ThresholdSchedule.from_dict(threshold)
-            sparse = SparseSettings(**{**sparse, "threshold": threshold})
+            sparse = SparseSettings.from_dict(sparse)
         return cls(values["name"], values["label"], sparse)
 
 
@@ -72,7 +71,11 @@ def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Met
 
 def method_of(sparse: SparseSettings) -> Method:
     """A method with the name and the words of its settings."""
-    if sparse.density is not None:
+    if isinstance(sparse.density, ThresholdSchedule):
+        # Two files may differ in their heads alone.
+        digest = hashlib.sha256(json.dumps(sparse.density.to_dict()).encode()).hexdigest()[:4]
+        share = f"densities {sparse.density.threshold(0):g} {digest}"
+    elif sparse.density is not None:
         share = f"density {sparse.density:g}"
     elif isinstance(sparse.threshold, int | float):
         share = f"tau {sparse.threshold:g}"

@@ -76,7 +76,7 @@ def measure_speedup(
     Raises:
         BackendUnavailableError: The backend cannot run the problem, with every reason.
     """
-    assert settings.density is not None
+    assert isinstance(settings.density, int | float)
     problem_here = Problem(device, dtype, problem.head_dim, BLOCK_SIZE)
     tensors = clustered_tensors(problem, device, dtype)
     grid = SparseGrid(

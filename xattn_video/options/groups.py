@@ -10,7 +10,7 @@ from xattn_video.options.command import Group, group_of, knob, option
 from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings, default_settings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
 from xattn_video.policy.presets import settings_of
-from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.policy.schedule import ThresholdSchedule, read_schedule
 from xattn_video.policy.settings import SparseSettings
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ class _Instead:
         "quality, balanced or fast; sets density, token order, compensation and refreshes.",
         panel=SPARSITY,
     )
-    schedule: Path | None = knob("JSON file with a threshold for each step.", panel=SPARSITY)
+    schedule: Path | None = knob(
+        "JSON file with a threshold for each step, or with what `xattn-video calibrate` found.",
+        panel=SPARSITY,
+    )
     dense: bool = knob("Use dense attention in every step.", False, "--dense", panel=SPARSITY)
 
 
@@ -192,11 +195,14 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
     """
     ways = {"--threshold": values["threshold"], "--schedule": values["schedule"]}
     ways |= {"--dense": values["dense"] or None, "--density": values["density"]}
-    ways |= {"--preset": values["preset"]}
     check_one_way(ways)
     given = given_sparse(values)
     if values["schedule"] is not None:
-        given["threshold"] = read_schedule(values["schedule"])
+        schedule = read_schedule(values["schedule"])
+        given[schedule.kind] = schedule
+    if not isinstance(given.get("density"), ThresholdSchedule):
+        # Densities by layer and head take the place of a preset's.
+        check_one_way(ways | {"--preset": values["preset"]})
     # This also checks values that --dense leaves unused.
     sparse = settings_of(values["preset"], **given)
     return None if values["dense"] else sparse
@@ -211,18 +217,6 @@ def check_one_way(ways: dict[str, Any]) -> None:
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} cannot be combined; give only one.")
-
-
-def read_schedule(file: Path) -> ThresholdSchedule:
-    """The schedule in a file.
-
-    Raises:
-        ValueError: The file cannot be read, or holds none.
-    """
-    try:
-        return ThresholdSchedule.load(file)
-    except OSError as error:
-        raise ValueError(f"cannot read the schedule {str(file)!r}: {error.strerror}.") from None
 
 
 def _given(sources: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:

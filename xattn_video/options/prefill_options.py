@@ -11,7 +11,8 @@ from xattn_video.language.prefill_settings import (
     PrefillSettings,
 )
 from xattn_video.options.command import Group, knob, option
-from xattn_video.options.groups import SPARSITY, check_one_way, read_schedule
+from xattn_video.options.groups import SPARSITY, check_one_way
+from xattn_video.policy.schedule import read_schedule
 from xattn_video.policy.settings import MIN_TOKENS_CUDA, SparseSettings
 
 DEFAULT_TOKENS = 131072
@@ -106,8 +107,9 @@ def prefill_settings() -> Group:
 
 def _make(values: dict[str, Any]) -> PrefillSettings:
     check_one_way({f"--{name}": values[name] for name in ("threshold", "schedule", "density")})
-    threshold = values["threshold"]
-    if values["schedule"] is not None:
-        threshold = read_schedule(values["schedule"])
     given = {name: values[name] for name in PREFILL_FIELDS if values[name] is not None}
-    return PrefillSettings.of(threshold, values["dense_layers"], **given)
+    given["threshold"] = values["threshold"]
+    if values["schedule"] is not None:
+        schedule = read_schedule(values["schedule"])
+        given[schedule.kind] = schedule
+    return PrefillSettings.of(dense_layers=values["dense_layers"], **given)

@@ -22,7 +22,7 @@ from xattn_video.pipelines.memory import (
 )
 from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.pipelines.request import VideoSettings
-from xattn_video.policy.decision import Run, StepCounts, count_steps
+from xattn_video.policy.decision import Run, StepCounts, count_steps, mean_density
 from xattn_video.policy.residual_size import residual_bytes
 from xattn_video.policy.settings import SparseSettings
 
@@ -133,8 +133,9 @@ def plan_run(
     # Half a product of queries and keys that are `stride` times fewer.
     scoring = 1 / (2 * settings.stride)
     memory, shortage = _memory(shape, video, settings, options, counts)
-    backend, warnings = None, list[str]()
+    backend, warnings, asked = None, list[str](), None
     if sparse:
+        asked = mean_density(sparse, _run(shape, video, device.type))
         backend, found = _choose_backend(shape, sparse, options)
         warnings = _sparsity_warnings(sparse, counts, video_tokens, share, options) + found
     warnings += [shortage] if shortage else []
@@ -156,7 +157,7 @@ def plan_run(
         dense_step_tflop=tflop,
         attention_share=share,
         scoring_share=share * scoring,
-        speedup_bounds=_speedup_bounds(share, scoring, counts, sparse.density) if sparse else (),
+        speedup_bounds=_speedup_bounds(share, scoring, counts, asked) if sparse else (),
         memory=memory,
         shortage=shortage,
         device=str(device),
@@ -172,11 +173,14 @@ def planned_steps(
     shape: ModelShape, video: VideoSettings, sparse: SparseSettings | None, device_type: str
 ) -> StepCounts:
     """What the steps of a generation will do; all are dense without sparse settings."""
-    steps = video.num_inference_steps
     if sparse is None:
-        return StepCounts(dense=steps)
+        return StepCounts(dense=video.num_inference_steps)
+    return count_steps(sparse, _run(shape, video, device_type))
+
+
+def _run(shape: ModelShape, video: VideoSettings, device_type: str) -> Run:
     tokens = math.prod(shape.grid(video.height, video.width, video.num_frames))
-    return count_steps(sparse, Run(shape.layers, shape.heads, tokens, device_type, steps))
+    return Run(shape.layers, shape.heads, tokens, device_type, video.num_inference_steps)
 
 
 def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:

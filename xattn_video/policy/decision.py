@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, TypeAlias
 
+from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
 DenseReason: TypeAlias = Literal[
@@ -54,6 +56,8 @@ class Decision:
     refreshing: tuple[bool, ...]
     choosing: tuple[bool, ...]
     last_sparse: bool = False
+    keeps_all: DenseReason = "threshold 1"
+    """What a layer that is asked to keep every block runs dense for."""
 
     @property
     def sparse(self) -> bool:
@@ -77,7 +81,7 @@ class Decision:
     def layer_reason(self, layer: int) -> DenseReason | None:
         """Why a layer runs dense; None if it runs sparse."""
         if self.reason is None and not _skips(self.thresholds[layer]):
-            return "threshold 1"
+            return self.keeps_all
         return self.reason
 
 
@@ -123,6 +127,7 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         tuple(choosing) if every is not None else (False,) * run.num_layers,
         tuple(choosing),
         last_sparse,
+        settings.keeps_all_reason,
     )
 
 
@@ -159,6 +164,18 @@ def count_steps(settings: SparseSettings, run: Run) -> StepCounts:
     return StepCounts(
         len(decisions) - len(sparse), len(sparse), refreshes, primes, refreshed, choices
     )
+
+
+def mean_density(settings: SparseSettings, run: Run) -> float | None:
+    """The density that is asked for, over the sparse steps; None where a threshold decides."""
+    if settings.density is None or not isinstance(settings.density, ThresholdSchedule):
+        return settings.density
+    assert run.num_steps is not None
+    decisions = [decide(settings, step, run) for step in range(run.num_steps)]
+    shares = [
+        share for one in decisions if one.sparse for layer in one.thresholds for share in layer
+    ]
+    return fmean(shares) if shares else 1.0
 
 
 def _is_sparse(settings: SparseSettings, step: int, run: Run) -> bool:

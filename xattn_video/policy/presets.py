@@ -4,6 +4,8 @@ import json
 from dataclasses import fields
 from typing import Any, Literal, TypeAlias, get_args
 
+from xattn_video.files import user_path
+from xattn_video.policy.schedule import ThresholdSchedule, read_schedule
 from xattn_video.policy.settings import SparseSettings
 
 Preset: TypeAlias = Literal["quality", "balanced", "fast"]
@@ -26,7 +28,8 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
         preset: A name in `PRESETS`.
         options: Fields of `SparseSettings` that a preset leaves open: ``stride``,
             ``block_size``, ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
-            ``scoring_precision``, ``residual``.
+            ``scoring_precision``, ``residual``; and a ``density`` by layer and head, a
+            `ThresholdSchedule`, which takes the place of the preset's.
 
     Raises:
         ValueError: There is no such preset, an option is one that presets set, or a value is out
@@ -34,13 +37,16 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
     """
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-    contradicting = [name for name in _SETS if name in options]
+    calibrated = isinstance(options.get("density"), ThresholdSchedule)
+    contradicting = [
+        name for name in _SETS if name in options and not (name == "density" and calibrated)
+    ]
     if contradicting:
         raise ValueError(
             f"preset={preset!r} already sets {', '.join(_SETS)}, got {', '.join(contradicting)} "
             "too; omit one of them."
         )
-    return SparseSettings(**PRESETS[preset], **options)  # type: ignore[index]
+    return SparseSettings(**PRESETS[preset] | options)  # type: ignore[index]
 
 
 def settings_of(preset: str | None, **options: Any) -> SparseSettings:
@@ -56,7 +62,8 @@ def parse_setting(text: str, **options: Any) -> SparseSettings:
     """The settings of a text such as "density=0.2,refresh_every=5" or "preset=fast".
 
     Args:
-        text: NAME=VALUE,... with the fields of `SparseSettings` and ``preset`` as names.
+        text: NAME=VALUE,... with the fields of `SparseSettings` and ``preset`` as names. A
+            density may be a JSON file with one by layer and head.
         options: Other fields; the text goes before them.
 
     Raises:
@@ -77,4 +84,6 @@ def parse_setting(text: str, **options: Any) -> SparseSettings:
             given[name] = json.loads(value)
         except json.JSONDecodeError:
             given[name] = value
+    if isinstance(given.get("density"), str):
+        given["density"] = read_schedule(user_path(given["density"]))
     return settings_of(given.pop("preset", None), **options | given)

@@ -1,4 +1,4 @@
-"""Thresholds by denoising step, layer and head."""
+"""Thresholds, or shares of blocks, by denoising step, layer and head."""
 
 import bisect
 import json
@@ -12,6 +12,7 @@ from xattn_video.files import write_json
 
 Points: TypeAlias = tuple[tuple[int, float], ...]
 Interpolation: TypeAlias = Literal["hold", "linear", "cosine"]
+Kind: TypeAlias = Literal["threshold", "density"]
 ThresholdLike: TypeAlias = (
     "float | Sequence[float] | Mapping[int, float] | Callable[[int], float] | ThresholdSchedule"
 )
@@ -31,9 +32,11 @@ class ThresholdSchedule:
         layers: {layer: points} replaces ``points`` in that layer. Layers count from 0, first the
             double-stream blocks, then the single-stream blocks.
         heads: {(layer, head): points} replaces both in that head.
+        kind: ``"density"`` if the values are shares of the blocks, for `SparseSettings.density`,
+            and not thresholds.
 
     Raises:
-        ValueError: A tau outside (0, 1], or steps that do not ascend.
+        ValueError: A tau outside (0, 1], steps that do not ascend, or an unknown kind.
         TypeError: A value that should be a number is not.
     """
 
@@ -41,11 +44,13 @@ class ThresholdSchedule:
     interpolation: Interpolation = "hold"
     layers: Mapping[int, Points] = field(default_factory=dict)
     heads: Mapping[tuple[int, int], Points] = field(default_factory=dict)
+    kind: Kind = "threshold"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in get_args(Interpolation):
-            known = ", ".join(map(repr, get_args(Interpolation)))
-            raise ValueError(f"interpolation must be one of {known}, got {self.interpolation!r}.")
+        for name, choices in (("interpolation", Interpolation), ("kind", Kind)):
+            if getattr(self, name) not in get_args(choices):
+                known = ", ".join(map(repr, get_args(choices)))
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         layers = {
             _index(layer, "layers"): _points(points, f"layers.{layer}")
             for layer, points in self.layers.items()
@@ -161,6 +166,8 @@ class ThresholdSchedule:
         for (layer, head), points in self.heads.items():
             heads.setdefault(str(layer), {})[str(head)] = _as_lists(points)
         return {
+            # Left out of thresholds, whose files are older than densities.
+            **({} if self.kind == "threshold" else {"kind": self.kind}),
             "interpolation": self.interpolation,
             "points": _as_lists(self.points),
             "layers": {str(layer): _as_lists(points) for layer, points in self.layers.items()},
@@ -176,7 +183,7 @@ class ThresholdSchedule:
                 path of the field.
         """
         _mapping(data, "the schedule")
-        known = ("interpolation", "points", "layers", "heads")
+        known = ("kind", "interpolation", "points", "layers", "heads")
         unknown = [key for key in data if key not in known]
         if unknown:
             raise ValueError(
@@ -193,6 +200,7 @@ class ThresholdSchedule:
                 for layer, of_layer in _by_index(data.get("heads", {}), "heads").items()
                 for head, points in _by_index(of_layer, f"heads.{layer}").items()
             },
+            data.get("kind", "threshold"),
         )
 
     def save(self, path: str | Path) -> None:
@@ -252,6 +260,18 @@ class CallableSchedule:
             f"a threshold function ({self.function!r}) cannot be saved as JSON; convert it with "
             "ThresholdSchedule.from_list([function(step) for step in range(num_steps)])."
         )
+
+
+def read_schedule(file: str | Path) -> ThresholdSchedule:
+    """The schedule in a file that a user named.
+
+    Raises:
+        ValueError, TypeError: The file cannot be read, or holds none.
+    """
+    try:
+        return ThresholdSchedule.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read the schedule {str(file)!r}: {error.strerror}.") from None
 
 
 def _interpolate(points: Points, step: int, interpolation: Interpolation) -> float:

@@ -1,5 +1,6 @@
 """Every setting of sparse attention: its name, default, help and check, defined once."""
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -40,7 +41,8 @@ class SparseSettings:
         scoring_precision: Precision of the scores: ``"exact"``, ``"float8"`` (8-bit operands, for
             the scores only), or ``"auto"`` for the faster; see `block_scores`.
         density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones, in
-            place of a threshold; None where that decides.
+            place of a threshold; None where that decides. A `ThresholdSchedule` of kind
+            ``"density"`` gives layers and heads their own.
         token_order: Order of the video tokens in sparse layers: ``"raster"`` (frame by frame, row
             by row), or ``"hilbert"``, in which a block is a compact piece of the video.
         compensation: What stands for the skipped blocks: ``"none"``, the mean key and value of
@@ -89,9 +91,12 @@ class SparseSettings:
         default="auto",
         metadata={"help": "Precision of scoring: exact, float8, or auto (whichever is faster)."},
     )
-    density: float | None = field(
+    density: float | ThresholdSchedule | None = field(
         default=None,
-        metadata={"help": "Share of the blocks to keep, in (0, 1], instead of a threshold."},
+        metadata={
+            "help": "Share of the blocks to keep, in (0, 1], instead of a threshold.",
+            "kind": float | None,
+        },
     )
     token_order: TokenOrder = field(
         default="raster",
@@ -126,6 +131,7 @@ class SparseSettings:
         elif self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
         ThresholdSchedule.coerce(self._share)
+        self._check_kind()
         self._check_reuse()
         # It brings torch, which a command line that only shows its help need not wait for.
         from xattn_video.backends.table import load_backend
@@ -195,15 +201,35 @@ class SparseSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {knob.name: getattr(self, knob.name) for knob in fields(self)}
-        if not isinstance(self.threshold, int | float | None):
-            values["threshold"] = self.schedule.to_dict()
+        for name in ("threshold", "density"):
+            if not isinstance(values[name], int | float | None):
+                values[name] = self.schedule.to_dict()
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SparseSettings":
+        """The inverse of `to_dict`."""
+        given = dict(values)
+        for name in ("threshold", "density"):
+            if isinstance(given.get(name), Mapping):
+                given[name] = ThresholdSchedule.from_dict(given[name])
+        return cls(**given)
+
+    def _check_kind(self) -> None:
+        for name in ("threshold", "density"):
+            schedule = getattr(self, name)
+            if isinstance(schedule, ThresholdSchedule) and schedule.kind != name:
+                raise ValueError(
+                    f"{name} got a schedule of kind {schedule.kind!r}; give it as "
+                    f"{schedule.kind}, or make it with kind={name!r}."
+                )
+
     def _check_density(self, density: object) -> None:
-        if isinstance(density, bool) or not isinstance(density, int | float):
-            raise TypeError(f"density must be a number in (0, 1], got {density!r}; try 0.1.")
-        if not 0 < density <= 1:
-            raise ValueError(f"density must lie in (0, 1], got {density}; try 0.1.")
+        if not isinstance(density, ThresholdSchedule):
+            if isinstance(density, bool) or not isinstance(density, int | float):
+                raise TypeError(f"density must be a number in (0, 1], got {density!r}; try 0.1.")
+            if not 0 < density <= 1:
+                raise ValueError(f"density must lie in (0, 1], got {density}; try 0.1.")
         if self.threshold is not None:
             raise ValueError(
                 "density and threshold cannot be combined, got "
