@@ -75,16 +75,24 @@ def test_the_mean_is_that_of_all_heads_over_the_sparse_steps():
     assert decide(SparseSettings(density=rising), 5, planned).thresholds[0][0] == 0.1
 
 
-def test_the_commands_take_the_file_alone_and_with_a_preset(generate, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "refresh_every"),
+    [([], None), (["--preset=balanced", "--num-inference-steps=18"], 15)],
+)
+def test_generate_takes_the_file_alone_and_with_a_preset(
+    preset, refresh_every, generate, tmp_path
+):
     replace(DENSITIES, layers={}).save(tmp_path / "d.json")
     words = ("--prompt=a", "--block-size=16", "--min-tokens=0", "--warmup-steps=1")
     words = (*words, "--schedule=d.json", "--report=run.json")
-    code, _, err = generate(*words)
+    code, _, err = generate(*words, *preset)
     assert code == 0, err
     (video,) = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert video["sparse"]["threshold"] is None
     assert video["sparse"]["density"]["heads"] == {"0": {"1": [[0, 0.75]]}}
-    assert video["sparse"]["refresh_every"] is None
+    assert video["sparse"]["refresh_every"] == refresh_every
+    first, second, third = video["report"]["forwards"][1]["densities"]
+    assert second == third < first < 1
 
 
 def test_plan_takes_it_with_a_preset_and_prints_the_mean(tiny_pipeline, tmp_path):

@@ -156,6 +156,7 @@ def test_every_command_ends_on_a_signal_with_its_code(number, monkeypatch, tmp_p
         "eval generate": lambda: invoke(vbench_generate.app, "--run=a", "--model=demo"),
         "generate": lambda: run_cli("generate", "--prompt=a"),
         "compare": lambda: run_cli("compare", "--prompt=a"),
+        "calibrate": lambda: run_cli("calibrate", "--density=0.2", "--output=d.json"),
     }
     for name, run in runs.items():
         # Under nohup it is ignored, and stays so.

@@ -85,7 +85,8 @@ def test_a_new_knob_is_in_the_report(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "generate", "compare", "plan", "bench", "backends", "prefill"]
+    "command",
+    ["", "generate", "compare", "calibrate", "plan", "bench", "backends", "prefill"],
 )
 def test_every_help_has_a_short_name_and_an_example(command):
     code, short, err = run_cli(*command.split(), "-h")
@@ -115,7 +116,7 @@ def test_eval_vbench_has_them_too(name):
 
 
 def test_every_command_that_prints_a_table_prints_json_too():
-    for name in ("compare", "plan", "bench", "backends"):
+    for name in ("compare", "calibrate", "plan", "bench", "backends"):
         assert "--json" in run_cli(name, "-h")[1]
     for name in ("report", "score"):
         app = import_module(f"eval_vbench.{name}").app

@@ -14,11 +14,13 @@ from eval_vbench import report, report_plot
 from eval_vbench.dimensions import dimensions, totals
 from eval_vbench.report_page import report_page
 from eval_vbench.report_web import report_web_page
-from eval_vbench.run_comparison import caveats, compare, load_run
+from eval_vbench.run_comparison import CompleteRun, caveats, compare, load_run
 from eval_vbench.run_folder import RunFolder
 from eval_vbench.score_files import Score, scored_items, videos_digest, write_score_file
 from xattn_video.measure.paired_difference import paired_difference
 from xattn_video.pipelines.item_folder import settings_hash
+from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.policy.settings import SparseSettings
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +329,20 @@ def test_the_plot_shows_small_differences(tmp_path, monkeypatch):
     low, high = axes.get_ylim()
     assert (high - low) < 0.02
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a\ndense 0.9977"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        (SparseSettings(0.9), "tau 0.9"),
+        (SparseSettings(ThresholdSchedule.linear(0.8, 0.9, 5)), "tau schedule"),
+        (SparseSettings(density=0.1), "density 0.1"),
+        (
+            SparseSettings(density=ThresholdSchedule(((0, 0.1),), kind="density")),
+            "density schedule",
+        ),
+    ],
+)
+def test_a_run_is_named_by_what_decides_its_blocks(settings, share, tmp_path):
+    run = CompleteRun(RunFolder(tmp_path), {"sparse": settings.to_dict()}, (), {}, {})
+    assert run.label == f"{share}, stride 8, warm-up 5"

@@ -1,4 +1,4 @@
-"""The commands: `xattn-video demo | generate | compare | plan | bench | backends | prefill`."""
+"""The commands of `xattn-video`, one file each."""
 
 from typing import Annotated
 
@@ -7,6 +7,7 @@ import typer
 from xattn_video import __version__
 from xattn_video.cli.backends import backends
 from xattn_video.cli.bench import bench
+from xattn_video.cli.calibrate import calibrate
 from xattn_video.cli.compare import compare
 from xattn_video.cli.demo import demo
 from xattn_video.cli.generate import generate
@@ -32,6 +33,7 @@ EXAMPLES = {
     demo: "demo --open",
     generate: 'generate --prompt "a cat walks on the grass" --output cat.mp4',
     compare: "compare --model demo --demo-prompts 4 --thresholds 0.9,0.95",
+    calibrate: "calibrate --preset balanced --prompts-file prompts.txt --output densities.json",
     plan: "plan --num-frames 61 --device cuda",
     bench: "bench --num-frames 61",
     backends: "backends --device cuda",

@@ -208,6 +208,36 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
     return None if values["dense"] else sparse
 
 
+def calibrated_settings() -> Group:
+    """`SparseSettings` with a number as density, the wanted mean over layers and heads."""
+    options = {"preset": group_of(_Instead).options["preset"]}
+    options |= sparse_options(without=["threshold", "residual"])
+    density = next(source for source in fields(SparseSettings) if source.name == "density")
+    text = "Mean share of the blocks to keep, below 1."
+    shown = "that of the preset"
+    options["density"] = option(density, help=text, shown_default=shown, panel=SPARSITY)
+    return Group(options, _make_calibrated)
+
+
+def _make_calibrated(values: dict[str, Any]) -> SparseSettings:
+    """The settings to find densities for.
+
+    Raises:
+        ValueError: No density was given, or a value is out of range.
+    """
+    given, preset = given_sparse(values), values["preset"]
+    # It is what is shared out, and so contradicts no preset.
+    density = given.pop("density", None)
+    if density is None and preset is None:
+        raise ValueError("give --density or --preset, got none; try --density 0.1.")
+    wanted = {} if density is None else {"density": density}
+    sparse = SparseSettings(**wanted, **given) if preset is None else settings_of(preset, **given)
+    sparse = replace(sparse, **wanted)
+    if sparse.density == 1:
+        raise ValueError("density must be below 1, which keeps every block; try 0.1.")
+    return sparse
+
+
 def check_one_way(ways: dict[str, Any]) -> None:
     """Raise ValueError if several options were given that exclude each other.
 
