@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import (
+    calibration_table,
     causal_table,
     front,
     language_demo_tables,
@@ -91,7 +92,11 @@ def marked_tables(
             "presets": render_presets,
             "long context": long_context_lines.render,
         },
-        "docs/fewer-blocks.md": {"steps": render_steps, "skipped": skipped_table.render},
+        "docs/fewer-blocks.md": {
+            "steps": render_steps,
+            "skipped": skipped_table.render,
+            "calibration": calibration_table.render,
+        },
         "docs/multi_gpu.md": several_gpus_tables(videos),
         "docs/long_context.md": {
             "prefills": prefill_table.render_prefills,
