@@ -69,7 +69,7 @@ class HarnessOptions:
             try:
                 tau = float(threshold)
                 stride, dense_layers = map(
-                    int, rest if len(rest) > 1 else [*rest, self.dense_layers]
+                    int, [*rest, str(self.dense_layers)][: max(len(rest), 2)]
                 )
             except ValueError:
                 raise ValueError(
