@@ -19,20 +19,20 @@ def decide(block_size=128, min_tokens=0, **request):
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [
-        ({}, CausalBounds((0,), 300)),
-        ({"batch_size": 2}, CausalBounds((0, 0), 300)),
+        ({}, CausalBounds((0,), (300,), 300)),
+        ({"batch_size": 2}, CausalBounds((0, 0), (300, 300), 300)),
         ({"q_length": 1}, "decode"),
         ({"q_length": 127}, "short chunk"),
-        ({"min_tokens": 301}, CausalBounds((0,), 300, sparse=False)),
-        ({"min_tokens": 300}, CausalBounds((0,), 300)),
+        ({"min_tokens": 301}, CausalBounds((0,), (300,), 300, sparse=False)),
+        ({"min_tokens": 300}, CausalBounds((0,), (300,), 300)),
         ({"local_size": 1000}, "window"),
         ({"kv_offset": 3}, "other mask"),
         ({"allow_is_causal_skip": False}, "other mask"),
         ({"mask_function": and_masks(causal_mask_function)}, "other mask"),
         ({"q_length": 301}, "other mask"),
         # An empty static cache, and a later chunk in it, whose offset is a tensor.
-        ({"kv_length": 1000}, CausalBounds((0,), 300)),
-        ({"kv_length": 1000, "q_offset": torch.tensor(400)}, CausalBounds((0,), 700)),
+        ({"kv_length": 1000}, CausalBounds((0,), (300,), 300)),
+        ({"kv_length": 1000, "q_offset": torch.tensor(400)}, CausalBounds((0,), (700,), 700)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
 )
@@ -48,37 +48,38 @@ def test_gradients_decide_before_sizes():
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (["11111", "11111"], (0, 0)),
-        (["00111", "11111"], (2, 0)),
-        (["11100", "01110"], (0, 1)),
+        (["11111", "11111"], [(0, 0), (5, 5)]),
+        (["00111", "11111"], [(2, 0), (5, 5)]),
+        (["11100", "01110"], [(0, 1), (3, 4)]),
         (["11011", "11111"], None),
-        (["00000", "11111"], (5, 0)),
+        (["00000", "11111"], [(5, 0), (5, 5)]),
         (["1111", "1111"], None),
         # Beyond the last query: a mask that was made for the whole of a static cache.
-        (["0111100", "1111100"], (1, 0)),
+        (["0111100", "1111100"], [(1, 0), (5, 5)]),
     ],
 )
-def test_the_first_keys_of_padded_items(rows, expected):
+def test_the_valid_keys_of_padded_items(rows, expected):
     mask = torch.tensor([[mark == "1" for mark in row] for row in rows])
     found = decide(block_size=1, batch_size=2, q_length=5, kv_length=9, attention_mask=mask)
-    assert found == ("gaps" if expected is None else CausalBounds(expected, 5))
+    assert found == ("gaps" if expected is None else CausalBounds(*expected, 5))
 
 
 def test_few_padded_tokens_share_one_mask():
     """Short prompts of a batch would gain nothing from running item by item."""
     mask = torch.ones(2, 300, dtype=torch.bool)
     request = {"batch_size": 2, "min_tokens": 301, "attention_mask": mask}
-    assert decide(**request) == CausalBounds((0, 0), 300, sparse=False)
+    assert decide(**request) == CausalBounds((0, 0), (300, 300), 300, sparse=False)
     mask[0, 0] = False
     assert decide(**request) == "too few tokens"
 
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_bounds_pass_as_a_mask(sparse):
-    bounds = CausalBounds((0, 17, 3), 300, sparse)
+    bounds = CausalBounds((0, 17, 3), (300, 300, 200), 300, sparse)
     mask = bounds.to_tensor()
-    assert (mask.dtype, mask.shape) == (torch.int64, (3, 1, 1, 3))
+    assert (mask.dtype, mask.shape) == (torch.int64, (3, 1, 1, 4))
     assert CausalBounds.of(mask) == bounds
     assert CausalBounds.of(None) is None
     assert CausalBounds.of(torch.ones(1, 1, 4, 4, dtype=torch.bool)) is None
     assert CausalBounds.of(torch.zeros(1, 1, 4, 4)) is None
+    assert CausalBounds.of(torch.zeros(1, 1, 4, 4, dtype=torch.int64)) is None

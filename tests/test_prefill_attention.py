@@ -116,6 +116,43 @@ def test_right_padding_changes_no_row_that_is_read(llama):
     torch.testing.assert_close(found[1, :200], expected[1, :200], atol=TOLERANCE, rtol=0)
 
 
+def test_a_right_padded_item_is_as_it_is_alone(llama):
+    """Its last blocks are chosen without the padding that shares them: 200 is 12 x 16 + 8."""
+    given = prompt(300, 2)
+    mask = torch.ones_like(given["input_ids"])
+    mask[1, 200:] = 0
+    with torch.no_grad(), enable_xattention(llama, 0.5, **SMALL):
+        found = llama(**given, attention_mask=mask).logits[1, :200]
+        alone = llama(given["input_ids"][1:, :200]).logits[0]
+    assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1000])
+def test_a_layer_that_is_not_causal_sees_every_key(min_tokens):
+    """As models that are made embedders set it; SDPA's function asks the layer too."""
+    model, given = tiny_model("llama"), prompt(300)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected = model(**given).logits
+        with enable_xattention(model, 0.5, **SMALL | {"min_tokens": min_tokens}) as handle:
+            found = model(**given).logits
+    assert "not causal 2" in handle.report().summary()
+    assert torch.equal(found, expected)
+
+
+def test_a_mask_of_whole_numbers_is_no_bounds(llama):
+    given = prompt(40)
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.int64)
+    with (
+        torch.no_grad(),
+        enable_xattention(llama, 0.5, **SMALL),
+        pytest.raises(RuntimeError, match="Expected attn_mask dtype to be bool or float"),
+    ):
+        llama(given["input_ids"], attention_mask=mask)
+
+
 def hidden_states(model, ids, chunk, cache=None):
     from transformers import DynamicCache
 

@@ -26,6 +26,7 @@ class CausalBounds:
 
     Attributes:
         first: Of each item, the first key that is no padding.
+        last: Of each item, the end of the keys that are no padding: one more than the last.
         stop: The number of keys up to and including the last query; the rest of a static cache is
             still empty.
         sparse: Whether they are enough for sparse attention. If not, dense attention still needs
@@ -33,25 +34,33 @@ class CausalBounds:
     """
 
     first: tuple[int, ...]
+    last: tuple[int, ...]
     stop: int
     sparse: bool = True
 
-    def to_tensor(self) -> Tensor:
-        """int64 `[B, 1, 1, 3]`, on the CPU.
+    @property
+    def padded(self) -> bool:
+        """Whether an item has padding."""
+        return any(self.first) or any(last != self.stop for last in self.last)
 
-        As a 4-D tensor it passes through all code that handles masks. Its dtype tells it from
-        any mask.
+    def to_tensor(self) -> Tensor:
+        """int64 `[B, 1, 1, 4]`, on the CPU.
+
+        As a 4-D tensor it passes through all code that handles masks. Its dtype and shape tell it
+        from any mask.
         """
-        rows = [[first, self.stop, int(self.sparse)] for first in self.first]
+        keys = zip(self.first, self.last, strict=True)
+        rows = [[*both, self.stop, int(self.sparse)] for both in keys]
         return torch.tensor(rows)[:, None, None]
 
     @classmethod
     def of(cls, mask: Tensor | None) -> "CausalBounds | None":
         """The bounds that `to_tensor` wrote; None for a real mask."""
-        if mask is None or mask.dtype != torch.int64:
+        if mask is None or mask.dtype != torch.int64 or mask.shape[1:] != (1, 1, 4):
             return None
         items = mask[:, 0, 0].tolist()
-        return cls(tuple(first for first, _, _ in items), items[0][1], bool(items[0][2]))
+        first, last, _, _ = zip(*items, strict=True)
+        return cls(first, last, items[0][2], bool(items[0][3]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +121,20 @@ def decide_prefill(
     stop = int(request.q_offset) + request.q_length
     if stop > request.kv_length:
         return "other mask"
-    first = _first_keys(request, stop)
-    if first is None:
+    runs = _valid_keys(request, stop)
+    if runs is None:
         return "gaps"
-    sparse = stop >= min_tokens
-    return CausalBounds(first, stop, sparse) if sparse or not any(first) else TOO_FEW
+    first, last = runs
+    if stop >= min_tokens:
+        return CausalBounds(first, last, stop)
+    # Dense rows before padding on the right do not see it.
+    return TOO_FEW if any(first) else CausalBounds(first, (stop,) * len(first), stop, False)
 
 
-def _first_keys(request: MaskRequest, stop: int) -> tuple[int, ...] | None:
-    """The first valid key of each item; None where an item's valid keys are not one run.
-
-    Padding on the right is no gap: nobody reads those rows.
-    """
+def _valid_keys(request: MaskRequest, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """First and end of each item's valid keys; None where those of an item are not one run."""
     if request.attention_mask is None:
-        return (0,) * request.batch_size
+        return (0,) * request.batch_size, (stop,) * request.batch_size
     seen = request.attention_mask[:, :stop].to(torch.int8)
     if seen.shape[1] != stop:
         return None
@@ -134,5 +143,5 @@ def _first_keys(request: MaskRequest, stop: int) -> tuple[int, ...] | None:
     first = seen.argmax(dim=1).where(number > 0, stop)
     last = stop - seen.flip(1).argmax(dim=1)
     whole = last - first == number
-    starts, sound = torch.stack([first, whole.long()]).tolist()
-    return tuple(starts) if all(sound) else None
+    starts, ends, sound = torch.stack([first, last, whole.long()]).tolist()
+    return (tuple(starts), tuple(ends)) if all(sound) else None

@@ -108,11 +108,15 @@ class PrefillAttention:
             BackendUnavailableError: The backend cannot run the layer.
         """
         self._refuse(module, key, value, arguments)
-        if attention_mask is not None and attention_mask.dtype == torch.int64:
-            out = self._attend_within(
-                module, query, key, value, attention_mask, arguments.get("scaling")
-            )
-            return out.transpose(1, 2), None
+        bounds = CausalBounds.of(attention_mask)
+        if bounds is not None:
+            causal = _is_causal(module, arguments)
+            if causal or bounds.padded or bounds.stop != key.shape[2]:
+                scale = arguments.get("scaling")
+                out = self._attend_within(module, query, key, value, bounds, scale)
+                return out.transpose(1, 2), None
+            # SDPA would have been given no mask either.
+            attention_mask = None
         if torch.compiler.is_compiling():
             self.recorder.compiled = True
         else:
@@ -151,8 +155,7 @@ class PrefillAttention:
         """Why a layer without bounds runs dense."""
         if query.shape[2] == 1:
             return "decode"
-        causal = arguments.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal):
+        if not _is_causal(module, arguments):
             return "not causal"
         if mask is not None:
             return getattr(mask, _REASON, "other mask")
@@ -165,28 +168,27 @@ class PrefillAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor,
+        bounds: CausalBounds,
         scaling: float | None,
     ) -> Tensor:
         """Attention within bounds, `[B, H, Sq, D]`; rows of padding are 0."""
-        bounds = CausalBounds.of(mask)
-        assert bounds is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         key, value = key[:, :, : bounds.stop], value[:, :, : bounds.stop]
         plan = self._plan(module, query) if bounds.sparse else _LayerPlan(None, TOO_FEW)
         layer = _LayerRun(self, _number(module), plan, scale)
-        if not any(bounds.first):
+        if not bounds.padded:
             out = layer.attend(query, key, value)
         else:
             B, H, Sq, _ = query.shape
             out = query.new_zeros(B, Sq, H, value.shape[3]).transpose(1, 2)
-            for number, first in enumerate(bounds.first):
-                # The first query that is no padding; the chunk may be all padding.
-                row = max(first - (bounds.stop - Sq), 0)
-                if row < Sq:
+            before = bounds.stop - Sq
+            for number, (first, last) in enumerate(zip(bounds.first, bounds.last, strict=True)):
+                # The queries that are no padding; the chunk may be all padding.
+                rows, keys = slice(max(first - before, 0), last - before), slice(first, last)
+                if rows.start < rows.stop:
                     item = slice(number, number + 1)
-                    out[item, :, row:] = layer.attend(
-                        query[item, :, row:], key[item, :, first:], value[item, :, first:]
+                    out[item, :, rows] = layer.attend(
+                        query[item, :, rows], key[item, :, keys], value[item, :, keys]
                     )
         layer.record()
         return out
@@ -287,6 +289,12 @@ def _has_window(module: nn.Module) -> bool:
         return bool(kinds[number] != "full_attention")
     # All layers are alike.
     return any(getattr(of, "sliding_window", None) is not None for of in (module, config))
+
+
+def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a layer that is handed no mask is causal, as SDPA's function decides it."""
+    causal = arguments.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _number(module: nn.Module) -> int | None:
