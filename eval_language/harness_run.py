@@ -59,10 +59,13 @@ class HarnessOptions:
         """Dense, which is None, and every sparse setting, by label.
 
         Raises:
-            ValueError: A setting is written in another way, or is out of range.
+            ValueError: A setting is written in another way, or it or the number of samples is out
+                of range.
         """
         from xattn_video.language.prefill_settings import PrefillSettings
 
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}; use 100.")
         variants: dict[str, PrefillSettings | None] = {"dense": None}
         for text in self.settings.split(","):
             threshold, *rest = text.split(":")

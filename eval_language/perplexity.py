@@ -36,6 +36,8 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
     from xattn_video.language.model_sources import find_language_model
 
     source = find_language_model(asked.model, asked.tokens)
+    if asked.tokens < 2:
+        raise ValueError(f"tokens must be at least 2, got {asked.tokens}; use 4096.")
     context = source.context
     if context is not None and asked.tokens > context:
         raise ValueError(
@@ -48,10 +50,10 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
         raise ValueError(f"the text {str(asked.text)!r} cannot be read: {error}.") from None
     ids = torch.tensor(source.load_tokenizer()(text)["input_ids"])
     samples = ids.split(asked.tokens)[: asked.samples]
-    if asked.tokens < 2 or len(samples[-1]) < asked.tokens:
+    if len(samples) * asked.tokens > len(ids):
         raise ValueError(
             f"the text has {len(ids):,} tokens, too few for {asked.samples} samples of "
-            f"{asked.tokens:,}; use fewer --samples."
+            f"{asked.tokens:,}; use fewer --samples or --tokens."
         )
 
     def score(model: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import DDIMPipeline
 from hunyuan import generate, states, tiny_pipeline, tiny_transformer
 
 from xattn_video import UnsupportedModelError, XAttnProcessor, enable_xattention
@@ -78,7 +79,7 @@ def test_a_wrong_threshold_leaves_the_model_alone():
 
 
 def test_what_has_no_hunyuan_video_transformer_is_refused():
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    from diffusers import DDIMScheduler, UNet2DModel
 
     unet = UNet2DModel(
         sample_size=8,
@@ -91,6 +92,13 @@ def test_what_has_no_hunyuan_video_transformer_is_refused():
         enable_xattention(DDIMPipeline(unet, DDIMScheduler()))
     with pytest.raises(UnsupportedModelError, match="UNet2DModel; supported models: HunyuanVideo"):
         enable_xattention(unet)
+
+
+def test_a_class_is_not_a_model():
+    with pytest.raises(
+        TypeError, match="must be an instance, got the class DDIMPipeline; use DDIM"
+    ):
+        enable_xattention(DDIMPipeline)
 
 
 def test_the_transformer_does_not_keep_its_pipeline_alive():

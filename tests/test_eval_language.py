@@ -97,6 +97,7 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
             "0.9:8,0.9:16.",
         ),
         (["--settings=0.9:8:1:1"], "got '0.9:8:1:1'; use 0.9:8,0.9:16."),
+        (["--samples=0"], "--samples must be at least 1, got 0; use 100."),
         (["--settings=2:8"], "threshold must lie in (0, 1], got 2.0"),
         (["--lengths=4k"], "--lengths must be numbers, got '4k'"),
         (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
@@ -207,8 +208,11 @@ def test_a_text_that_is_too_short(tiny_llm, tmp_path):
     words = [f"--run={tmp_path / 'run'}", f"--model={tiny_llm}", f"--text={text}"]
     code, _, err = run("perplexity", *words, "--tokens=2048")
     assert code == 2
-    assert "the text has 5 tokens, too few for 100 samples of 2,048; use fewer --samples." in err
+    assert "the text has 5 tokens, too few for 100 samples of 2,048; use fewer --samples" in err
     assert not (tmp_path / "run").exists()
+    code, _, err = run("perplexity", *words, "--tokens=1")
+    assert code == 2
+    assert "--tokens must be at least 2, got 1; use 4096." in err
 
 
 def test_samples_of_text_beyond_the_models_context(tiny_llm, tmp_path):

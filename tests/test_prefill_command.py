@@ -13,6 +13,7 @@ from command_line import run_cli
 from language_models import tiny_model
 
 from benchmarks import decode
+from xattn_video.cli.prefill_job import PrefillJob
 from xattn_video.language import needle as needles
 from xattn_video.language.kv_memory import describe_prefill_shortage, plan_prefill
 from xattn_video.language.long_prompt import run_prefill
@@ -190,7 +191,23 @@ def test_the_beginning_of_a_sequence_is_kept():
 def test_a_prompt_below_min_tokens_warns():
     code, _, err = run_cli("prefill", *RANDOM)
     assert code == 0, err
-    assert "Nothing ran sparse (too few tokens, decode)" in err
+    assert "Nothing ran sparse (too few tokens, decode); use a longer prompt, or --min-" in err
+
+
+def test_chunks_below_a_block_have_another_remedy():
+    code, _, err = run_cli("prefill", *RANDOM, "--min-tokens=0", "--chunk-size=100")
+    assert code == 0, err
+    assert "Nothing ran sparse (short chunk, decode); use chunks of at least a block, 128" in err
+
+
+@pytest.mark.parametrize(
+    ("needle", "answer", "is_found"),
+    [("42", "It is 42.", True), ("42", "4211", False), ("owls", "Two OWLS", True)],
+)
+def test_a_number_is_not_found_within_a_longer_one(needle, answer, is_found, monkeypatch):
+    monkeypatch.setattr(PrefillJob, "answer", lambda job, run: answer)
+    monkeypatch.setattr(PrefillJob, "needle", needle)
+    assert object.__new__(PrefillJob).found(None) is is_found
 
 
 @pytest.mark.usefixtures("no_weights")

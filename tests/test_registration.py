@@ -200,6 +200,16 @@ def test_a_model_with_an_encoder_is_refused():
         enable_xattention(T5ForConditionalGeneration(config))
 
 
+def test_a_model_without_attention_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=4)
+    with pytest.raises(
+        UnsupportedModelError, match="MambaForCausalLM has no attention heads; use"
+    ):
+        enable_xattention(MambaForCausalLM(config))
+
+
 def test_a_model_with_attention_of_its_own_is_refused():
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -35,6 +35,11 @@ def enable_xattention(
         RuntimeError: XAttention is already enabled on the model.
         ValueError, TypeError: A setting is not usable.
     """
+    if isinstance(model, type):
+        raise TypeError(
+            f"model must be an instance, got the class {model.__name__}; use "
+            f"{model.__name__}.from_pretrained(...) first."
+        )
     language_model = _language_model(model)
     if language_model is not None:
         from xattn_video.language.registration import enable_prefill

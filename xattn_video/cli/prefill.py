@@ -1,6 +1,7 @@
 """`xattn-video prefill`: a long prompt through a language model, sparse and dense."""
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -112,9 +113,16 @@ def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
 def _warn_of_dense(report: "PrefillReport | None") -> None:
     if report is not None and not report.sparse_layers:
         reasons = ", ".join(report.dense_reasons)
-        print_warning(
-            f"Nothing ran sparse ({reasons}); use a longer prompt, or --min-tokens 0 to try it."
-        )
+        print_warning(f"Nothing ran sparse ({reasons}); {_remedy(report.dense_reasons)}.")
+
+
+def _remedy(reasons: Iterable[str]) -> str:
+    """What makes a prefill sparse that was dense for these reasons."""
+    if "short chunk" in reasons:
+        return "use chunks of at least a block, 128 tokens"
+    if "window" in reasons:
+        return "every layer of this model sees a limited number of tokens"
+    return "use a longer prompt, or --min-tokens 0 to try it"
 
 
 def _agreement(sparse: "PrefillRun", other: "PrefillRun") -> str:

@@ -1,5 +1,6 @@
 """The work of `xattn-video prefill`: checks, the prompt, the runs and their record."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,9 @@ class PrefillJob:
 
     def found(self, run: PrefillRun) -> bool:
         """Whether the needle is in what the model said."""
-        return self.needle.casefold() in (self.answer(run) or "").casefold()
+        answer, needle = (self.answer(run) or "").casefold(), self.needle.casefold()
+        # A number is not found within a longer one.
+        return needle in (re.findall(r"\d+", answer) if needle.isdecimal() else answer)
 
 
 def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettings) -> PrefillJob:
