@@ -120,12 +120,12 @@ def _decoding(file: ResultFile) -> Iterator[str]:
         "decoding": lambda row: row["model"],
         "own attention, a token": lambda row: f"{row['sdpa_ms']:.2f} ms",
         "xattention": lambda row: f"{row['xattention_ms']:.2f} ms",
-        "ratio": lambda row: f"{row['ratio']:.3f}",
+        "median ratio of neighbours": lambda row: f"{row['ratio']:.3f}",
     }
     rows = file.content["rows"]
     yield Table.of(rows, columns).markdown() + "\n"
     yield (
-        f"- {rows[0]['rounds']} rounds of {rows[0]['steps']} tokens each in turns, after "
+        f"- {rows[0]['rounds']} rounds of {rows[0]['steps']} tokens each, alternating; the times are medians; after "
         f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}; {_place(file)}\n"
     )
 
