@@ -125,8 +125,9 @@ def _decoding(file: ResultFile) -> Iterator[str]:
     rows = file.content["rows"]
     yield Table.of(rows, columns).markdown() + "\n"
     yield (
-        f"- {rows[0]['rounds']} rounds of {rows[0]['steps']} tokens each, alternating; the times are medians; after "
-        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}; {_place(file)}\n"
+        f"- {rows[0]['rounds']} rounds of {rows[0]['steps']} tokens each in turns, after "
+        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}; the times are medians; "
+        f"{_place(file)}\n"
     )
 
 

@@ -194,6 +194,18 @@ def test_a_prompt_below_min_tokens_warns():
     assert "Nothing ran sparse (too few tokens, decode); use a longer prompt, or --min-" in err
 
 
+def test_a_plan_that_does_not_fit_says_so(monkeypatch):
+    from xattn_video.cli import prefill_job
+    from xattn_video.pipelines.memory import Room
+
+    monkeypatch.setattr(prefill_job, "find_room", lambda load: Room(None, 0.001))
+    code, out, err = run_cli("prefill", *RANDOM, "--plan")
+    assert code == 0
+    assert "0.0 GiB is free" in out
+    assert "640 tokens need about" in err
+    assert "would fit." in err
+
+
 def test_chunks_below_a_block_have_another_remedy():
     code, _, err = run_cli("prefill", *RANDOM, "--min-tokens=0", "--chunk-size=100")
     assert code == 0, err

@@ -76,6 +76,8 @@ def _print_plan(job: "PrefillJob") -> None:
         "memory": _memory(plan, job.free_gib),
     }
     print_labelled(output_console(), lines)
+    if job.shortage is not None:
+        print_warning(job.shortage)
 
 
 def _memory(plan: "PrefillPlan", free: float | None) -> str:

@@ -78,11 +78,15 @@ class PrefillJob:
         text = self.needle
         return self.source.is_demo and not (text.isdecimal() and len(text) == len(DEMO_NEEDLE))
 
+    @property
+    def shortage(self) -> str | None:
+        """What memory does not suffice for, and what would fit; None if it suffices."""
+        return describe_prefill_shortage(self.plan, self.free_gib)
+
     def check_memory(self) -> None:
         """Raise ValueError if the memory does not suffice, with what would fit."""
-        shortage = describe_prefill_shortage(self.plan, self.free_gib)
-        if shortage is not None and not self.prompt.force:
-            raise ValueError(f"{shortage} --force runs it anyway.")
+        if self.shortage is not None and not self.prompt.force:
+            raise ValueError(f"{self.shortage} --force runs it anyway.")
 
     def answer(self, run: PrefillRun) -> str | None:
         """What the model said, up to the end of a line; None with random weights."""
