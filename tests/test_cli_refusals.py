@@ -247,7 +247,7 @@ def test_bad_schedules_are_refused(schedule, message, generate, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"layers": {"3": [[0, 0.9]]}}, "names layer 3, but the transformer has 3 layers, 0 to 2"),
+        ({"layers": {"3": [[0, 0.9]]}}, "names layer 3, but the model has 3 layers, 0 to 2"),
         ({"heads": {"0": {"2": [[0, 0.9]]}}}, "names head 2 of layer 0, but a layer has 2 heads"),
     ],
     ids=["layer", "head"],

@@ -207,7 +207,7 @@ def test_cooling_down_needs_the_number_of_steps():
 
 def test_a_schedule_for_another_model_is_refused_when_it_is_set():
     schedule = ThresholdSchedule(((0, 0.9),), layers={NUM_LAYERS: ((0, 0.8),)})
-    with pytest.raises(ValueError, match=f"layer {NUM_LAYERS}, but the transformer has"):
+    with pytest.raises(ValueError, match=f"layer {NUM_LAYERS}, but the model has"):
         tiny_transformer().set_attn_processor(tiny_processor(schedule))
 
 

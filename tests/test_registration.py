@@ -155,7 +155,7 @@ def test_a_name_that_transformers_reads_otherwise_is_refused(name):
         ({"dense_layers": 2}, "dense_layers must be below the model's 2 layers, got 2"),
         (
             {"threshold": ThresholdSchedule(((0, 0.9),), layers={2: ((0, 0.8),)})},
-            "names layer 2, but the transformer has 2 layers",
+            "names layer 2, but the model has 2 layers",
         ),
         (
             {"threshold": ThresholdSchedule(((0, 0.9),), heads={(1, 4): ((0, 0.8),)})},

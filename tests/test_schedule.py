@@ -63,7 +63,7 @@ def test_layers_and_heads_have_values_of_their_own():
 
 def test_a_layer_that_the_model_lacks_is_refused():
     schedule = ThresholdSchedule(((0, 0.95),), layers={60: ((0, 0.9),)})
-    with pytest.raises(ValueError, match="layer 60, but the transformer has 60 layers, 0 to 59"):
+    with pytest.raises(ValueError, match="layer 60, but the model has 60 layers, 0 to 59"):
         schedule.per_head(0, 60, 24)
     schedule = ThresholdSchedule(((0, 0.95),), heads={(0, 24): ((0, 0.9),)})
     with pytest.raises(ValueError, match="head 24 of layer 0, but a layer has 24 heads"):

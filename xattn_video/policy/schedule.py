@@ -150,7 +150,7 @@ class ThresholdSchedule:
         for layer in [*self.layers, *(layer for layer, _ in self.heads)]:
             if layer >= num_layers:
                 raise ValueError(
-                    f"the schedule names layer {layer}, but the transformer has {num_layers} "
+                    f"the schedule names layer {layer}, but the model has {num_layers} "
                     f"layers, 0 to {num_layers - 1}."
                 )
         for layer, head in self.heads:
