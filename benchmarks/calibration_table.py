@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.results_files import RESULTS
 from xattn_video.measure.methods import Method
 from xattn_video.policy.schedule import ThresholdSchedule
+from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
 FOLDER = RESULTS / "calibration"
@@ -38,7 +39,7 @@ def section(record: dict[str, Any]) -> str:
         "budget": lambda row: f"{row['density']:.3f}",
         "videos better": lambda row: None if row is uniform else _better(comparison, row, uniform),
     }
-    versions = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
+    versions = describe_versions(comparison["versions"])
     facts = (
         f"{comparison['model']} model, {video['width']}x{video['height']}x{video['num_frames']}, "
         f"{video['num_inference_steps']} steps, {comparison['num_prompts']} prompts, on "

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from xattn_video.language.model_sources import DEMO_FOLDER
+from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
 # The forms of scripts/language_training/forms.py and RULER's names for them.
@@ -30,7 +31,7 @@ def training() -> str:
     }
     total = sum(call["training_seconds"] for call in record["calls"]) / 60
     table = Table.of(record["calls"], columns).markdown()
-    return f"{table}\n\n- {total:.1f} minutes in all; {_versions(record)}\n"
+    return f"{table}\n\n- {total:.1f} minutes in all; {describe_versions(record['versions'])}\n"
 
 
 def evaluation() -> str:
@@ -49,7 +50,7 @@ def evaluation() -> str:
     return (
         f"{table}\n\n- share of right answers with dense attention / with tau 0.9, stride 8, and "
         f"density; {record['samples']} prompts each, {record['dtype']}, {record['device']}: "
-        f"{_versions(record)}\n"
+        f"{describe_versions(record['versions'])}\n"
     )
 
 
@@ -64,7 +65,3 @@ def _cell(shares: dict[str, Any], length: str, form: str) -> str:
 def _read(name: str) -> dict[str, Any] | None:
     path = DEMO_FOLDER / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _versions(record: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from benchmarks.results_files import RESULTS
+from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
 PREFILLS = RESULTS / "prefill"
@@ -26,8 +27,7 @@ def render_prefills() -> str:
     facts = sorted(
         {
             f"- {file['device']}, {file['dtype']}, stride {file['settings']['stride']}, chunks of "
-            f"{file['chunk_size']:,}: "
-            + ", ".join(f"{name} {version}" for name, version in file["versions"].items())
+            f"{file['chunk_size']:,}: {describe_versions(file['versions'])}"
             for file in files
         }
     )

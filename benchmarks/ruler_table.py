@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.results_files import RESULTS
 from xattn_video.measure.paired_scores import PairedScores, Record
+from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table, figure
 
 RULER = RESULTS / "ruler"
@@ -96,10 +97,7 @@ class RulerRuns:
     def places(self) -> list[str]:
         """What the runs ran on."""
         return sorted(
-            {
-                f"{one['device']}: " + ", ".join(f"{k} {v}" for k, v in one["versions"].items())
-                for one in self._results()
-            }
+            {f"{one['device']}: {describe_versions(one['versions'])}" for one in self._results()}
         )
 
 

@@ -13,6 +13,7 @@ from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.presets import PRESETS
 from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table, figure
 
 VIDEOS = RESULTS / "generate"
@@ -43,7 +44,7 @@ class WholeVideo:
     @property
     def packages(self) -> str:
         """The package versions of the run."""
-        return ", ".join(f"{name} {version}" for name, version in self.content["versions"].items())
+        return describe_versions(self.content["versions"])
 
     @property
     def offload(self) -> str:

@@ -21,7 +21,7 @@ from xattn_video.options.groups import loading
 from xattn_video.pipelines.item_folder import ItemFolder
 from xattn_video.reporting.console import print_message
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
-from xattn_video.reporting.machine import machine_record
+from xattn_video.reporting.machine import describe_versions, machine_record
 from xattn_video.reporting.tables import Table, figure
 from xattn_video.reporting.web_page import WebPage
 
@@ -68,19 +68,20 @@ class HarnessOptions:
             raise ValueError(f"samples must be at least 1, got {self.samples}; use 100.")
         variants: dict[str, PrefillSettings | None] = {"dense": None}
         for text in self.settings.split(","):
-            threshold, *rest = text.split(":")
+            words = text.split(":")
+            names_layers = len(words) > 2
+            if not names_layers:
+                words.append(str(self.dense_layers))
             try:
-                tau = float(threshold)
-                stride, dense_layers = map(
-                    int, [*rest, str(self.dense_layers)][: max(len(rest), 2)]
-                )
+                threshold, *counts = words
+                tau, (stride, dense_layers) = float(threshold), map(int, counts)
             except ValueError:
                 raise ValueError(
                     "settings must be THRESHOLD:STRIDE or THRESHOLD:STRIDE:DENSE_LAYERS, got "
                     f"{text!r}; use 0.9:8,0.9:16."
                 ) from None
             label = f"tau {tau:g}, stride {stride}"
-            if len(rest) > 1:
+            if names_layers:
                 label += f", {dense_layers} dense layer{'s' * (dense_layers != 1)}"
             variants[label] = PrefillSettings.of(
                 tau, dense_layers, stride=stride, min_tokens=self.min_tokens
@@ -207,10 +208,7 @@ def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[s
         (task, label): folder.record(_key(task, label)) or {}
         for task, label in product(prepared.scorers, labels)
     }
-    origin = {
-        f"{one['device']}; " + ", ".join(f"{k} {v}" for k, v in one["versions"].items())
-        for one in records.values()
-    }
+    origin = {f"{one['device']}; {describe_versions(one['versions'])}" for one in records.values()}
     paper = json.loads(_PAPER.read_text(encoding="utf-8"))[about["benchmark"]]
     papers = ((paper["heading"], _paper_table(paper)),) if "rows" in paper else ()
     page = WebPage(

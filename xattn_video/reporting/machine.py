@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from xattn_video import __version__
@@ -28,6 +28,11 @@ def machine_record(device: "torch.device", *packages: str) -> dict[str, Any]:
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
     }
+
+
+def describe_versions(versions: Mapping[str, str]) -> str:
+    """Names and versions of packages, on one line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
