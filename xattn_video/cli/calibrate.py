@@ -1,6 +1,7 @@
 """`xattn-video calibrate`: shares the blocks out to layers and heads."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -91,7 +92,7 @@ def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bo
         ValueError: No step would be sparse; and as `check_runs`.
     """
     from xattn_video.pipelines.model_shape import read_model_shape
-    from xattn_video.pipelines.run_plan import planned_steps
+    from xattn_video.pipelines.run_plan import planned_steps, why_all_dense
     from xattn_video.pipelines.source import find_model
 
     first, sparse = requests[0], requests[0].sparse
@@ -100,11 +101,15 @@ def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bo
     unkept = replace(first, sparse=replace(sparse, refresh_every=None))
     warnings = check_runs(load, [unkept], force)
     shape = read_model_shape(find_model(load.model))
-    counts = planned_steps(shape, first.video, sparse, load.resolved_device.type)
+    video, device = first.video, load.resolved_device.type
+    counts = planned_steps(shape, video, sparse, device)
     if counts.sparse <= counts.refreshes:
-        between = "no step runs sparse between refreshes; run more steps."
+        assert unkept.sparse is not None
+        tokens = math.prod(shape.grid(video.height, video.width, video.num_frames))
+        unkept_counts = planned_steps(shape, video, unkept.sparse, device)
         raise ValueError(
-            next((why for why in warnings if why.startswith("No step is sparse")), between)
+            why_all_dense(sparse, unkept_counts, tokens, device)
+            or "no step runs sparse between refreshes; run more steps."
         )
     if load.model == DEMO:
         warnings += unknown_words([request.prompt for request in requests])

@@ -63,7 +63,7 @@ def prefill(
         typer.echo(json.dumps(record, indent=2))
     else:
         _print_runs(job, runs)
-    _warn_of_dense(runs["sparse"].report)
+    _warn_of_dense(runs["sparse"].report, settings.sparse.block_size)
     if prompt.report is not None:
         write_json(prompt.report, record)
 
@@ -112,16 +112,18 @@ def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
     console.print(_layers(sparse.report).terminal(console.width), crop=False)
 
 
-def _warn_of_dense(report: "PrefillReport | None") -> None:
+def _warn_of_dense(report: "PrefillReport | None", block_size: int) -> None:
     if report is not None and not report.sparse_layers:
         reasons = ", ".join(report.dense_reasons)
-        print_warning(f"Nothing ran sparse ({reasons}); {_remedy(report.dense_reasons)}.")
+        print_warning(
+            f"Nothing ran sparse ({reasons}); {_remedy(report.dense_reasons, block_size)}."
+        )
 
 
-def _remedy(reasons: Iterable[str]) -> str:
+def _remedy(reasons: Iterable[str], block_size: int) -> str:
     """What makes a prefill sparse that was dense for these reasons."""
     if "short chunk" in reasons:
-        return "use chunks of at least a block, 128 tokens"
+        return f"use chunks of at least a block, {block_size} tokens"
     if "window" in reasons:
         return "every layer of this model sees a limited number of tokens"
     return "use a longer prompt, or --min-tokens 0 to try it"

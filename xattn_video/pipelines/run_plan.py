@@ -279,6 +279,26 @@ def _choose_backend(
     return backend, warnings
 
 
+def why_all_dense(
+    settings: SparseSettings, counts: StepCounts, video_tokens: int, device_type: str
+) -> str | None:
+    """Why no step of a video is sparse; None if one is."""
+    min_tokens = settings.min_tokens_on(device_type)
+    if video_tokens < min_tokens:
+        return (
+            f"No step is sparse: {video_tokens:,} video tokens are fewer than "
+            f"min_tokens={min_tokens:,}, below which dense attention tends to be faster. "
+            "Set it to 0 to run sparse steps anyway."
+        )
+    if counts.sparse:
+        return None
+    return (
+        f"No step is sparse: warmup_steps={settings.warmup_steps}, "
+        f"cooldown_steps={settings.cooldown_steps} and steps with a threshold of 1 "
+        f"make up all {counts.dense} steps. Lower them, or run more steps."
+    )
+
+
 def _sparsity_warnings(
     settings: SparseSettings,
     counts: StepCounts,
@@ -289,19 +309,9 @@ def _sparsity_warnings(
     """Why sparse attention would not pay."""
     warnings = []
     blocks = video_tokens // settings.block_size
-    min_tokens = settings.min_tokens_on(options.resolved_device.type)
-    if video_tokens < min_tokens:
-        warnings.append(
-            f"No step is sparse: {video_tokens:,} video tokens are fewer than "
-            f"min_tokens={min_tokens:,}, below which dense attention tends to be faster. "
-            "Set it to 0 to run sparse steps anyway."
-        )
-    elif not counts.sparse:
-        warnings.append(
-            f"No step is sparse: warmup_steps={settings.warmup_steps}, "
-            f"cooldown_steps={settings.cooldown_steps} and steps with a threshold of 1 "
-            f"make up all {counts.dense} steps. Lower them, or run more steps."
-        )
+    dense = why_all_dense(settings, counts, video_tokens, options.resolved_device.type)
+    if dense is not None:
+        warnings.append(dense)
     elif blocks < _FEW_BLOCKS:
         warnings.append(
             f"The clip is only {video_tokens:,} tokens; sparse attention needs thousands. "
