@@ -100,8 +100,8 @@ def check_triple(
 ) -> None:
     """Query `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]` that belong together.
 
-    They need no gradient, which block-sparse attention does not have. The suffix is that of the
-    arguments' names.
+    Inputs that need a gradient are refused: block-sparse attention has none. ``suffix`` ends the
+    argument names in messages, as in ``query_states``.
     """
     names = f"query{suffix}", f"key{suffix}", f"value{suffix}"
     _check_alike(dict(zip(names, (query, key, value), strict=True)), causal)
@@ -237,7 +237,7 @@ def broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
     return tensor.dim() <= len(shape) and all(found in (1, want) for found, want in axes)
 
 
-# The two checks that look at values are operators: torch.compile has no values to look at.
+# The two checks that read values are custom operators, because torch.compile has no values.
 def _key_lengths(lengths: Tensor, num_keys: int, device: torch.device) -> Tensor:
     if lengths.dtype != torch.int32:
         # Sk would wrap around in a type that cannot hold it.

@@ -44,7 +44,7 @@ def attend(
     Args:
         query: `[B, H, Sq, D]`, any strides.
         key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
-            H / Hkv query heads in a row, which have blocks of their own.
+            H / Hkv consecutive query heads. Blocks are per query head.
         value: `[B, Hkv, Sk, D]`, likewise.
         blocks: The key blocks of each row of blocks, from `select` or `BlockLists.from_mask`.
         block_size: Tokens in a block, of queries and of keys.
@@ -55,7 +55,7 @@ def attend(
         return_lse: Also return the log-sum-exp.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query that sees no key gets 0. With
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. The output of a query that sees no key is 0. With
         ``return_lse`` also the natural logarithm of each softmax's denominator, float32
         `[B, H, Sq]`: log(sum(exp(scale * q . k))), -inf for a query that sees no key.
 
@@ -81,7 +81,7 @@ def compute_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` for checked inputs; the log-sum-exp is None unless requested."""
     if inputs.scale < 0:
-        # Fused kernels scale after they take a row's maximum, which a negative scale turns round.
+        # Fused kernels take a row's maximum before scaling; a negative scale would reverse it.
         inputs = replace(inputs, query=-inputs.query, scale=-inputs.scale)
     problem = replace(inputs.problem, lse=True) if return_lse else inputs.problem
     return load_backend(resolve_backend(backend, problem)).forward(inputs, return_lse)
@@ -104,7 +104,7 @@ def block_sparse_attention(
     Args:
         query: `[B, H, Sq, D]`, any strides.
         key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
-            H / Hkv query heads in a row, which have blocks of their own.
+            H / Hkv consecutive query heads. Blocks are per query head.
         value: `[B, Hkv, Sk, D]`, likewise.
         block_mask: bool `[B, H, Nq, Nk]`, same device, broadcast over B and H; True = compute.
         block_size: Tokens in a block, of queries and of keys.
@@ -114,10 +114,11 @@ def block_sparse_attention(
         backend: A name from `available_backends`, or ``"auto"``.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. A query that sees no key gets 0.
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`. The output of a query that sees no key is 0.
 
     Raises:
-        ValueError: Shapes, dtypes or devices disagree, or the inputs need gradients.
+        ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
+            or devices disagree, or the inputs need gradients.
         BackendUnavailableError: The backend cannot run this problem; lists every reason.
     """
     check_triple(query, key, value, causal)
@@ -220,7 +221,7 @@ def xattention(
         scale: Softmax scale, 1 / sqrt(D) if None.
         backend: A name from `available_backends`, or ``"auto"``.
         scoring_precision: Precision of the scores: ``"exact"``, ``"float8"`` (8-bit operands, for
-            the scores only), or ``"auto"`` for the faster; the ``precision`` of `block_scores`.
+            the scores only), or ``"auto"``, the faster one; ``precision`` of `block_scores`.
         return_block_mask: Also return the block mask.
 
     Returns:
@@ -229,7 +230,7 @@ def xattention(
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
-            or devices disagree.
+            or devices disagree, or the inputs need gradients.
         BackendUnavailableError: The backend cannot run this problem; lists every reason.
     """
     check_triple(query, key, value, causal)
@@ -321,7 +322,7 @@ def _attend(
     blocks = BlockLists(counts, indices)
     inputs = AttentionInputs(query, key, value, blocks, block_size, causal, key_lengths, scale)
     out, lse = compute_attention(inputs, backend, return_lse)
-    # An operator returns tensors alone.
+    # A custom operator may return only tensors.
     return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 

@@ -1,4 +1,4 @@
-"""A selection of blocks: the lists, the blocks that none may lack, and the choice by scores."""
+"""Selected blocks as lists, the forced blocks, and selection by score."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from xattn_video.kernels.support import device_unsupported_reasons
 
-# Longer rows do not stay in the registers of a program; they are sorted.
+# Longer rows do not fit in a program's registers; torch sorts them instead.
 _LARGEST_KERNEL_ROW = 8192
-# What a single valid block reaches.
+# The lowest score of a valid block.
 _SMALLEST_TARGET = torch.finfo(torch.float32).tiny
 
 
@@ -34,7 +34,7 @@ class BlockLists:
 
     @classmethod
     def from_bits(cls, bits: Tensor, columns: int) -> "BlockLists":
-        """The lists of what `to_bits` returned for ``columns`` key blocks."""
+        """The inverse of `to_bits`; ``columns`` is the number of key blocks."""
         places = torch.arange(8, dtype=torch.uint8, device=bits.device)
         mask = (bits[..., None] >> places & 1).flatten(-2)
         return cls.from_mask(mask[..., :columns].bool())
@@ -64,7 +64,7 @@ def count_causal_blocks(query_length: int, key_length: int, block_size: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class ForcedBlocks:
-    """A description of the forced blocks; `to_mask` writes them out.
+    """A description of the forced blocks; `to_mask` makes their mask.
 
     Causal attention keeps key block 0 and the diagonal. Where the last ``num_text_tokens`` keys
     are text, every block that touches a valid text key is kept, and every valid block of the rows
@@ -152,8 +152,8 @@ def select_block_lists(
         scores: float32 `[B, H, Nq, Nk]`, as from `block_scores`.
         threshold: As in `select_blocks`, but not checked.
         forced: Describes the blocks that are kept at any score.
-        by_count: The threshold is a share of each row's valid blocks, rounded to whole ones, and
-            not of its mass: forced blocks count first, then come the best-scoring ones.
+        by_count: The threshold is a share of each row's valid blocks, rounded to a whole number,
+            instead of its mass: forced blocks count first, then the best-scoring ones.
     """
     threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device)
     on_kernel = scores.is_cuda and scores.shape[-1] <= _LARGEST_KERNEL_ROW
@@ -169,7 +169,7 @@ def select_block_lists(
 def kernel_block_lists(
     scores: Tensor, threshold: Tensor, forced: ForcedBlocks, by_count: bool = False
 ) -> BlockLists:
-    """`select_block_lists` by the kernel, which must be able to run."""
+    """`select_block_lists` with the Triton kernel; the caller checks that it can run."""
     # Imported here so that selection works where Triton is missing.
     from xattn_video.kernels.block_selection import block_selection
 
@@ -203,6 +203,6 @@ def fewest_blocks(
     target = target.where(target > _SMALLEST_TARGET, _SMALLEST_TARGET)
     keep = torch.zeros_like(order, dtype=torch.bool)
     keep.scatter_(-1, order, before < target)
-    # NaN compares with nothing.
+    # Every comparison with NaN is False.
     keep_all = ~(threshold < 1) | ~total.isfinite()
     return (keep | forced | keep_all) & (scores != 0)

@@ -1,4 +1,4 @@
-"""What stands for the skipped blocks: the mean key and value of each, and a linear term.
+"""Approximates the skipped blocks by their mean keys and values, and by a linear term.
 
 docs/fewer-blocks.md states the formulas.
 """
@@ -13,20 +13,20 @@ from torch import Tensor
 from xattn_video.kernels.support import kernel_unsupported_reasons
 from xattn_video.ops.problem import AttentionInputs
 
-# Heads at once on a GPU, whose covariances at 119,000 tokens take 60 MiB each.
+# Heads computed at once on a GPU. At 119,000 tokens the covariances of one take 60 MiB.
 _HEADS_AT_ONCE = 6
 
 
 def compensate(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, num_blocks: int, first_order: bool
 ) -> Tensor:
-    """Block-sparse attention with the skipped ones among the first blocks, each by its means.
+    """Add the skipped blocks among the first ``num_blocks``, each approximated by its means.
 
     Args:
         inputs: The checked inputs of the attention, not causal, with a key head for each query
             head.
-        out: Its output, `[B, H, Sq, D]`; it is overwritten.
-        lse: Its log-sum-exp, float32 `[B, H, Sq]`.
+        out: Output of the block-sparse attention, `[B, H, Sq, D]`; it is overwritten.
+        lse: Log-sum-exp of that attention, float32 `[B, H, Sq]`.
         num_blocks: The number of key blocks that may be replaced; all their keys are valid.
         first_order: Whether to add the linear term.
 
@@ -42,9 +42,9 @@ def compensate(
 
 
 def error_weights(key: Tensor, value: Tensor, block_size: int, num_blocks: int) -> Tensor:
-    """How wrong a mean may be: the norm of each block's covariance, float32 `[B, H, Nk]`.
+    """Norm of each block's covariance, float32 `[B, H, Nk]`: how wrong its mean may be.
 
-    Blocks from ``num_blocks`` on, which are computed anyway, weigh 1.
+    Blocks from ``num_blocks`` on are computed anyway and have weight 1.
     """
     weights = key.new_ones(*key.shape[:2], -(-key.shape[2] // block_size), dtype=torch.float32)
     if not num_blocks:
@@ -61,7 +61,7 @@ def error_weights(key: Tensor, value: Tensor, block_size: int, num_blocks: int) 
 
 
 def _head_groups(tokens: Tensor) -> list[slice]:
-    """The heads of `[B, H, S, D]` in groups; on a CPU there is one."""
+    """Slices that split the heads of `[B, H, S, D]` into groups; one group on a CPU."""
     heads = tokens.shape[1]
     at_once = _HEADS_AT_ONCE if tokens.is_cuda else heads
     return [slice(first, first + at_once) for first in range(0, heads, at_once)]
@@ -69,10 +69,10 @@ def _head_groups(tokens: Tensor) -> list[slice]:
 
 @dataclass(frozen=True, slots=True)
 class _Skipped:
-    """Stands for the skipped ones among the first N blocks of some heads.
+    """What approximates the skipped blocks among the first N, for some heads.
 
-    mean_keys and mean_values are `[B, H, N, D]`; slopes, `[B, H, Nq, D, D]` or None, times a query
-    and the scale is what it adds to the mean value; kept is bool `[B, H, Nq, N]`.
+    mean_keys and mean_values are `[B, H, N, D]`; kept is bool `[B, H, Nq, N]`. slopes are
+    `[B, H, Nq, D, D]` or None; query x slope x scale is added to the mean value.
     """
 
     mean_keys: Tensor
@@ -126,7 +126,7 @@ def _compensate_heads(
 
 
 def _kernel_runs(tokens: Tensor, block_size: int) -> bool:
-    """Whether the Triton kernels can compute; the result is the same."""
+    """Whether the Triton kernels can run; the result is the same without them."""
     return not kernel_unsupported_reasons(
         tokens.device, tokens.dtype, tokens.shape[-1], block_size
     )
@@ -155,7 +155,7 @@ def _block_means(tokens: Tensor, block_size: int) -> Tensor:
 
 
 def _softmax_of_skipped(products: Tensor, kept: Tensor, scale: float) -> Tensor:
-    """Over the last dimension, in its dtype; 0 where a row skips nothing."""
+    """Softmax over the last dimension, in the input's dtype; 0 where a row skips nothing."""
     scaled = (products.float() * scale).masked_fill_(kept, -torch.inf)
     weights = scaled.softmax(dim=-1).masked_fill_(kept.all(dim=-1, keepdim=True), 0)
     return weights.to(products.dtype)
@@ -164,7 +164,7 @@ def _softmax_of_skipped(products: Tensor, kept: Tensor, scale: float) -> Tensor:
 def _merge(
     query: Tensor, skipped: _Skipped, out: Tensor, lse: Tensor, block_size: int, scale: float
 ) -> None:
-    """`merge_skipped` of the kernels, in plain torch."""
+    """`kernels.merge_skipped` in plain torch."""
     length = query.shape[2]
     kept = skipped.kept.repeat_interleave(block_size, dim=2)[:, :, :length]
     products = query @ skipped.mean_keys.mT
@@ -174,6 +174,6 @@ def _merge(
         mean += (rows @ skipped.slopes).flatten(2, 3)[:, :, :length].float() * scale
     scaled = (products.float() * scale).masked_fill_(kept, -torch.inf)
     skipped_lse = scaled.logsumexp(dim=-1) + math.log(block_size)
-    # The mass of the skipped blocks over all mass.
+    # The skipped blocks' share of the whole mass.
     share = (skipped_lse - lse).sigmoid().masked_fill(kept.all(dim=-1), 0)
     out.copy_(out.float().lerp(mean, share[..., None]))

@@ -27,10 +27,9 @@ class Problem:
 class AttentionInputs:
     """The checked inputs of a backend.
 
-    query is `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]`, any strides with the last one 1;
-    query head h uses key head h // (H / Hkv);
-    blocks are the key blocks to compute; key_lengths is int32 `[B]` on the same device, or None
-    where all Sk keys are valid.
+    query is `[B, H, Sq, D]`, key and value `[B, Hkv, Sk, D]`; the last stride is 1, the others are
+    free. Query head h uses key head h // (H / Hkv). blocks are the key blocks to compute.
+    key_lengths is int32 `[B]` on the same device, or None where all Sk keys are valid.
     """
 
     query: Tensor

@@ -69,7 +69,7 @@ def block_scores(
     Args:
         query: `[B, H, Sq, D]`, any strides.
         key: `[B, Hkv, Sk, D]`, same dtype and device. Hkv divides H: each key head serves
-            H / Hkv query heads in a row. Scores are per query head.
+            H / Hkv consecutive query heads. Scores are per query head.
         block_size: Tokens in a block.
         stride: Tokens in a group; divides ``block_size``.
         causal: Query t sees keys up to t + Sk - Sq.
@@ -126,7 +126,7 @@ def compute_scores(inputs: ScoringInputs) -> Tensor:
     return triton_block_scores(inputs, float8=scorer == "float8")
 
 
-# Cached, because every layer of every step asks.
+# Cached, because every layer of every step calls it.
 @functools.lru_cache(maxsize=256)
 def _choose_scorer(
     device: torch.device,
@@ -137,7 +137,7 @@ def _choose_scorer(
     precision: Precision,
     tokens: int,
 ) -> Literal["torch", "triton", "float8"]:
-    """The function that computes the scores; raises if the precision is not available."""
+    """Which function computes the scores; raises ValueError if the precision is unavailable."""
     problem = Problem(device, dtype, head_dim, block_size)
     check_precision(precision, problem, stride)
     if chosen_precision(precision, problem, stride, tokens) == "float8":
@@ -203,7 +203,7 @@ def triton_unsupported_reasons(
 
 
 def triton_block_scores(inputs: ScoringInputs, *, float8: bool = False) -> Tensor:
-    """`block_scores` by the fused kernel: no group matrix in memory."""
+    """`block_scores` with the fused kernel, which keeps no group matrix in memory."""
     from xattn_video.kernels.antidiagonal_scores import antidiagonal_scores
 
     return antidiagonal_scores(
@@ -283,9 +283,9 @@ def _group_tokens(tokens: Tensor, stride: int, lengths: Tensor | None) -> Tensor
 
 
 def _multiply_heads(query_groups: Tensor, key_groups: Tensor) -> Tensor:
-    """`[B, H, M, K]` x `[B, Hkv, K, N]` -> `[B, H, M, N]`, a key head for several query heads."""
+    """`[B, H, M, K]` x `[B, Hkv, K, N]` -> `[B, H, M, N]`, without repeating key heads."""
     heads = key_groups.shape[1]
-    # The query heads of a key head one below the other: no copy of the keys.
+    # The query heads of one key head are stacked as rows, so that no key is copied.
     rows = query_groups.unflatten(1, (heads, -1)).flatten(2, 3)
     return (rows @ key_groups).unflatten(2, (-1, query_groups.shape[2])).flatten(1, 2)
 
@@ -293,7 +293,7 @@ def _multiply_heads(query_groups: Tensor, key_groups: Tensor) -> Tensor:
 def _sum_blocks(mass: Tensor, groups_per_block: int) -> Tensor:
     """Mass of groups `[..., Gq, Gk]` -> mass of blocks `[..., Nq, Nk]`: a mean over query groups.
 
-    A mask with one row for all query groups stays one row.
+    A mask that has one row for all query groups keeps one row.
     """
     num_query_groups, num_key_groups = mass.shape[-2:]
     missing_keys = -num_key_groups % groups_per_block

@@ -32,8 +32,8 @@ def select_blocks(
     and is never kept; a threshold of 1 keeps all others, and every row keeps at least one of them.
 
     Args:
-        scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`; of another
-            floating-point type they are summed in float32 at least.
+        scores: float32 `[B, H, Nq, Nk]`, not negative, as from `block_scores`. Smaller
+            floating-point types are converted to float32.
         threshold: Share of the mass, in (0, 1]; or a tensor of shares that broadcasts to
             `[B, H, Nq]`, for instance `[H, 1]` for one per head. It is copied to the device of
             the scores. Values on the CPU are checked. Values elsewhere are not, because the host
@@ -47,8 +47,8 @@ def select_blocks(
         attention would.
 
     Raises:
-        ValueError, TypeError: The threshold is out of range, no number or does not broadcast, or
-            shapes, dtypes or devices disagree.
+        ValueError, TypeError: The threshold is out of range, not a number or does not broadcast,
+            or shapes, dtypes or devices disagree.
     """
     check_tensor("scores", scores, "float [B, H, Nq, Nk]")
     if scores.dim() != 4 or not scores.is_floating_point():

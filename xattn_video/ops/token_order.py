@@ -8,7 +8,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=4)
 def hilbert_order(grid: tuple[int, ...]) -> Tensor:
-    """The cells of a grid along a Hilbert curve, int64 `[cells]`, by their number in raster order.
+    """The raster numbers of a grid's cells in the order of a Hilbert curve, int64 `[cells]`.
 
     The curve fills the smallest cube of 2^n cells a side that holds the grid; cells outside the
     grid are left out. Algorithm: J. Skilling, "Programming the Hilbert curve", AIP Conference
