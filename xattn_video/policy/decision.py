@@ -19,10 +19,10 @@ class Run:
     """The sizes of a model, a video and a generation, as `decide` needs them.
 
     Attributes:
-        num_layers, num_heads: Of the model.
-        num_video_tokens: Of one item.
-        device_type: Where the layers compute.
-        num_steps: Denoising steps of the generation, where known; a cool-down needs it.
+        num_layers, num_heads: Attention layers of the model, and heads of each layer.
+        num_video_tokens: Video tokens of one item.
+        device_type: Type of the device on which the layers run.
+        num_steps: Denoising steps of the generation; None if unknown. A cool-down needs it.
         needs_grad: Whether gradients are needed anywhere in the model.
     """
 
@@ -41,13 +41,14 @@ class Decision:
     Attributes:
         reason: Why every layer runs dense; None where at least one runs sparse.
         thresholds: Tau of every head, `[num_layers][num_heads]`, or the density in its place.
-        threshold: Tau where it is one number for all layers and heads.
+        threshold: Tau if it is one number for all layers and heads, else None.
         refreshing: Whether each layer computes the dense and the sparse output and keeps the
-            residual. One that skipped no block at the others' refresh does it at its first sparse
-            step after that.
+            residual. A layer that skipped no block when the others refreshed does so at its first
+            sparse step after that.
         choosing: Whether each layer chooses blocks, anew or for the first time.
-        last_sparse: Whether no later step runs sparse; False where that is not known, or not asked
-            because nothing is kept.
+        last_sparse: Whether no later step runs sparse; False if unknown, or if nothing is kept
+            between steps.
+        keeps_all: The reason of a layer that runs dense because it keeps every block.
     """
 
     reason: DenseReason | None
@@ -57,7 +58,6 @@ class Decision:
     choosing: tuple[bool, ...]
     last_sparse: bool = False
     keeps_all: DenseReason = "threshold 1"
-    """What a layer that is asked to keep every block runs dense for."""
 
     @property
     def sparse(self) -> bool:
@@ -71,11 +71,11 @@ class Decision:
 
     @property
     def any_sparse_output(self) -> bool:
-        """Whether a layer computes a sparse output, as its output or for the residual."""
+        """Whether any layer computes a sparse output, as its output or for the residual."""
         return self.sparse or self.refreshes
 
     def computes_sparsely(self, layer: int) -> bool:
-        """Whether a layer's sparse output is computed, as its output or for the residual."""
+        """Whether the layer computes a sparse output, as its output or for the residual."""
         return self.any_sparse_output and _skips(self.thresholds[layer])
 
     def layer_reason(self, layer: int) -> DenseReason | None:
@@ -94,8 +94,8 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         run: Sizes of the model, the video and the generation.
 
     Raises:
-        ValueError: A cool-down without the number of steps, a refresh after more steps than there
-            are, or a schedule that names a layer or a head that the model lacks.
+        ValueError: A cool-down is set and the number of steps is unknown, ``refresh_every``
+            exceeds it, or the schedule names a layer or a head that the model lacks.
     """
     every, num_steps = settings.refresh_every, run.num_steps
     if every is not None and num_steps is not None and every > num_steps:
@@ -105,7 +105,7 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         )
     reason = _dense_reason(settings, step, run)
     primes = _primes(settings, step, run)
-    # What primes prepares the step after it.
+    # A step that primes uses the thresholds of the step after it.
     taus = settings.schedule.per_head(step + primes, run.num_layers, run.num_heads)
     choosing, last_sparse = [False] * run.num_layers, False
     if reason is None or primes:
@@ -133,15 +133,15 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """How many steps of a generation do what.
+    """Numbers of steps of a generation, by what they do.
 
     Attributes:
         dense: Steps in which every layer runs dense.
-        sparse: All others.
-        refreshes: Of the sparse ones, those in which at least one layer runs dense as well.
-        primes: Of the dense ones, those that run sparse as well; 1 or 0.
-        refreshed: The refreshes of single layers in sparse steps, divided by the number of layers.
-        choices: The same for the choices of blocks, in all steps.
+        sparse: All other steps.
+        refreshes: Sparse steps in which at least one layer also computes the dense output.
+        primes: Dense steps that also compute the sparse output; 1 or 0.
+        refreshed: Refreshes in sparse steps, counted by layer and divided by the number of layers.
+        choices: Choices of blocks in all steps, counted likewise.
     """
 
     dense: int
@@ -167,7 +167,7 @@ def count_steps(settings: SparseSettings, run: Run) -> StepCounts:
 
 
 def mean_density(settings: SparseSettings, run: Run) -> float | None:
-    """The density that is asked for, over the sparse steps; None where a threshold decides."""
+    """The requested density, averaged over the sparse steps; None with a threshold."""
     if settings.density is None or not isinstance(settings.density, ThresholdSchedule):
         return settings.density
     assert run.num_steps is not None
@@ -204,7 +204,7 @@ def _dense_reason(settings: SparseSettings, step: int, run: Run) -> DenseReason 
 
 
 def _primes(settings: SparseSettings, step: int, run: Run) -> bool:
-    """Whether the step is the warm-up's last and keeps a residual for the sparse one after it."""
+    """Whether the step is the last of the warm-up and keeps a residual for the step after it."""
     return (
         settings.refresh_every is not None
         and 0 <= step == settings.warmup_steps - 1
@@ -214,22 +214,22 @@ def _primes(settings: SparseSettings, step: int, run: Run) -> bool:
 
 
 def _steps_since_choice(settings: SparseSettings, step: int, run: Run) -> list[int]:
-    """The sparse steps from the latest in which all layers chose blocks; none if this is one."""
+    """The sparse steps since all layers last chose blocks, that step first; [] if this is one."""
     made = [earlier for earlier in range(step) if _is_sparse(settings, earlier, run)]
     if _primes(settings, settings.warmup_steps - 1, run):
-        # The warm-up's last step chose with the thresholds of the step after it.
+        # The last warm-up step chose with the thresholds of the step after it.
         made.insert(0, settings.warmup_steps)
     every = settings.refresh_every or settings.mask_every
     return made[len(made) - len(made) % every :]
 
 
 def _skips(taus: Sequence[float]) -> bool:
-    """Whether a layer with these thresholds, one a head, skips any block."""
+    """Whether a layer with these thresholds, one per head, may skip a block."""
     return any(tau != 1 for tau in taus)
 
 
 def _keeps_all(settings: SparseSettings, step: int, run: Run) -> bool:
-    """Whether no layer skips any block in the step."""
+    """Whether every layer keeps all blocks in the step."""
     schedule = settings.schedule
     if schedule.is_uniform:
         return schedule.threshold(step) == 1

@@ -1,4 +1,4 @@
-"""Named settings: points on the measured front of picture against time."""
+"""Named settings: points on the measured front of picture quality against time."""
 
 import json
 from dataclasses import fields
@@ -16,7 +16,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "balanced": {"density": 0.1, "refresh_every": 15} | _COMPACT,
     "fast": {"density": 0.05, "refresh_every": 15} | _COMPACT,
 }
-"""Arguments of `SparseSettings`; docs/fewer-blocks.md has what was measured with each."""
+"""Arguments of `SparseSettings`; docs/fewer-blocks.md has the measurements of each preset."""
 
 _SETS = ("threshold", "density", "token_order", "compensation", "mask_every", "refresh_every")
 
@@ -26,14 +26,14 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
 
     Args:
         preset: A name in `PRESETS`.
-        options: Fields of `SparseSettings` that a preset leaves open: ``stride``,
-            ``block_size``, ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
-            ``scoring_precision``, ``residual``; and a ``density`` by layer and head, a
-            `ThresholdSchedule`, which takes the place of the preset's.
+        options: Fields of `SparseSettings` that presets do not set: ``stride``, ``block_size``,
+            ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
+            ``scoring_precision``, ``residual``. A ``density`` by layer and head, a
+            `ThresholdSchedule`, replaces the preset's density.
 
     Raises:
-        ValueError: There is no such preset, an option is one that presets set, or a value is out
-            of range.
+        ValueError: There is no such preset, an option is set by presets, or a value is out of
+            range.
     """
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
@@ -50,10 +50,10 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
 
 
 def settings_of(preset: str | None, **options: Any) -> SparseSettings:
-    """The settings of a preset where one is named, else of the options alone.
+    """The settings of a preset if one is named, else of the options alone.
 
     Raises:
-        ValueError, TypeError: As `preset_settings` and `SparseSettings`.
+        ValueError, TypeError: As in `preset_settings` and `SparseSettings`.
     """
     return SparseSettings(**options) if preset is None else preset_settings(preset, **options)
 
@@ -63,11 +63,11 @@ def parse_setting(text: str, **options: Any) -> SparseSettings:
 
     Args:
         text: NAME=VALUE,... with the fields of `SparseSettings` and ``preset`` as names. A
-            density may be a JSON file with one by layer and head.
-        options: Other fields; the text goes before them.
+            density may be a JSON file with a schedule by layer and head.
+        options: Other fields; the text overrides them.
 
     Raises:
-        ValueError: The text names something else, contradicts a preset, or a value is out of
+        ValueError: The text has an unknown name, contradicts a preset, or a value is out of
             range.
     """
     names = ("preset", *(source.name for source in fields(SparseSettings)))

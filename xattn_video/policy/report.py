@@ -1,4 +1,4 @@
-"""What really ran: dense or sparse, by step and layer."""
+"""The report of what ran, dense or sparse, by step and layer."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,11 +18,11 @@ class LayerRun:
 
     Args:
         state: ``"dense"``, ``"sparse"``, or ``"skipped"`` if a cache did not run the layer.
-        reason: Why the layer ran dense: "warm-up", "cool-down", "threshold 1", "too few tokens",
-            "gradients" or "last step", with refreshes.
+        reason: Why the layer ran dense: "warm-up", "cool-down", "threshold 1", "density 1", "too
+            few tokens", "gradients" or, with refreshes, "last step". None if it did not.
         kept: Blocks computed, over the batch and all heads; None unless sparse.
         valid: Blocks that dense attention computes; None if skipped.
-        refreshed: Whether the layer computed both outputs; the dense one counted.
+        refreshed: Whether the layer computed both outputs and returned the dense one.
     """
 
     state: State
@@ -43,13 +43,13 @@ class ForwardRun:
 
     Args:
         step: Denoising step, from 0.
-        forward_pass: Pass within the step, from 0: true classifier-free guidance runs two.
+        forward_pass: Pass within the step, from 0; true classifier-free guidance runs two.
         timestep: The timestep that the transformer was given.
         threshold: Tau of the step if it is one number for all layers and heads, else None.
         backend: The backend of the sparse layers; None if no layer ran sparse.
         layers: One entry per layer.
-        imbalance: Where ranks share the heads: the blocks of a layer's busiest rank over the mean
-            of the ranks, averaged over the sparse layers. None elsewhere.
+        imbalance: If ranks split the heads: blocks of a layer's busiest rank divided by the mean
+            of the ranks, averaged over the sparse layers. None otherwise.
     """
 
     step: int
@@ -67,8 +67,8 @@ class SparsityReport:
 
     Args:
         layer_names: The transformer's joint-attention layers that the processor serves.
-        forwards: In the order they ran. The processor keeps the latest 4,096.
-        num_refused: Forward passes that a backend refused; each raised.
+        forwards: Forward passes in the order they ran. The processor keeps the latest 4,096.
+        num_refused: Forward passes that a backend refused; each raised an error.
     """
 
     layer_names: tuple[str, ...]
@@ -92,13 +92,15 @@ class SparsityReport:
 
     @property
     def density(self) -> float | None:
-        """Kept over valid blocks of all that ran sparse; None if nothing did."""
+        """Kept over valid blocks of all sparse layer runs; None if there were none."""
         return _density(run for _, _, run in self._runs("sparse"))
 
     @property
     def budget(self) -> float | None:
-        """The density with every refresh, and a last step that is dense for their sake, counted
-        as 1; None if nothing ran sparse."""
+        """The density, with refreshes and the last step that follows them counted as 1.
+
+        None if nothing ran sparse.
+        """
         if self.density is None:
             return None
         return _density(
@@ -114,7 +116,7 @@ class SparsityReport:
 
     @property
     def imbalance(self) -> float | None:
-        """Blocks of the busiest rank over the mean, in the passes whose heads ranks share."""
+        """Mean of the passes' ``imbalance``; None if ranks never split the heads."""
         found = [forward.imbalance for forward in self.forwards if forward.imbalance is not None]
         return sum(found) / len(found) if found else None
 
@@ -130,7 +132,7 @@ class SparsityReport:
         return dict(Counter(reasons))
 
     def layer_densities(self) -> list[list[float | None]]:
-        """`[layers][steps]`: kept over valid blocks of a step's passes; None unless sparse."""
+        """`[layers][steps]`: kept over valid blocks, all passes together; None unless sparse."""
         runs: dict[tuple[int, int], list[LayerRun]] = {}
         for forward, layer, run in self._runs("sparse"):
             runs.setdefault((layer, forward.step), []).append(run)
@@ -140,7 +142,7 @@ class SparsityReport:
         ]
 
     def step_density(self, step: int) -> float | None:
-        """Kept over valid blocks of a step's passes and layers; None if none was sparse."""
+        """Kept over valid blocks, over a step's passes and layers; None if none ran sparse."""
         return _density(run for forward, _, run in self._runs("sparse") if forward.step == step)
 
     def summary(self) -> str:
@@ -231,11 +233,11 @@ class SparsityReport:
         if any("skipped" in row for row in densities):
             keys.append(Patch(facecolor="white", edgecolor="0.6", label="skipped by a cache"))
         figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False)
-        # As matplotlib: a name without a suffix is a PNG.
+        # As in matplotlib, a name without a suffix means PNG.
         write_figure(path if Path(path).suffix else f"{path}.png", figure)
 
     def _runs(self, state: State | None = None) -> Iterator[tuple[ForwardRun, int, LayerRun]]:
-        """Every layer run, or those of one state, with its forward pass and layer."""
+        """All layer runs, or those of one state, each with its forward pass and layer."""
         for forward in self.forwards:
             for layer, run in enumerate(forward.layers):
                 if state in (None, run.state):
@@ -254,7 +256,7 @@ class SparsityReport:
 
 
 def _density(runs: Iterable[LayerRun]) -> float | None:
-    """Kept over valid blocks of all the runs that were sparse."""
+    """Kept over valid blocks of the sparse runs; None if there are none."""
     counts = [(run.kept, run.valid or 0) for run in runs if run.kept is not None]
     valid = sum(of for _, of in counts)
     return sum(kept for kept, _ in counts) / valid if valid else None

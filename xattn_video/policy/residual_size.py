@@ -7,10 +7,10 @@ def residual_bytes(
     """Bytes of the residuals of one forward pass of the transformer.
 
     Args:
-        batch: Items.
-        tokens: Of an item, text and its padding included.
-        heads, head_dim: Of the model.
-        layers: That run sparse.
-        scale_bytes: Of the scale that each token and head has beside its 8-bit numbers.
+        batch: Number of items.
+        tokens: Tokens of an item, text and its padding included.
+        heads, head_dim: Heads of the model and their size.
+        layers: Layers that run sparse.
+        scale_bytes: Bytes of the scale stored with the 8-bit numbers of each token and head.
     """
     return batch * tokens * heads * (head_dim + scale_bytes) * layers

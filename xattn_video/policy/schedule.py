@@ -32,8 +32,8 @@ class ThresholdSchedule:
         layers: {layer: points} replaces ``points`` in that layer. Layers count from 0, first the
             double-stream blocks, then the single-stream blocks.
         heads: {(layer, head): points} replaces both in that head.
-        kind: ``"density"`` if the values are shares of the blocks, for `SparseSettings.density`,
-            and not thresholds.
+        kind: ``"density"`` if the values are shares of the blocks, for `SparseSettings.density`;
+            ``"threshold"`` otherwise.
 
     Raises:
         ValueError: A tau outside (0, 1], steps that do not ascend, or an unknown kind.
@@ -82,14 +82,14 @@ class ThresholdSchedule:
 
     @classmethod
     def piecewise(cls, taus: Mapping[int, float]) -> "ThresholdSchedule":
-        """{step: tau}; each holds until the next."""
+        """A schedule from {step: tau}; each tau holds until the next step."""
         if not all(isinstance(step, int) for step in taus):
             raise TypeError(f"the keys of a {{step: tau}} mapping must be integers, got {taus!r}.")
         return cls(tuple(sorted(taus.items())))
 
     @classmethod
     def from_list(cls, taus: Sequence[float]) -> "ThresholdSchedule":
-        """Step i uses entry i; the last one holds."""
+        """A schedule from a list: step i uses entry i; the last entry holds."""
         return cls(tuple(enumerate(taus)))
 
     @classmethod
@@ -122,7 +122,7 @@ class ThresholdSchedule:
         return all(tau == 1 for points in of_all for _, tau in points)
 
     def threshold(self, step: int, layer: int | None = None, head: int | None = None) -> float:
-        """Tau at a step: of a head, of a layer, or of all that have none of their own."""
+        """Tau at a step, for a head, a layer, or those without values of their own."""
         points = self.points
         if layer is not None:
             points = self.layers.get(layer, points)
@@ -166,7 +166,7 @@ class ThresholdSchedule:
         for (layer, head), points in self.heads.items():
             heads.setdefault(str(layer), {})[str(head)] = _as_lists(points)
         return {
-            # Left out of thresholds, whose files are older than densities.
+            # Omitted for thresholds, as in files from before densities existed.
             **({} if self.kind == "threshold" else {"kind": self.kind}),
             "interpolation": self.interpolation,
             "points": _as_lists(self.points),
@@ -212,7 +212,7 @@ class ThresholdSchedule:
         """Read a JSON file that `save` wrote.
 
         Raises:
-            ValueError, TypeError: The file is not a schedule, with its name and the field's path.
+            ValueError, TypeError: The file is not a schedule; names the file and the field.
         """
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
@@ -266,7 +266,7 @@ def read_schedule(file: str | Path) -> ThresholdSchedule:
     """The schedule in a file that a user named.
 
     Raises:
-        ValueError, TypeError: The file cannot be read, or holds none.
+        ValueError, TypeError: The file cannot be read, or is not a schedule.
     """
     try:
         return ThresholdSchedule.load(file)
@@ -337,7 +337,7 @@ def _index(value: object, path: str) -> int:
 
 
 def _by_index(value: object, path: str) -> dict[int, Any]:
-    """A JSON object whose keys stand for layers or heads, each of which may be named once."""
+    """A JSON object whose keys are layers or heads, without repetition."""
     by_index: dict[int, Any] = {}
     for key, of_index in _mapping(value, path).items():
         if not str(key).isdecimal():
@@ -350,7 +350,7 @@ def _by_index(value: object, path: str) -> dict[int, Any]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which plain `json.loads` would keep the last of equal keys."""
+    """A JSON object; raises ValueError on equal keys, where `json.loads` keeps the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -36,23 +36,23 @@ class SparseSettings:
         warmup_steps: Number of first steps that run dense; they settle the layout of the video.
         cooldown_steps: Number of last steps that run dense.
         min_tokens: With fewer video tokens, every step runs dense. None means the length from
-            which sparse attention was measured to be faster: 16384 on CUDA, 2048 elsewhere.
+            which sparse attention was measured as faster: 16384 on CUDA, 2048 elsewhere.
         backend: A name from `available_backends`, or ``"auto"``.
         scoring_precision: Precision of the scores: ``"exact"``, ``"float8"`` (8-bit operands, for
             the scores only), or ``"auto"`` for the faster; see `block_scores`.
-        density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones, in
-            place of a threshold; None where that decides. A `ThresholdSchedule` of kind
-            ``"density"`` gives layers and heads their own.
+        density: Share of each row's valid blocks to keep, in (0, 1], the best-scoring ones; None
+            if the threshold decides. A `ThresholdSchedule` of kind ``"density"`` sets it by
+            step, layer and head.
         token_order: Order of the video tokens in sparse layers: ``"raster"`` (frame by frame, row
             by row), or ``"hilbert"``, in which a block is a compact piece of the video.
-        compensation: What stands for the skipped blocks: ``"none"``, the mean key and value of
-            each (``"means"``), or these and a linear term (``"first-order"``).
-        mask_every: The blocks are chosen at every m-th sparse step and used until the next one.
-        refresh_every: The last warm-up step and then every r-th step compute the dense and the
-            sparse output of each layer and keep the difference, which the steps between add. They
-            use the blocks of the latest such step. The last step runs dense. None never does.
+        compensation: What replaces the skipped blocks: ``"none"``, the mean key and value of each
+            (``"means"``), or these and a linear term (``"first-order"``).
+        mask_every: Blocks are chosen at every m-th sparse step and used until the next choice.
+        refresh_every: The last warm-up step and then every r-th sparse step compute the dense and
+            the sparse output of each layer and keep the difference. The steps in between reuse
+            its blocks and add the difference. The last step runs dense. None never refreshes.
         residual: Where the difference is kept, in 8 bits: on the layers' ``"device"``, in
-            ``"host"`` memory, or ``"auto"``, by what is free.
+            ``"host"`` memory, or ``"auto"``, by the memory that is free.
 
     docs/fewer-blocks.md explains and measures the last six.
 
@@ -133,7 +133,7 @@ class SparseSettings:
         ThresholdSchedule.coerce(self._share)
         self._check_kind()
         self._check_reuse()
-        # It brings torch, which a command line that only shows its help need not wait for.
+        # These import torch, which is slow; a command line that only shows help avoids it.
         from xattn_video.backends.table import load_backend
         from xattn_video.ops.arguments import check_block_size
         from xattn_video.ops.scoring import check_precision
@@ -178,21 +178,21 @@ class SparseSettings:
 
     @property
     def keeps_all_reason(self) -> 'Literal["threshold 1", "density 1"]':
-        """What a layer that is asked to keep every block runs dense for."""
+        """The reason of a layer that runs dense because it keeps every block."""
         return "threshold 1" if self.density is None else "density 1"
 
     @property
     def keeps_between_steps(self) -> bool:
-        """Whether a step uses what an earlier one kept."""
+        """Whether steps reuse the blocks or the residual of an earlier step."""
         return self.refresh_every is not None or self.mask_every != 1
 
     def min_tokens_on(self, device_type: str) -> int:
         """``min_tokens``, or the default of the device.
 
-        From the default on, XAttention with half of the blocks is faster than the best dense
-        kernel. On CUDA this was measured on an H100 with flash4 and triton. Elsewhere it is the
-        shortest length that was measured on a CPU, in float32; a CPU with AMX gains less in
-        bfloat16. docs/benchmarks.md has the curves.
+        From this length on, XAttention with half of the blocks is faster than the best dense
+        kernel. The CUDA value was measured on an H100 with flash4 and triton. The other is the
+        shortest length measured on a CPU, in float32; a CPU with AMX gains less in bfloat16.
+        docs/benchmarks.md has the curves.
         """
         if self.min_tokens is not None:
             return self.min_tokens

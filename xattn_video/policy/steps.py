@@ -21,7 +21,7 @@ class ForwardInputs:
         text_tokens: Text tokens of an item, padding included.
         device: Device of the latents.
         dtype: Dtype of the latents.
-        needs_grad: Whether gradients are on, and an input or a parameter of the model needs them.
+        needs_grad: Whether gradients are enabled and an input or parameter of the model needs one.
     """
 
     timestep: float
@@ -48,7 +48,7 @@ class SchedulerStep:
 
 
 class StepTracker:
-    """Counts denoising steps, by the pipeline's scheduler if known, else by the model's inputs.
+    """Counts denoising steps by the pipeline's scheduler if known, else by the model's inputs.
 
     If the scheduler has taken no step yet, a generation begins; afterwards its count is the step.
     Without a scheduler, the timestep decides. The same timestep is the same step (true
@@ -108,7 +108,7 @@ class StepTracker:
 def _stands_still(
     scheduler: SchedulerStep, last: ForwardInputs, inputs: ForwardInputs, step: int
 ) -> bool:
-    """Whether the scheduler is no longer in use: its count stays while the timesteps change."""
+    """Whether the scheduler is no longer used: its count stays while the timesteps change."""
     if scheduler.index is None:
         return False
     before, now = _comparable(last, inputs)
@@ -131,7 +131,7 @@ def _starts_generation(
 ) -> bool:
     """Whether a generation starts here; ``first`` and ``last`` belong to the previous one."""
     before, now = _comparable(last, inputs)
-    # After a generation of one step; guidance's second pass has another text.
+    # After a generation of one step; the second guidance pass would have another text.
     starts_over = (
         inputs.latent_sample != last.latent_sample or inputs.text_sample == first.text_sample
     )
