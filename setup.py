@@ -10,7 +10,7 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)")
 
 
 def long_description(readme: str, pyproject: str) -> str:
-    """The README with links into the repository, or as plain text where its address is unknown."""
+    """The README with absolute links, or without links if the repository's URL is unknown."""
     stated = re.search(r'^Repository = "(.+?)/?"$', pyproject, re.MULTILINE)
 
     def replace(link: re.Match[str]) -> str:

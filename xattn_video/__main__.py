@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-# What the operator does without; the other packages of the extra are plainly imported by these.
+# Packages that the command line needs and the operator does not, of the extra `video`.
 _VIDEO_PACKAGES = (
     "accelerate",
     "diffusers",

@@ -40,8 +40,7 @@ def Xattention_prefill(  # noqa: N802  (the published name)
 ) -> Tensor:
     """Attention over the blocks that XAttention selects, with the published argument names.
 
-    Padded keys receive no mass here, so ``chunk_size`` bounds memory and never changes the
-    result.
+    Padded keys receive no mass, so ``chunk_size`` bounds memory and never changes the result.
 
     Args:
         query_states: `[B, H, Sq, D]`.
@@ -57,10 +56,10 @@ def Xattention_prefill(  # noqa: N802  (the published name)
         causal: Query t sees keys up to t + Sk - Sq; the diagonal and key block 0 are kept.
         kdb: Only 1.
         chunk_size: The most query tokens whose group matrix may be in memory at once, a multiple
-            of ``block_size``; if None torch picks its own bound. The Triton kernel keeps no such
-            matrix, so that it stays within any bound.
-        keep_sink: Keep key block 0 in every row, as a causal call always does.
-        keep_recent: Keep the diagonal block of every row, as a causal call always does.
+            of ``block_size``; None chooses a bound for the device. The Triton kernel keeps no
+            such matrix and meets any bound.
+        keep_sink: Keep key block 0 in every row; causal calls always do.
+        keep_recent: Keep the diagonal block of every row; causal calls always do.
 
     Returns:
         `[B, H, Sq, D]`.
@@ -130,7 +129,7 @@ def _check_options(norm: float, kdb: int, chunk_size: int | None, block_size: in
 
 
 def _scores(inputs: ScoringInputs, use_triton: bool | None, chunk_size: int | None) -> Tensor:
-    """`block_scores`, computed as ``use_triton`` says."""
+    """`block_scores`, with the kernel or in torch as ``use_triton`` says."""
     if use_triton is not None:
         check_flag("use_triton", use_triton)
     query = inputs.query

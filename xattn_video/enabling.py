@@ -33,7 +33,7 @@ def enable_xattention(
     Raises:
         UnsupportedModelError: The model is of neither kind.
         RuntimeError: XAttention is already enabled on the model.
-        ValueError, TypeError: A setting is not usable.
+        ValueError, TypeError: A setting is out of range or of a wrong type.
     """
     if isinstance(model, type):
         raise TypeError(
@@ -51,8 +51,8 @@ def enable_xattention(
 
 
 def _language_model(model: Any) -> Any:
-    """The model of transformers inside torch.compile's and PEFT's wrappers, if it is one."""
-    # A model of transformers cannot exist before this is imported.
+    """The transformers model inside torch.compile's and PEFT's wrappers; None if there is none."""
+    # No transformers model can exist before this module is imported.
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return None

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The numbers of system errors that free space helps against."""
+"""Error numbers (errno) of writes that fail for lack of space."""
 
 
 class XAttentionError(Exception):
@@ -40,7 +40,7 @@ class UnboundProcessorError(XAttentionError, RuntimeError):
 
 
 class ResidualMemoryError(XAttentionError, MemoryError):
-    """There is no room for what the refreshes of a generation keep."""
+    """There is not enough memory for the residuals of a generation."""
 
 
 class PipelineLoadError(XAttentionError, OSError):
@@ -52,14 +52,14 @@ class MissingPackageError(XAttentionError, ImportError):
 
 
 def require_packages(what: str, *names: str) -> None:
-    """Check that packages are installed, so that a command names all it lacks at once.
+    """Check that packages are installed; the error names all that are missing.
 
     Args:
-        what: Needs them, in the plural.
-        names: As they are imported and installed.
+        what: What needs them, a plural for the message.
+        names: Names under which they are both imported and installed.
 
     Raises:
-        MissingPackageError: Some are not.
+        MissingPackageError: At least one is not installed.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
@@ -75,9 +75,9 @@ class FileNotWrittenError(XAttentionError, OSError):
 
     Args:
         path: The file.
-        reason: What the system or a library said.
-        number: The system's own, such as `errno.ENOSPC`; None where it is not known.
-        more: Sentences to add.
+        reason: The message of the system or of a library.
+        number: The system's error number, such as `errno.ENOSPC`; None if unknown.
+        more: Sentences to add to the message.
     """
 
     def __init__(self, path: Path, reason: str, number: int | None = None, more: str = "") -> None:

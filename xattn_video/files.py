@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PREFIX = ".xattn-video-"
-# Writing a file takes minutes, so a day-old temporary file of another machine is left over.
+# Writing a file takes minutes, so another machine's temporary file is stale after a day.
 _STALE_SECONDS = 24 * 3600
-# The smallest piece of most disks; a full one takes an empty file.
+# One block of most file systems; a full disk still accepts an empty file.
 _BLOCK = bytes(4096)
-# Not every file system can sync a folder, and one may write in folders that one may not read.
+# Some file systems cannot sync a folder, and a writable folder need not be readable.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
 def user_path(path: str | Path) -> Path:
-    """``path`` with ``~`` and ``$VARIABLE`` expanded; a shell does not in ``--output=~/a.mp4``.
+    """Expand ``~`` and ``$VARIABLE``; a shell leaves them alone in ``--output=~/a.mp4``.
 
     Raises:
         ValueError: A variable is not set.
@@ -71,7 +71,7 @@ def check_output_folder(folder: Path, *, what: str = "output") -> None:
     """
     with _refused(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
-        # Permission bits say nothing of a read-only file system or a full one; a file does.
+        # A test file, because permission bits do not show a read-only or full file system.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(_BLOCK)
             file.flush()
@@ -80,11 +80,11 @@ def check_output_folder(folder: Path, *, what: str = "output") -> None:
 
 @contextmanager
 def _refused(path: Path, what: str) -> Iterator[None]:
-    """Say in one way that ``path`` cannot be written."""
+    """Turn every failure into one ValueError: ``path`` cannot be written."""
     try:
         yield
     except (OSError, ValueError) as error:
-        # A name that no system takes, such as one with a NUL, is a ValueError.
+        # An invalid name, such as one with a NUL, is a ValueError.
         reason, number = getattr(error, "strerror", error), getattr(error, "errno", None)
         if isinstance(error, FileExistsError | NotADirectoryError):
             parts = (path, *path.parents)
@@ -100,12 +100,12 @@ def _refused(path: Path, what: str) -> Iterator[None]:
 def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """A temporary path in the same folder that replaces ``path`` on success.
 
-    The file is synced to disk before. It has the suffix of ``path``, which tells a library the
-    format. Temporary files of killed runs are removed from the folder first.
+    The file is synced to disk first. It has the suffix of ``path``, from which libraries choose
+    the format. Temporary files of killed runs are removed from the folder beforehand.
 
     Args:
         path: The file.
-        new: Do not replace a file that exists by then.
+        new: Raise instead of replacing an existing file.
 
     Raises:
         FileNotWrittenError: Writing failed; the previous file at ``path`` is unchanged.
@@ -126,7 +126,7 @@ def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Turn a system error into one that names the file and says what to do."""
+    """Turn a system error into one that names the file and the remedy."""
     try:
         yield
     except (FileNotWrittenError, FileExistsError):
@@ -137,9 +137,9 @@ def _told(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_path(folder: Path, suffix: str) -> Iterator[Path]:
-    """A temporary empty file in ``folder``, removed afterwards; its lock says that it is in use.
+    """A temporary empty file in ``folder``, removed afterwards; it is locked while in use.
 
-    Its name holds the machine (until it restarts) and the process.
+    Its name contains an ID of the machine (which changes at a restart) and of the process.
     """
     while True:
         token = secrets.token_hex(4)
@@ -148,10 +148,10 @@ def temporary_path(folder: Path, suffix: str) -> Iterator[Path]:
         _lock(file, wait=True)
         if path.exists():
             break
-        os.close(file)  # Another process found it before it was locked, and cleared it.
+        os.close(file)  # Another process removed it before it was locked.
     try:
         if sys.platform == "win32":
-            os.close(file)  # An open file cannot be replaced there.
+            os.close(file)  # Windows cannot replace an open file.
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -162,13 +162,13 @@ def temporary_path(folder: Path, suffix: str) -> Iterator[Path]:
 def clear_stale(folder: Path) -> None:
     """Remove the temporary files of killed runs from ``folder``, and no others.
 
-    The system releases a lock however its process ends, so a file without a lock is left over.
-    Some file systems keep locks within one machine, so a file of another machine must also be old.
+    The system releases a lock however its process ends, so a file without a lock is stale. On
+    some file systems other machines do not see locks, so another machine's file must also be old.
     """
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(_PREFIX)]
         for path in found:
-            # Gone, another user's, or in use.
+            # It is gone, belongs to another user, or is in use.
             with contextlib.suppress(OSError):
                 _remove_if_stale(path)
 
@@ -186,7 +186,7 @@ def _remove_if_stale(path: Path) -> None:
 
 
 def _lock(file: int, *, wait: bool) -> bool:
-    """Try to lock a file, and return whether it is locked; some file systems have no locks."""
+    """Try to lock a file; return whether that worked. Some file systems have no locks."""
     if sys.platform == "win32":
         return False
     import fcntl
@@ -199,7 +199,7 @@ def _lock(file: int, *, wait: bool) -> bool:
 
 
 def _machine() -> str:
-    """An ID of the running kernel; all containers on it count as one machine."""
+    """An ID of the running system kernel; all containers on it count as one machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     except OSError:

@@ -1,7 +1,7 @@
-"""Makes the links `processors` and `pipelines` of a clone the package's own modules.
+"""Makes a clone's links `processors` and `pipelines` the same modules as the package's.
 
-In a clone's root Python finds `processors/` and would import its files a second time, with classes
-that are not those of `xattn_video.processors`.
+Run from a clone's root, Python finds `processors/` and would import its files a second time, as
+classes other than those of `xattn_video.processors`.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from types import ModuleType
 
 
 class _SameModule(Loader):
-    """Gives a module of the package another name."""
+    """Loads a module of the package under another name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -25,12 +25,12 @@ class _SameModule(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import gave it that of the other name.
+        # The import machinery replaced it by the spec of the other name.
         module.__spec__ = self._spec
 
 
 class _InPackage(MetaPathFinder):
-    """Finds what is below a link in the package."""
+    """Finds the modules below a link in the package."""
 
     def __init__(self, link: str) -> None:
         self._below = f"{link}."
@@ -44,6 +44,6 @@ class _InPackage(MetaPathFinder):
 
 
 def become(link: str) -> None:
-    """Stand in `sys.modules` for a link that is being imported, and for all below it."""
+    """Put the package's module in `sys.modules` for a link, and find modules below it there."""
     sys.meta_path.insert(0, _InPackage(link))
     sys.modules[link] = importlib.import_module(f"xattn_video.{link}")

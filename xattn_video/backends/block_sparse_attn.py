@@ -1,7 +1,7 @@
-"""mit-han-lab's Block-Sparse-Attention package, which the paper used, where it is installed.
+"""The paper's kernel: mit-han-lab's Block-Sparse-Attention package, where it is installed.
 
-Its kernel is FlashAttention 2's. This adapter was written from its documented interface and has
-not been run against it, so its results are checked when it is first used.
+The kernel is based on FlashAttention 2. This adapter was written from the documented interface
+and has not been run against the package, so its results are checked on first use.
 """
 
 import functools
@@ -51,7 +51,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Pack the valid keys of all items; reads key lengths on the host, so a GPU waits for them."""
+    """Pack the valid keys of all items; reading key lengths on the host synchronises a GPU."""
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped)
     lengths = None if inputs.key_lengths is None else inputs.key_lengths.tolist()
@@ -97,7 +97,7 @@ def _attend(
             _pack(value, lengths),
             _boundaries([Sq] * B, query.device),
             _boundaries(lengths, query.device),
-            # Every head follows the next mask; no head streams.
+            # Each head uses its own mask; none is a streaming head.
             torch.ones(H, dtype=torch.int32, device=query.device),
             None,
             (block_mask[..., :longest] & valid[:, None, None]).contiguous(),
@@ -119,5 +119,5 @@ def _pack(tokens: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _boundaries(lengths: list[int], device: torch.device) -> Tensor:
-    """Where each item begins, and where the last one ends, int32 `[B + 1]`."""
+    """Cumulative lengths: where each item begins and the last one ends, int32 `[B + 1]`."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""flash-attn-4's block-sparse kernel for Hopper (CuTe DSL), checked when it is first used."""
+"""flash-attn-4's block-sparse kernel for Hopper (CuTe DSL), checked on first use."""
 
 import functools
 
@@ -38,7 +38,7 @@ def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, 
     problem = inputs.problem
     _check_kernel(problem.device, problem.dtype, problem.head_dim, inputs.grouped, problem.causal)
     out, lse = _attend(inputs)
-    # The kernel makes it in any case.
+    # The kernel always computes it.
     return out, lse if return_lse else None
 
 

@@ -1,7 +1,7 @@
 """FlexAttention, compiled: PyTorch's own block-sparse kernel, on CUDA and on x86 CPUs.
 
 It compiles once for each set of shapes, strides, dtype, block size, scale and causality (5 to 40
-seconds), never from step to step: masks and key lengths are tensors.
+seconds), not again at each step, because masks and key lengths are tensors.
 """
 
 import functools
@@ -27,7 +27,7 @@ NAME = "flex"
 
 _BLOCK_SIZES = (64, 128)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Number of shapes that one process may compile for; with fullgraph, torch raises beyond it.
+# Most shapes that one process may compile for; with fullgraph, torch raises beyond it.
 _RECOMPILE_LIMIT = 64
 
 
@@ -118,9 +118,9 @@ def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, 
 
 
 def _split_lists(inputs: AttentionInputs, lengths: Tensor) -> tuple[Tensor, ...]:
-    """Counts and indices of the blocks that need a mask, then of those seen whole.
+    """Counts and indices of the blocks that need a mask, then of those that are fully visible.
 
-    Lists ascend, so that the former are the end of each list and the latter its beginning.
+    Lists ascend: fully visible blocks are the beginning of each list, masked blocks its end.
     """
     counts, indices = inputs.blocks.counts, inputs.blocks.indices
     Sq, Sk = inputs.query.shape[2], inputs.key.shape[2]
@@ -140,7 +140,7 @@ def _split_lists(inputs: AttentionInputs, lengths: Tensor) -> tuple[Tensor, ...]
 
 
 def _kernel_options(query: Tensor, block_size: int) -> dict[str, int | bool] | None:
-    """Options of FlexAttention's Triton template; rows without blocks forbid the unsafe one."""
+    """Options of FlexAttention's template, without ROWS_GUARANTEED_SAFE: rows may be empty."""
     if not query.is_cuda:
         return None
     options: dict[str, int | bool] = {}
@@ -148,7 +148,7 @@ def _kernel_options(query: Tensor, block_size: int) -> dict[str, int | bool] | N
         # The default tile of 128 queries does not divide smaller blocks.
         options |= {"BLOCK_M": 64, "BLOCK_N": 64}
     if nvidia_capability(query.device) == (9, 0):
-        # Inductor goes back to plain loads where TMA cannot read a tensor.
+        # Inductor uses plain loads for a tensor that TMA cannot read.
         options["USE_TMA"] = True
     return options
 
@@ -192,7 +192,7 @@ def _flex_forward(
         kv_indices=masked_indices,
         full_kv_num_blocks=whole_counts,
         full_kv_indices=whole_indices,
-        # Lists by key block serve the backward pass only.
+        # Only the backward pass needs lists by key block.
         q_num_blocks=None,
         q_indices=None,
         full_q_num_blocks=None,
@@ -202,7 +202,7 @@ def _flex_forward(
     )
     options: dict[str, Any] = {}
     if return_lse:
-        # torch 2.9 put the former in the place of the latter.
+        # torch 2.9 replaced return_lse by return_aux.
         aux = getattr(flex, "AuxRequest", None)
         options = {"return_lse": True} if aux is None else {"return_aux": aux(lse=True)}
     attended: Any = flex_attention(

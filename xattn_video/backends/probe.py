@@ -9,11 +9,11 @@ from xattn_video.errors import BackendUnavailableError
 from xattn_video.ops.blocks import BlockLists
 from xattn_video.ops.problem import AttentionInputs, Problem
 
-# bfloat16 stays ten times below it; dense attention in the place of sparse exceeds it far.
+# bfloat16 errors are ten times smaller; dense attention in place of sparse is far above.
 _LARGEST_RELATIVE_ERROR = 0.02
 _BLOCK_SIZE = 128
 _LENGTH = 300
-# Of causal attention, whose diagonal then passes through two key blocks of a row.
+# Keys of the causal problem; with these its diagonal cuts two key blocks in a row of blocks.
 _CAUSAL_KEY_LENGTH = 470
 
 
@@ -29,9 +29,9 @@ def check_on_small_problem(
 
     Args:
         name: The backend.
-        attend: Its attention; the log-sum-exp is checked too where it returns one. It is given
-            query, key and value `[1, 2, 300, D]`, where grouped key and value `[1, 1, 300, D]`;
-            in causal attention 470 keys.
+        attend: Its attention; a returned log-sum-exp is checked too. The query is
+            `[1, 2, 300, D]`; key and value are `[1, 2, 300, D]`, with 470 tokens if causal and
+            one head if grouped.
         kind: Device, dtype, head size, and whether attention is causal.
         remedy: What to do if the check fails.
         grouped: Whether both query heads share one key head.
@@ -47,7 +47,7 @@ def check_on_small_problem(
         sees = expected_lse.isfinite()
         agree = torch.equal(found_lse.isneginf(), ~sees)
         errors.append(_relative_error(found_lse[sees], expected_lse[sees]) if agree else torch.inf)
-    # NaN if one of them is.
+    # The maximum is NaN if one of them is.
     error = torch.tensor(errors).max().item()
     if error <= _LARGEST_RELATIVE_ERROR:
         return
@@ -66,15 +66,15 @@ def check_on_small_problem(
 
 
 def _small_problem(kind: Problem, grouped: bool) -> AttentionInputs:
-    """Random inputs whose last block is cut; rows with it, without it, and without any block."""
+    """Random inputs with a cut last block; rows keep it, do not keep it, or keep no block."""
     rows = [[[1, 0, 1], [0, 1, 0], [0, 0, 1]], [[0, 1, 1], [0, 0, 0], [1, 0, 0]]]
     key_length = _LENGTH
     if kind.causal:
-        # Rows with both blocks that the diagonal cuts, one, none, and one that is hidden.
+        # Rows keep both blocks that the diagonal cuts, one, none, or a hidden one.
         rows = [[[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1]], [[1, 0, 1, 0], [0] * 4, [0, 1, 0, 0]]]
         key_length = _CAUSAL_KEY_LENGTH
     mask = torch.tensor(rows, device=kind.device).bool()[None]
-    # On the CPU whatever the default device, as its generator asks.
+    # The generator needs CPU tensors, whatever the default device is.
     generator = torch.Generator("cpu").manual_seed(0)
     tensors = torch.randn(3, 1, 2, key_length, kind.head_dim, generator=generator, device="cpu")
     query, key, value = tensors.to(kind.device, kind.dtype)

@@ -21,9 +21,9 @@ BACKENDS = {
     "torch_gather": "xattn_video.backends.torch_gather",
 }
 
-# What `auto` tries, in this order. Each backend itself refuses the GPUs that it does not support:
-# flash4 refuses all but Hopper. docs/backends.md lists the resulting order by GPU family, and what
-# was measured. block_sparse_attn is omitted because it has not been run.
+# The order in which `auto` tries backends. Each backend refuses the GPUs that it does not support:
+# flash4 refuses all but Hopper. docs/backends.md lists the resulting order by GPU family and the
+# measurements. block_sparse_attn is omitted because it has not been run.
 AUTO_ORDER = {
     "cuda": ("flash4", "triton", "flex", "torch_gather"),
     "cpu": ("torch_gather", "flex"),
@@ -31,12 +31,12 @@ AUTO_ORDER = {
 
 
 class Backend(Protocol):
-    """What a backend file exports."""
+    """The interface of a backend module."""
 
     NAME: str
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Every reason why the problem cannot run, each with its remedy; pure, never raises."""
+        """Every reason why the backend cannot run the problem, with remedies; never raises."""
 
     def forward(
         self, inputs: AttentionInputs, return_lse: bool = False
@@ -71,8 +71,8 @@ def resolve_backend(name: str, problem: Problem) -> str:
     return _resolve_auto(problem) if name == "auto" else _resolve_named(name, problem)
 
 
-# A backend that can run is cached, a refusal is not. Every layer of every step asks, and looking
-# for a package takes as long as a few launches.
+# Cached, because every layer of every step calls it and looking for a package takes as long as a
+# few kernel launches. Refusals are not cached.
 @functools.lru_cache(maxsize=256)
 def _resolve_named(name: str, problem: Problem) -> str:
     reasons = load_backend(name).unsupported_reasons(problem)
@@ -109,6 +109,9 @@ def available_backends(
         dtype: None means bfloat16 on CUDA and float32 elsewhere.
         head_dim: Size of a head.
         block_size: Tokens in a block.
+
+    Returns:
+        {backend: reasons}, each reason with its remedy.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,13 +8,13 @@ from xattn_video.ops.problem import AttentionInputs, Problem, empty_output
 
 NAME = "torch_gather"
 
-# Rows that one call attends for: enough to keep a CPU's cores at work between two waits, and
-# few enough that their keys and values stay in its caches.
+# Rows of blocks in one SDPA call: enough to keep a CPU's cores busy, and few enough that their
+# keys and values stay in its caches.
 _ROWS_AT_ONCE = 2
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """No reasons: this backend runs on every device, dtype and size."""
+    """An empty list: this backend runs on every device, dtype and size."""
     return []
 
 
@@ -56,19 +56,19 @@ def _attend_head(
     query = inputs.query[item, head]
     tail = num_blocks * block_size - key_length
     offset = inputs.key.shape[2] - query.shape[0]
-    # Rows of whole blocks in which every query sees a key, by how many blocks they keep and what
-    # is hidden of the last ones.
+    # Rows of whole blocks in which every query sees a key, grouped by the number of kept blocks
+    # and the causal bias.
     alike: dict[tuple[int, tuple[int, ...]], list[tuple[int, Tensor]]] = {}
     for row, listed in enumerate(rows):
         start = row * block_size
         tokens = slice(start, start + block_size)
         queries = query[tokens]
-        # Blocks without a valid key come last, if any is listed.
+        # Listed blocks without a valid key come last.
         indices = listed if key_length == inputs.key.shape[2] else listed[listed < num_blocks]
         if len(indices) == 0:
             out[item, head, tokens] = 0
             continue
-        # The blocks ascend, so that the cut one, if it is kept, comes last.
+        # The blocks ascend, so a cut block can only be the last one.
         cut = tail if indices[-1] == num_blocks - 1 else 0
         late = _late_blocks(indices, start + offset, block_size) if inputs.causal else ()
         blind = len(late) == len(indices) and late[0] > 0
@@ -99,7 +99,7 @@ def _attend_head(
 
 
 def _late_blocks(indices: Tensor, last_key: int, block_size: int) -> tuple[int, ...]:
-    """Where the blocks begin that hold later keys than ``last_key``, relative to it."""
+    """First keys, relative to ``last_key``, of the listed blocks that hold keys after it."""
     late = []
     for block in reversed(indices.tolist()):
         if (block + 1) * block_size - 1 <= last_key:
@@ -109,12 +109,12 @@ def _late_blocks(indices: Tensor, last_key: int, block_size: int) -> tuple[int, 
 
 
 def _causal_bias(keys: Tensor, num_blocks: int, late: tuple[int, ...]) -> Tensor | None:
-    """-inf for what a row's queries do not see of its keys, else 0; None if they see all.
+    """The causal bias of a row of blocks, -inf for hidden keys and else 0; None if none is hidden.
 
     Args:
-        keys: `[N, block_size, D]`, which gives size, dtype and device.
+        keys: `[N, block_size, D]`; gives block size, dtype and device.
         num_blocks: Blocks that the row keeps.
-        late: The last of them, from `_late_blocks`.
+        late: Result of `_late_blocks` for the row.
 
     Returns:
         `[block_size, num_blocks * block_size]`.
@@ -139,10 +139,10 @@ def _attend_rows(
     scale: float,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of some rows, each over its own blocks, equally many: `[R, block_size, D]`.
+    """Attention of rows that keep equally many blocks, each its own: `[R, block_size, D]`.
 
-    Query, key and value are in blocks, `[N, block_size, D]`; each row takes the same bias,
-    `[block_size, keys]`. The log-sum-exp, `[R, block_size]`, means nothing unless it is needed.
+    Query, key and value are in blocks, `[N, block_size, D]`; all rows share the bias,
+    `[block_size, keys]`. The log-sum-exp, `[R, block_size]`, is valid only with ``needs_lse``.
     """
     numbers = torch.tensor([row for row, _ in rows], device=query.device)
     picked = torch.cat([indices for _, indices in rows]).to(key.device)
@@ -151,7 +151,7 @@ def _attend_rows(
     values = value.index_select(0, picked).view(shape)
     queries = query.index_select(0, numbers)[:, None]
     if needs_lse and query.device.type == "cpu":
-        # What SDPA runs here, with the log-sum-exp that SDPA keeps to itself.
+        # The kernel that SDPA runs here; SDPA does not return its log-sum-exp.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=bias, scale=scale
         )

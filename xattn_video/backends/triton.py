@@ -17,7 +17,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def forward(inputs: AttentionInputs, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """Walk the lists of kept blocks."""
-    # Imported here so that the reasons are available without Triton.
+    # Imported here so that `unsupported_reasons` works without Triton.
     from xattn_video.kernels.block_sparse_forward import block_sparse_forward
 
     return block_sparse_forward(
