@@ -1,8 +1,8 @@
-"""Antidiagonal block scores: one matrix product of which only sums over key blocks are stored.
+"""Antidiagonal block scores: one matrix product, stored only as sums over key blocks.
 
 With groups of `stride` tokens, this is a plain matrix product with the inner dimension `stride *
-head_dim`. The first kernel computes it tile by tile; of causal attention it leaves out the tiles
-that no query sees. For each row of a tile and each key block, it stores the sum of exp2(product -
+head_dim`. The first kernel computes it tile by tile; in causal attention it skips the tiles that
+no query sees. For each row of a tile and each key block, it stores the sum of exp2(product -
 maximum of the row in this tile), and the maximum. The second kernel takes a row of blocks,
 rescales its sums to the maximum over all keys, and adds them up to scores. Memory holds the sums
 of a few heads at a time, never the product.
@@ -30,10 +30,10 @@ from xattn_video.kernels.support import (
     with_unit_stride,
 )
 
-# Stands for the maximum of no products at all; finite, so that differences of maxima are.
+# The maximum of no products; finite, so that differences of maxima are finite too.
 _LOWEST = tl.constexpr(-1e38)
 _SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
-# Partial sums in memory at one time.
+# Bytes of partial sums in memory at one time.
 _SCRATCH_BYTES = 2**28
 
 
@@ -48,7 +48,7 @@ def _ends(groups, key_length, Sq, Sk, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
 
 @triton.jit
 def _locate(tile, num_m, num_n, RASTER: tl.constexpr):
-    """Row and column of a tile; RASTER rows of tiles at a time, so that neighbours share loads."""
+    """Row and column of a tile, RASTER rows of tiles at a time so that neighbours share loads."""
     per_band = RASTER * num_n
     first_m = tile // per_band * RASTER
     height = tl.minimum(num_m - first_m, RASTER)
@@ -70,12 +70,12 @@ def _partial_sums_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, RASTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A rectangle of num_m x num_n tiles of some heads, by programs that take turns.
+    """A rectangle of num_m x num_n tiles of some heads, shared by persistent programs.
 
-    With ``tiles_ptr`` only those listed there run, m * tiles_n + n each.
+    With ``tiles_ptr`` only the tiles listed there are computed, each as m * tiles_n + n.
     With DESCRIPTORS query and key are TMA descriptors `[B, H, STRIDE, whole groups, HEAD_DIM]` and
-    the rectangle holds no group that an end cuts; else they are pointers. 8-bit operands come with
-    the scales of their groups, `[B, H, groups]` and `[B, Hkv, groups]`.
+    the rectangle holds only whole groups; else they are pointers. 8-bit operands come with the
+    scales of their groups, `[B, H, groups]` and `[B, Hkv, groups]`.
     """
     COLUMNS: tl.constexpr = TILE_N // (BLOCK_SIZE // STRIDE)
     CHUNKS: tl.constexpr = HEAD_DIM // TILE_K
@@ -110,7 +110,7 @@ def _partial_sums_kernel(
                 key_tile = tl.reshape(key_tile, [TILE_N, TILE_K])
             else:
                 offsets_k = first_k + tl.arange(0, TILE_K)
-                # A group that an end cuts repeats its last token.
+                # A group cut by the end of the tokens repeats the last token.
                 tokens_m = tl.minimum(groups_m * STRIDE + (STRIDE - 1 - s), Sq - 1).to(tl.int64)
                 tokens_n = tl.minimum(groups_n * STRIDE + s, key_length - 1).to(tl.int64)
                 query_head = query + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
@@ -174,7 +174,7 @@ def _block_scores_kernel(
     maxima_ptrs = maxima_ptr + rows[:, None] * tiles_n
     offsets = tl.arange(0, STEP)
     block_end = tl.maximum(tl.max(ends, axis=0), 0)
-    # What no query of the row sees has not been computed.
+    # Columns that no query of the row sees were not computed.
     seen_columns = tl.cdiv(block_end, BLOCK_SIZE)
     seen_tiles = tl.cdiv(seen_columns, COLUMNS)
 
@@ -273,13 +273,13 @@ def antidiagonal_scores(
         stride: Tokens in a group, a power of two that divides ``block_size``.
         causal: Whether query t sees keys up to t + Sk - Sq only.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
-        scale: Factor on the products of queries and keys.
-        float8: Whether to round query and key to 8 bits first, with a scale for each group. A mean
-            of the keys is subtracted first, which does not change a softmax over the keys.
+        scale: Softmax scale.
+        float8: Whether to round query and key to 8 bits, with one scale for each group. A mean of
+            the keys is subtracted first, which does not change a softmax over the keys.
 
     Returns:
         float32 `[B, H, Nq, Nk]`. A row sums to 1 over its valid blocks, none of which is 0; it is
-        all 0 where its queries see no key. NaN or inf in the inputs makes the valid blocks of the
+        all 0 if its queries see no key. NaN or inf in the inputs makes the valid blocks of the
         rows they reach NaN.
     """
     B, H, Sq, D = query.shape
@@ -299,7 +299,7 @@ def antidiagonal_scores(
     )
     rows, pitch = tiles_m * tiles.tile_m, tiles_n * (tiles.tile_n // groups)
     passes = triton.cdiv(B * H, max(1, _SCRATCH_BYTES // (rows * pitch * 4)))
-    # As many heads in each pass: the last one would leave scratch unused.
+    # Heads are divided evenly over the passes, which needs the least scratch.
     heads = triton.cdiv(B * H, passes)
     single = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     scores, partial, maxima = (
@@ -307,7 +307,7 @@ def antidiagonal_scores(
         single(heads, rows, pitch),
         single(heads, rows, tiles_n),
     )
-    # Lengths of their own cut groups anywhere.
+    # Per-item key lengths can cut any group, except after quantisation, which fills cut groups.
     descriptors = tiles.descriptors and (key_lengths is None or float8)
     programs = program_count(query.device, tiles)
     with torch.cuda.device_of(query):

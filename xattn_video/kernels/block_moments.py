@@ -1,6 +1,6 @@
 """The mean key and value of every block, and the covariance of its keys with its values.
 
-A program reads one block of keys and values once.
+Each program handles one block and reads its keys and values once.
 """
 
 import torch
@@ -55,7 +55,7 @@ def block_moments(
     """Mean keys and values `[B, H, N, D]` and covariances `[B, H, N, D, D]` of the first N blocks.
 
     Args:
-        key, value: `[B, H, S, D]` with S of at least N * block_size.
+        key, value: `[B, H, S, D]`, S at least N * block_size.
         block_size: Tokens in a block.
         num_blocks: N.
     """

@@ -1,9 +1,9 @@
 """Selects blocks: turns a row of scores directly into the list that attention kernels read.
 
 A program holds one row. It finds the score at which the kept mass reaches the threshold without a
-sort, by bisection over the bits of float32, which are ordered as the numbers are where these are
-not negative. Sums run in one fixed order and rounding is monotonic, so that the kept mass never
-grows with the cut. Where blocks are counted each weighs 1 in place of its mass.
+sort, by bisection over the bits of float32: non-negative numbers are ordered as their bits. Sums
+run in one fixed order and rounding is monotonic, so the kept mass never grows with the cut. With
+BY_COUNT each block weighs 1 instead of its mass.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-# The smallest normal float32, which a single valid block reaches.
+# The smallest normal float32, which is the lowest score of a valid block.
 _SMALLEST_TARGET = tl.constexpr(2.0**-126)
-# Rows that see fewer blocks are not worth a kernel of their own.
+# Rows that see fewer blocks than this share a launch.
 _FEWEST_COLUMNS = 256
 
 
@@ -40,7 +40,7 @@ def _forced_blocks(
 
 @triton.jit
 def _cut_bits(bits, weights, kept, target):
-    """The bits of the largest score down to which blocks must be kept; inf if none must be."""
+    """The bits of the cut, the largest score down to which blocks must be kept; inf if none."""
     low = tl.full([], 0, dtype=tl.int32)
     high = tl.full([], _INFINITY_BITS, dtype=tl.int32)
     for _ in range(31):
@@ -62,7 +62,7 @@ def _block_selection_kernel(
     BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
     BY_COUNT: tl.constexpr, PADDED_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One of ``num_rows`` rows of blocks of a head, which see no block beyond PADDED_COLUMNS."""
+    """One of ``num_rows`` rows of blocks of a head; they see at most PADDED_COLUMNS blocks."""
     m = first_row + tl.program_id(0) % num_rows
     head = (tl.program_id(0) // num_rows).to(tl.int64)
     row = head * Nq + m
@@ -96,7 +96,7 @@ def _block_selection_kernel(
 
     cut = _cut_bits(bits, weights, kept, target)
     above = bits > cut
-    # Of the blocks that score the same as the cut the first ones are kept, as many as it takes.
+    # Of the blocks that score exactly the cut, the first ones are kept, as many as needed.
     tied = (bits == cut) & inside
     kept_above = kept + tl.sum(tl.where(above, weights, 0.0), axis=0)
     ties_before = (tl.cumsum(tied.to(tl.int32), axis=0) - 1).to(tl.float32)
@@ -105,7 +105,7 @@ def _block_selection_kernel(
         tied_weight = 1.0
     needed = kept_above + ties_before * tied_weight < target
     keep = above | (tied & needed) | forced
-    # NaN compares with nothing, so that a sum that is not finite keeps every block as well.
+    # Comparisons with NaN are false, so a sum that is not finite keeps every block as well.
     bounded = (threshold < 1.0) & (total < float("inf"))
     keep = tl.where(bounded, keep, True) & inside & (scores != 0.0)
 
@@ -120,9 +120,9 @@ def _block_selection_kernel(
 
 
 def _row_groups(Nq: int, Nk: int, before: int) -> Iterator[tuple[int, int, int]]:
-    """First row, number of rows, and a power of two of columns that holds all they see.
+    """First row, number of rows, and a power of two of columns that covers all they see.
 
-    Row m sees ``before`` + m + 2 key blocks at most.
+    Row m sees at most ``before`` + m + 2 key blocks.
     """
     widest = triton.next_power_of_2(Nk)
     row = 0
@@ -153,7 +153,7 @@ def block_selection(
 
     Args:
         scores: float32 `[B, H, Nq, Nk]`, not negative. If ``causal``, blocks above the diagonal
-            are not read, and count as 0.
+            count as 0.
         threshold: float32 `[B, H, Nq]`, any strides, on the same device. A value that is not above
             0 keeps the best block; a value that is not below 1, NaN included, keeps every block.
         query_length: Sq.
@@ -183,7 +183,7 @@ def block_selection(
                 H, query_length, key_length, Nq, Nk, key_length - num_text_tokens,
                 first_row, num_rows, BLOCK_SIZE=block_size, CAUSAL=causal,
                 TEXT=num_text_tokens > 0, BY_COUNT=by_count, PADDED_COLUMNS=padded_columns,
-                # 32 blocks a thread; more warps would wait for each other in every sum.
+                # 32 blocks per thread; more warps would wait for each other in every sum.
                 num_warps=max(1, padded_columns // 1024),
             )  # fmt: skip
     return counts, indices

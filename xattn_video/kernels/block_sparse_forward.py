@@ -1,6 +1,6 @@
 """Block-sparse attention from lists of kept blocks.
 
-A program holds one block of queries and walks the row's list of key blocks; it reads no other
+A program holds one tile of queries and walks its row's list of key blocks; it reads no other
 block. The lists ascend, so the blocks that need a mask (cut by the end of the keys or by the
 diagonal) come last and have their own loop. The loop before them runs without masks.
 
@@ -23,15 +23,15 @@ from xattn_video.kernels.attention_tiles import choose_attention_tiles
 from xattn_video.kernels.largest_norms import largest_norms
 from xattn_video.kernels.support import with_unit_stride
 
-# Stands for the maximum of no products at all; finite, so that differences of maxima are.
+# The maximum of no products; finite, so that differences of maxima are finite too.
 _LOWEST = tl.constexpr(-1e38)
 _LN_2 = tl.constexpr(math.log(2))
-# In powers of two. With this less than the bound for a maximum, weights lie between 2^-120 and
-# 2^32, and neither they nor their sums leave the range of float32 and bfloat16.
+# A log2. Subtracting this much less than the bound keeps weights between 2^-120 and 2^32, so that
+# neither they nor their sums leave the range of float32 and bfloat16.
 _BELOW_BOUND = tl.constexpr(32.0)
 _LARGEST_BOUND = tl.constexpr(76.0)
-# Half precision has no room for weights so far from 1, and float32 loses bits to the larger
-# differences, which bfloat16 never had.
+# Weights so far from 1 leave float16's range. In float32 the larger differences cost precision,
+# which bfloat16 does not have in any case.
 _BOUNDED_DTYPES = (torch.bfloat16,)
 
 
@@ -75,7 +75,7 @@ def _attend(
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_N: tl.constexpr, MASKED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, NUM_STAGES: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Steps of TILE_N keys, one after the other; masked, of keys before a query's end only.
+    """Walk the listed blocks in steps of TILE_N keys; MASKED hides keys from a query's end on.
 
     If the products are bounded, ``row_maximum`` does not change.
     """
@@ -97,7 +97,7 @@ def _attend(
         if MASKED:
             products = tl.where(visible, products, _LOWEST)
         if not is_bounded:
-            # scale_log2 is not negative, so that it may follow the maximum.
+            # scale_log2 is not negative, so it can be applied after the maximum.
             new_maximum = tl.maximum(row_maximum, tl.max(products, axis=1) * scale_log2)
             correction = tl.exp2(row_maximum - new_maximum)
             row_sum *= correction
@@ -148,7 +148,7 @@ def _block_sparse_forward_kernel(
         key_length = tl.load(key_lengths_ptr + b)
 
     offsets_m = tile * TILE_M + tl.arange(0, TILE_M)
-    # [TILE_M], a query sees the keys before this one; the whole tile those before `seen_by_all`.
+    # [TILE_M]: a query sees the keys before its end; all queries see those before `seen_by_all`.
     ends_m = tl.zeros([TILE_M], dtype=tl.int32) + key_length
     seen_by_all = key_length
     if CAUSAL:
@@ -168,13 +168,13 @@ def _block_sparse_forward_kernel(
     )  # fmt: skip
     accumulator = tl.zeros([TILE_M, PADDED_DIM], dtype=tl.float32)
     row_sum = tl.zeros([TILE_M], dtype=tl.float32)
-    # In powers of two.
+    # A log2.
     row_maximum = tl.full([TILE_M], _LOWEST, dtype=tl.float32)
     is_bounded = False
     if key_norms_ptr is not None:
         key_norm = tl.load(key_norms_ptr + b * (H // group_size) + kv_head)
         squares = query.to(tl.float32) * query.to(tl.float32)
-        # [TILE_M], at least what any product of the query comes to.
+        # [TILE_M], upper bounds of each query's products.
         bounds = tl.sqrt(tl.sum(squares, axis=1)) * key_norm * scale_log2
         is_bounded = tl.max(bounds) <= _LARGEST_BOUND
         row_maximum = tl.where(is_bounded, bounds - _BELOW_BOUND, row_maximum)
@@ -191,7 +191,7 @@ def _block_sparse_forward_kernel(
         HEAD_DIM, BLOCK_SIZE, TILE_N, True, DESCRIPTORS, 1, INPUT_PRECISION,
     )  # fmt: skip
 
-    # A query that saw no key has a sum of 0 and gives 0.
+    # A query that sees no key has a sum of 0; its output is 0.
     output = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     columns = tl.arange(0, PADDED_DIM)
     tl.store(
@@ -227,17 +227,17 @@ def block_sparse_forward(
         value: `[B, Hkv, Sk, D]`, likewise.
         counts: Key blocks of each row, int32 `[B, H, Nq]`.
         indices: The key blocks themselves, ascending and first in each row, int32
-            `[B, H, Nq, Nk]`; what follows the first ``counts`` of a row is not read as a block.
+            `[B, H, Nq, Nk]`; entries after the first ``counts`` of a row are ignored.
         block_size: Tokens in a block, 64 or 128.
         causal: Whether query t sees keys up to t + Sk - Sq only.
         key_lengths: Valid keys of each item, int32 `[B]` on the same device, or None for all.
-        scale: Factor on the products of queries and keys.
+        scale: Softmax scale, not negative.
         return_lse: Whether to return the log-sum-exp.
 
     Returns:
-        `[B, H, Sq, D]`, laid out `[B, Sq, H, D]`. A query that sees no key gives 0. And the
-        natural logarithm of the softmax's denominator, float32 `[B, H, Sq]`, -inf for a query
-        that sees no key; None unless requested.
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; 0 for a query that sees no key. And the natural
+        logarithm of the softmax's denominator, float32 `[B, H, Sq]`, -inf for a query that sees
+        no key; None unless requested.
     """
     B, H, Sq, D = query.shape
     Sk = key.shape[2]
@@ -270,5 +270,5 @@ def block_sparse_forward(
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """A TMA descriptor of `[B, H, S, D]` that loads so many rows of one head."""
+    """A TMA descriptor of `[B, H, S, D]` that loads ``rows`` tokens of one head."""
     return TensorDescriptor.from_tensor(tensor, [1, 1, rows, tensor.shape[-1]])

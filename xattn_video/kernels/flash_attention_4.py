@@ -11,9 +11,9 @@ from torch import Tensor
 from xattn_video.kernels.support import cuda_unsupported_reasons
 
 DTYPES = (torch.float16, torch.bfloat16)
-# Those for which its Hopper tiles are 128 x 128 in the block-sparse kernel.
+# Head sizes for which the block-sparse Hopper kernel uses tiles of 128 x 128.
 HEAD_DIMS = (64, 128)
-# What it imports from packages that it needs.
+# Modules of its dependencies.
 _IMPORTS = ("cutlass", "quack", "einops")
 
 
@@ -35,7 +35,7 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype, head_dim: int)
     reasons.extend(no_cuda)
     if not no_cuda:
         major, minor = torch.cuda.get_device_capability(device)
-        # On 8.x flash-attn-4 ignores the block lists without a word; 10.x wants other blocks.
+        # On 8.x flash-attn-4 silently ignores the block lists; on 10.x it needs other block sizes.
         if major != 9:
             reasons.append(
                 f"compute capability must be 9.x (Hopper), {device} has {major}.{minor}; use "
@@ -84,15 +84,15 @@ def block_sparse_forward(
         key: `[B, Hkv, Sk, D]`, Hkv dividing H, all of them valid.
         value: `[B, Hkv, Sk, D]`.
         counts: int32 `[B, H, Nq]`, blocks of each row.
-        indices: int32 `[B, H, Nq, Nk]`, ascending: only the last of a row may be cut by Sk.
+        indices: int32 `[B, H, Nq, Nk]`, ascending, so only the last of a row may be cut by Sk.
         block_size: 128.
         causal: Whether query t sees keys up to t + Sk - Sq only. The kernel then masks every
             listed block, wherever the diagonal passes.
         scale: Softmax scale.
 
     Returns:
-        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; queries that see no key are 0. And the natural
-        logarithm of the softmax's denominator, float32 `[B, H, Sq]`; there they are -inf.
+        `[B, H, Sq, D]`, stored `[B, Sq, H, D]`; 0 for a query that sees no key. And the natural
+        logarithm of the softmax's denominator, float32 `[B, H, Sq]`; -inf for such a query.
     """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
@@ -100,7 +100,7 @@ def block_sparse_forward(
     rows = counts.shape[2]
     zeros = partial(torch.zeros, dtype=torch.int32, device=counts.device)
     lists: Any = BlockSparseTensorsTorch(
-        # Blocks that need a mask function; there are none, but it asks for the lists.
+        # Blocks that need a mask function: none, but the package requires the lists.
         mask_block_cnt=zeros(1, 1, rows),
         mask_block_idx=zeros(1, 1, rows, 1),
         full_block_cnt=counts,
@@ -109,15 +109,15 @@ def block_sparse_forward(
     )
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     with torch.cuda.device(query.device):
-        # A tuple whose length differs between versions; these two come first.
+        # The length of this tuple differs between versions; these two come first.
         out, lse = flash_attn_func(
             query,
             key,
             value,
             softmax_scale=scale,
             causal=causal,
-            # Left to itself it packs the query heads of a key head into one tile, where the
-            # lists without blocks, which are for one head, make it believe that all share theirs.
+            # By default it packs the query heads of a key head into one tile. The empty lists
+            # have one head, from which it would conclude that all heads share their lists.
             pack_gqa=False,
             block_sparse_tensors=lists,
             return_lse=True,

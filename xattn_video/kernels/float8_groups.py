@@ -1,4 +1,4 @@
-"""Groups of tokens in 8 bits (float8 e4m3); each group has its own scale."""
+"""Rounds groups of tokens to 8 bits (float8 e4m3), with one scale per group."""
 
 import torch
 import triton
@@ -26,7 +26,7 @@ def _quantize_groups_kernel(
     offsets_s = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.arange(0, PADDED_DIM)
     mask_d = (columns < HEAD_DIM)[None, :]
-    # A group that an end cuts repeats its last token.
+    # A group cut by the end of the tokens repeats the last token.
     rows = tl.minimum(offsets_s, length - 1).to(tl.int64)
     tokens_ptr += b * stride_b + h * stride_h
     # [TOKENS, PADDED_DIM]
@@ -66,9 +66,9 @@ def quantize_groups(
         shift: float32 `[B, H, D]`, subtracted from every token first, or None.
 
     Returns:
-        float8_e4m3fn `[B, H, G * stride, D]`, contiguous, G = ceil(S / stride), where a group that
-        an end cuts repeats its last valid token; and float32 `[B, H, G]`, the number that one unit
-        stands for.
+        float8_e4m3fn `[B, H, G * stride, D]`, contiguous, G = ceil(S / stride), where a cut group
+        repeats its last valid token; and float32 `[B, H, G]`, the scales: 8-bit number x scale is
+        the shifted token.
     """
     B, H, S, D = tokens.shape
     G = triton.cdiv(S, stride)

@@ -1,8 +1,8 @@
-"""Adds to block-sparse attention what the skipped blocks contribute in the mean.
+"""Adds the approximate contribution of the skipped blocks to block-sparse attention.
 
-To merge, a program holds one block of queries and walks the mean keys of all blocks, of which it
-drops those that the row computed. The log-sum-exp of the computed blocks is the unit of all
-masses, so that no maximum need be found.
+To merge, a program holds one block of queries, walks the mean keys of all blocks and ignores the
+blocks that the row computed. Masses are relative to that of the computed blocks, known from the
+log-sum-exp, so no maximum is needed.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from xattn_video.kernels.block_sparse_forward import load_rows
 from xattn_video.kernels.support import with_unit_stride
 
-# Of a mass, in powers of 2: 928 of them times values stay finite.
+# The log2 of the largest mass; sums of 928 such masses, times values, stay finite.
 _LARGEST = tl.constexpr(80.0)
 _LOWEST = tl.constexpr(-1e38)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -59,7 +59,7 @@ def _merge_skipped_kernel(
         total += tl.sum(weights, axis=1)
         value = load_rows(values, HEAD_DIM, start, N, TILE_N, HEAD_DIM, PADDED_DIM, True)
         if value.dtype == tl.float16:
-            # Weights leave its range. TF32 has as many digits.
+            # Weights can leave float16's range. TF32 has the same precision.
             mean = tl.dot(weights, value.to(tl.float32), mean, input_precision="tf32")
         else:
             mean = tl.dot(weights.to(value.dtype), value, mean, input_precision=INPUT_PRECISION)
@@ -103,7 +103,7 @@ def softmax_of_skipped(products: Tensor, kept: Tensor, scale: float) -> Tensor:
 
     Args:
         products: `[B, H, Nq, N]`, contiguous.
-        kept: bool, likewise, True = not skipped; the last stride 1.
+        kept: bool `[B, H, Nq, N]`, True = not skipped; the last stride is 1.
         scale: Softmax scale.
     """
     B, H, rows, N = products.shape
@@ -137,11 +137,11 @@ def merge_skipped(
     """Merge the skipped blocks into the output of block-sparse attention, in place.
 
     Args:
-        query, out: `[B, H, Sq, D]`, any strides with the last one 1.
-        mean_keys, mean_values: `[B, H, N, D]`, of the first N blocks, which alone are merged.
-        slopes: `[B, H, Nq, D, D]`: what a query adds to the mean value, times ``scale``; or None.
-        kept: bool `[B, H, Nq, N]`, True = computed, the last stride 1.
-        lse: float32 `[B, H, Sq]`, of the computed blocks, the last stride 1.
+        query, out: `[B, H, Sq, D]`; the last stride is 1.
+        mean_keys, mean_values: `[B, H, N, D]`, of the first N blocks; only these are merged.
+        slopes: `[B, H, Nq, D, D]` or None; query x slope x ``scale`` is added to the mean value.
+        kept: bool `[B, H, Nq, N]`, True = computed; the last stride is 1.
+        lse: float32 `[B, H, Sq]`, log-sum-exp over the computed blocks; the last stride is 1.
         block_size: Tokens in each of the N blocks.
         scale: Softmax scale.
     """

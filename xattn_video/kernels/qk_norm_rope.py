@@ -1,8 +1,8 @@
-"""The steps between the projections of joint text-video attention and the attention itself.
+"""The steps of joint text-video attention between the projections and the attention itself.
 
-One pass over memory does the RMS normalisation of queries and keys, the rotary embedding of the
-video tokens, the joining of video and text, `[B, S, H, D]`, and a new order of the tokens. Values
-are rounded to the inputs' dtype where Diffusers' RMSNorm and apply_rotary_emb round them.
+One pass over memory normalises queries and keys (RMS), applies the rotary embedding to the video
+tokens, joins video and text to `[B, S, H, D]` and reorders the tokens. Numbers are rounded to the
+inputs' dtype where Diffusers' RMSNorm and apply_rotary_emb round them.
 
 A program holds the rotary embedding of a few tokens and walks their heads.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from xattn_video.kernels.support import INTERPRETING, with_unit_stride
 
-# Tokens of a program, for heads of up to 128: 16 bytes of bfloat16 a load and thread.
+# Tokens per program, for heads of up to 128: each thread loads 16 bytes of bfloat16 at a time.
 _TILE, _NUM_WARPS = 4, 2
 
 
 @triton.jit
 def _normalise(ptrs, mask, weight, eps, HEAD_DIM: tl.constexpr):
-    """The rows at the pointers, RMS-normalised and weighted, float32 holding their dtype."""
+    """The rows at the pointers, RMS-normalised and weighted; float32 rounded to their dtype."""
     dtype = ptrs.dtype.element_ty
     rows = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     variance = tl.sum(rows * rows, axis=1) / HEAD_DIM
@@ -47,7 +47,7 @@ def _prepare_tokens(
     stride_s, stride_h, H, eps,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one tile of tokens, of the video or of the text, which begins at ``start``."""
+    """All heads of one tile of tokens of the video or of the text, which begins at ``start``."""
     columns = tl.arange(0, PADDED_DIM)
     mask_d = columns < HEAD_DIM
     query_weight = tl.load(query_weight_ptr + columns, mask=mask_d, other=0.0).to(tl.float32)
@@ -136,9 +136,9 @@ def qk_norm_rope(
     """Normalise queries and keys, rotate those of the video and join them with those of the text.
 
     Args:
-        video: Projected queries, keys and, unless they are joined already, values: each
+        video: Projected queries, keys and, unless they are already joined, values: each
             `[B, Sv, H, D]`, of one dtype, any strides.
-        text: The same of the text, `[B, St, H, D]`.
+        text: The same for the text, `[B, St, H, D]`.
         weights: Weights of the RMS norms: the video's queries and keys, then the text's; each
             `[D]`, of the same dtype.
         rotary_emb: Cosines and sines, float32 `[Sv, D]`; columns 2i and 2i + 1 are a pair.

@@ -1,4 +1,4 @@
-"""How the scoring kernel cuts its work: the tiles for each dtype and device."""
+"""Tile sizes of the scoring kernel for each dtype and device, and the launches they need."""
 
 import functools
 import math
@@ -14,9 +14,9 @@ from xattn_video.kernels.support import INTERPRETING, fits_descriptor, nvidia_ca
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How the work is cut: query groups, key groups and inner dimension of a tile.
+    """Launch parameters; tile_m x tile_n groups and tile_k of the inner dimension are a tile.
 
-    raster rows of tiles are worked on at a time. With descriptors TMA loads the tiles.
+    Programs work on raster rows of tiles at a time. With descriptors, TMA loads the tiles.
     """
 
     tile_m: int
@@ -29,8 +29,8 @@ class Tiles:
     descriptors: bool = False
 
 
-# In half precision the traffic from L2 is the limit, and it falls as tiles grow: 128 x 256
-# accumulators are what the registers of 8 warps hold, 4 stages what 227 KiB of shared memory do.
+# In half precision L2 traffic is the limit, and it falls as tiles grow. The registers of 8 warps
+# hold at most 128 x 256 accumulators, and 227 KiB of shared memory at most 4 stages.
 HALF_HOPPER = Tiles(128, 256, 64, num_warps=8, num_stages=4, descriptors=True)
 HALF_LARGE = Tiles(128, 256, 64, num_warps=8, num_stages=4)
 HALF = Tiles(128, 128, 32, num_warps=8, num_stages=3)
@@ -57,14 +57,14 @@ def choose_tiles(query: Tensor, key: Tensor, groups: int) -> Tiles:
         tiles,
         tile_m=max(tiles.tile_m, groups),
         tile_n=max(tiles.tile_n, groups),
-        # The largest power of two that divides head_dim: no load needs a mask.
+        # A power of two that divides head_dim, so that no load needs a mask.
         tile_k=math.gcd(tiles.tile_k, query.shape[-1]),
         descriptors=tiles.descriptors and all(map(fits_descriptor, (query, key))),
     )
 
 
 class Rectangle(NamedTuple):
-    """Tiles of one launch."""
+    """The tiles of one launch."""
 
     first_m: int
     num_m: int
@@ -76,7 +76,7 @@ class Rectangle(NamedTuple):
 def rectangles(
     Sq: int, Sk: int, stride: int, tiles: Tiles, descriptors: bool
 ) -> Iterator[Rectangle]:
-    """Launches that cover all tiles: those with a cut group apart, loaded through pointers."""
+    """Launches that cover all tiles; those with cut groups run apart and load by pointers."""
     tiles_m = -(-Sq // (tiles.tile_m * stride))
     tiles_n = -(-Sk // (tiles.tile_n * stride))
     if not descriptors:
@@ -91,7 +91,7 @@ def rectangles(
         yield Rectangle(whole_m, 1, 0, whole_n, False)
 
 
-# Cached, because every layer of a forward pass asks for the same.
+# Cached, because every layer of a forward pass needs the same.
 @functools.lru_cache(maxsize=64)
 def seen_tiles(
     rectangle: Rectangle, Sq: int, Sk: int, stride: int, tiles: Tiles, device: torch.device
@@ -99,7 +99,7 @@ def seen_tiles(
     """The tiles of a rectangle that causal queries see, ``raster`` rows of tiles at a time.
 
     Returns:
-        int32: row * columns of tiles + column of each tile.
+        int32 `[tiles]`: row * (tiles in a row) + column of each tile.
     """
     tokens_m, tokens_n = tiles.tile_m * stride, tiles.tile_n * stride
     bands = -(-rectangle.num_m // tiles.raster)

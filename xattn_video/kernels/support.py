@@ -1,4 +1,4 @@
-"""What the Triton kernels can run, and how they take inputs; importable without Triton."""
+"""Which inputs the Triton kernels can run; importable without Triton."""
 
 import functools
 import importlib.util
@@ -8,7 +8,7 @@ import shutil
 import torch
 from torch import Tensor
 
-# Triton reads this when a kernel is decorated, so a later change has no effect on either.
+# Triton also reads this when a kernel is decorated, so a later change has no effect on either.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ def kernel_unsupported_reasons(
 
 @functools.cache
 def is_installed(module: str) -> bool:
-    """Whether a module is installed; cached, because every layer of every step asks."""
+    """Whether a module is installed; cached, because every layer of every step calls this."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -76,7 +76,7 @@ def c_compiler_reasons() -> list[str]:
 
 @functools.cache
 def has_c_compiler() -> bool:
-    """Whether Triton finds a C compiler; cached, because every layer of every step asks."""
+    """Whether Triton finds a C compiler; cached, because every layer of every step calls this."""
     return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
 
 
@@ -101,7 +101,7 @@ def nvidia_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor if its last dimension is dense, as the kernels need; else a copy."""
+    """The tensor if its last dimension is dense, as the kernels need; else a copy that is."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
