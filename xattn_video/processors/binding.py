@@ -28,7 +28,7 @@ class TransformerBound(abc.ABC):
 
     @abc.abstractmethod
     def bind(self, transformer: Any) -> Any:
-        """Start to serve the transformer. A second call does no harm."""
+        """Start serving the transformer. A second call changes nothing."""
 
     @abc.abstractmethod
     def unbind(self, transformer: Any) -> None:
@@ -50,10 +50,10 @@ class TransformerBound(abc.ABC):
 
 
 class ForwardHook:
-    """Tells a processor that a forward pass starts, or that it has ended.
+    """Tells a processor that a forward pass begins or ends.
 
-    This is a class, not a closure, so that it can be pickled, and so that the hooks of a deep
-    copy of the transformer belong to the copy's processor.
+    This is a class, not a closure, so that it can be pickled and a deep copy of the transformer
+    has hooks that belong to the copy's processor.
     """
 
     def __init__(self, processor: TransformerBound, begins: bool) -> None:
@@ -86,7 +86,7 @@ class ForwardHook:
 
     @classmethod
     def remove(cls, processor: TransformerBound, transformer: nn.Module) -> None:
-        """Remove both hooks; unlike a hook's handle, this works on a deep copy too."""
+        """Remove both hooks; unlike a hook's handle, this also works on a deep copy."""
         for hooks in (transformer._forward_pre_hooks, transformer._forward_hooks):
             for number, hook in list(hooks.items()):
                 if isinstance(hook, cls) and hook.processor is processor:
@@ -117,7 +117,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def transformer_of(pipe_or_transformer: Any) -> Any:
-    """The unwrapped transformer of a pipeline, or the one that was given.
+    """The unwrapped transformer of a pipeline, or the given transformer, unwrapped.
 
     Raises:
         UnsupportedModelError: The pipeline has none.

@@ -2,7 +2,7 @@
 
 Diffusers splits the video tokens among the ranks before the first block and gathers them after
 the last; in between, the layers trade tokens for heads (`xattn_video.processors.head_exchange`).
-The text stays whole on every rank, because a mask of joint attention lies behind the video.
+Every rank holds the whole text, because the mask of joint attention covers the end of the tokens.
 """
 
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ from xattn_video.processors.layout import TokenLayout
 
 __all__ = ["HUNYUAN_VIDEO_PLAN", "disable_context_parallel", "enable_context_parallel"]
 
-# Each rank would decide by its own tokens whether to skip the blocks that exchange them.
+# With these caches each rank would decide alone, by its own tokens, whether to skip blocks.
 _DECIDING_CACHES = {"FirstBlockCacheConfig", "SeaCacheConfig"}
 _HOOK_NAMES = ("cp_input---", "cp_output---")
 
@@ -35,16 +35,16 @@ def enable_context_parallel(pipe_or_transformer: Any, degree: int | None = None)
     """Let the ranks of `torch.distributed` share each video; call it on every rank.
 
     An `XAttnProcessor` computes the attention; set it before or after. Any number of video tokens
-    can be split. What a failed `enable_parallelism` of Diffusers left is cleared up.
+    can be split. This also cleans up after a failed `enable_parallelism` of Diffusers.
 
     Args:
         pipe_or_transformer: A HunyuanVideo pipeline, or its transformer.
-        degree: Ranks that share a video, all of them if None. It divides the number of ranks:
-            each ``degree`` neighbouring ranks share one.
+        degree: Number of neighbouring ranks that share a video; it divides the number of ranks.
+            None means all ranks.
 
     Raises:
-        RuntimeError: `torch.distributed` is not initialised, or context parallelism is on already.
-        ValueError: The degree does not divide the ranks or the heads.
+        RuntimeError: `torch.distributed` is not initialised, or context parallelism is already on.
+        ValueError: The degree is below 2, or does not divide the ranks or the heads.
         UnsupportedModelError: The model cannot be split.
     """
     transformer = transformer_of(pipe_or_transformer)
@@ -81,13 +81,13 @@ def enable_context_parallel(pipe_or_transformer: Any, degree: int | None = None)
 
 
 def disable_context_parallel(pipe_or_transformer: Any) -> None:
-    """Let every rank compute whole videos again; harmless where context parallelism is off."""
+    """Let every rank compute whole videos again; does nothing if context parallelism is off."""
     transformer = transformer_of(pipe_or_transformer)
     if getattr(transformer._parallel_config, "context_parallel_config", None) is None:
         return
     transformer._parallel_config = None
     for processor in transformer.attn_processors.values():
-        # Diffusers tells those that were there.
+        # Diffusers set it on the processors that were in use.
         if getattr(processor, "_parallel_config", None) is not None:
             processor._parallel_config = None
     for module in transformer.modules():
@@ -97,12 +97,12 @@ def disable_context_parallel(pipe_or_transformer: Any) -> None:
 
 
 def is_split(transformer: nn.Module) -> bool:
-    """Whether tokens are split: not after an `enable_parallelism` that failed."""
+    """Whether tokens are split; False after a failed `enable_parallelism`."""
     return any(_split_hooks(module) for module in transformer.modules())
 
 
 def ranks_of_tokens(transformer: Any) -> Any:
-    """The process group that shares the tokens of a transformer that is split."""
+    """The process group that shares the tokens of a split transformer."""
     return transformer._parallel_config.context_parallel_config._ulysses_mesh.get_group()
 
 
@@ -114,7 +114,7 @@ def offer_plan(transformer: Any, family: Family) -> None:
 
 
 def withdraw_plan(transformer: Any, family: Family) -> None:
-    """Undo `offer_plan`: Diffusers' own processor is wrong with this plan."""
+    """Undo `offer_plan`, because Diffusers' own processor computes wrong results with it."""
     if vars(transformer).get("_cp_plan") == family.context_parallel_plan:
         del transformer._cp_plan
 
@@ -122,10 +122,11 @@ def withdraw_plan(transformer: Any, family: Family) -> None:
 def exchange_of(
     transformer: Any, family: Family, layout: TokenLayout, needs_grad: bool = False
 ) -> HeadExchange | None:
-    """What the layers trade in a forward pass; None without context parallelism.
+    """The exchange of the layers in a forward pass; None without context parallelism.
 
     Raises:
-        ValueError, UnsupportedModelError, NotImplementedError: It cannot be computed so.
+        ValueError, UnsupportedModelError, NotImplementedError: The forward pass cannot be split
+            with these settings.
     """
     config = getattr(transformer._parallel_config, "context_parallel_config", None)
     if config is None:
@@ -162,7 +163,7 @@ def exchange_of(
 
 
 def check_splits(transformer: Any, family: Family, degree: int) -> None:
-    """Raise where the model's tokens or heads cannot be split over so many ranks."""
+    """Raise if the model's tokens or heads cannot be split over ``degree`` ranks."""
     reason = family.unsplit_reason(transformer.config)
     if reason is not None:
         raise UnsupportedModelError(f"context parallelism is not supported: {reason}")
@@ -182,7 +183,7 @@ def check_splits(transformer: Any, family: Family, degree: int) -> None:
 
 
 class PaddedGatherHook(ContextParallelGatherHook):  # type: ignore[misc]
-    """Diffusers' own for gloo, which gathers equal parts alone: padded to the longest and cut."""
+    """Diffusers' hook for gloo, which gathers equal parts only: pads parts, then cuts them."""
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         (place,) = self.metadata
@@ -204,7 +205,7 @@ class PaddedGatherHook(ContextParallelGatherHook):  # type: ignore[misc]
 
 
 def _pad_gathers(transformer: nn.Module) -> None:
-    """Put `PaddedGatherHook` in the place of Diffusers' hooks that gather tokens."""
+    """Replace Diffusers' hooks that gather tokens by `PaddedGatherHook`."""
     for module in transformer.modules():
         registry: Any = getattr(module, "_diffusers_hook", None)
         for name in _split_hooks(module):
@@ -216,7 +217,7 @@ def _pad_gathers(transformer: nn.Module) -> None:
 
 
 def _parallel_config(degree: int) -> ParallelConfig:
-    """Diffusers' own, set up over groups of neighbouring ranks."""
+    """Diffusers' configuration over groups of ``degree`` neighbouring ranks."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu")
@@ -247,6 +248,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _or(numbers: list[int]) -> str:
-    """Such as "2, 3 or 4"."""
+    """The numbers as text, such as "2, 3 or 4"."""
     words = [str(number) for number in numbers]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -25,7 +25,7 @@ class XAttentionHandle(AbstractContextManager["XAttentionHandle"]):
         self._previous: dict[str, Any] | None = dict(transformer.attn_processors)
 
     def report(self) -> SparsityReport:
-        """What really ran in the latest generation; also after `disable`."""
+        """What ran in the latest generation; also works after `disable`."""
         return self.processor.report()
 
     def disable(self) -> None:
@@ -52,11 +52,12 @@ def enable_on_transformer(
         options: The other arguments of `XAttnProcessor`.
 
     Returns:
-        A handle with ``processor`` and ``disable()``; also a context manager.
+        A handle with ``processor``, ``report()`` and ``disable()``; also a context manager.
 
     Raises:
         UnsupportedModelError: The argument has no HunyuanVideo transformer.
         RuntimeError: XAttention is already enabled on the transformer.
+        ValueError, TypeError: A setting is out of range or of a wrong type.
     """
     transformer = transformer_of(pipe_or_transformer)
     family_of(transformer)

@@ -48,7 +48,7 @@ def attend(
         slot: The slot of the layer.
         query, key, value: `[B, S, H, D]`, in the model's order of tokens.
         attention_mask: The mask that Diffusers gives its own processor.
-        ordered: Whether queries, keys and values are in canonical order already, see
+        ordered: Whether queries, keys and values are already in canonical order; see
             `canonical_places`.
 
     Returns:
@@ -70,10 +70,10 @@ def attend(
 
 
 def canonical_places(slot: LayerSlot) -> Tensor | None:
-    """Where each token belongs, int64 `[S]`, if `attend` should be given tokens in that order.
+    """Canonical position of each token, int64 `[S]`, if `attend` takes tokens in canonical order.
 
-    None: give it the model's order. Ranks trade tokens in the model's order, and a compiled graph
-    has no order of its own.
+    None means that it takes the model's order: ranks trade tokens in that order, and a compiled
+    graph must not depend on an order.
     """
     forward = slot.forward
     if torch.compiler.is_compiling() or forward is None or forward.exchange is not None:
@@ -117,12 +117,12 @@ def _attend_now(
         raise unbound_error()
     if forward.decision.reason == "gradients":
         return _attend_with_gradients(slot, query, key, value, attention_mask)
-    # Under autocast the normalised queries and keys are float32, the values are not.
+    # Under autocast the normalised queries and keys are float32, but the values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
     layout, exchange = forward.layout, forward.exchange
     if exchange is not None:
         if forward.kept is None:
-            # What layers keep from step to step stays with its heads.
+            # Otherwise heads stay on their ranks, with what the layers keep between steps.
             exchange = exchange.ordered(slot.head_order)
         query, key, value = exchange.to_heads(query, key, value)
     if layout.permutation is not None and not ordered:
@@ -146,7 +146,7 @@ def _attend_now(
 def _count_blocks(
     slot: LayerSlot, exchange: HeadExchange | None, blocks: BlockLists | None
 ) -> None:
-    """Note how many blocks were computed, over all ranks, and deal the heads out by that."""
+    """Count the computed blocks over all ranks, and assign heads to ranks by the counts."""
     if blocks is None:
         return
     if exchange is None:
@@ -165,14 +165,15 @@ def _attend_sparsely(
     value: Tensor,
     threshold: Tensor,
 ) -> tuple[Tensor, BlockLists | None]:
-    """A sparse layer's output, with its residual where such are kept, and its blocks.
+    """A layer's output and its blocks; at a refresh the output is dense.
 
-    It computes the blocks that the layer kept, where it is not to choose anew.
+    Reuses the blocks that the layer kept unless it chooses new ones, and adds the residual if one
+    is kept.
     """
     kept = forward.kept
     residuals = None if kept is None else kept.residuals
     if residuals is not None:
-        # A layer that a cache skipped at the refresh has nothing to add: it refreshes now.
+        # A layer that a cache skipped at the refresh has no residual, so it refreshes now.
         slot.refreshed = slot.refreshes or not residuals.holds(slot.name)
         if not slot.refreshed:
             residuals.fetch(slot.name, query.device)
@@ -201,9 +202,9 @@ def sparse_attention(
     forward: ForwardPass,
     blocks: BlockLists | None = None,
 ) -> tuple[Tensor, BlockLists]:
-    """XAttention of one layer in canonical order, `[B, S, H, D]`, and the blocks it computed.
+    """XAttention of one layer in canonical order, `[B, S, H, D]`, and the computed blocks.
 
-    It chooses them unless they are given.
+    The blocks are chosen unless they are given.
     """
     settings, layout = forward.settings, forward.layout
     longest = forward.longest
@@ -253,8 +254,8 @@ def dense_attention(
     Args:
         query, key, value: `[B, S, H, D]` in canonical order.
         layout: The layout of the tokens.
-        backend: One of Diffusers' attention backends. None means the active backend; if that is
-            the default and the GPU is a Hopper, the fastest kernel that is installed.
+        backend: One of Diffusers' attention backends. None means the active backend, or, if that
+            is the default and the GPU is a Hopper, the fastest installed kernel.
 
     Returns:
         `[B, S, H, D]`.
@@ -277,7 +278,7 @@ def _dense_kernel(query: Tensor, backend: Any, causal: bool) -> Callable[..., Te
     if causal:
         return partial(dispatch_attention_fn, backend=backend, is_causal=True)
     active, _ = _AttentionBackendRegistry.get_active_backend()
-    # If the user has disabled a kernel of PyTorch, that is also a choice.
+    # Disabling one of PyTorch's kernels counts as the user's choice too.
     unrestricted = torch.backends.cuda.flash_sdp_enabled() and (
         torch.backends.cuda.cudnn_sdp_enabled()
     )

@@ -1,8 +1,8 @@
 """True classifier-free guidance over two groups of ranks: each computes one of the two passes.
 
 The pipeline calls the transformer twice in every step and then combines both results. Each group
-computes one of the calls. The other call returns a tensor at once that the partner's result fills
-before the pipeline reads it.
+computes one of the calls. The other call returns an empty tensor at once, which the partner's
+result fills before the pipeline reads it.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ _ATTRIBUTE = "_xattn_guidance"
 
 
 class GuidanceSplit:
-    """Which pass of a step this rank computes, and which rank has the other.
+    """Which pass of a step this rank computes, and which rank computes the other.
 
-    The first half of the ranks computes the first pass. Rank r of it trades with rank r of the
-    second half.
+    The first half of the ranks computes the first pass. Rank r of the first half trades results
+    with rank r of the second half.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class GuidanceSplit:
 
         Args:
             real: The transformer's own forward.
-            config: Of the transformer.
-            args, options: Those of the call; it returns a tuple.
+            config: The configuration of the transformer.
+            args, options: Arguments of the call, with ``return_dict=False``.
 
         Returns:
-            The sample, complete once the second call of the step has returned.
+            A tuple of the sample, complete once the second call of the step has returned.
         """
         number, self._calls = self._calls % 2, self._calls + 1
         if number == self._own_pass:
@@ -79,7 +79,7 @@ class GuidanceSplit:
 
 
 def enable_guidance_split(pipe: Any) -> None:
-    """Let two halves of the ranks compute one pass of each step; every generation needs two.
+    """Let each half of the ranks compute one pass of each step; generations must have two passes.
 
     Raises:
         ValueError: The number of ranks is odd.
@@ -94,7 +94,7 @@ def enable_guidance_split(pipe: Any) -> None:
 
 @contextlib.contextmanager
 def guidance_split(transformer: Any) -> Iterator[GuidanceSplit | None]:
-    """Share the passes of one generation; None where `enable_guidance_split` was not called."""
+    """Share the passes of one generation; yields None without `enable_guidance_split`."""
     if not getattr(transformer, _ATTRIBUTE, False):
         yield None
         return
@@ -103,11 +103,11 @@ def guidance_split(transformer: Any) -> Iterator[GuidanceSplit | None]:
     def forward(*args: Any, **options: Any) -> tuple[Tensor]:
         return split.forward(real, transformer.config, *args, **options)
 
-    # Where models are offloaded, the pipeline puts another in its place.
+    # With offloading, the pipeline replaces `forward` itself meanwhile.
     with replaced(transformer, "forward", forward):
         yield split
 
 
 def _computed(ours: ForwardRun, theirs: ForwardRun) -> ForwardRun:
-    """The one of two records of a pass whose layers ran."""
+    """Of two records of a pass, the one whose layers ran."""
     return theirs if all(layer.state == "skipped" for layer in ours.layers) else ours

@@ -1,7 +1,7 @@
 """Ulysses: ranks trade the tokens of a layer for heads, attend, and trade back.
 
-Between layers a rank holds a part of the video tokens and all of the text. While it attends it
-holds all tokens of a part of the heads, so that blocks are scored and selected as on one GPU.
+Between layers a rank holds a part of the video tokens and the whole text. During attention it
+holds all tokens for a part of the heads, so that blocks are scored and selected as on one GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -14,20 +14,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class HeadExchange:
-    """What the ranks of a group trade in one forward pass.
+    """The exchange between the ranks of a group in one forward pass.
 
-    All sizes follow from the arguments: ranks tell each other none, and nothing waits for the
+    All sizes follow from the arguments, so ranks need not send them and nothing waits for the
     device.
 
     Args:
         group: The ranks that share a video, a `torch.distributed.ProcessGroup`.
-        rank: This process's, in the group.
-        num_ranks: Of the group; it divides ``num_heads``.
-        num_heads: Of a layer.
-        num_video_tokens: Of an item, over all ranks; every rank holds at least one.
-        num_text_tokens: Of an item, padding included; every rank holds them all.
-        order: int64 `[H]` on the layers' device, the heads of the first rank first; None if they
-            are in their own order.
+        rank: The rank of this process in the group.
+        num_ranks: Number of ranks in the group; it divides ``num_heads``.
+        num_heads: Heads of a layer.
+        num_video_tokens: Video tokens of an item, over all ranks; every rank holds at least one.
+        num_text_tokens: Text tokens of an item, padding included; every rank holds all of them.
+        order: The heads, int64 `[H]` on the layers' device, those of the first rank first; None
+            means ascending.
     """
 
     group: Any
@@ -39,7 +39,7 @@ class HeadExchange:
     order: Tensor | None = None
 
     def ordered(self, order: Tensor | None) -> "HeadExchange":
-        """The same with heads dealt out in another order, equal on all ranks."""
+        """The same exchange with another order of heads, which must be equal on all ranks."""
         return replace(self, order=order)
 
     @property
@@ -49,32 +49,32 @@ class HeadExchange:
         return [fewest + (rank < more) for rank in range(self.num_ranks)]
 
     def places(self, rank: int) -> slice:
-        """Where the heads of a rank are in the order."""
+        """The positions of a rank's heads in the order."""
         count = self.num_heads // self.num_ranks
         return slice(rank * count, (rank + 1) * count)
 
     def pick_heads(self, tensor: Tensor, dim: int) -> Tensor:
-        """Those of this rank."""
+        """The heads of this rank, from all heads along ``dim``."""
         own = self.places(self.rank)
         if self.order is None:
             return tensor.narrow(dim, own.start, own.stop - own.start)
         return tensor.index_select(dim, self.order[own])
 
     def of_own_heads(self, threshold: Tensor) -> Tensor:
-        """Tau of the heads of this rank, from a scalar or `[H, 1]`."""
+        """Tau of this rank's heads, from a scalar or `[H, 1]`."""
         return threshold if threshold.dim() == 0 else self.pick_heads(threshold, 0)
 
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
-        """Trade tokens for heads; the text, which is here already, takes no part.
+        """Trade tokens for heads; text is not sent, because every rank has it.
 
         Args:
-            tensors: `[B, Sv of this rank + St, H, D]`, the text behind the video.
+            tensors: `[B, Sv of this rank + St, H, D]`, the text after the video.
 
         Returns:
             `[B, Sv + St, H of this rank, D]` each, contiguous.
 
         Raises:
-            ValueError: The tokens were split in another way.
+            ValueError: The tokens were split differently.
         """
         rows = self.rows
         own, num_video = rows[self.rank], self.num_video_tokens
@@ -97,7 +97,7 @@ class HeadExchange:
                     for rank in self._others
                 }
                 got = {rank: [places[rank]] for rank in self._others}
-                # While these travel, own tokens are copied and the next tensor is packed.
+                # During the transfer, own tokens are copied and the next tensor is packed.
                 transfers.append((self._trade(sent, got), sent))
                 self._pick(video, self.rank, places[self.rank])
             whole[:, num_video:] = self.pick_heads(tokens[:, own:], 2)
@@ -107,7 +107,7 @@ class HeadExchange:
         return traded
 
     def to_tokens(self, attended: Tensor) -> Tensor:
-        """Trade heads for tokens: video tokens of this rank, and the text with all heads.
+        """Trade heads for tokens: this rank's video tokens and the text, with all heads.
 
         Args:
             attended: `[B, Sv + St, H of this rank, D]`.
@@ -137,8 +137,9 @@ class HeadExchange:
         return tokens
 
     def count_heads(self, counts: Tensor) -> Tensor:
-        """What every rank has counted for its heads, `[H of this rank]`, as `[H]` in their own
-        order; nothing waits for the device.
+        """Gather counts by head, `[H of this rank]` on each rank, to `[H]` in ascending order.
+
+        Nothing waits for the device.
         """
         places = counts.new_zeros(self.num_heads)
         places[self.places(self.rank)] = counts
@@ -148,7 +149,7 @@ class HeadExchange:
         return torch.empty_like(places).index_copy_(0, self.order, places)
 
     def balanced_order(self, counts: Tensor) -> Tensor:
-        """An order of heads that gives ranks about equal work: by falling count, to and fro.
+        """An order of heads that gives all ranks similar work: by falling count, back and forth.
 
         Args:
             counts: The work of each head, `[H]`, on the device.
@@ -164,9 +165,9 @@ class HeadExchange:
         return work.max() / work.mean()
 
     def _trade(self, sent: dict[int, list[Tensor]], got: dict[int, list[Tensor]]) -> list[Any]:
-        """Begin to send tensors to other ranks and to fill those that come, `{rank: tensors}`.
+        """Start sending and receiving tensors, `{rank: tensors}`.
 
-        A collective would also copy what stays here, at the pace of the link.
+        A collective would also copy the rank's own part, at the speed of the link.
         """
         operations = [
             dist.P2POp(function, tensor, group=self.group, group_peer=rank)
@@ -178,7 +179,7 @@ class HeadExchange:
         return works
 
     def _pick(self, tokens: Tensor, rank: int, out: Tensor) -> Tensor:
-        """The heads of a rank, from `[rows, H, D]` into `[rows, H of a rank, D]`."""
+        """Copy the heads of a rank from `[rows, H, D]` into `[rows, H of a rank, D]`."""
         tokens, places = _wide(tokens), self.places(rank)
         if self.order is None:
             _wide(out).copy_(tokens[:, places])
@@ -187,7 +188,7 @@ class HeadExchange:
         return out
 
     def _put(self, part: Tensor, rank: int, tokens: Tensor) -> None:
-        """The heads of a rank, `[rows, H of a rank, D]`, into `[rows, H, D]`."""
+        """Copy the heads of a rank, `[rows, H of a rank, D]`, into `[rows, H, D]`."""
         part, tokens, places = _wide(part), _wide(tokens), self.places(rank)
         if self.order is None:
             tokens[:, places] = part
@@ -204,12 +205,12 @@ class HeadExchange:
 
 
 def _wait(works: list[Any]) -> None:
-    """Let what follows on the device wait for transfers."""
+    """Make later work on the device wait for the transfers."""
     for work in works:
         work.wait()
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The same bytes as fewer and larger numbers, of which copies move more in the same time."""
+    """A view of the same bytes as fewer and larger numbers, which are copied faster."""
     fits = tensor.shape[-1] * tensor.element_size() % torch.complex128.itemsize == 0
     return tensor.view(torch.complex128) if fits else tensor

@@ -11,14 +11,14 @@ from xattn_video.processors.residual import PassResiduals
 
 
 class KeptByPass:
-    """What the layers keep of one of a step's forward passes.
+    """What the layers keep from one of a step's forward passes.
 
     Args:
         settings: The settings of sparse attention.
-        num_layers: That may keep something.
+        num_layers: Number of layers that may keep something.
 
     Attributes:
-        residuals: None where nothing refreshes.
+        residuals: The residuals; None without refreshes.
     """
 
     def __init__(self, settings: SparseSettings, num_layers: int) -> None:
@@ -27,16 +27,16 @@ class KeptByPass:
         self._bits: dict[str, tuple[Tensor, int]] = {}
 
     def keep_blocks(self, layer: str, blocks: BlockLists) -> None:
-        """Keep the blocks that a layer has chosen."""
+        """Keep the blocks that a layer chose."""
         self._bits[layer] = blocks.to_bits(), blocks.indices.shape[-1]
 
     def blocks(self, layer: str) -> BlockLists | None:
-        """The blocks that a layer chose last; None if it has not."""
+        """The blocks that a layer chose last; None if it chose none yet."""
         return BlockLists.from_bits(*self._bits[layer]) if layer in self._bits else None
 
 
 class KeptStore:
-    """What is kept in a generation: true classifier-free guidance has two passes in a step."""
+    """What is kept in a generation, by pass: true classifier-free guidance has two per step."""
 
     def __init__(self) -> None:
         self._passes: dict[int, tuple[Hashable, KeptByPass]] = {}
@@ -44,13 +44,13 @@ class KeptStore:
     def of_pass(
         self, number: int, identity: Hashable, settings: SparseSettings, num_layers: int
     ) -> KeptByPass:
-        """What a step's forward pass keeps; nothing yet where the pass is not what it was.
+        """What a step's forward pass keeps; empty if the pass has another identity than before.
 
         Args:
-            number: Of the pass within its step.
+            number: Number of the pass within its step.
             identity: What must not change: sizes, prompts, dtype, device.
             settings: The settings of sparse attention.
-            num_layers: That may keep something.
+            num_layers: Number of layers that may keep something.
         """
         before = self._passes.get(number)
         if before is not None and before[0] == identity:
@@ -68,9 +68,9 @@ class KeptStore:
         self._passes.clear()
 
     def close(self) -> None:
-        """Free everything, and the pinned memory that torch would keep for others."""
+        """Free everything, and the pinned memory that torch would keep for reuse."""
         self.clear()
-        # From torch 2.10 on.
+        # Exists from torch 2.10 on.
         empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)
         if empty_host_cache is not None and torch.cuda.is_initialized():
             empty_host_cache()

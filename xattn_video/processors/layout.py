@@ -55,7 +55,7 @@ class TokenLayout:
         )
 
     def along_hilbert_curve(self) -> "TokenLayout":
-        """The same tokens, the video's on a Hilbert curve through its grid in canonical order.
+        """The same tokens, with the video along a Hilbert curve in canonical order.
 
         Raises:
             ValueError: The video tokens form no grid.
@@ -68,7 +68,7 @@ class TokenLayout:
         order = torch.cat(
             [hilbert_order(self.grid), torch.arange(self.num_video_tokens, self.num_tokens)]
         ).to(self.device, non_blocking=True)
-        # Where the canonical order differs from the model's, the curve comes on top.
+        # If the canonical order differs from the model's, the curve is applied on top.
         permutation = order if self.permutation is None else self.permutation[order]
         return replace(self, permutation=permutation)
 
@@ -81,7 +81,7 @@ class TokenLayout:
 
     @property
     def ragged(self) -> bool:
-        """Whether the items of the batch have key lengths of their own."""
+        """Whether the key lengths of the batch's items differ."""
         return len(set(self.key_lengths)) > 1
 
     @property

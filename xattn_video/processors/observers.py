@@ -12,7 +12,7 @@ class KeptMass:
     """Measures the kept mass: the softmax mass, over all valid keys, in the computed blocks.
 
     It is measured after every sparse layer on some rows of video tokens, drawn anew each time
-    from a fixed seed. It slows the run, so do not use it while you measure time.
+    from a fixed seed. It slows the run; do not use it while measuring time.
     """
 
     def __init__(self) -> None:

@@ -9,8 +9,8 @@ from xattn_video.policy.steps import SchedulerStep
 class PipelineSteps:
     """The steps of the generation that a Diffusers pipeline is running.
 
-    Another pipeline may share the transformer. A pipeline that was stopped by an exception seems
-    to be running until it runs again. This object does not keep the pipeline alive.
+    Another pipeline may share the transformer. A pipeline that an exception stopped appears to be
+    running until it runs again. This object does not keep the pipeline alive.
     """
 
     def __init__(self, pipeline: Any) -> None:

@@ -31,18 +31,19 @@ class XAttnProcessor(TransformerBound):
     """Joint text-video attention: dense during the warm-up, then block-sparse.
 
     Set one instance on a transformer: ``pipe.transformer.set_attn_processor(XAttnProcessor())``.
-    The processor reads the denoising step from the transformer's own ``timestep``. One processor
-    serves one transformer; a deep copy is independent. The token refiner runs as usual.
-    `xattn_video.processors.binding` explains how the processor learns its transformer.
+    The processor reads the denoising step from the pipeline's scheduler if it knows the pipeline,
+    else from the transformer's ``timestep``. One processor serves one transformer; a deep copy is
+    independent. The token refiner runs as usual. `xattn_video.processors.binding` explains how
+    the processor learns its transformer.
 
     Args:
-        threshold: Share tau of each row's estimated mass to keep, in (0, 1], 0.95 if not given;
-            or a schedule of them; or all arguments as one `SparseSettings`.
+        threshold: Share tau of each row's estimated mass to keep, in (0, 1], by default 0.95; or
+            a schedule of tau; or all arguments as one `SparseSettings`.
         options: The other fields of `SparseSettings`, by name: ``stride``, ``block_size``,
             ``warmup_steps``, ``cooldown_steps``, ``min_tokens``, ``backend``,
             ``scoring_precision``, ``density``, ``token_order``, ``compensation``, ``mask_every``,
-            ``refresh_every``, ``residual``. What each means stands there. ``cooldown_steps`` needs
-            the number of steps: from the pipeline, with `enable_xattention(pipe, ...)`, or from
+            ``refresh_every``, ``residual``; see there. ``cooldown_steps`` needs the number of
+            steps: from the pipeline, with `enable_xattention(pipe, ...)`, or from
             ``bind(transformer, num_steps=...)``.
 
     Attributes:
@@ -58,7 +59,7 @@ class XAttnProcessor(TransformerBound):
         ValueError, TypeError: An argument is out of range or of a wrong type.
     """
 
-    # Diffusers' set_attention_backend sets it.
+    # Diffusers' set_attention_backend sets this.
     _attention_backend = None
 
     _refiner_processor: ClassVar[AttnProcessor2_0] = AttnProcessor2_0()
@@ -78,8 +79,8 @@ class XAttnProcessor(TransformerBound):
         """A processor with named settings: ``"quality"``, ``"balanced"`` or ``"fast"``.
 
         Args:
-            preset: Sets density, token order, compensation and refreshes, see
-                docs/fewer-blocks.md.
+            preset: Name of the preset, which sets density, token order, compensation and
+                refreshes; see docs/fewer-blocks.md.
             options: The other fields of `SparseSettings`, by name.
 
         Raises:
@@ -105,7 +106,7 @@ class XAttnProcessor(TransformerBound):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if encoder_hidden_states is None:
-            # The token refiner, whose processor set_attn_processor replaces as well.
+            # This is the token refiner; set_attn_processor replaces its processor too.
             refined: Tensor = self._refiner_processor(attn, hidden_states, None, attention_mask)
             return refined
         slot: LayerSlot | None = getattr(attn, SLOT_NAME, None)
@@ -122,7 +123,7 @@ class XAttnProcessor(TransformerBound):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """The layers that the processor serves; none before it is bound."""
+        """The layers that the processor serves; empty before it is bound."""
         return () if self._session is None else self._session.recorder.layer_names
 
     def report(self) -> SparsityReport:
@@ -151,7 +152,9 @@ class XAttnProcessor(TransformerBound):
     def bind(
         self, transformer: Any, num_steps: NumSteps = None, *, pipeline: Any = None
     ) -> "XAttnProcessor":
-        """Serve a transformer whose layers use this processor; `set_attn_processor` calls this.
+        """Start serving a transformer whose layers use this processor.
+
+        `set_attn_processor` calls this.
 
         Args:
             transformer: A transformer of a supported family.
@@ -211,7 +214,7 @@ class XAttnProcessor(TransformerBound):
     def begin_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Settle what the layers do in a forward pass; a hook calls this before the pass."""
+        """Decide what the layers do in a forward pass; a hook calls this before the pass."""
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 "torch.export is not supported: which steps are sparse is decided while the "

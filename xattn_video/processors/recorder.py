@@ -22,7 +22,7 @@ from xattn_video.processors.layout import TokenLayout
 
 SLOT_NAME = "_xattn_slot"
 
-# Forward passes of one generation that are kept for the report; the oldest go first.
+# Forward passes of one generation that are kept for the report; the oldest are dropped first.
 _MAX_FORWARDS = 4096
 
 
@@ -30,8 +30,8 @@ _MAX_FORWARDS = 4096
 class AttendedLayer:
     """What an observer receives for a layer: tensors in canonical order, `[B, S, H, D]`.
 
-    Under context parallelism these are all tokens of the heads of this rank, which change from
-    step to step.
+    Under context parallelism they hold all tokens of this rank's heads, which change from step to
+    step.
 
     Args:
         layer: The name of the layer.
@@ -54,8 +54,8 @@ SparseOperator: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, Tensor, "ForwardPass", BlockLists | None],
     tuple[Tensor, BlockLists | None],
 ]
-"""Query, key, value `[B, S, H, D]` in canonical order, tau, pass, blocks to compute or None to
-choose them -> output and its blocks."""
+"""Query, key, value `[B, S, H, D]` in canonical order, tau, pass, blocks to compute (None chooses
+them) -> output and its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class ForwardPass:
         backend: The backend of sparse attention; None if all layers run dense.
         dense_backend: The Diffusers attention backend that the user chose for dense layers, or
             None.
-        exchange: What ranks trade under context parallelism, else None.
-        operator: What computes a sparse layer.
-        observers: Told of every layer that has attended.
-        kept: What the layers keep for later steps; None where nothing is kept.
+        exchange: The exchange between ranks under context parallelism, else None.
+        operator: The function that computes a sparse layer.
+        observers: Functions that are called after the attention of every layer.
+        kept: What the layers keep for later steps; None if nothing is kept.
 
     Attributes:
-        longest: Valid keys of the item that has most.
+        longest: Number of valid keys of the longest item.
         forced: The blocks that every selection keeps.
         attend: The backend's function; None if all layers run dense.
     """
@@ -96,7 +96,7 @@ class ForwardPass:
     attend: "BackendForward | None" = field(init=False)
 
     def __post_init__(self) -> None:
-        # Once for all layers, which need not look anything up.
+        # Looked up once for all layers.
         attend = None if self.backend is None else load_backend(self.backend).forward
         layout, longest = self.layout, max(self.layout.key_lengths)
         forced = ForcedBlocks(
@@ -115,22 +115,22 @@ class ForwardPass:
 class LayerSlot:
     """What one layer must do in the current forward pass, and what it did.
 
-    The slot is an attribute of the layer's attention module. Compiled code therefore finds it
-    without the number of the layer, which would make torch.compile compile every layer anew.
+    The slot is an attribute of the layer's attention module. Compiled code thus finds it without
+    the layer's number, which would make torch.compile compile every layer separately.
 
     Attributes:
         name: The name of the layer.
         attention: The processor of its family; None in a copy until the copy is bound.
         forward: The current forward pass; None between passes.
-        handle: int64, on the CPU: stands for the slot in a compiled graph.
+        handle: int64 scalar on the CPU that identifies the slot in a compiled graph.
         fuses: Whether one kernel prepares queries and keys on the layers' device.
-        reason: Why the layer runs dense; None where it is to run sparse.
-        threshold: Tau, a scalar or `[H, 1]`, where it is to compute a sparse output.
-        refreshes, chooses: Whether it is to compute both outputs, and to choose blocks.
-        state, kept: What it did, and the number of blocks, a scalar that stays on the device.
+        reason: Why the layer must run dense; None if it must run sparse.
+        threshold: Tau, a scalar or `[H, 1]`; None if the layer computes no sparse output.
+        refreshes, chooses: Whether it must compute both outputs; whether it must choose blocks.
+        state, kept: What it did, and how many blocks it computed, a scalar on the device.
         refreshed: Whether it computed both outputs.
-        head_order: How the next sparse step deals the heads out to ranks, see `HeadExchange`.
-        imbalance: The blocks of the busiest rank over the mean, a scalar on the device.
+        head_order: The order of heads in the next sparse step; see `HeadExchange`.
+        imbalance: Blocks of the busiest rank over the mean, a scalar on the device.
     """
 
     _numbers: ClassVar[Any] = itertools.count()
@@ -155,7 +155,7 @@ class LayerSlot:
         self._by_number[number] = self
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
-        # A copy's layer has run nothing yet.
+        # The layer of a copy has not run yet.
         return type(self), (self.name,)
 
     @classmethod
@@ -219,7 +219,7 @@ class Recorder:
             slot.refreshed = False
 
     def end_forward(self) -> None:
-        """Copy the results from the slots into the record. A second call does no harm."""
+        """Copy the results from the slots into the record. A second call changes nothing."""
         for slot in self.slots:
             slot.forward = None
         if not self._records:
@@ -235,7 +235,7 @@ class Recorder:
         """The report of the latest generation so far; waits for the device."""
         for record in self._records:
             if record.kept is not None:
-                # Kept there: a report after every step copies each number once.
+                # Stored on the CPU, so that a report after every step copies each number once.
                 record.kept = record.kept.cpu()
             if record.imbalance is not None:
                 record.imbalance = record.imbalance.cpu()
@@ -244,7 +244,7 @@ class Recorder:
 
 
 def _stacked(found: list[Tensor | None]) -> Tensor | None:
-    """The numbers that layers have, on one device: a model may be spread over several."""
+    """The layers' numbers on one device; a model may be spread over several."""
     numbers = [number for number in found if number is not None]
     return torch.stack([number.to(numbers[0].device) for number in numbers]) if numbers else None
 
@@ -258,7 +258,7 @@ def _as_run(record: _Record) -> ForwardRun:
         if state == "sparse":
             layers.append(LayerRun(state, None, int(next(kept)), record.valid_blocks, refreshed))
         elif state == "dense":
-            # The layer should have run sparse, but found at run time that it needs gradients.
+            # Without a reason, the layer found only at run time that it needs gradients.
             layers.append(
                 LayerRun(state, reason or "gradients", None, record.valid_blocks, refreshed)
             )

@@ -9,7 +9,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def replaced(owner: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """A method replaced on one object, and put back unless another has taken its place since."""
+    """Replace a method of one object, and restore it unless it was replaced again meanwhile."""
     previous = vars(owner).get(name)
     setattr(owner, name, function)
     try:

@@ -1,7 +1,7 @@
-"""What a layer's sparse output lacks: kept by a refresh, added by the steps between.
+"""The residual: the difference between a layer's dense and sparse output.
 
-A refresh computes a layer's sparse and its dense output and keeps their difference, the residual,
-in 8 bits. Until the next refresh it is added to the layer's sparse output.
+A refresh computes both outputs and keeps the residual in 8 bits. Until the next refresh it is
+added to the layer's sparse output.
 """
 
 import logging
@@ -19,9 +19,9 @@ from xattn_video.policy.settings import ResidualPlace
 Place: TypeAlias = Literal["device", "host"]
 
 _LARGEST = 127
-# Tensors of the size of a layer's output that one forward holds at its peak.
+# Peak memory of one forward pass, in tensors of the size of a layer's output.
 _ACTIVATION_TENSORS = 18
-# Torch gives pinned memory in powers of two; what is longer is cut, to waste little.
+# Torch rounds pinned memory up to a power of two; longer tensors are cut to waste little.
 _PIECE_BYTES = 1 << 26
 _GIB = 2**30
 logger = logging.getLogger(__name__)
@@ -36,27 +36,27 @@ class Residual:
 
     @classmethod
     def between(cls, dense: Tensor, approximate: Tensor) -> "Residual":
-        """What has to be added to the approximate output, `[B, S, H, D]`, to get the dense one."""
+        """The residual, from the dense and the approximate output, `[B, S, H, D]`."""
         residual = dense - approximate
         largest = torch.linalg.vector_norm(residual, ord=torch.inf, dim=-1, keepdim=True)
-        # Autocast takes norms in float32.
+        # Under autocast norms are float32.
         scales = (largest / _LARGEST).to(dense.dtype).clamp_min_(torch.finfo(dense.dtype).tiny)
         scaled = residual.div_(scales).round_().clamp_(-_LARGEST, _LARGEST)
         return cls(scaled.to(torch.int8), scales)
 
     @classmethod
     def empty_like(cls, other: "Residual", device: torch.device) -> "Residual":
-        """Room for another one."""
+        """An uninitialised residual of the same shape."""
         tensors = (other.values, other.scales)
         return cls(*(torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors))
 
     def added_to(self, approximate: Tensor) -> Tensor:
-        """The approximate output with the residual."""
+        """The approximate output plus the residual."""
         return torch.addcmul(approximate, self.values.to(approximate.dtype), self.scales)
 
 
 class _Pinned:
-    """A tensor's copy in pinned host memory; made and read on the current stream."""
+    """A copy of a tensor in pinned host memory, written and read on the current stream."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._pieces = [
@@ -67,7 +67,7 @@ class _Pinned:
         ]
 
     def copy_to(self, tensor: Tensor) -> None:
-        """Fill a tensor on the device, without waiting for it."""
+        """Copy to a tensor on the device, without waiting."""
         for piece, kept in zip(self._cut(tensor), self._pieces, strict=True):
             piece.copy_(kept, non_blocking=True)
 
@@ -79,8 +79,8 @@ class _Pinned:
 class _Stage:
     """Two buffers on a device through which residuals go to host memory and come back.
 
-    The copies run on a stream of their own, beside the layers. Events alone keep the order: the
-    host waits for nothing, however far ahead of the device it is, and needs no third buffer.
+    The copies run on a separate stream, in parallel with the layers. Only events keep the order:
+    the host never waits, however far ahead of the device it is, and two buffers are enough.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,11 +92,11 @@ class _Stage:
         self._turn = 0
 
     def store(self, residual: Residual) -> tuple[_Pinned, _Pinned]:
-        """A copy in host memory."""
+        """Copy a residual to host memory."""
         turn, buffer = self._next_buffer(residual)
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._free[turn])
-        # Of a layer that failed before it added what it fetched.
+        # A layer may have fetched into this buffer and failed before adding it.
         current.wait_event(self._ready[turn])
         buffer.values.copy_(residual.values)
         buffer.scales.copy_(residual.scales)
@@ -107,7 +107,7 @@ class _Stage:
         return pinned
 
     def fetch(self, pinned: tuple[_Pinned, _Pinned]) -> int:
-        """Start to copy what `store` kept, all of one shape; the number of its buffer."""
+        """Start copying a stored residual to the device; returns the number of its buffer."""
         turn, buffer = self._next_buffer(None)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._free[turn])
@@ -117,7 +117,7 @@ class _Stage:
         return turn
 
     def add(self, turn: int, approximate: Tensor) -> Tensor:
-        """The approximate output with the residual that was fetched."""
+        """The approximate output plus the fetched residual."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._ready[turn])
         out = self._buffers[turn].added_to(approximate)
@@ -140,8 +140,8 @@ class PassResiduals:
     """The residuals of one of a step's forward passes, by layer.
 
     Args:
-        place: Where they were asked to be kept.
-        num_layers: That may keep one.
+        place: Where the settings ask to keep them.
+        num_layers: Number of layers that may keep one.
     """
 
     def __init__(self, place: ResidualPlace, num_layers: int) -> None:
@@ -157,14 +157,14 @@ class PassResiduals:
         return layer in self._kept
 
     def keep(self, layer: str, dense: Tensor, approximate: Tensor) -> None:
-        """Keep what the approximate output of a layer, `[B, S, H, D]`, lacks.
+        """Keep the residual of a layer's dense and approximate output, both `[B, S, H, D]`.
 
         Raises:
-            ResidualMemoryError: There is no room for those of all layers.
+            ResidualMemoryError: The residuals of all layers do not fit in memory.
         """
         if self._place is None:
             self._place = choose_place(self._asked, dense, self._num_layers)
-        # The room of the one before is used again.
+        # Frees the memory of the previous residual first.
         self._kept.pop(layer, None)
         residual = Residual.between(dense, approximate)
         self._kept[layer] = residual
@@ -172,13 +172,13 @@ class PassResiduals:
             self._kept[layer] = self._stage(dense.device).store(residual)
 
     def fetch(self, layer: str, device: torch.device) -> None:
-        """Bring a layer's residual to its device, beside what the layer computes meanwhile."""
+        """Start copying a layer's residual to its device while the layer computes."""
         kept = self._kept[layer]
         if isinstance(kept, tuple):
             self._fetched[layer] = self._stage(device).fetch(kept)
 
     def add(self, layer: str, approximate: Tensor) -> Tensor:
-        """A layer's approximate output with its residual, which was fetched."""
+        """A layer's approximate output plus its residual, after `fetch`."""
         kept = self._kept[layer]
         if isinstance(kept, Residual):
             return kept.added_to(approximate)
@@ -191,15 +191,15 @@ class PassResiduals:
 
 
 def choose_place(asked: ResidualPlace, output: Tensor, num_layers: int) -> Place:
-    """Where the residuals of a forward pass are kept; without a GPU there is one place alone.
+    """Where to keep the residuals of a forward pass; always "device" without a GPU.
 
     Args:
-        asked: By the settings.
-        output: Of a layer, `[B, S, H, D]`.
-        num_layers: That keep one.
+        asked: The place in the settings.
+        output: The output of a layer, `[B, S, H, D]`.
+        num_layers: Number of layers that keep a residual.
 
     Raises:
-        ResidualMemoryError: They fit nowhere that was asked for.
+        ResidualMemoryError: They do not fit where the settings allow.
     """
     batch, tokens, heads, head_dim = output.shape
     needed = residual_bytes(
@@ -216,7 +216,7 @@ def choose_place(asked: ResidualPlace, output: Tensor, num_layers: int) -> Place
     else:
         room = {"device": _free_device_bytes(output.device), "host": host}
         if asked == "auto":
-            # Elsewhere than here the forward holds more.
+            # Other parts of the forward pass hold more memory than this one.
             room["device"] -= _ACTIVATION_TENSORS * output.nbytes
         else:
             room = {asked: room[asked]}
@@ -239,6 +239,6 @@ def choose_place(asked: ResidualPlace, output: Tensor, num_layers: int) -> Place
 
 
 def _free_device_bytes(device: torch.device) -> int:
-    """What the device has left, torch's own unused memory included."""
+    """Free memory of the device, including what torch has reserved and not used."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

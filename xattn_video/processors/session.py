@@ -1,4 +1,4 @@
-"""The work of a processor on one transformer: settles what the layers do in each pass."""
+"""The work of a processor on one transformer: decides what the layers do in each pass."""
 
 import weakref
 from collections.abc import Callable
@@ -31,7 +31,7 @@ NumSteps: TypeAlias = "int | Callable[[], int | None] | None"
 
 
 class Session:
-    """Follows the steps of one transformer, settles each forward pass and records what ran.
+    """Follows the steps of one transformer, decides each forward pass and records what ran.
 
     Args:
         transformer: A transformer of a supported family.
@@ -72,7 +72,7 @@ class Session:
         operator: SparseOperator,
         observers: tuple[Observer, ...],
     ) -> None:
-        """Count the forward pass, settle what every layer does and open its record."""
+        """Count the forward pass, decide what every layer does and open its record."""
         transformer: Any = self.transformer()
         scheduler_step = None if self._scheduler_step is None else self._scheduler_step()
         if self.tracker.observe(inputs, scheduler_step):
@@ -96,7 +96,7 @@ class Session:
         backend = None
         few_tokens = layout.num_video_tokens < settings.min_tokens_on(device.type)
         if not (few_tokens or inputs.needs_grad or settings.schedule.is_dense):
-            # In dense steps too, so that a refusal comes before the warm-up and not after it.
+            # Resolved in dense steps too, so that a refusal comes before the warm-up.
             backend = self._resolve(settings, inputs, layout, config.attention_head_dim)
         lengths = None
         if layout.ragged:
@@ -122,14 +122,14 @@ class Session:
         )
 
     def end_forward(self) -> None:
-        """Close the record, and free what no later step adds; harmless when done twice."""
+        """Close the record and free what no later step uses. A second call changes nothing."""
         self.recorder.end_forward()
         if self._spent is not None:
             self._kept.drop(self._spent)
             self._spent = None
 
     def reset(self) -> None:
-        """Forget the generation, but not what it reports."""
+        """Forget the generation, but keep its report."""
         self.tracker.reset()
         self._kept.clear()
 
@@ -148,7 +148,7 @@ class Session:
         decision: Decision,
         layout: TokenLayout,
     ) -> KeptByPass | None:
-        """What the layers of this pass kept before, or will keep; None where nothing is kept."""
+        """What the layers of this pass kept, or will keep; None if nothing is kept."""
         if not (settings.keeps_between_steps and decision.any_sparse_output):
             return None
         identity = (
@@ -207,12 +207,12 @@ class Session:
 
 
 def kernel_runs_on(device: torch.device) -> bool:
-    """Whether a kernel may prepare queries and keys there; asked once for all layers."""
+    """Whether a kernel can prepare queries and keys there; called once for all layers."""
     return device.type == "cuda" and not device_unsupported_reasons(device)
 
 
 def _layer_device(transformer: nn.Module, input_device: torch.device) -> torch.device:
-    """The device that runs the layers; accelerate's offloading moves the inputs there later."""
+    """The device that runs the layers; with accelerate's offloading the inputs arrive later."""
     for module in transformer.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:

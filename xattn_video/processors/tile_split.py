@@ -1,7 +1,7 @@
-"""The VAE's decoding over ranks: each decodes some tiles, and all blend them as one GPU does.
+"""VAE decoding over ranks: each decodes some tiles, then all blend them as one GPU does.
 
-The autoencoder's own code cuts and blends. It runs twice: first to learn which tiles it asks its
-decoder for, then with the tiles that the ranks have decoded.
+The autoencoder's own code cuts and blends. It runs twice: first to record the tiles that it gives
+its decoder, then with the tiles that the ranks decoded.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _ATTRIBUTE = "_xattn_tiles"
 
 
 def enable_tile_split(pipe: Any, group: Any = None) -> None:
-    """Let ranks decode each video together, beginning with the next.
+    """Let ranks decode each video together, from the next one on.
 
     Args:
         pipe: The pipeline.
@@ -28,7 +28,7 @@ def enable_tile_split(pipe: Any, group: Any = None) -> None:
 
 @contextlib.contextmanager
 def tile_split(vae: Any) -> Iterator[None]:
-    """Share the tiles of every decoding within, where `enable_tile_split` was called."""
+    """Split the tiles of every decode call inside, if `enable_tile_split` was called."""
     if not hasattr(vae, _ATTRIBUTE):
         yield
         return
@@ -42,7 +42,7 @@ def tile_split(vae: Any) -> Iterator[None]:
 
 
 def _decode(vae: Any, group: Any, real: Callable[[], Any]) -> Any:
-    """What ``real`` decodes, with the tiles of all ranks."""
+    """The result of ``real`` with tiles decoded by all ranks."""
     tiles: list[Tensor] = []
 
     def note(tile: Tensor, *_: Any) -> Tensor:
@@ -62,7 +62,7 @@ def _decode(vae: Any, group: Any, real: Callable[[], Any]) -> Any:
 
 
 def _decode_tiles(vae: Any, group: Any, tiles: list[Tensor]) -> list[Tensor]:
-    """Every tile decoded, by one rank each."""
+    """All tiles decoded, each by one rank."""
     owners = _owners([tile.numel() for tile in tiles], dist.get_world_size(group))
     decoded: list[Tensor] = []
     for tile, owner in zip(tiles, owners, strict=True):
@@ -93,5 +93,5 @@ def _decoded_shape(vae: Any, tile: Tensor) -> tuple[int, ...]:
 
 
 def _keep(before: Tensor, tile: Tensor, extent: int) -> Tensor:
-    """In the place of blending, while there is nothing to blend."""
+    """Replaces blending while tiles are only recorded."""
     return tile

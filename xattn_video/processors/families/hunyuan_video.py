@@ -55,7 +55,7 @@ def read_forward(transformer: nn.Module, given: Mapping[str, Any]) -> ForwardInp
         mask.sum(dim=1, dtype=torch.int),
         # Channel 0 of the last frame holds noisy latents in every variant of the model.
         latents[0, 0, -1].flatten()[:64],
-        # One feature of every token: prompts may begin alike.
+        # One feature of every token, because prompts may begin alike.
         text[0, :, 0],
     )
     read = torch.cat([part.detach().to(latents.device, torch.float32) for part in parts])
@@ -90,7 +90,7 @@ def layout(config: Any, inputs: ForwardInputs, device: torch.device) -> TokenLay
 
 
 def unsplit_reason(config: Any) -> str | None:
-    """Why the video tokens cannot be split among ranks; None where they can."""
+    """Why the video tokens cannot be split among ranks; None if they can."""
     if config.image_condition_type == "token_replace":
         return (
             'image_condition_type="token_replace" handles the tokens of the first frame '
@@ -110,7 +110,7 @@ HUNYUAN_VIDEO = Family(
     covers=("HunyuanVideo text-to-video", "HunyuanVideo image-to-video", "SkyReels-V1"),
     attentions=attentions,
     read_forward=read_forward,
-    # Of Diffusers' own class: a derived or patched forward may take *args and **kwargs.
+    # From Diffusers' own class, because a derived or patched forward may take *args, **kwargs.
     forward_arguments=tuple(inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters)[
         1:
     ],

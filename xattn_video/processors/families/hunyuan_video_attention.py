@@ -29,7 +29,7 @@ def attention(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Diffusers' HunyuanVideoAttnProcessor2_0, except step 5, and steps 2 to 4 on a GPU."""
+    """Diffusers' HunyuanVideoAttnProcessor2_0, except for step 5 and, on a GPU, steps 2 to 4."""
     num_text_tokens = encoder_hidden_states.shape[1]
     if attn.add_q_proj is None:
         hidden_states = join(hidden_states, encoder_hidden_states)
@@ -82,8 +82,8 @@ def attention(
 def join(video: Tensor, text: Tensor) -> Tensor:
     """Join video and text in one tensor, `[B, Sv + St, C]`.
 
-    Single-stream blocks have just cut both from one tensor; that tensor is then used again
-    without a copy. A compiled graph avoids the copy itself.
+    Single-stream blocks have just cut both from one tensor, which is then reused without a copy.
+    A compiled graph avoids the copy by itself.
     """
     if (
         not torch.compiler.is_compiling()
@@ -145,7 +145,7 @@ def prepare_fused(
 ) -> Heads:
     """Compute the result of `prepare_eagerly` with one kernel; only if `can_fuse` allows it.
 
-    Token t comes to ``places[t]``, int64 `[Sv + St]`, where such are given.
+    If ``places`` is given, int64 `[Sv + St]`, token t is written to position ``places[t]``.
     """
     norms = _norms(attn)
     weights = [norm.weight for norm in norms]
@@ -156,7 +156,7 @@ def prepare_fused(
         )
         return query, key, value
     num_text_tokens = encoder_hidden_states.shape[1]
-    # Values are joined already.
+    # Values are already joined, and need the kernel only to be reordered.
     moved = video[:2] if places is None else video
     query, key, *values = torch.ops.xattn_video.qk_norm_rope(
         [tokens[:, :-num_text_tokens] for tokens in moved],
@@ -178,9 +178,9 @@ def prepare_eagerly(
     """Normalise, rotate the video and join it with the text.
 
     Args:
-        attn: The layer.
-        video: Projected queries, keys and values, `[B, S, H, D]`: of the video where the layer
-            has projections for the text, else of video and text.
+        attn: The attention module of the layer.
+        video: Projected queries, keys and values, `[B, S, H, D]`: of the video if the layer has
+            projections for the text, else of video and text.
         encoder_hidden_states: The text, `[B, St, C]`.
         image_rotary_emb: Cosines and sines for the video tokens, `[Sv, D]`, or None.
 
