@@ -1,4 +1,4 @@
-"""Dense causal attention of a chunk of queries, without a mask of all queries and keys."""
+"""Dense causal attention of a chunk of queries, without one mask over all queries and keys."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch.nn.attention.bias import causal_lower_right
 from xattn_video.backends.dense import fastest_dense_kernel
 from xattn_video.kernels import flash_attention_4
 
-# Entries of a mask: a chunk of 32,768 queries before a million keys would take 32 GiB at once.
+# Entries of a mask; one for 32,768 queries and a million keys would take 32 GiB.
 _LARGEST_MASK = 2**22
 _FEWEST_ROWS = 128
 

@@ -8,12 +8,12 @@ import torch
 from xattn_video.language.model_sources import LanguageSource
 
 _GIB = 2**30
-# Tensors `[chunk, intermediate]` and `[chunk, hidden]` that a gated MLP holds at its peak: gate,
-# up and their product; the residual, its normalised form and the output.
+# Tensors that a gated MLP holds at its peak: `[chunk, intermediate]` (gate, up and their product)
+# and `[chunk, hidden]` (the residual, its normalised form and the output).
 _MLP_TENSORS, _HIDDEN_TENSORS = 3, 3
-# Queries, keys and values with their rotated forms, and the output: `[chunk, heads x head size]`.
+# Tensors `[chunk, heads x head size]` of attention: queries, keys, values, rotated ones, output.
 _ATTENTION_TENSORS = 6
-# Float32 scores, what is sorted or summed of them, and the lists, each of a row's blocks.
+# Tensors of 4 bytes a block: the scores, their sorted or summed copy, and the block lists.
 _SCORE_TENSORS = 3
 _SMALLEST_CHUNK = 1024
 
@@ -23,13 +23,13 @@ class PrefillPlan:
     """The memory of a prefill, in GiB; an estimate.
 
     Attributes:
-        tokens: Of the prompt.
+        tokens: Tokens of the prompt.
         chunk_size: Tokens of a forward pass.
-        dtype: Of weights, keys and values.
-        parameters: Of the model.
-        kv_kib_per_token: Keys and values of a token in all layers that keep every token, KiB.
-        weights, kv_cache: As they are stored.
-        work: What a forward pass of a chunk holds besides.
+        dtype: Dtype of weights, keys and values.
+        parameters: Number of the model's parameters.
+        kv_kib_per_token: KiB of a token's keys and values in all layers that keep every token.
+        weights, kv_cache: Memory of the weights, and of the keys and values.
+        work: Memory that the forward pass of a chunk needs in addition.
     """
 
     tokens: int
@@ -43,7 +43,7 @@ class PrefillPlan:
 
     @property
     def peak(self) -> float:
-        """All of it."""
+        """The sum of weights, KV cache and work."""
         return self.weights + self.kv_cache + self.work
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,14 +59,14 @@ def plan_prefill(
     dtype: torch.dtype,
     block_size: int,
 ) -> PrefillPlan:
-    """The memory that a prefill needs.
+    """Estimate the memory that a prefill needs.
 
     Args:
         source: The model.
-        tokens: Of the prompt.
-        max_new_tokens: Of the answer.
+        tokens: Tokens of the prompt.
+        max_new_tokens: Tokens of the answer.
         chunk_size: Tokens of a forward pass.
-        dtype: Of weights, keys and values.
+        dtype: Dtype of weights, keys and values.
         block_size: Tokens in a block.
     """
     config = source.text_config
@@ -97,11 +97,11 @@ def plan_prefill(
 
 
 def describe_prefill_shortage(plan: PrefillPlan, free: float | None) -> str | None:
-    """What does not fit and what would, in one line; None if it fits or nothing is known.
+    """What does not fit and what would fit, in one line; None if it fits.
 
     Args:
         plan: The plan.
-        free: The free memory of the device, GiB.
+        free: The free memory of the device in GiB; with None the result is None.
     """
     if free is None or plan.peak <= free:
         return None
@@ -116,7 +116,7 @@ def describe_prefill_shortage(plan: PrefillPlan, free: float | None) -> str | No
         chunk //= 2
     room = free - plan.weights - plan.work
     fitting = int(room / plan.kv_cache * plan.tokens) if room > 0 else 0
-    # Whole chunks, where there are any.
+    # Rounded down to whole chunks, if there are any.
     fitting -= fitting % (plan.chunk_size if fitting > plan.chunk_size else 1)
     if fitting:
         return f"{text}--tokens {fitting} would fit."

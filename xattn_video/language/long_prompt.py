@@ -21,14 +21,14 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class PrefillRun:
-    """A prompt that was prefilled, and what followed.
+    """The prefill of a prompt, and the answer.
 
     Attributes:
-        chunk_seconds: Of each chunk.
-        decode_seconds: Of all new tokens but the first, which the prefill gives.
-        peak_memory_gib: What tensors held at most, weights included; None on a CPU.
-        new_tokens: What the model continued with.
-        logits: Of the first new token, float32 `[vocabulary]`, on the CPU.
+        chunk_seconds: Seconds of each chunk.
+        decode_seconds: Seconds of all new tokens but the first, which comes from the prefill.
+        peak_memory_gib: Peak memory of tensors, weights included; None on a CPU.
+        new_tokens: The generated tokens.
+        logits: Logits of the first new token, float32 `[vocabulary]`, on the CPU.
         report: What attention did; None for the model's own attention.
     """
 
@@ -41,11 +41,11 @@ class PrefillRun:
 
     @property
     def seconds(self) -> float:
-        """Of the prefill."""
+        """Seconds of the prefill."""
         return sum(self.chunk_seconds)
 
     def divergence_from(self, other: "PrefillRun") -> float:
-        """Kullback-Leibler divergence of the first new token's distribution from another's."""
+        """KL divergence, in nats, of the first new token's distribution from another run's."""
         ours, theirs = self.logits.log_softmax(-1), other.logits.log_softmax(-1)
         return float(F.kl_div(ours, theirs, log_target=True, reduction="sum"))
 
@@ -59,21 +59,21 @@ def run_prefill(
     max_new_tokens: int,
     on_chunk: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> PrefillRun:
-    """Prefill a prompt in chunks with a static cache, and continue it greedily.
+    """Prefill a prompt in chunks with a static cache, then decode greedily.
 
     Args:
         model: A causal language model.
-        tokens: int64 `[1, S]`.
+        tokens: The prompt, int64 `[1, S]`.
         settings: When and how attention is sparse; None for the model's own attention.
         chunk_size: Tokens of a forward pass.
-        max_new_tokens: Tokens to generate, at least 1; fewer where the model ends.
-        on_chunk: Told of each chunk: tokens so far, and its seconds.
+        max_new_tokens: Tokens to generate, at least 1; fewer if the model ends its answer.
+        on_chunk: Called after each chunk with the tokens so far and the chunk's seconds.
     """
     device = model.device
     tokens = tokens.to(device)
     chunks = tokens.split(chunk_size, dim=1)
     if device.type == "cuda":
-        # Kernels compile, and are tuned, in a first call: before there are keys, and after.
+        # Compiles and tunes the kernels, for a first chunk and for one that follows keys.
         with prefill_attention(model, settings):
             _Reader(model, 2 * chunk_size).read_all(chunks[:2])
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,7 +92,7 @@ def run_prefill(
 def prefill_attention(
     model: PreTrainedModel, settings: PrefillSettings | None
 ) -> AbstractContextManager[LanguageHandle | None]:
-    """A context with sparse attention as settled; with None, the model's own."""
+    """A context with sparse attention as in the settings; None keeps the model's own attention."""
     if settings is None:
         return nullcontext()
     return enable_prefill(model, settings.sparse, dense_layers=settings.dense_layers)
@@ -103,7 +103,7 @@ class _Reader:
 
     def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
         cache = StaticCache(config=model.config, max_cache_len=max_tokens)
-        # The argument's name until transformers 5.23, and from then on.
+        # The argument is past_key_values before transformers 5.23 and cache from then on.
         names = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {
             "cache" if "cache" in names else "past_key_values": cache,
@@ -118,7 +118,7 @@ class _Reader:
         """Run tokens `[1, S]` through the model; returns the seconds."""
         start = time.perf_counter()
         out = self._model(tokens, **self._options)
-        # Waits for the device.
+        # The copy waits for the device.
         self.logits = out.logits[0, -1].float().cpu()
         return time.perf_counter() - start
 
@@ -137,7 +137,7 @@ class _Reader:
         return seconds
 
     def write(self, max_new_tokens: int) -> list[int]:
-        """The tokens that follow, greedily, until the model ends."""
+        """Generate tokens greedily until the end token; returns them."""
         ends = self._model.config.get_text_config(decoder=True).eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         new_tokens = [int(self.logits.argmax())]

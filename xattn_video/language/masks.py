@@ -1,8 +1,8 @@
 """Decides, once per forward pass, whether long causal attention runs sparse.
 
-transformers calls a mask function once per forward pass and kind of layer, with everything that
-decides. Where attention is to run sparse, the mask function returns the bounds of the keys in
-place of a mask.
+transformers calls a mask function once per forward pass and kind of layer. Its arguments suffice
+to decide. If attention can run sparse, the mask function returns the bounds of the valid keys
+instead of a mask.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ TOO_FEW: Literal["too few tokens"] = "too few tokens"
 
 @dataclass(frozen=True, slots=True)
 class CausalBounds:
-    """The keys of each item of a batch: one run, of which every query sees the earlier part.
+    """The valid keys of each item, one contiguous run; a query sees those up to its own.
 
     Attributes:
-        first: Of each item, the first key that is no padding.
-        last: Of each item, the end of the keys that are no padding: one more than the last.
-        stop: The number of keys up to and including the last query; the rest of a static cache is
+        first: The first key of each item that is not padding.
+        last: One past the last key of each item that is not padding.
+        stop: Number of keys up to and including the last query; the rest of a static cache is
             still empty.
-        sparse: Whether they are enough for sparse attention. If not, dense attention still needs
-            no mask of all queries and keys.
+        sparse: Whether there are enough keys for sparse attention. If not, dense attention still
+            needs no mask over all queries and keys.
     """
 
     first: tuple[int, ...]
@@ -40,14 +40,14 @@ class CausalBounds:
 
     @property
     def padded(self) -> bool:
-        """Whether an item has padding."""
+        """Whether any item has padding."""
         return any(self.first) or any(last != self.stop for last in self.last)
 
     def to_tensor(self) -> Tensor:
         """int64 `[B, 1, 1, 4]`, on the CPU.
 
-        As a 4-D tensor it passes through all code that handles masks. Its dtype and shape tell it
-        from any mask.
+        A 4-D tensor passes through all code that handles masks. Its dtype and shape distinguish
+        it from a mask.
         """
         keys = zip(self.first, self.last, strict=True)
         rows = [[*both, self.stop, int(self.sparse)] for both in keys]
@@ -65,17 +65,17 @@ class CausalBounds:
 
 @dataclass(frozen=True, slots=True)
 class MaskRequest:
-    """What transformers tells a mask function, as far as it decides.
+    """The arguments of a mask function that matter for the decision.
 
     Attributes:
-        batch_size, q_length, kv_length: Sizes of the attention; an unfilled static cache counts.
+        batch_size, q_length, kv_length: Sizes of the attention; empty cache entries count.
         q_offset: Tokens before the first query. A static cache has it on the device.
         kv_offset: Tokens before the first key.
-        mask_function: Which keys a query sees, without padding.
-        attention_mask: bool `[B, tokens]`, False is padding; None without any.
-        allow_is_causal_skip: Whether a plain causal mask may be left out.
-        local_size: Tokens that a query sees at most, if the layers limit that.
-        device: Where the layers run.
+        mask_function: Which keys a query sees, apart from padding.
+        attention_mask: bool `[B, tokens]`, False is padding; None without padding.
+        allow_is_causal_skip: Whether a plain causal mask may be omitted.
+        local_size: Most tokens that a query sees, if the layers limit them.
+        device: The device of the layers.
     """
 
     batch_size: int
@@ -101,10 +101,10 @@ def decide_prefill(
     """The bounds of plain causal attention, or why it runs dense under a mask.
 
     Args:
-        request: What transformers asks for.
+        request: The mask that transformers requests.
         block_size: With fewer queries, attention runs dense.
-        min_tokens: With fewer keys, attention runs dense; where there is padding, under one mask
-            for the whole batch.
+        min_tokens: With fewer keys, attention runs dense; with padding on the left, under one
+            mask for the whole batch.
     """
     if request.q_length == 1:
         return "decode"
@@ -117,7 +117,7 @@ def decide_prefill(
         return "other mask"
     if request.q_length < block_size:
         return "short chunk"
-    # The offset may be on the device: one wait in each forward pass of a prefill.
+    # The offset may be on the device; this waits for it once per forward pass of a prefill.
     stop = int(request.q_offset) + request.q_length
     if stop > request.kv_length:
         return "other mask"
@@ -127,19 +127,19 @@ def decide_prefill(
     first, last = runs
     if stop >= min_tokens:
         return CausalBounds(first, last, stop)
-    # Dense rows before padding on the right do not see it.
+    # In causal attention valid rows do not see padding on their right.
     return TOO_FEW if any(first) else CausalBounds(first, (stop,) * len(first), stop, False)
 
 
 def _valid_keys(request: MaskRequest, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """First and end of each item's valid keys; None where those of an item are not one run."""
+    """First and end of each item's valid keys; None if an item's are not contiguous."""
     if request.attention_mask is None:
         return (0,) * request.batch_size, (stop,) * request.batch_size
     seen = request.attention_mask[:, :stop].to(torch.int8)
     if seen.shape[1] != stop:
         return None
     number = seen.sum(dim=1)
-    # An item that is padding up to here begins later.
+    # If an item is all padding so far, its keys begin later.
     first = seen.argmax(dim=1).where(number > 0, stop)
     last = stop - seen.flip(1).argmax(dim=1)
     whole = last - first == number

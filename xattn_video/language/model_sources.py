@@ -12,9 +12,9 @@ from xattn_video.errors import MissingPackageError
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
-"""Of the small trained model that ships with the package."""
+"""The folder of the small trained model that ships with the package."""
 RANDOM = "random:"
-# As the models' own configurations have them; what speed does not depend on is left out.
+# From the models' own configurations, without what does not affect speed.
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": (
         "llama",
@@ -78,12 +78,12 @@ class LanguageSource:
 
     @property
     def is_random(self) -> bool:
-        """Whether its weights are random: good for times and memory alone."""
+        """Whether the weights are random, which suffices for time and memory only."""
         return self.name.startswith(RANDOM)
 
     @property
     def is_demo(self) -> bool:
-        """Whether it is the small trained model that ships with the package."""
+        """Whether this is the small trained model that ships with the package."""
         return self.name == DEMO
 
     @property
@@ -93,12 +93,12 @@ class LanguageSource:
 
     @property
     def context(self) -> int | None:
-        """The tokens that it was made for; None where its configuration tells none."""
+        """The model's context length in tokens; None if its configuration does not tell."""
         context: int | None = getattr(self.text_config, "max_position_embeddings", None)
         return context
 
     def count_parameters(self) -> int:
-        """Its parameters; makes no weights."""
+        """The number of parameters; allocates no weights."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         return sum(parameter.numel() for parameter in model.parameters())
@@ -119,7 +119,7 @@ class LanguageSource:
         """The tokenizer.
 
         Raises:
-            ValueError: The model has none.
+            ValueError: The model has no readable tokenizer.
         """
         where, options = _where(self.name)
         try:
@@ -135,12 +135,12 @@ def find_language_model(name: str, max_tokens: int) -> LanguageSource:
 
     Args:
         name: As in `LanguageSource`.
-        max_tokens: The context of random weights, which have none of their own.
+        max_tokens: The context length to give a model with random weights.
 
     Raises:
-        ValueError: There is no such model, or it is none that predicts text.
-        FileNotFoundError: The installation holds no demo model.
-        MissingPackageError: A GGUF file without the package that reads it.
+        ValueError: There is no such model, or it is not a causal language model.
+        FileNotFoundError: The demo model's files are missing from the installation.
+        MissingPackageError: The model is a GGUF file and the package gguf is not installed.
     """
     if name.startswith(RANDOM):
         kind, shape = _shape(name.removeprefix(RANDOM))
@@ -173,7 +173,7 @@ def _shape(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:
-    """The folder or hub ID, and what else transformers must know to read it."""
+    """The folder or hub ID, and transformers' keyword arguments to read it."""
     if name == DEMO:
         if not (DEMO_FOLDER / "config.json").is_file():
             raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""A long prompt of filler that hides a text and asks for it."""
+"""A long prompt of filler text that hides a needle and asks for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ _GRASS = (
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How a text is announced, surrounded, hidden and asked for."""
+    """The head of the prompt, its filler, the sentence with the needle, and the question."""
 
     head: str
     filler: str
@@ -27,7 +27,7 @@ _TEXT = _Form(
     hidden="The secret text is: {needle}. Remember the secret text. ",
     question="What is the secret text? The secret text is:",
 )
-# RULER's niah_single_1, word for word; the demo model has learned no other.
+# RULER's niah_single_1, word for word; the demo model was trained on this wording only.
 _ASKED = "special magic number for quick-lantern mentioned in the provided text"
 _NUMBER = _Form(
     head="A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -42,10 +42,10 @@ def needle_prompt(tokenizer: Any, num_tokens: int, needle: str, depth: float) ->
     """A prompt of exactly ``num_tokens`` tokens, int64 `[1, num_tokens]`.
 
     Args:
-        tokenizer: The model's.
-        num_tokens: The length.
-        needle: The text to hide; a number is hidden and asked for in RULER's words.
-        depth: Where it lies in the filler, 0 for the beginning and 1 for the end.
+        tokenizer: The tokenizer of the model.
+        num_tokens: Tokens of the prompt.
+        needle: The text to hide; for a number the prompt has RULER's wording.
+        depth: Position of the needle in the filler, from 0 (beginning) to 1 (end).
 
     Raises:
         ValueError: The prompt is too short for the needle and the question.
@@ -61,7 +61,7 @@ def needle_prompt(tokenizer: Any, num_tokens: int, needle: str, depth: float) ->
             f"tokens must be at least {num_tokens - room} to hide this needle and ask for it, "
             f"got {num_tokens}."
         )
-    # Between two sentences.
+    # The needle goes between two sentences.
     before = int(depth * room) // len(filler) * len(filler)
     tokens = [
         *begin,
@@ -74,7 +74,7 @@ def needle_prompt(tokenizer: Any, num_tokens: int, needle: str, depth: float) ->
 
 
 def answer_tokens(tokenizer: Any, needle: str) -> int:
-    """Tokens to generate for an answer that holds the needle."""
+    """Number of tokens to generate for an answer that contains the needle."""
     return len(_encode(tokenizer, needle)) + 8
 
 
@@ -84,7 +84,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _beginning(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, such as a token that begins the sequence."""
+    """The tokens that the tokenizer puts before a text, such as a begin-of-sequence token."""
     bare, whole = _encode(tokenizer, _GRASS), tokenizer(_GRASS)["input_ids"]
     return whole[: -len(bare)] if whole[-len(bare) :] == bare else []
 

@@ -20,7 +20,7 @@ from xattn_video.ops.problem import AttentionInputs
 from xattn_video.ops.scoring import ScoringInputs
 from xattn_video.ops.selection import compute_selection
 
-# Arguments that change attention's weights, as models pass them, and what they are.
+# Arguments of models that change the attention weights, with descriptions for messages.
 _NOT_COMPUTED = {
     "softcap": "soft-capped scores, as in Gemma 2",
     "s_aux": "attention sinks, as in gpt-oss",
@@ -39,11 +39,11 @@ class _LayerPlan:
 
 
 class PrefillAttention:
-    """What transformers calls under one name: `make_mask` once a forward pass, `attend` in layers.
+    """The functions registered under one name: `make_mask` per forward pass, `attend` per layer.
 
     Attributes:
-        name: The name.
-        settings: The settings.
+        name: The registered name.
+        settings: When and how prefill is sparse.
         recorder: Counts what runs.
     """
 
@@ -52,12 +52,12 @@ class PrefillAttention:
         self.settings = settings
         self.recorder = PrefillRecorder()
         self._plans: dict[tuple[int | None, int, torch.device], _LayerPlan] = {}
-        # Of layers that are handed no mask, by whether a window limits them.
+        # Why layers without a mask run dense, by whether a window limits them.
         self._unmasked: dict[bool, str] = {}
         self._warned = False
 
     def make_mask(self, **arguments: Any) -> Tensor | None:
-        """The bounds of plain causal attention as int64, or the mask that SDPA takes."""
+        """The bounds of plain causal attention, see `CausalBounds.to_tensor`, or SDPA's mask."""
         if torch.compiler.is_compiling():
             self.recorder.compiled = True
             return sdpa_mask(**arguments)
@@ -98,13 +98,13 @@ class PrefillAttention:
             query: `[B, H, Sq, D]`.
             key, value: `[B, Hkv, Sk, D]`; Hkv divides H.
             attention_mask: What `make_mask` made, or the user's own mask.
-            arguments: The rest of what transformers passes, such as ``scaling``.
+            arguments: The other arguments that transformers passes, such as ``scaling``.
 
         Returns:
-            `[B, Sq, H, D]`, and no weights.
+            `[B, Sq, H, D]`, and None instead of attention weights.
 
         Raises:
-            ValueError: The model's attention is of a kind that this does not compute.
+            ValueError: This kind of attention is not supported.
             BackendUnavailableError: The backend cannot run the layer.
         """
         self._refuse(module, key, value, arguments)
@@ -115,7 +115,7 @@ class PrefillAttention:
                 scale = arguments.get("scaling")
                 out = self._attend_within(module, query, key, value, bounds, scale)
                 return out.transpose(1, 2), None
-            # SDPA would have been given no mask either.
+            # With SDPA, transformers would pass no mask either.
             attention_mask = None
         if torch.compiler.is_compiling():
             self.recorder.compiled = True
@@ -130,7 +130,7 @@ class PrefillAttention:
     def _refuse(
         self, module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]
     ) -> None:
-        """Raise for attention that is not the softmax of scaled products alone."""
+        """Raise ValueError if attention is more than a softmax of scaled products."""
         found = None
         for name, what in _NOT_COMPUTED.items():
             if arguments.get(name) is not None:
@@ -183,7 +183,7 @@ class PrefillAttention:
             out = query.new_zeros(B, Sq, H, value.shape[3]).transpose(1, 2)
             before = bounds.stop - Sq
             for number, (first, last) in enumerate(zip(bounds.first, bounds.last, strict=True)):
-                # The queries that are no padding; the chunk may be all padding.
+                # Only the queries that are not padding; there may be none in this chunk.
                 rows, keys = slice(max(first - before, 0), last - before), slice(first, last)
                 if rows.start < rows.stop:
                     item = slice(number, number + 1)
@@ -222,7 +222,7 @@ class PrefillAttention:
 
 
 class _LayerRun:
-    """One layer in one forward pass, item by item where the items differ."""
+    """One layer in one forward pass; items with padding are computed one by one."""
 
     def __init__(
         self, attention: PrefillAttention, layer: int | None, plan: _LayerPlan, scale: float
@@ -275,7 +275,7 @@ class _LayerRun:
         if reason is not None:
             recorder.count_dense(self._layer, reason)
         elif self._kept is None:
-            # Every item's rows were padding.
+            # All rows of all items were padding.
             recorder.count_dense(self._layer, "padding alone")
         else:
             recorder.count_sparse(self._layer, self._kept, self._valid, self._backend)
@@ -287,12 +287,12 @@ def _has_window(module: nn.Module) -> bool:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and number is not None:
         return bool(kinds[number] != "full_attention")
-    # All layers are alike.
+    # All layers are of one kind.
     return any(getattr(of, "sliding_window", None) is not None for of in (module, config))
 
 
 def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether a layer that is handed no mask is causal, as SDPA's function decides it."""
+    """Whether a layer without a mask is causal, decided as transformers' SDPA function does."""
     causal = arguments.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 

@@ -1,4 +1,4 @@
-"""What a language model's attention really did: sparse or dense, by layer and by forward pass."""
+"""The report of a language model's attention, sparse or dense, by layer and by forward pass."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
@@ -17,11 +17,11 @@ class LayerPrefill:
     """One layer over all forward passes.
 
     Attributes:
-        layer: Its number, from 0; None for layers without a number, such as a vision tower's.
+        layer: Number of the layer, from 0; None if it has none, as in a vision tower.
         sparse: How often it ran sparse.
         dense: How often it ran dense, by reason.
-        kept: Blocks computed while it was sparse, over batch and heads.
-        valid: Blocks that dense attention would have computed then.
+        kept: Blocks computed in its sparse runs, over batch and heads.
+        valid: Blocks that dense attention would have computed in these runs.
     """
 
     layer: int | None
@@ -38,12 +38,12 @@ class LayerPrefill:
 
 @dataclass(frozen=True, slots=True)
 class ForwardCount:
-    """Forward passes that were decided alike, for one kind of layer.
+    """Forward passes with the same decision, counted by kind of layer.
 
     Attributes:
         decision: ``"sparse"``, or why attention ran dense.
-        forwards: Their number.
-        tokens: The tokens that went in, padding included.
+        forwards: Number of forward passes.
+        tokens: Number of their input tokens, padding included.
     """
 
     decision: str
@@ -55,15 +55,15 @@ class ForwardCount:
 class PrefillReport:
     """What attention did since it was enabled.
 
-    A forward pass of a model whose layers are of two kinds, such as full and sliding, counts once
-    for each kind.
+    In a model with two kinds of layers, such as full and sliding, a forward pass counts once for
+    each kind.
 
     Attributes:
-        forwards: How forward passes were decided.
+        forwards: The forward passes, by decision.
         layers: What each layer did, by number.
         backends: The backends of the sparse layers.
-        num_refused: Layers that could not be computed; each raised.
-        compiled: Whether torch.compile ran some of it, dense; those runs are not counted.
+        num_refused: Layer runs that were refused; each raised an error.
+        compiled: Whether torch.compile ran some attention, dense; those runs are not counted.
     """
 
     forwards: tuple[ForwardCount, ...]
@@ -79,13 +79,13 @@ class PrefillReport:
 
     @property
     def density(self) -> float | None:
-        """Kept over valid blocks of all that ran sparse; None if nothing did."""
+        """Kept over valid blocks of all sparse layer runs; None if there were none."""
         valid = sum(one.valid for one in self.layers)
         return sum(one.kept for one in self.layers) / valid if valid else None
 
     @property
     def sparse_tokens(self) -> int:
-        """Tokens of the forward passes that were to run sparse."""
+        """Input tokens of the forward passes that were decided sparse."""
         return sum(one.tokens for one in self.forwards if one.decision == SPARSE)
 
     @property
@@ -97,7 +97,7 @@ class PrefillReport:
         return dict(reasons)
 
     def layer_densities(self) -> dict[int, float | None]:
-        """{layer: kept over valid blocks}, None unless sparse."""
+        """{layer: kept over valid blocks}; None for a layer that never ran sparse."""
         return {one.layer: one.density for one in self.layers if one.layer is not None}
 
     def summary(self) -> str:
@@ -157,9 +157,9 @@ class PrefillRecorder:
     """Counts what runs, without waiting for the device.
 
     Attributes:
-        compiled: Set while torch.compile traces attention. Compiled code replays that, and could
-            not count without being compiled anew for each number.
-        num_refused: Layers that could not be computed.
+        compiled: Set when torch.compile traces attention. Compiled code cannot count its runs:
+            it would be compiled anew for each number.
+        num_refused: Layer runs that were refused.
     """
 
     def __init__(self) -> None:
@@ -167,12 +167,12 @@ class PrefillRecorder:
         self.num_refused = 0
         self._forwards: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
-        # Decoding counts every layer of every token: nothing is made twice.
+        # Decoding counts every layer at every token, so a tally is created only once.
         self._layers: defaultdict[int | None, _LayerTally] = defaultdict(_LayerTally)
         self._backends: set[str] = set()
 
     def count_forward(self, decision: str, tokens: int) -> None:
-        """Count a forward pass of a kind of layer."""
+        """Count a forward pass for one kind of layer."""
         self._forwards[decision] += 1
         self._tokens[decision] += tokens
 

@@ -7,10 +7,10 @@ from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
 DEFAULT_PREFILL_THRESHOLD = 0.9
-# With half of the blocks, attention of SmolLM2-135M's shape takes as much processor time as dense
-# at 4,096 tokens, and less from 8,192 on.
+# With half of the blocks, attention of SmolLM2-135M's shape takes as much CPU time as dense
+# attention at 4,096 tokens, and less from 8,192 on.
 MIN_TOKENS_CPU = 8192
-# Those fields that say something of a forward pass without denoising steps.
+# The fields of `SparseSettings` that apply without denoising steps.
 PREFILL_FIELDS = (
     "stride",
     "block_size",
@@ -19,7 +19,7 @@ PREFILL_FIELDS = (
     "scoring_precision",
     "density",
 )
-# What a whole `SparseSettings` may set; the warm-up is not used, and on by default.
+# What a `SparseSettings` may set. The warm-up is not used, but is on by default.
 _TAKEN = {"threshold", "warmup_steps", *PREFILL_FIELDS}
 
 
@@ -74,7 +74,11 @@ class PrefillSettings:
         dense_layers: int = 0,
         **options: Any,
     ) -> "PrefillSettings":
-        """Settings made from the arguments of `enable_xattention` or `register_attention`."""
+        """Settings from the arguments of `enable_xattention` or `register_attention`.
+
+        Raises:
+            ValueError, TypeError: As for the class, or an option is not for language models.
+        """
         unknown = [name for name in options if name not in PREFILL_FIELDS]
         if unknown:
             raise TypeError(
@@ -87,14 +91,14 @@ class PrefillSettings:
 
     @property
     def dense_reason(self) -> str | None:
-        """Why every layer runs dense by these settings; None if one can run sparse."""
+        """Why every layer runs dense with these settings; None if one can run sparse."""
         return self.sparse.keeps_all_reason if self.sparse.schedule.is_dense else None
 
     def min_tokens_on(self, device_type: str) -> int:
-        """Tokens from which prefill runs sparse.
+        """Number of tokens from which prefill runs sparse.
 
-        On CUDA it is that of video attention: causal attention with 7% of the blocks was faster
-        than the best dense kernel on an H100 from there on, and slower at half that length.
+        The CUDA default is that of video attention: on an H100, causal attention with 7% of the
+        blocks was faster than the best dense kernel from there on, and slower at half the length.
         """
         if self.sparse.min_tokens is None and device_type != "cuda":
             return MIN_TOKENS_CPU
@@ -115,7 +119,7 @@ class PrefillSettings:
         return [schedule.threshold(0, layer, head) for head in range(num_heads)]
 
     def check_model(self, num_layers: int, num_heads: int) -> None:
-        """Raise ValueError if a layer or head is named that the model lacks, or none is sparse."""
+        """Raise ValueError if the model lacks a named layer or head, or all layers stay dense."""
         if self.dense_layers >= num_layers:
             raise ValueError(
                 f"dense_layers must be below the model's {num_layers} layers, got "

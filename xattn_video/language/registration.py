@@ -1,4 +1,4 @@
-"""Gives transformers a name for sparse prefill, and one model that name."""
+"""Registers sparse prefill under a name in transformers, and sets it on a model."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,13 +18,13 @@ from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.policy.settings import SparseSettings
 
-# Of the names of handles.
+# Prefix of the names that `enable_prefill` chooses.
 _PREFIX = "xattention-"
-# transformers takes another branch for a name that holds one of these.
+# transformers treats names that contain one of these specially.
 _OTHERS = ("eager", "sdpa", "flash", "flex", "paged", "/", "|")
 
 
-# Before, masks of static caches could not be left out (nor replaced by bounds).
+# Older versions always build the masks of static caches, so bounds could not replace them.
 _OLDEST = (5, 14)
 
 
@@ -47,13 +47,13 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
             self._give_to(model)
 
     def report(self) -> PrefillReport:
-        """What has run under this name; stays available after `disable`."""
+        """What ran under this name; also works after `disable`."""
         return self._attention.recorder.report()
 
     def disable(self) -> None:
-        """Give the model its previous attention, and remove the name. A second call does nothing.
+        """Restore the model's attention and remove the name. A second call does nothing.
 
-        A name given by `register_attention` must not be in use by then.
+        No model may still use a name from `register_attention`.
         """
         model, self._model = self._model, None
         if model is not None and _text_config(model)._attn_implementation == self.name:
@@ -84,15 +84,15 @@ def register_attention(
     dense_layers: int = 0,
     **options: Any,
 ) -> LanguageHandle:
-    """Give transformers a name, for ``attn_implementation="xattention"``.
+    """Register sparse prefill in transformers, for ``attn_implementation="xattention"``.
 
-    Long causal prefill then runs sparse in every model that has the name; all else runs as with
-    ``"sdpa"``. Registering a name again replaces what it stands for.
+    Long causal prefill then runs sparse in every model that uses the name; everything else runs
+    as with ``"sdpa"``. Registering a name again replaces its settings.
 
     Args:
         threshold: Share tau of each row's estimated mass to keep, in (0, 1]; 0.9 if neither it nor
-            ``density`` is given. A `ThresholdSchedule` may give layers and heads their own. Or a
-            whole `SparseSettings`.
+            ``density`` is given. Or a `ThresholdSchedule` by layer and head, or a whole
+            `SparseSettings`.
         name: The name.
         dense_layers: Number of first layers that stay dense.
         options: ``stride``, ``block_size``, ``min_tokens`` (8192 by default, 16384 on CUDA),
@@ -102,7 +102,9 @@ def register_attention(
         A handle with ``report()``, and ``disable()``, which removes the name.
 
     Raises:
-        ValueError, TypeError: A setting or the name is not usable.
+        ValueError, TypeError: A setting is out of range or of a wrong type, or transformers
+            reserves the name.
+        MissingPackageError: transformers is too old.
     """
     taken = [other for other in _OTHERS if other in name]
     if not name or taken:
@@ -122,21 +124,22 @@ def enable_prefill(
     dense_layers: int = 0,
     **options: Any,
 ) -> LanguageHandle:
-    """Let one model's long prefill run sparse; of a vision-language model, the text model's.
+    """Let a model's long prefill run sparse; in a vision-language model, that of the text model.
 
     Args:
-        model: Of transformers, with causal attention.
+        model: A transformers model with causal attention.
         threshold, dense_layers, options: As in `register_attention`.
 
     Returns:
         A handle with ``report()`` and ``disable()``; also a context manager.
 
     Raises:
-        UnsupportedModelError: The model is no causal language model, or its attention cannot be
-            replaced.
+        UnsupportedModelError: The model is not a causal language model, or its attention cannot
+            be replaced.
         RuntimeError: XAttention is already enabled on the model.
-        ValueError, TypeError: A setting is not usable, or names a layer or a head that the model
-            lacks.
+        ValueError, TypeError: A setting is out of range or of a wrong type, or names a layer or a
+            head that the model lacks.
+        MissingPackageError: transformers is too old.
     """
     config = _text_config(model)
     present = AttentionInterface().get(config._attn_implementation)
@@ -155,7 +158,7 @@ def enable_prefill(
 
 
 def _free_name() -> str:
-    """The registry is global: models with settings of their own have names of their own."""
+    """An unused name; the registry is global, so each model with its own settings needs one."""
     number = 1
     while f"{_PREFIX}{number}" in AttentionInterface():
         number += 1
@@ -178,14 +181,14 @@ def _register(attention: PrefillAttention) -> None:
 
 
 def _unregister(attention: PrefillAttention) -> None:
-    """Remove the name, unless another has taken it; transformers has no call for that."""
+    """Remove the name unless it was registered again; transformers has no function for that."""
     if AttentionInterface._global_mapping.get(attention.name) == attention.attend:
         del AttentionInterface._global_mapping[attention.name]
         del AttentionMaskInterface._global_mapping[attention.name]
 
 
 def _text_config(model: PreTrainedModel) -> Any:
-    """The configuration of the causal language model in a model."""
+    """The configuration of a model's causal language model."""
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__} has an encoder and a decoder; use a decoder-only "
@@ -195,7 +198,7 @@ def _text_config(model: PreTrainedModel) -> Any:
 
 
 def _for_text(model: PreTrainedModel, name: str | None) -> Any:
-    """The argument of `set_attn_implementation` that leaves a vision tower alone."""
+    """The argument of `set_attn_implementation` that leaves a vision tower unchanged."""
     text = _text_config(model)
     keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
     return {keys[0]: name} if keys else name
