@@ -1,4 +1,4 @@
-"""What a generation will spend its time on, known before it begins."""
+"""The expected work of a generation, by kind, computed before it begins."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from xattn_video.pipelines.run_plan import dense_step_flop, planned_steps
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
-# The convolutions of a VAE are slower by about this much than a step's matrix products: the demo
-# model's decoding on a CPU. It only serves until a decoding was timed.
+# How much slower the VAE's convolutions are than a step's matrix products; measured with the demo
+# model on a CPU. Used only until a decoding has been timed.
 _CONVOLUTIONS_SLOWER = 3.0
-# Enough latents for the work of each of them to be that of many.
+# Size of the latents to count the work on; more latents give the same work per latent.
 _PROBE = (3, 16, 16)
 
 
@@ -24,8 +24,8 @@ class ExpectedWork:
     """The work of a model's generations, by kind.
 
     Attributes:
-        shape: Of the model.
-        device_type: Where it runs.
+        shape: The sizes of the model.
+        device_type: Type of the device on which it runs.
         vae_config: The configuration of its VAE.
     """
 
@@ -35,7 +35,7 @@ class ExpectedWork:
 
     @classmethod
     def of(cls, pipe: "HunyuanVideoPipeline") -> "ExpectedWork":
-        """For a loaded pipeline."""
+        """The work of a loaded pipeline."""
         shape = shape_of_configs(pipe.transformer.config, pipe.vae.config)
         return cls(shape, pipe._execution_device.type, pipe.vae.config)
 
@@ -46,7 +46,7 @@ class ExpectedWork:
 
         Args:
             request: One of the videos, which share their settings.
-            videos: Made in one call.
+            videos: Number of videos made in the call.
             kept_mass: Whether the sparse steps measure kept mass.
         """
         counts = planned_steps(self.shape, request.video, request.sparse, self.device_type)
@@ -57,7 +57,7 @@ class ExpectedWork:
         return {kind: float(count * videos) for kind, count in units.items() if count}
 
     def decoding_steps(self, video: VideoSettings) -> float:
-        """Dense steps that take about as long as decoding does, by arithmetic."""
+        """Number of dense steps that take about as long as decoding, estimated from FLOP."""
         grid = self.shape.grid(video.height, video.width, video.num_frames)
         latents = math.prod(grid) * self.shape.patch_size**2
         decoding = latents * self.shape.patch_size_t * _flop_of_latent(self.vae_config)
@@ -65,7 +65,7 @@ class ExpectedWork:
 
 
 def _flop_of_latent(vae_config: Mapping[str, Any]) -> float:
-    """Floating-point operations of decoding one latent, counted without computing any."""
+    """Floating-point operations to decode one latent, counted on the meta device."""
     import torch
     from diffusers import AutoencoderKLHunyuanVideo
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,4 +1,4 @@
-"""Generates videos and records their times, memory and attention."""
+"""Generates videos and records their times, memory use and attention."""
 
 import statistics
 import sys
@@ -43,13 +43,13 @@ class StepRecord:
     seconds: float
     sparse: bool
     density: float | None
-    """Of a sparse step: kept blocks over valid blocks, all layers together."""
+    """Kept over valid blocks of all layers together; None for a dense step."""
     refreshed: bool = False
-    """Whether sparse layers ran dense as well."""
+    """Whether layers computed both the dense and the sparse output."""
 
     @property
     def kind(self) -> Literal["dense", "sparse", "refresh"]:
-        """What times are told apart by."""
+        """The kind of step; times are compared by kind."""
         if self.refreshed:
             return "refresh"
         return "sparse" if self.sparse else "dense"
@@ -62,13 +62,13 @@ class GenerationResult:
     Attributes:
         frames: uint8 `[T, H, W, 3]`, RGB.
         steps: Every denoising step.
-        seconds: From the prompt to the frames.
+        seconds: Seconds from the prompt to the frames.
         peak_memory_gib: Largest allocation on the CUDA device during this generation; elsewhere
-            the largest resident size of the process so far, None where the system tells none.
-        report: What attention really did; None if it was dense throughout by request.
-        latents: float32 `[C, T, H, W]` on the host, what the last step left for the VAE to decode.
-        prompt_tokens: How long the prompt was, and the negative prompt where one was given.
-        text_seconds: Those before the first step, which encode the text.
+            the largest resident size of the process so far, or None if the system does not tell.
+        report: What attention did; None if dense attention throughout was requested.
+        latents: float32 `[C, T, H, W]` on the host, the input of the VAE's decoder.
+        prompt_tokens: Token counts of the prompt, and of the negative prompt if there is one.
+        text_seconds: Seconds before the first step, in which the text is encoded.
     """
 
     frames: NDArray[np.uint8]
@@ -82,7 +82,7 @@ class GenerationResult:
 
     @property
     def decoding_seconds(self) -> float:
-        """Seconds after the last step, which decode the video and copy it to the host."""
+        """Seconds after the last step, in which the video is decoded and copied to the host."""
         return self.seconds - self.text_seconds - self.dense_seconds - self.sparse_seconds
 
     @property
@@ -97,22 +97,22 @@ class GenerationResult:
 
     @property
     def seconds_per_dense_step(self) -> float | None:
-        """The median, which a first step that compiles or moves weights does not change."""
+        """The median, so that a first step that compiles or moves weights has no effect."""
         return self._median_seconds("dense")
 
     @property
     def seconds_per_sparse_step(self) -> float | None:
-        """The median of those that refresh nothing."""
+        """The median over the sparse steps that refresh nothing."""
         return self._median_seconds("sparse")
 
     @property
     def seconds_per_refresh_step(self) -> float | None:
-        """The median."""
+        """The median over the steps that refresh."""
         return self._median_seconds("refresh")
 
     @property
     def estimated_seconds_saved(self) -> float | None:
-        """Compared with dense steps only, from the medians; None without steps of both kinds."""
+        """Seconds saved against dense steps only, from medians; None without both kinds."""
         dense, sparse = self.seconds_per_dense_step, self.seconds_per_sparse_step
         if dense is None or sparse is None:
             return None
@@ -150,18 +150,18 @@ def generate_together(
 ) -> tuple[GenerationResult, ...]:
     """Generate several videos in one call of the pipeline.
 
-    Ranks that share the video, see `enable_context_parallel`, all call this with the same
+    Ranks that share a video (`enable_context_parallel`) must all call this with the same
     requests.
 
     Args:
         pipe: The loaded pipeline; its attention processors are restored afterwards.
         requests: What to generate; they may differ only in prompt and seed.
         on_step: Called after every denoising step of all videos.
-        observers: Told of every layer that attends, where the requests have sparse settings.
+        observers: Called after the attention of every layer, if the requests have sparse settings.
 
     Returns:
-        One result for each video. Every one gets an equal share of the seconds; memory and report
-        are those of the call.
+        One result for each video, with an equal share of the seconds, and with the memory and
+        report of the whole call.
 
     Raises:
         ValueError: The requests cannot share a call.
@@ -240,7 +240,7 @@ class _StepRecorder:
         self._last_end: float | None = None
 
     def forward_begins(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        """A forward pre-hook: the first forward begins the first step."""
+        """A forward pre-hook: the first forward pass begins the first step."""
         if self._last_end is None:
             self.began = self._last_end = self._now()
 
@@ -250,7 +250,7 @@ class _StepRecorder:
         """Diffusers' `callback_on_step_end`.
 
         Raises:
-            RuntimeError: The latents are not finite, and no further step would repair them.
+            RuntimeError: The latents are not finite; further steps could not repair them.
         """
         now = self._now()
         if not bool(tensors["latents"].isfinite().all()):
@@ -268,12 +268,12 @@ class _StepRecorder:
         self.steps.append(StepRecord(index, self._total, seconds, sparse, density, refreshed))
         if self._on_step is not None:
             self._on_step(self.steps[-1])
-        # What the reading and showing took belongs to no step.
+        # The time of reading and showing the results belongs to no step.
         self._last_end = self._now()
         return {}
 
     def correct_densities(self, report: SparsityReport) -> None:
-        """Take the densities from a report that knows more than the processor of this rank."""
+        """Replace the densities by those of a report that covers all ranks."""
         self.steps = [
             replace(step, density=report.step_density(step.index)) for step in self.steps
         ]
@@ -288,10 +288,10 @@ class _StepRecorder:
 def _attention(
     pipe: "HunyuanVideoPipeline", settings: SparseSettings | None
 ) -> AbstractContextManager[Any]:
-    """A context with sparse attention, or without any change."""
+    """A context with sparse attention, or without changes if none is needed."""
     if settings is None and not is_split(pipe.transformer):
         return nullcontext()
-    # Diffusers' own processor knows nothing of ranks.
+    # Diffusers' own processor cannot split attention over ranks.
     return enable_on_transformer(pipe, settings or SparseSettings(threshold=1.0))
 
 
@@ -315,7 +315,7 @@ def _pipeline_arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]
     first = requests[0]
     return {
         "prompt": [request.prompt for request in requests],
-        # With None the pipeline would leave out classifier-free guidance without a word.
+        # With None the pipeline would silently omit classifier-free guidance.
         "negative_prompt": [first.negative_prompt or ""] * len(requests),
         "height": first.video.height,
         "width": first.video.width,
@@ -333,16 +333,16 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _to_bytes(video: Tensor, dtype: torch.dtype) -> NDArray[np.uint8]:
-    """Frames `[T, 3, H, W]` in 0 to 1 as bytes `[T, H, W, 3]`; NaN would turn black, unnoticed."""
+    """Turn frames `[T, 3, H, W]` from 0 to 1 into bytes `[T, H, W, 3]`; raises on NaN."""
     if not all(bool(frame.isfinite().all()) for frame in video):
-        # On a GPU a bfloat16 transformer has a float16 VAE: float32 alone changes both.
+        # On a GPU a bfloat16 transformer has a float16 VAE; float32 changes both.
         remedy = _DAMAGED if dtype == torch.float32 else "load the model in float32"
         raise RuntimeError(
             f"the video, decoded in {_name(dtype)}, has non-finite values; {remedy}."
         )
     num_frames, channels, height, width = video.shape
     frames = torch.empty(num_frames, height, width, channels, dtype=torch.uint8)
-    # One by one: a GPU that holds the model may have no room for the video in float32.
+    # Frame by frame, because a GPU that holds the model may lack room for the video in float32.
     for frame, place in zip(video, frames, strict=True):
         levels = frame.permute(1, 2, 0).float().mul_(255).round_()
         place.copy_(levels.to(torch.uint8).contiguous())
@@ -356,6 +356,6 @@ def _peak_memory_gib(device: torch.device) -> float | None:
         return None
     import resource
 
-    # Bytes on macOS, KiB elsewhere.
+    # The system reports bytes on macOS and KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

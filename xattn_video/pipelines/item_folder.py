@@ -1,9 +1,9 @@
-"""A folder that several runs of one command fill, each going on where the last one ended.
+"""A folder that several runs of one command fill; each run resumes where the last one ended.
 
-settings.json  what the files depend on, and its hash
-items/         one JSON file for each item that is finished, written last
-failures/      one for each that failed
-locks/         one file for each process that may write at a time
+settings.json  the settings that the files depend on, and their hash
+items/         one JSON file for each finished item, written after the item's files
+failures/      one JSON file for each failed item
+locks/         one lock file for each process that may write at the same time
 """
 
 import errno
@@ -21,23 +21,23 @@ from filelock import FileLock, Timeout
 from xattn_video.errors import FileNotWrittenError
 from xattn_video.files import read_record, write_json
 
-# A GPU that has failed fails in everything that follows.
+# A run stops after this many: once a GPU has failed, everything that follows fails too.
 _FAILURES_IN_A_ROW = 3
 _SHOWN_LENGTH = 200
 
 
 class RunStoppedError(RuntimeError):
-    """A run could not go on; what it made is kept."""
+    """A run had to stop; finished items are kept."""
 
 
 class ItemFolder:
-    """Reads and writes what is known of a folder's files.
+    """Reads and writes the records of a folder's files.
 
     Args:
-        path: Where the files are; it need not exist yet.
-        state: Where settings.json and the records are.
-        remedy: What to do where the folder is of other settings.
-        shared: What to add where another process writes into it.
+        path: The folder of the files; it need not exist yet.
+        state: The folder of settings.json and the records.
+        remedy: Advice for the message if the folder has other settings.
+        shared: Text to add to the message if another process writes into the folder.
     """
 
     def __init__(self, path: Path, state: Path, remedy: str, shared: str = "") -> None:
@@ -50,14 +50,14 @@ class ItemFolder:
         self._shared = shared
 
     def adopt(self, settings: dict[str, Any], overwrite: bool = False) -> None:
-        """Make the folder that of these settings, or make sure that it is.
+        """Assign these settings to a new folder, or check that the folder has them.
 
         Args:
-            settings: All that the files depend on.
-            overwrite: Remove what runs made, whatever their settings.
+            settings: Everything that the files depend on.
+            overwrite: Remove the items of earlier runs first, whatever their settings.
 
         Raises:
-            ValueError: It belongs to others.
+            ValueError: The folder has other settings.
         """
         settings = json.loads(json.dumps(settings))
         if overwrite:
@@ -75,7 +75,7 @@ class ItemFolder:
         """The run's settings.
 
         Raises:
-            ValueError: They were changed by hand.
+            ValueError: The settings file is invalid or was changed by hand.
         """
         try:
             content = json.loads(self.settings_file.read_text(encoding="utf-8"))
@@ -94,10 +94,10 @@ class ItemFolder:
 
     @contextmanager
     def lock(self, name: str = "run") -> Iterator[None]:
-        """Hold a process's place; the system lets go of it however the process ends.
+        """Hold a lock; the system releases it however the process ends.
 
         Raises:
-            ValueError: Another process holds it.
+            ValueError: Another process holds the lock.
         """
         locks = self._state / "locks"
         locks.mkdir(parents=True, exist_ok=True)
@@ -112,12 +112,12 @@ class ItemFolder:
             yield
 
     def add(self, key: str, files: Iterable[Path], record: dict[str, Any]) -> None:
-        """Note that an item is finished.
+        """Record that an item is finished.
 
         Args:
-            key: The item's.
-            files: Its files, in their places.
-            record: What is known of it.
+            key: The key of the item.
+            files: Its files, at their final paths.
+            record: Values to store.
         """
         sums = {
             file.relative_to(self.path).as_posix(): {
@@ -131,7 +131,7 @@ class ItemFolder:
         self.forget_failures([key])
 
     def record(self, key: str) -> dict[str, Any] | None:
-        """What is known of an item; None unless it is finished and its files have their sizes."""
+        """The record of an item; None unless it is finished and its files have the right sizes."""
         record = read_record(self._item_file(key), "key", "files")
         if record is None or record["key"] != key:
             return None
@@ -142,13 +142,13 @@ class ItemFolder:
         return record
 
     def add_failure(self, key: str, name: str, error: Exception) -> None:
-        """Note that an item failed."""
+        """Record that an item failed."""
         self.failures.mkdir(exist_ok=True)
         content = {"key": key, "prompt": name, "error": describe_error(error)}
         write_json(self._failure_file(key), content)
 
     def forget_failures(self, keys: Iterable[str]) -> None:
-        """Before they are tried again."""
+        """Remove the failure records of items, before they are tried again."""
         for key in keys:
             self._failure_file(key).unlink(missing_ok=True)
 
@@ -160,14 +160,14 @@ class ItemFolder:
         return str((read_record(file, "error") or {"error": "unknown"})["error"])
 
     def _create(self, settings: dict[str, Any]) -> None:
-        """Write the settings unless another rank did; a link appears whole or not at all."""
+        """Write the settings unless another rank did; the file appears whole or not at all."""
         self._state.mkdir(parents=True, exist_ok=True)
         content = {"hash": settings_hash(settings), "settings": settings}
         with suppress(FileExistsError):
             write_json(self.settings_file, content, new=True)
 
     def _remove_items(self) -> None:
-        """Remove finished items with their files, what failed, and the settings."""
+        """Remove finished items with their files, failure records and the settings."""
         for item in self._items.glob("*.json"):
             for name in (read_record(item, "files") or {"files": ()})["files"]:
                 (self.path / name).unlink(missing_ok=True)
@@ -183,11 +183,11 @@ class ItemFolder:
 
 
 class Attempts:
-    """Makes one item after another, goes on where one fails, and stops where that is in vain.
+    """Makes items one after another, continues after a failure, and stops if it is futile.
 
     Args:
-        folder: Where the items go.
-        say: Prints a line.
+        folder: The folder of the items.
+        say: Function that prints a line.
     """
 
     def __init__(self, folder: ItemFolder, say: Callable[[str], None]) -> None:
@@ -199,10 +199,10 @@ class Attempts:
 
     @contextmanager
     def item(self, key: str, name: str) -> Iterator[None]:
-        """Note it if what is done within it fails.
+        """A context that makes one item; records the failure if it raises.
 
         Raises:
-            RunStoppedError: The disk is full, or one item after the other fails.
+            RunStoppedError: The disk is full, or several items failed in a row.
         """
         try:
             yield
@@ -230,7 +230,7 @@ class Attempts:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """The same for equal settings, whatever their order."""
+    """A hash that is the same for equal settings, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -247,7 +247,7 @@ def describe_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[s
 
 
 def describe_error(error: Exception) -> str:
-    """One line, with the kind of error."""
+    """The error in one line, with its kind."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -267,7 +267,7 @@ def _plain(value: object) -> str:
 
 def _stop_if_full(error: Exception, folder: Path) -> None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        # Where the frames of the video are.
+        # The path of the kept frames.
         more = f" {error.more}" if isinstance(error, FileNotWrittenError) and error.more else ""
         raise RunStoppedError(
             f"the disk of {str(folder)!r} is full; finished work is kept: free some space, "

@@ -1,4 +1,4 @@
-"""The ranks of one job: processes that torchrun or accelerate launch has started together."""
+"""The ranks of one job: processes that torchrun or accelerate launch started together."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _JOIN_MINUTES = 5
-# The watch ends a job long before.
+# A generous limit: the watch ends a stuck job long before.
 _GROUP_MINUTES = 30
 _VERDICT_SECONDS = 15.0
 _TERMINATED_SECONDS = 6.0
@@ -34,10 +34,10 @@ class JobRanks:
     """This process among the ranks of its job; by default it is the only one.
 
     Attributes:
-        rank, count: Its number, from 0, and how many there are.
+        rank, count: Number of this rank, from 0, and number of ranks.
         local_rank, local_count: The same on this machine.
-        watch: Of the others; None for a process by itself.
-        team_size: How many share a video; all, if `team` made none of fewer.
+        watch: The watch over the other ranks; None for a single process.
+        team_size: Number of ranks that share a video; all ranks unless `team` was called.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class JobRanks:
 
     @property
     def is_first_of_team(self) -> bool:
-        """Whether this rank writes what its team makes."""
+        """Whether this rank writes the videos of its team."""
         return self.rank % self.team_size == 0
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other rank."""
+        """Whether this is the only rank."""
         return self.count == 1
 
     def team(self, size: int) -> "JobRanks":
-        """This rank among the ``size`` neighbours that share videos: they alone meet."""
+        """This rank within a team of ``size`` neighbours that share videos and meet."""
         team = copy.copy(self)
         team._team, team.team_size, team._meetings = self.rank // size + 1, size, 0
         if team.watch is not None:
@@ -82,10 +82,10 @@ class JobRanks:
         return team
 
     def meet(self) -> None:
-        """Wait for all ranks, or those of the team, however long they take.
+        """Wait for all ranks of the team, however long they take.
 
         Raises:
-            RankLostError: One of them failed.
+            RankLostError: A rank failed.
         """
         if self.watch is None:
             return
@@ -97,7 +97,7 @@ class JobRanks:
             time.sleep(0.02)
 
     def share(self, what: str, value: Callable[[], Any]) -> Any:
-        """What the first rank gives, on every rank; a JSON value, once for each ``what``."""
+        """Give all ranks the first rank's value, which must be JSON; once for each ``what``."""
         import json
 
         if self.is_first:
@@ -110,10 +110,10 @@ class JobRanks:
         return json.loads(self._store.get(f"shared/{what}"))
 
     def agree(self, what: str, values: dict[str, Any]) -> None:
-        """Make sure that all ranks were given the same.
+        """Check that all ranks were given the same values.
 
         Raises:
-            ValueError: They were not.
+            ValueError: This rank's values differ from the first rank's.
         """
         import json
 
@@ -128,7 +128,7 @@ class JobRanks:
             )
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
-        """Items for this rank, each as soon as it asks for one."""
+        """Distribute items: each rank gets the next one as soon as it asks."""
         if self.is_alone:
             yield from items
             return
@@ -136,10 +136,11 @@ class JobRanks:
             yield items[number]
 
     def place(self, load: "LoadOptions") -> "LoadOptions":
-        """The options with a device for this rank alone.
+        """The options with a separate device for this rank.
 
         Raises:
-            ValueError: There are more ranks than GPUs, or one GPU was named for all.
+            ValueError: There are more ranks than GPUs, one GPU was named for all ranks, or torch
+                lacks NCCL.
         """
         import torch
         import torch.distributed as dist
@@ -190,7 +191,7 @@ class JobRanks:
 
     @contextlib.contextmanager
     def computing(self, pipe: Any) -> Iterator[None]:
-        """Within, ranks wait for one another in every layer: one that stands still ends all."""
+        """A context in which ranks wait for one another in every layer; a stuck rank ends all."""
         if self.watch is None:
             yield
             return
@@ -205,16 +206,16 @@ class JobRanks:
         self.watch.tick()
         self.watch.is_computing = True
         yield
-        # After an exception the process ends.
+        # Not in a finally: after an exception the process ends.
         self.watch.is_computing = False
         for handle in handles:
             handle.remove()
 
     def first_failure(self, error: BaseException, text: str) -> str:
-        """What to print for an error of this rank: what failed first, on whichever rank.
+        """The text to print for an error of this rank: the first failure of any rank.
 
         Args:
-            error: What ends this process.
+            error: The error that ends this process.
             text: Its description; "" for an interruption.
         """
         watch = self.watch
@@ -222,7 +223,7 @@ class JobRanks:
             return text
         watch.claim()
         if self.rank:
-            # One rank tells what failed.
+            # Only one rank prints the failure.
             _set_silent(True)
         is_lost = isinstance(error, RankLostError) or _is_of_exchange(error)
         if not isinstance(error, Exception):
@@ -242,13 +243,13 @@ class JobRanks:
 
 @contextlib.contextmanager
 def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
-    """Join the other ranks if a launcher has started several; the first alone may print.
+    """Join the other ranks if a launcher started several; only the first may print.
 
     Args:
-        tell: Prints an error.
+        tell: Function that prints an error.
 
     Raises:
-        SystemExit: As the block within, after all ranks know.
+        SystemExit: From the block inside, after all ranks know of it; or the ranks cannot connect.
     """
     launched = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
     if not all(value.isdecimal() for value in launched.values()) or launched["WORLD_SIZE"] == "1":
@@ -291,7 +292,7 @@ def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
 
 
 def _end_failed(watch: RankWatch, rank: int, code: int, last_line: str) -> None:
-    """End at once: what NCCL left undone would keep an orderly end waiting."""
+    """End at once, because an orderly end would wait for unfinished NCCL operations."""
     with contextlib.suppress(RuntimeError):
         watch.publish_unless_left(last_line.removeprefix("error: "))
         if rank == 0:
@@ -304,15 +305,15 @@ def _end_failed(watch: RankWatch, rank: int, code: int, last_line: str) -> None:
 
 
 class RankStream(io.TextIOBase):
-    """The stdout or stderr of a rank that is not the first: silent, or with its number.
+    """The stdout or stderr of a rank that is not the first: silent, or with the rank's number.
 
     Args:
-        stream: Where lines go.
-        rank: Which begins them.
+        stream: The stream to write lines to.
+        rank: The number at the start of each line.
 
     Attributes:
-        is_silent: Whether they go nowhere.
-        last_line: Kept in any case.
+        is_silent: Whether lines are dropped.
+        last_line: The last line, kept even if it is dropped.
     """
 
     encoding = "utf-8"
@@ -347,7 +348,7 @@ def _quiet(rank: int) -> Iterator[Callable[[], str]]:
 
 
 def speak() -> None:
-    """Let this rank print, each line with its number."""
+    """Let this rank print; each line begins with its number."""
     _set_silent(False)
 
 
@@ -358,7 +359,7 @@ def _set_silent(is_silent: bool) -> None:
 
 
 def _is_of_exchange(error: BaseException) -> bool:
-    """Whether it says that another rank is gone."""
+    """Whether the error says that another rank is gone."""
     import torch.distributed as dist
 
     is_runtime = isinstance(error, RuntimeError)

@@ -1,4 +1,4 @@
-"""Loads a HunyuanVideo pipeline, following the memory advice of Diffusers' documentation."""
+"""Loads a HunyuanVideo pipeline as Diffusers' documentation advises for memory."""
 
 import contextlib
 from dataclasses import dataclass
@@ -32,16 +32,16 @@ class LoadOptions:
             bfloat16 transformer, as Diffusers advises; elsewhere all parts share it.
         device: None means a CUDA device if there is one, else the CPU.
         offload: Which parts wait in host memory: whole models, single layers one after the other
-            (slowest, least memory), or groups of layers with their transfers overlapped. If None,
-            whole models on CUDA and nothing elsewhere or for the demo model;
-            `memory.settle_offload` chooses by what is free.
-        vae_tiling: Decode the video in tiles. If None, on but for the demo model.
+            (slowest, least memory), or groups of layers with overlapped transfers. If None, whole
+            models on CUDA, and nothing elsewhere or for the demo model; `memory.settle_offload`
+            chooses by the free memory.
+        vae_tiling: Decode the video in tiles. If None, on except for the demo model.
         attention_backend: A Diffusers attention backend for the dense steps.
-        device_elsewhere: The device may be another machine's: options to plan with, not to load.
-        processes: Processes of this machine that load the model and share its host memory.
+        device_elsewhere: The device may be in another machine: plan with these options only.
+        processes: Processes on this machine that load the model and share its host memory.
         num_gpus: GPUs that share the tokens of each video.
-        gpu_memory: GiB of the GPU that is planned for, which is then the device unless one is
-            given. If None, what is free on the device.
+        gpu_memory: Memory in GiB of the GPU to plan for; the device is then a GPU unless one is
+            given. If None, the memory that is free on the device.
     """
 
     model: str = HUNYUAN_VIDEO
@@ -84,14 +84,14 @@ class LoadOptions:
 
     @property
     def resolved_device(self) -> torch.device:
-        """The device that computes."""
+        """The device that runs the model."""
         if self.device is None:
             on_gpu = self.gpu_memory is not None or torch.cuda.is_available()
             return torch.device("cuda" if on_gpu else "cpu")
         device: torch.device | None = None
         with contextlib.suppress(RuntimeError):
             device = torch.device(self.device)
-        # Others exist, but nothing here was ever run on them.
+        # Other device types exist, but this package was never run on them.
         if device is None or device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"device must be cpu, cuda or cuda:N, got {self.device!r}; use one of these."
@@ -130,10 +130,10 @@ class LoadOptions:
 
 
 def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
-    """Load, place and set up the pipeline.
+    """Load the pipeline, place it on its device and configure it.
 
     Raises:
-        ValueError, BackendUnavailableError: As `check_loading`.
+        ValueError, BackendUnavailableError: As in `check_loading`.
         UnsupportedModelError: The pipeline is not HunyuanVideo's; found before weights are read.
         PipelineLoadError: The hub has no such model, or cannot be reached.
     """
@@ -144,7 +144,7 @@ def load_pipeline(options: LoadOptions) -> "HunyuanVideoPipeline":
     if options.resolved_vae_tiling:
         pipe.vae.enable_tiling()
     if options.attention_backend is not None:
-        # Sets the active backend of the process too, which a processor set later takes up.
+        # This also sets the active backend of the process, which later processors use.
         pipe.transformer.set_attention_backend(options.attention_backend)
     return pipe
 

@@ -1,4 +1,4 @@
-"""Estimates the memory of a run, and chooses the offload by the memory that is free."""
+"""Estimates the memory of a run, and chooses the offload by the free memory."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
@@ -13,24 +13,24 @@ from xattn_video.pipelines.request import SIZE_STEP, VideoSettings
 from xattn_video.pipelines.source import find_model
 from xattn_video.policy.settings import ResidualPlace
 
-# Tensors of the hidden size that a forward holds at its peak; fits the 36.3 GiB measured on an
-# H100 for HunyuanVideo's transformer at 720x1280x129, 23.9 GiB of which are weights.
+# Tensors of the hidden size that a forward pass holds at its peak. Fits the 36.3 GiB measured on
+# an H100 for HunyuanVideo's transformer at 720x1280x129, of which 23.9 GiB are weights.
 _HIDDEN_TENSORS = 18
-# Tensors of full size, with the VAE's fewest channels, that decoding holds; fits the 1.07 GiB
-# measured on a CPU for the demo's VAE at 384x384x65.
+# Tensors of the video's size, with the VAE's fewest channels, that decoding holds. Fits the
+# 1.07 GiB measured on a CPU for the demo model's VAE at 384x384x65.
 _VAE_TENSORS = 2
-# Decoded frames that exist at once: the tiles and the video that they become.
+# Copies of the decoded frames that exist at once: the tiles, and the video made of them.
 _FRAME_COPIES = 2
-# Of the tiles that `enable_tiling` sets up.
+# Size of the tiles that `enable_tiling` sets up, in pixels and frames.
 _TILE_SIDE, _TILE_FRAMES = 256, 17
-# Pixels of all these tiles, to those of the video: tiles are 4/3 as long as their distance.
+# Pixels of all tiles over pixels of the video: tiles are 4/3 as long as their spacing.
 _TILE_OVERLAP = (4 / 3) ** 3
-# Python, torch and Diffusers.
+# Host memory of Python, torch and Diffusers.
 _PROCESS_GIB = 1.0
 # Group offload pins a copy of all weights: 78 GiB on the host for HunyuanVideo's 38.6.
 _GROUP_COPIES = 2
 _FASTEST_FIRST: tuple[Offload, ...] = ("none", "model", "group", "sequential")
-# Parts of the asked height and width that are tried where no number of frames fits.
+# Fractions of the requested height and width to try if no number of frames fits.
 _SMALLER_SIDES = (1.0, 0.75, 0.5, 0.25, 0.125)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GIB = 2**30
@@ -50,15 +50,15 @@ class MemoryEstimate:
 
     Attributes:
         transformer, text_encoders, vae: Weights.
-        activations: Of one forward of the transformer.
-        decoding: Of the VAE's decoding, the decoded frames included.
-        peak: What the device holds at most.
-        host: What the process holds at most in host memory.
+        activations: Activations of one forward pass of the transformer.
+        decoding: Activations of the VAE's decoder, and the decoded frames.
+        peak: Peak memory of the device.
+        host: Peak host memory of the process.
         offload: Which parts wait in host memory.
-        offload_reason: Why these.
-        peaks, hosts: `peak` and `host` of every way to offload that the device has.
-        residuals: What refreshes keep, see `with_residuals`.
-        residuals_on_host: Whether that is part of ``host`` and not of ``peak``.
+        offload_reason: Why this offload was chosen.
+        peaks, hosts: `peak` and `host` of every offload that the device supports.
+        residuals: Residuals that refreshes keep; see `with_residuals`.
+        residuals_on_host: Whether they are part of ``host`` and not of ``peak``.
     """
 
     transformer: float
@@ -76,17 +76,17 @@ class MemoryEstimate:
     residuals_on_host: bool = False
 
     def fits(self, offload: Offload, room: Room) -> bool:
-        """Whether an offload fits into the memory, as far as it is known."""
+        """Whether an offload fits in the memory; unknown memory counts as enough."""
         on_gpu = room.gpu is None or self.peaks[offload] <= room.gpu
         return on_gpu and (room.host is None or self.hosts[offload] <= room.host)
 
 
 def find_room(options: LoadOptions) -> Room:
-    """The free memory of device and host; for a device elsewhere, only what was given."""
+    """The free memory of device and host; for a device elsewhere, only ``gpu_memory``."""
     if options.gpu_memory is not None or not options.device_is_here:
         return Room(options.gpu_memory, None)
     host = psutil.virtual_memory().available / _GIB
-    if _CGROUP_LIMIT.is_file():  # a container's or a batch system's
+    if _CGROUP_LIMIT.is_file():  # the limit of a container or a batch system
         limit = _CGROUP_LIMIT.read_text().strip()
         host = min(host, int(limit) / _GIB) if limit.isdigit() else host
     device = options.resolved_device
@@ -102,7 +102,7 @@ def estimate_memory(
     Args:
         shape: The sizes of the model.
         video: The size of the video.
-        options: If the offload is None, the fastest that fits into ``room`` is chosen.
+        options: How to load; if the offload is None, the fastest that fits in ``room`` is chosen.
         room: The free memory.
     """
     on_gpu = options.resolved_device.type == "cuda"
@@ -115,7 +115,7 @@ def estimate_memory(
     tokens = grid[0] * grid[1] * grid[2] + shape.text_tokens
     activations = _HIDDEN_TENSORS * tokens * shape.hidden * size / _GIB / options.num_gpus
     decoding = _decoding_gib(shape, video, options, others)
-    # As the VAE leaves them, in float32 and as bytes.
+    # Frames as the VAE returns them, in float32 and as bytes.
     values = 3 * video.num_frames * video.height * video.width
     frames = values * (others + 4 + 1) / _GIB
     weights = transformer + text_encoders + vae
@@ -125,7 +125,7 @@ def estimate_memory(
     if on_gpu:
         peaks["model"] = max(transformer + activations, text_encoders, vae + decoding)
         peaks["group"] = peaks["sequential"] = transformer / shape.layers + computing
-        # While loading all weights are on the host, whatever becomes of them.
+        # While loading, all weights are on the host.
         hosts = {"none": max(weights, frames), "model": weights + frames}
         hosts |= {"group": _GROUP_COPIES * weights + frames, "sequential": weights + frames}
     hosts = {name: gib + _PROCESS_GIB for name, gib in hosts.items()}
@@ -149,7 +149,7 @@ def estimate_memory(
 def with_residuals(
     memory: MemoryEstimate, num_bytes: int, place: ResidualPlace, room: Room, on_gpu: bool
 ) -> MemoryEstimate:
-    """The estimate with what refreshes keep; ``auto`` puts it where there is room."""
+    """The estimate with the residuals of refreshes; ``auto`` places them where they fit."""
     gib = num_bytes / _GIB
     short = room.gpu is not None and memory.peak + gib > room.gpu
     on_host = on_gpu and (place == "host" or (place == "auto" and short))
@@ -170,7 +170,7 @@ def with_residuals(
 
 
 def describe_residual_shortage(memory: MemoryEstimate, room: Room) -> str | None:
-    """Why there is no room for what refreshes keep; None if there may be, or without any."""
+    """Why the residuals do not fit; None if they may fit, or if there are none."""
     if not memory.residuals or memory.fits(memory.offload, room):
         return None
     where = "host memory" if memory.residuals_on_host else "device memory"
@@ -187,7 +187,7 @@ def settle_offload(options: LoadOptions, video: VideoSettings) -> LoadOptions:
     """The options with the best offload for the video on this machine, unless one was given.
 
     Raises:
-        ValueError, UnsupportedModelError, PipelineLoadError: As `read_model_shape`.
+        ValueError, UnsupportedModelError, PipelineLoadError: As in `read_model_shape`.
     """
     if options.offload is not None or options.resolved_device.type != "cuda":
         return options
@@ -215,7 +215,7 @@ def describe_shortage(
 
 
 def _choose(memory: MemoryEstimate, room: Room) -> MemoryEstimate:
-    """The fastest way to offload that fits."""
+    """The estimate with the fastest offload that fits."""
     if room.gpu is None:
         reason = "the default; with --gpu-memory, the fastest that fits is chosen"
         return replace(memory, offload_reason=reason)
@@ -241,7 +241,7 @@ def _decoding_gib(
     if options.resolved_vae_tiling:
         tile = min(video.num_frames, _TILE_FRAMES)
         tile *= min(video.height, _TILE_SIDE) * min(video.width, _TILE_SIDE)
-    # GPUs that share a video hold every decoded tile at once.
+    # Each GPU that shares a video holds all decoded tiles at once.
     copies = _FRAME_COPIES + (_TILE_OVERLAP if options.num_gpus > 1 else 0)
     return (_VAE_TENSORS * shape.vae_channels * tile + copies * 3 * values) * size / _GIB
 

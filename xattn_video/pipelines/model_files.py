@@ -8,7 +8,7 @@ from typing import Any
 _LFS_POINTER = b"version https://git-lfs"
 _AGAIN = "download it again"
 
-# Part -> its configuration, the key that tells its kind, and what that may be.
+# Part -> its configuration file, the key that tells its kind, and the allowed kinds.
 _CONFIGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "transformer": ("config.json", "_class_name", ("HunyuanVideoTransformer3DModel",)),
     "vae": ("config.json", "_class_name", ("AutoencoderKLHunyuanVideo",)),
@@ -16,7 +16,7 @@ _CONFIGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "text_encoder_2": ("config.json", "model_type", ("clip_text_model", "clip")),
     "scheduler": ("scheduler_config.json", "_class_name", ()),
 }
-# Part -> names of its weights, the first that is there is read.
+# Part -> file names of its weights; the first that exists is read.
 _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = {
@@ -88,7 +88,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def weight_files(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
-    """The files of a part's weights, and the tensors that an index promises of each.
+    """The files of a part's weights, and the tensors that the index lists for each.
 
     Raises:
         ValueError: There are no weights, or their index is invalid.
@@ -111,7 +111,7 @@ def unreadable(file: Path, error: OSError) -> ValueError:
 
 
 def _check_content(file: Path) -> None:
-    """Raise ValueError if a file is empty or only a pointer to its content."""
+    """Raise ValueError if a file is empty or only a git-LFS pointer."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_LFS_POINTER))
@@ -153,13 +153,13 @@ def _check_parts(folder: Path) -> None:
         shapes: dict[str, list[int]] = {}
         for file, promised in weight_files(folder / part, names).items():
             shapes |= _check_weights(file, promised)
-        # Quantised weights have shapes of their own; pickled ones were not read.
+        # Quantised weights have other shapes; pickled weights were not read.
         if shapes and "quantization_config" not in configs[part]:
             _check_shapes(folder / part, configs[part], shapes)
 
 
 def _read_config(folder: Path, part: str) -> dict[str, Any]:
-    """A part's configuration, which must be that of its kind."""
+    """A part's configuration; raises ValueError if it is of another kind."""
     name, key, expected = _CONFIGS[part]
     config = read_json(folder / part / name)
     if expected and config.get(key) not in expected:
@@ -194,7 +194,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_weights(file: Path, promised: list[str]) -> dict[str, list[int]]:
-    """The shapes in one file of weights, which must hold the tensors that were promised."""
+    """The shapes in a file of weights; raises ValueError if it lacks a promised tensor."""
     if file.suffix != ".safetensors":
         _check_content(file)
         return {}
@@ -209,11 +209,11 @@ def _check_weights(file: Path, promised: list[str]) -> dict[str, list[int]]:
 
 
 def _check_shapes(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
-    """Diffusers would draw missing weights at random, with a warning at most."""
+    """Raise ValueError on missing weights, which Diffusers would fill with random numbers."""
     import diffusers
     import torch
 
-    if config.get("_class_name") is None:  # one of transformers' models
+    if config.get("_class_name") is None:  # a transformers model
         return
     with torch.device("meta"):
         model = getattr(diffusers, config["_class_name"]).from_config(config)

@@ -9,7 +9,7 @@ from typing import Any
 from xattn_video.pipelines.model_files import read_shapes
 from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported
 
-# HunyuanVideo's Llama and CLIP text encoders, and its VAE.
+# Parameters of HunyuanVideo's Llama and CLIP text encoders, and of its VAE.
 _TEXT_PARAMETERS = 7_505_186_816 + 123_060_480
 _VAE_PARAMETERS = 246_478_803
 
@@ -29,7 +29,7 @@ class ModelShape:
     spatial_compression: int = 8
     temporal_compression: int = 4
     vae_channels: int = 128
-    """Of the VAE's tensors at the video's own size."""
+    """Channels of the VAE's tensors at the size of the video."""
     text_tokens: int = 256
     text_parameters: int = _TEXT_PARAMETERS
     vae_parameters: int = _VAE_PARAMETERS
@@ -44,12 +44,12 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> float:
-        """Weights of one layer that each token passes through; a token uses one stream of two."""
+        """Weights of one layer applied to each token; in double streams, those of one stream."""
         return (4 + 2 * self.mlp_ratio) * self.hidden**2
 
     @property
     def transformer_parameters(self) -> int:
-        """The blocks, their modulation and the refiner; the small embedders are left out."""
+        """Parameters of the blocks, their modulation and the refiner, without small embedders."""
         single = self.linear_parameters + 3 * self.hidden**2
         double = 2 * (self.linear_parameters + 6 * self.hidden**2)
         refiner = (12 + 2) * self.hidden**2
@@ -60,7 +60,7 @@ class ModelShape:
         )
 
     def grid(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-        """T, H and W of the latent patches, each of which is one video token."""
+        """T, H and W of the grid of latent patches; each patch is one video token."""
         latent_frames = (num_frames - 1) // self.temporal_compression + 1
         side = self.spatial_compression * self.patch_size
         return latent_frames // self.patch_size_t, height // side, width // side

@@ -10,7 +10,7 @@ from xattn_video.pipelines.request import GenerationRequest
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
-# What the pipeline reads unless it is told otherwise: of Llama's tokens, and of CLIP's.
+# The pipeline's default limits on Llama's and CLIP's tokens.
 LLAMA_LIMIT = 256
 CLIP_LIMIT = 77
 

@@ -1,7 +1,7 @@
-"""Watches the ranks of a job from a thread of each, so that none waits for one that has ended.
+"""Watches the ranks of a job from a thread in each, so that none waits for one that has ended.
 
-Every rank tells a common store that it lives, and how far it is. The first failure is kept there:
-it ends all ranks, with one line that names its rank.
+Every rank writes to a common store that it is alive, and its progress. The first failure is kept
+there; it ends all ranks, with one line that names the rank that failed.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Any
 
 FAILED = 1
 _BEAT_SECONDS = 0.5
-# A rank that says nothing for so long is counted as ended, even if nothing else speaks for it.
+# A rank that is silent for so long counts as ended, without any other sign of it.
 PATIENCE_SECONDS = 45.0
-# The same where a connection broke or the launcher ends the others: then one has ended.
+# The same after a broken connection or a signal of the launcher, which mean that a rank ended.
 SUSPICION_SECONDS = 4.0
-# For the main thread to find the failure by itself: it waits for a rank, or writes a file.
+# Time for the main thread to notice the failure by itself, while it waits for a rank or works.
 _WAITING_GRACE, _WORKING_GRACE = 2.0, 25.0
 _TOLD_SECONDS = 10.0
-# Of the longest time between two layers.
+# A rank stands still after this many times the longest time between two layers.
 _SLOWNESS = 4
 _ENDED = "it ended without a message; it was killed or ran out of host memory"
 
@@ -36,9 +36,9 @@ class RankFailure:
     """The first failure of a job.
 
     Attributes:
-        rank: Whose; None if all ranks stand still.
-        text: One line.
-        shared: Whether it failed in work that the ranks share, or alone.
+        rank: The rank that failed; None if all ranks were interrupted.
+        text: What happened, in one line.
+        shared: Whether it failed in work that the ranks share.
     """
 
     rank: int | None
@@ -48,28 +48,28 @@ class RankFailure:
     def __str__(self) -> str:
         if self.rank is None:
             return self.text
-        # What only the first rank does needs no rank.
+        # Work that only the first rank does needs no rank number.
         return (
             self.text if self.rank == 0 and not self.shared else f"rank {self.rank}: {self.text}"
         )
 
 
 class RankLostError(RuntimeError):
-    """Another rank has failed; the watch knows why."""
+    """Another rank failed; the watch knows why."""
 
 
 class RankWatch:
-    """Tells the others that this rank lives, and finds out who does not.
+    """Tells the other ranks that this one is alive, and finds out which ranks are not.
 
     Args:
-        store: Of the job, a `torch.distributed.Store`.
-        rank, count: This process's, and of all.
-        tell: Prints an error.
+        store: The store of the job, a `torch.distributed.Store`.
+        rank, count: Number of this rank, and number of ranks.
+        tell: Function that prints an error.
 
     Attributes:
-        failure: The first one, once it is known.
-        is_computing: Whether the ranks wait for one another.
-        team: The ranks that wait for one another then.
+        failure: The first failure, once it is known.
+        is_computing: Whether the ranks are waiting for one another.
+        team: The ranks that then wait for one another.
     """
 
     def __init__(self, store: Any, rank: int, count: int, tell: Callable[[str], None]) -> None:
@@ -77,12 +77,12 @@ class RankWatch:
         self.is_computing = False
         self.team = range(count)
         self._store, self._rank = store, rank
-        # A client of its own: one that waits holds the others up.
+        # A separate client, because a waiting call blocks others on the same client.
         self._thread_store = store.clone()
         self._tell = tell
         self._others = [other for other in range(count) if other != rank]
         now = time.monotonic()
-        # What a rank last said, and when that changed: that it lives, and how far it is.
+        # Last message of each rank, and when it changed; then its progress, and when that changed.
         self._heard: dict[int, tuple[str, float]] = {}
         self._reached = dict.fromkeys(range(count), (0, now))
         self._progress, self._slowest, self._ticked = 0, 0.0, now
@@ -95,10 +95,10 @@ class RankWatch:
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start watching."""
         process = [socket.gethostname(), os.getpid()]
         self._store.set(f"process/{self._rank}", json.dumps(process))
-        # A main thread that waits for its GPU heeds no signal; this tells the other thread.
+        # A main thread that waits for its GPU handles no signals; this informs the watch thread.
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
@@ -106,7 +106,7 @@ class RankWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End, after all ranks are through."""
+        """Stop watching, after all ranks are done."""
         self._stopped.set()
         self._thread.join()
         signal.set_wakeup_fd(-1)
@@ -114,7 +114,7 @@ class RankWatch:
         self._wakeup.close()
 
     def tick(self, *_: object) -> None:
-        """Note that the main thread has got on; also a forward pre-hook."""
+        """Record progress of the main thread; also used as a forward pre-hook."""
         now = time.monotonic()
         if self._progress:
             self._slowest = max(self._slowest, now - self._ticked)
@@ -126,38 +126,38 @@ class RankWatch:
             raise RankLostError(str(self.failure))
 
     def publish(self, text: str, rank: int | None = None) -> RankFailure:
-        """Say that this rank, or another, has failed; returns the first failure of the job."""
+        """Publish that this rank, or another, failed; returns the first failure of the job."""
         rank = self._rank if rank is None else rank
         return self._publish(self._store, RankFailure(rank, text, self.is_computing))
 
     def publish_unless_left(self, text: str) -> None:
-        """Say that this rank has failed, unless one has or this one was interrupted."""
+        """Publish that this rank failed, unless a failure is known or this rank has left."""
         if self.failure is None and not self._has_left:
             self.publish(text)
 
     def leave(self, why: str) -> None:
-        """Say that this rank ends, which is no failure of its own."""
+        """Publish that this rank ends without having failed itself."""
         self._has_left = True
         self._store.set(f"left/{self._rank}", why)
 
     def say_told(self) -> None:
-        """Say that the error has been printed."""
+        """Publish that the error has been printed."""
         self._store.set("told", "1")
         self._end_stopped_process(self._store)
 
     def wait_until_told(self, seconds: float = _TOLD_SECONDS) -> None:
-        """Wait until the first rank has printed it: a launcher ends all when one has ended."""
+        """Wait until the error is printed: a launcher ends all ranks when one has ended."""
         self._tell_once(self._store)
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and not self._store.check(["told"]):
             time.sleep(0.05)
 
     def suspect(self, seconds: float, *, heed_left: bool) -> RankFailure | None:
-        """Wait for what ended another rank; None if all of them live.
+        """Wait for the failure of another rank; None if all ranks are alive.
 
         Args:
-            seconds: At most.
-            heed_left: Whether a rank that was interrupted counts.
+            seconds: How long to wait at most.
+            heed_left: Whether a rank that was interrupted counts as failed.
         """
         ends = time.monotonic() + seconds
         while self.failure is None and time.monotonic() < ends:
@@ -173,12 +173,12 @@ class RankWatch:
         return self.failure
 
     def claim(self) -> None:
-        """Let this thread alone end the process; never returns if the watch does already."""
+        """Let only this thread end the process; never returns if the watch is doing so."""
         if not self._claim.acquire(blocking=False):
             threading.Event().wait()
 
     def _tell_once(self, store: Any) -> None:
-        """Print the failure if this rank is to: the first, or the next if that has ended."""
+        """Print the failure if this is the first rank, or the second if the first one failed."""
         if self.failure is None or self._rank != (1 if self.failure.rank == 0 else 0):
             return
         with suppress(RuntimeError):
@@ -188,9 +188,9 @@ class RankWatch:
         self._end_stopped_process(store)
 
     def _end_stopped_process(self, store: Any) -> None:
-        """Kill the rank that failed if it is stopped: a launcher waits 30 s for it to end itself.
+        """Kill the failed rank if it is stopped, because a launcher waits 30 s for it to end.
 
-        It must be on this machine, and of the same launcher.
+        It must run on this machine under the same launcher.
         """
         with suppress(RuntimeError, OSError):
             if self.failure is None or not store.check([key := f"process/{self.failure.rank}"]):
@@ -202,7 +202,7 @@ class RankWatch:
                 os.kill(pid, signal.SIGKILL)
 
     def _leaving(self, other: int, said: str) -> RankFailure:
-        """What to say of a rank that was interrupted: no rank is to blame if this one was too."""
+        """The failure of an interrupted rank; names no rank if this one was interrupted too."""
         if self._is_terminated:
             return RankFailure(None, "all ranks were interrupted by SIGTERM")
         return RankFailure(other, said.removeprefix("left "), self.is_computing)
@@ -219,19 +219,19 @@ class RankWatch:
                 self._note_signals()
                 self._judge()
             except RuntimeError:
-                # A launcher's store lives as long as the launcher, another as long as rank 0.
+                # The store is gone. It lives as long as the launcher or, without one, as rank 0.
                 self.failure = self.failure or RankFailure(0, "it ended without a message")
             if self.failure is not None:
                 self._end_stuck_process()
 
     def _beat(self) -> None:
-        """Say that this rank lives, and hear the others."""
+        """Publish that this rank is alive, and read what the others published."""
         store, now = self._thread_store, time.monotonic()
         self._beats += 1
         store.set(f"beat/{self._rank}", f"{self._beats} {self._progress}")
         self._note_progress(self._rank, self._progress, now)
         for other in self._others:
-            # A `get` waits for the key, with the client's lock held.
+            # `check` first, because `get` waits for the key while it holds the client's lock.
             if store.check([f"left/{other}"]):
                 said = f"left {store.get(f'left/{other}').decode()}"
             elif store.check([f"beat/{other}"]):
@@ -249,13 +249,13 @@ class RankWatch:
             self._reached[rank] = (progress, now)
 
     def _note_signals(self) -> None:
-        """Note whether the launcher ends this process, as it does when another has ended."""
+        """Record a SIGTERM, which the launcher sends when another rank has ended."""
         with suppress(BlockingIOError):
             if signal.SIGTERM in self._signals.recv(4096):
                 self._is_terminated = True
 
     def _judge(self) -> None:
-        """Publish the failure of a rank that is silent, was interrupted or stands still."""
+        """Publish the failure of a rank that is silent, was interrupted or makes no progress."""
         now = time.monotonic()
         for other, (said, since) in self._heard.items():
             if said.startswith("left"):

@@ -6,10 +6,10 @@ from xattn_video.pipelines.source import DEMO
 from xattn_video.policy.settings import SparseSettings
 
 SIZE_STEP = 16
-"""Pixels that one latent patch covers on each side."""
+"""Side of the square of pixels that one latent patch covers."""
 
 MAX_FPS = 240
-"""Frames per second that players follow."""
+"""Most frames per second that players can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,10 @@ class VideoSettings:
 
     Attributes:
         height, width: In pixels, multiples of 16.
-        num_frames: 4k + 1.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Guidance that the model takes as an input.
-        true_cfg_scale: Classifier-free guidance with a second forward; 1 means none.
+        num_frames: Number of frames, 4k + 1.
+        num_inference_steps: Number of denoising steps.
+        guidance_scale: Embedded guidance, an input of the model.
+        true_cfg_scale: Scale of classifier-free guidance with a second forward pass; 1 means none.
     """
 
     height: int = field(default=720, metadata={"help": "Pixels, a multiple of 16."})
@@ -57,7 +57,7 @@ class VideoSettings:
             raise ValueError(
                 f"num_inference_steps must be at least 1, got {self.num_inference_steps}; use 50."
             )
-        # Below 1 the pipeline leaves the second forward out without a word.
+        # Below 1 the pipeline silently omits the second forward pass.
         for name, least, usual in (
             ("guidance_scale", 0, "6"),
             ("true_cfg_scale", 1, "1 for none"),
@@ -112,7 +112,7 @@ class GenerationRequest:
 
 
 def _check_text(what: str, text: str) -> None:
-    """Raise ValueError unless a tokenizer can read the text; a shell passes on any bytes."""
+    """Raise ValueError unless the text is valid UTF-8; a shell passes any bytes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

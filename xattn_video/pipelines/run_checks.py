@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 def check_runs(
     load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool = False
 ) -> list[str]:
-    """Check what would fail; return a warning for everything that would have no effect.
+    """Check for everything that would fail; return warnings of what would have no effect.
 
     Args:
         load: How the model will be loaded.
-        requests: One for each kind of run.
-        force: If the run cannot fit in memory, warn instead of refusing it.
+        requests: One request for each kind of run.
+        force: Warn instead of raising if the run cannot fit in memory.
 
     Raises:
         ValueError: The run cannot fit in memory, the scoring precision is not available, the
-            schedule is for another model, or the model cannot be used.
+            schedule does not fit the model, or the model cannot be used.
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
     """

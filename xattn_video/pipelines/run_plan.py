@@ -1,4 +1,4 @@
-"""Estimates a run from its sizes: tokens, blocks, arithmetic, memory and possible speed-up."""
+"""Estimates a run from its sizes: tokens, blocks, FLOP, memory and possible speed-up."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ _FAST_DENSE = (
     "nothing at density 0.5, and less than in float32 at lower densities; the default of "
     "min_tokens was measured in float32."
 )
-# What a CPU at one TFLOP/s does in an hour.
+# TFLOP in an hour on a CPU at one TFLOP/s.
 _SLOW_CPU_TFLOP = 3600
 
 
@@ -46,20 +46,20 @@ class SpeedupBound:
 
     density: float
     step: float
-    """A sparse step that chooses its blocks against a dense one."""
+    """Of a sparse step that chooses its blocks, against a dense step."""
     run: float
-    """All steps, the dense ones included."""
+    """Of all steps, dense ones included."""
     from_paper: bool
 
 
 @dataclass(frozen=True, slots=True)
 class SharePlan:
-    """What several GPUs gain that share the tokens of each video, counting only arithmetic.
+    """The gain of several GPUs that share the tokens of each video, counting only FLOP.
 
     Attributes:
-        num_gpus: How many.
-        dense_step_speedup: The largest possible, against one GPU. Each computes all text tokens.
-        sent_gib: What each GPU sends to the others in a step.
+        num_gpus: Number of GPUs.
+        dense_step_speedup: The largest possible, against one GPU; each computes all text tokens.
+        sent_gib: GiB that each GPU sends to the others in a step.
     """
 
     num_gpus: int
@@ -83,16 +83,16 @@ class RunPlan:
     dense_steps: int
     sparse_steps: int
     refresh_steps: int
-    """Sparse steps in which at least one layer runs dense as well."""
+    """Sparse steps in which at least one layer also computes the dense output."""
     refreshed: float
-    """Their layers that do, divided by the number of layers."""
+    """Refreshes in these steps, counted by layer and divided by the number of layers."""
     dense_step_tflop: float
     attention_share: float
     scoring_share: float
     speedup_bounds: tuple[SpeedupBound, ...]
     memory: MemoryEstimate
     shortage: str | None
-    """Why the run cannot fit where it would run, and what would fit."""
+    """Why the run cannot fit in the memory, and what would fit; None if it may fit."""
     device: str
     device_is_here: bool
     dtype: str
@@ -113,12 +113,12 @@ def plan_run(
     Args:
         shape: The sizes of the model.
         video: Size and sampling.
-        sparse: None for dense attention throughout.
+        sparse: When and how attention is sparse; None for dense attention throughout.
         options: Device, dtype and offload.
 
     Raises:
-        ValueError: The schedule names a layer or a head that the model lacks, or refreshes are
-            further apart than there are steps.
+        ValueError: The schedule names a layer or a head that the model lacks, or
+            ``refresh_every`` exceeds the number of steps.
     """
     settings = sparse or SparseSettings()
     grid = shape.grid(video.height, video.width, video.num_frames)
@@ -130,7 +130,7 @@ def plan_run(
     forwards = 2 if video.true_cfg_scale > 1 else 1
     flop, share = _arithmetic(shape, tokens)
     tflop = forwards * flop / 1e12
-    # Half a product of queries and keys that are `stride` times fewer.
+    # Scores cost 1 / stride of one of attention's two matrix products.
     scoring = 1 / (2 * settings.stride)
     memory, shortage = _memory(shape, video, settings, options, counts)
     backend, warnings, asked = None, list[str](), None
@@ -172,7 +172,7 @@ def plan_run(
 def planned_steps(
     shape: ModelShape, video: VideoSettings, sparse: SparseSettings | None, device_type: str
 ) -> StepCounts:
-    """What the steps of a generation will do; all are dense without sparse settings."""
+    """The numbers of steps by what they do; all are dense without sparse settings."""
     if sparse is None:
         return StepCounts(dense=video.num_inference_steps)
     return count_steps(sparse, _run(shape, video, device_type))
@@ -184,14 +184,14 @@ def _run(shape: ModelShape, video: VideoSettings, device_type: str) -> Run:
 
 
 def _arithmetic(shape: ModelShape, tokens: int) -> tuple[float, float]:
-    """Operations of one forward in its layers, and the share of them that is attention."""
+    """FLOP of the layers in one forward pass, and the share of attention in them."""
     attention = 4 * tokens**2 * shape.hidden * shape.layers
     linear = 2 * tokens * shape.linear_parameters * shape.layers
     return attention + linear, attention / (attention + linear)
 
 
 def dense_step_flop(shape: ModelShape, video: VideoSettings) -> float:
-    """Floating-point operations of a dense step, in the layers of the transformer."""
+    """Floating-point operations of a dense step in the transformer's layers."""
     tokens = math.prod(shape.grid(video.height, video.width, video.num_frames))
     forwards = 2 if video.true_cfg_scale > 1 else 1
     return forwards * _arithmetic(shape, tokens + shape.text_tokens)[0]
@@ -204,7 +204,7 @@ def _share_plan(
     alone, share = _arithmetic(shape, video_tokens + text_tokens)
     own_tokens = video_tokens / count + text_tokens
     linear = alone * (1 - share) * own_tokens / (video_tokens + text_tokens)
-    # Queries, keys and values of the video there, the output of video and text back.
+    # Rows sent: queries, keys and values of the video, then the output of video and text.
     rows = (3 * video_tokens / count + own_tokens) * (count - 1) / count
     sent = rows * shape.hidden * options.resolved_dtype.itemsize * shape.layers * forwards
     return SharePlan(count, alone / (alone * share / count + linear), sent / 2**30)
@@ -217,7 +217,7 @@ def _memory(
     options: LoadOptions,
     counts: StepCounts,
 ) -> tuple[MemoryEstimate, str | None]:
-    """The memory with what refreshes keep, and why the run cannot fit, if it cannot."""
+    """The memory, residuals included, and why the run cannot fit, or None."""
     room = find_room(options)
     shortage = describe_shortage(shape, video, options, room)
     memory = estimate_memory(shape, video, options, room)
@@ -240,11 +240,11 @@ def _memory(
 def _speedup_bounds(
     share: float, scoring: float, counts: StepCounts, asked: float | None
 ) -> tuple[SpeedupBound, ...]:
-    """Amdahl's bound for a row of densities, among them the one that was asked for."""
+    """Amdahl's bound for several densities, including the requested one."""
     bounds = []
     for density in sorted({*DENSITIES, *([] if asked is None else [asked])}):
         sparse_cost = 1 - share + share * (density + scoring)
-        # Attentions of the whole run, in those of a dense step.
+        # Attention of the whole run, in units of a dense step's attention.
         attentions = counts.dense + counts.refreshed + counts.choices * scoring
         attentions += (counts.sparse + counts.primes) * density
         steps = counts.dense + counts.sparse
@@ -258,9 +258,9 @@ def _speedup_bounds(
 def _choose_backend(
     shape: ModelShape, settings: SparseSettings, options: LoadOptions
 ) -> tuple[str | None, list[str]]:
-    """The backend that will run, and the reasons if none, a faster one or 8 bits cannot run.
+    """The backend that will run, and warnings if none, a faster one or 8 bits cannot run.
 
-    Of a device elsewhere nothing is known.
+    Returns None and no warnings for a device in another machine.
     """
     device = options.resolved_device
     problem = Problem(device, options.resolved_dtype, shape.head_dim, settings.block_size)
@@ -282,7 +282,7 @@ def _choose_backend(
 def why_all_dense(
     settings: SparseSettings, counts: StepCounts, video_tokens: int, device_type: str
 ) -> str | None:
-    """Why no step of a video is sparse; None if one is."""
+    """Why no step of a video is sparse; None if some are."""
     min_tokens = settings.min_tokens_on(device_type)
     if video_tokens < min_tokens:
         return (
@@ -306,7 +306,7 @@ def _sparsity_warnings(
     share: float,
     options: LoadOptions,
 ) -> list[str]:
-    """Why sparse attention would not pay."""
+    """Warnings that sparse attention gains little or nothing."""
     warnings = []
     blocks = video_tokens // settings.block_size
     dense = why_all_dense(settings, counts, video_tokens, options.resolved_device.type)
@@ -328,7 +328,7 @@ def _sparsity_warnings(
 
 
 def _backend_warnings(backend: str, device: torch.device) -> list[str]:
-    """Whether a faster backend is missing."""
+    """Warnings that a faster backend is missing."""
     if device.type != "cuda" or backend != "torch_gather":
         return []
     refused = available_backends(device)
@@ -337,7 +337,7 @@ def _backend_warnings(backend: str, device: torch.device) -> list[str]:
 
 
 def _machine_warnings(shape: ModelShape, options: LoadOptions, tflop: float) -> list[str]:
-    """Whether the GPUs cannot share a video, or the run would take a CPU hours."""
+    """Warnings that the GPUs cannot share a video, or that a CPU would take hours."""
     warnings = []
     if shape.heads % options.num_gpus:
         warnings.append(

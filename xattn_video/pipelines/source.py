@@ -69,7 +69,7 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """Tell the demo model, a folder and a model on the hub apart.
+    """Find out whether a name means the demo model, a folder or a model on the hub.
 
     Raises:
         ValueError: ``name`` is neither a folder that can be opened nor a hub ID.
@@ -97,12 +97,12 @@ def find_model(name: str) -> ModelSource:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether loading a model may download it."""
+    """Whether the name is a hub ID, so that loading may download the model."""
     return find_model(name).folder is None
 
 
 def check_supported(source: ModelSource) -> None:
-    """Refuse every pipeline except HunyuanVideo's, from its model_index.json only.
+    """Refuse every pipeline except HunyuanVideo's, reading only its model_index.json.
 
     Raises:
         UnsupportedModelError: The model is another kind of pipeline.

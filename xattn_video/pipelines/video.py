@@ -18,28 +18,27 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Suffix -> how ffmpeg encodes. Matroska holds the frames without loss.
+# Suffix -> encoder options of ffmpeg. Matroska stores the frames without loss.
 _ENCODERS = {
     ".mp4": "-c:v libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart",
     ".mkv": "-c:v ffv1 -pix_fmt bgr0",
-    # For web pages: every free browser decodes it, and goes to any frame at once.
+    # For web pages: every free browser can decode it and seek to any frame quickly.
     ".webm": "-c:v libvpx-vp9 -pix_fmt yuv420p -crf 22 -b:v 0 -g 12 -deadline good -cpu-used 5 "
     "-row-mt 1 -vf scale=out_color_matrix=bt709 -colorspace bt709 -color_primaries bt709 "
     "-color_trc bt709",
 }
 VIDEO_SUFFIXES = (".mp4", ".mkv")
 _LOSSLESS = ".mkv"
-# Mean difference in brightness, of 255. Coloured noise, the worst for 4:2:0, has 7.
+# Largest mean difference in luma, of 255. Coloured noise, the worst case for 4:2:0, has 7.
 _MAX_LUMA_ERROR = 16
-# Enough for a container whose time stamps are too coarse to lose one of them.
+# With so many frames, a container with too coarse time stamps loses at least one.
 _PROBE_FRAMES = 33
 
 
 def write_video(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
     """Write ``frames`` to ``path``. On failure, ``path`` is unchanged.
 
-    The file takes its final name only after the encoder has succeeded and the file has been read
-    back.
+    The file gets its final name only after it was encoded and read back successfully.
 
     Args:
         path: ``.mp4`` (H.264, 4:2:0, plays everywhere), ``.mkv`` (FFV1, lossless) or ``.webm``
@@ -71,7 +70,7 @@ def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int
     """Like `write_video`, but keep the frames in the same or a temporary folder if it fails.
 
     Raises:
-        FileNotWrittenError: The video could not be written; the text says where the frames are.
+        FileNotWrittenError: The video could not be written; the message names the kept frames.
     """
     try:
         write_video(path, frames, fps)
@@ -90,7 +89,7 @@ def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int
 
 
 def _keep_frames(path: Path, frames: "NDArray[np.uint8]") -> Path | None:
-    """Write the frames and return their place; None if no disk has room."""
+    """Write the frames and return their path; None if no disk has room."""
     import numpy as np
 
     for beside in (True, False):
@@ -151,7 +150,7 @@ def find_ffmpeg() -> str:
         from imageio_ffmpeg import get_ffmpeg_exe
 
         ffmpeg: str = get_ffmpeg_exe()
-        # It does not try the one that IMAGEIO_FFMPEG_EXE names.
+        # get_ffmpeg_exe does not test an ffmpeg named by IMAGEIO_FFMPEG_EXE.
         subprocess.run([ffmpeg, "-version"], capture_output=True, check=True)
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise MissingPackageError(
@@ -177,7 +176,7 @@ def _encode(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
         command,
         input=np.ascontiguousarray(frames).data.cast("B"),
         capture_output=True,
-        # Ctrl-C is for this process alone, which ends ffmpeg.
+        # Only this process receives Ctrl-C; it then ends ffmpeg.
         start_new_session=True,
     )
     if done.returncode:
@@ -185,12 +184,12 @@ def _encode(path: Path, frames: "NDArray[np.uint8]", fps: int) -> None:
 
 
 def _for_ffmpeg(path: Path) -> str:
-    """A name with a colon would be an address."""
+    """The path as a file URL, because ffmpeg takes a name with a colon for a URL."""
     return f"file:{path}"
 
 
 def _raise_failure(code: int, said: str) -> NoReturn:
-    """Raise OSError with what ffmpeg says, and the system's number where it names it."""
+    """Raise OSError with ffmpeg's message, and with the system's error number if it names one."""
     if code == -getattr(signal, "SIGXFSZ", 0):
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     for number in NO_ROOM:

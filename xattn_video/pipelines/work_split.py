@@ -1,4 +1,4 @@
-"""How the ranks of a job share the work: one video, or many prompts."""
+"""How the ranks of a job share the work: on one video, or by prompt."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,8 +16,8 @@ class WorkSplit:
     """What each rank does.
 
     Attributes:
-        num_ranks: Of the job.
-        by_prompt: Whether each rank makes videos of its own.
+        num_ranks: Number of ranks in the job.
+        by_prompt: Whether each rank makes separate videos.
         by_pass: Whether each half of the ranks computes one of the two passes of true guidance.
     """
 
@@ -27,12 +27,12 @@ class WorkSplit:
 
     @property
     def ranks_per_video(self) -> int:
-        """How many compute one video together."""
+        """Number of ranks that compute one video together."""
         return 1 if self.by_prompt else self.num_ranks
 
     @property
     def ranks_per_pass(self) -> int:
-        """How many share the tokens of a forward pass."""
+        """Number of ranks that share the tokens of a forward pass."""
         return self.ranks_per_video // (2 if self.by_pass else 1)
 
     def writes(self, ranks: "JobRanks") -> bool:
@@ -40,7 +40,7 @@ class WorkSplit:
         return self.by_prompt or ranks.is_first
 
     def share(self, pipe: Any) -> None:
-        """Set a loaded pipeline up for it."""
+        """Set up a loaded pipeline for this split."""
         from xattn_video.processors.context_parallel import (
             enable_context_parallel,
             ranks_of_tokens,
@@ -58,7 +58,7 @@ class WorkSplit:
 
 
 def check_parallel(asked: str, num_ranks: int) -> None:
-    """Raise ValueError unless the way to share is known and there are ranks for it."""
+    """Raise ValueError if the way to share is unknown, or needs more than one rank."""
     if asked not in get_args(Asked):
         raise ValueError(f"parallel must be one of {', '.join(get_args(Asked))}, got {asked!r}.")
     if asked != "auto" and num_ranks == 1:
@@ -75,19 +75,19 @@ def choose_split(
     video: VideoSettings,
     num_prompts: int | None,
 ) -> WorkSplit:
-    """How the ranks share the work, before anything is loaded.
+    """Choose how the ranks share the work, before anything is loaded.
 
     Args:
-        asked: One of `Asked`. ``auto`` deals out the prompts of a file if every rank has one, and
-            else lets all ranks share each video: by passes where true guidance runs two, with
-            the tokens of each pass split beyond two ranks, else by tokens alone.
-        num_ranks: Of the job.
+        asked: One of `Asked`. ``auto`` splits by prompt if a file has one for every rank.
+            Otherwise all ranks share each video: with true guidance and an even number of ranks
+            by pass (and by token, beyond two ranks), else by token only.
+        num_ranks: Number of ranks in the job.
         model: As in `LoadOptions`.
         video: The size of each video.
-        num_prompts: In the prompts file; None for a single prompt.
+        num_prompts: Number of prompts in the prompts file; None for a single prompt.
 
     Raises:
-        ValueError: The ranks cannot share it so.
+        ValueError: The ranks cannot share the work in this way.
     """
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.source import find_model

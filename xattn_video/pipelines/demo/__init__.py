@@ -49,7 +49,7 @@ def load_demo_pipeline(
         device: None means a CUDA device if there is one, else the CPU.
 
     Raises:
-        FileNotFoundError: The installation holds no model files.
+        FileNotFoundError: The model's files are missing from the installation.
     """
     from diffusers import HunyuanVideoPipeline
 
@@ -69,5 +69,5 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 if the device supports it natively, else float32."""
     if torch.device(device).type == "cuda":
         return torch.bfloat16
-    # float32 is right everywhere.
+    # float32 works everywhere.
     return torch.bfloat16 if cpu_has("avx512_bf16") else torch.float32

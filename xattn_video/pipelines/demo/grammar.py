@@ -40,9 +40,9 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 }
 PREPOSITIONS = ("over", "on")
 
-# Below this distance in RGB an object can hardly be told from its background.
+# Below this distance in RGB an object is hardly visible on its background.
 MIN_CONTRAST = 0.42
-# One combination of shape, colour, motion and background in this many is never trained on.
+# One in this many combinations of shape, colour, motion and background is held out of training.
 HELD_OUT_ONE_IN = 10
 
 _OBJECT = re.compile(
@@ -88,7 +88,7 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The prompt that names the scene."""
+        """The prompt that describes the scene."""
         objects = " and ".join(
             f"a{'n' * (item.colour[0] in 'aeiou')} {item.colour} {item.shape} {item.motion}"
             for item in self.objects
@@ -97,7 +97,7 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether every object is a combination that training never sees."""
+        """Whether every object is a held-out combination."""
         return all(is_held_out(item, self.background) for item in self.objects)
 
     @property
@@ -107,7 +107,7 @@ class Scene:
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """The scene that ``prompt`` names.
+    """The scene that ``prompt`` describes.
 
     Raises:
         ValueError: The prompt is not in the grammar.
@@ -136,13 +136,13 @@ def is_distinct(colour: str, background: str) -> bool:
 
 
 def is_held_out(item: SceneObject, background: str) -> bool:
-    """Whether training never sees this combination; a fixed rule, the same on every machine."""
+    """Whether the combination is held out of training; a fixed rule, equal on every machine."""
     key = f"{item.shape}|{item.colour}|{item.motion}|{background}"
     return zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def combinations() -> list[tuple[SceneObject, str]]:
-    """Every object with every background that it stands out from."""
+    """Every object with every background on which it stands out."""
     return [
         (SceneObject(shape, colour, motion), background)
         for shape, colour, motion, background in itertools.product(
@@ -173,17 +173,17 @@ def sample_scene(rng: random.Random, num_objects: int, *, held_out: bool = False
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """The fixed scenes that models are judged by, different from each other, none trained on.
+    """Distinct held-out scenes on which models are evaluated.
 
     Args:
-        count: How many; every fourth has two objects.
-        seed: The same scenes for the same seed, the first of many the same as the first of few.
+        count: Number of scenes; every fourth has two objects.
+        seed: Selects the scenes; a larger count begins with the scenes of a smaller one.
 
     Raises:
-        ValueError: There are not so many.
+        ValueError: There are not so many scenes.
     """
     alone = len(PREPOSITIONS) * sum(is_held_out(*found) for found in combinations())
-    # Scenes of two objects outnumber those of one by far, so that these are used up first.
+    # Scenes of one object are far fewer than those of two, so they limit the number.
     most = alone + alone // 3
     if count > most:
         raise ValueError(f"there are {most} held-out scenes, got count={count}; ask for fewer.")

@@ -19,19 +19,19 @@ COURSE_FRAMES = 64
 # The background fades from the top of the frame to its bottom: factor = TOP + FALL * y.
 BACKGROUND_TOP, BACKGROUND_FALL = 1.05, -0.20
 _OBJECT_SHADING = 0.12
-# An object's edge fades over this share of the frame's shorter side, as a lens would have it.
+# An object's edge fades over this share of the frame's shorter side, as through a lens.
 _EDGE_WIDTH = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an object is at the start and the end of its course, and how large.
+    """Position and size of an object at the start and the end of its course.
 
     Attributes:
         start: Centre (x, y) at frame 0, in fractions of the frame.
-        end: Centre (x, y) at frame 64.
-        start_radius: At frame 0, in units of the frame's shorter side.
-        end_radius: At frame 64.
+        end: Centre (x, y) at frame 64, likewise.
+        start_radius: Radius at frame 0, in units of the frame's shorter side.
+        end_radius: Radius at frame 64, likewise.
     """
 
     start: tuple[float, float]
@@ -45,7 +45,7 @@ def place_objects(scene: Scene, rng: random.Random | None = None) -> tuple[Place
 
     Args:
         scene: The scene.
-        rng: Varies size, place and travel a little; the middle of each range if None.
+        rng: Varies size, position and travel a little; None takes the middle of each range.
     """
     if len(scene.objects) == 1:
         radius = _draw(rng, 0.20, 0.24)
@@ -124,7 +124,7 @@ def _place(
     *,
     middle: tuple[float, float],
 ) -> Placement:
-    """The course of one object; along its way it is centred on ``middle``."""
+    """The course of one object, centred on ``middle``."""
     if item.motion.startswith("moving"):
         left, right = middle[0] - travel[0] / 2, middle[0] + travel[0] / 2
         top, bottom = middle[1] - travel[1] / 2, middle[1] + travel[1] / 2
