@@ -25,7 +25,7 @@ class Group:
 
     Attributes:
         options: The options by name.
-        make: Makes the argument from the values of all options of the command, by name.
+        make: Function from the values of all options of the command, by name, to the argument.
     """
 
     options: dict[str, inspect.Parameter]
@@ -39,7 +39,7 @@ def knob(text: str, default: Any = None, *names: str, **metadata: Any) -> Any:
         text: The help text.
         default: The default; ``...`` if the option must be given.
         names: The names of the option, if they differ from the field's name.
-        metadata: ``panel`` of the help, ``shown_default``.
+        metadata: ``panel`` (of the help) and ``shown_default``.
     """
     metadata |= {"help": text, "names": names}
     return field(default=MISSING if default is ... else default, metadata=metadata)
@@ -54,7 +54,7 @@ def option(source: "Field[Any]", **changes: Any) -> inspect.Parameter:
     """
     told = {**source.metadata, **changes}
     default = told.get("default", source.default)
-    # What is typed is a plain value: of the default's type, whatever else the field takes.
+    # A typed value is plain: it has the type of the default, whatever else the field accepts.
     plain = source.type if source.default in (None, MISSING) else type(source.default)
     kind = told.get("kind", plain)
     declared = typer.Option(
@@ -78,7 +78,7 @@ def group_of(cls: Any) -> Group:
 
 
 def given_options(context: typer.Context) -> list[tuple[str, str]]:
-    """Every option that was typed: the name of its argument, and its own first name."""
+    """For every option that was typed, the name of its argument and the option's first name."""
     return [
         (str(parameter.name), parameter.opts[0])
         for parameter in context.command.params
@@ -95,11 +95,11 @@ class _Messages:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A typer command whose options are made from the arguments of ``function``.
 
-    An argument that is a dataclass or is annotated with a `Group` stands for several options. The
-    argument of type `ErrorsToExitCodes` is the context in which the command runs, that of type
-    `JobRanks` this process among several, and that of type `typer.Context` what was typed. Every
-    other argument is one option. Every command has ``--verbose`` and ``--quiet``, and its errors
-    become one line, with the options as they are typed, and an exit code.
+    An argument that is a dataclass or is annotated with a `Group` stands for several options.
+    Arguments of type `ErrorsToExitCodes` (the context in which the command runs), `JobRanks` (this
+    process among several) and `typer.Context` (what was typed) are passed in. Every other argument
+    is one option. Every command has ``--verbose`` and ``--quiet``. Its errors become one line,
+    with the options as they are typed, and an exit code.
     """
     groups: dict[str, Group] = {}
     options: dict[str, inspect.Parameter] = {}
@@ -147,11 +147,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _typed_names(options: Iterable[inspect.Parameter]) -> dict[str, str]:
-    """The option that stands for a name of a field or an argument."""
+    """{name of a field or argument: option as typed}."""
     typed = {}
     for parameter in options:
         declared = (*get_args(parameter.annotation)[1:], None)[0]
-        # In an annotation the first name stands where a default would be.
+        # In an annotation, typer takes the first name for the default.
         told = (
             getattr(declared, "default", None),
             *(getattr(declared, "param_decls", None) or ()),

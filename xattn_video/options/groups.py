@@ -27,7 +27,7 @@ class _Model:
         "demo (ships with the package), a hub ID, or a folder.",
         HUNYUAN_VIDEO,
         panel="Model",
-        # A help of 80 columns has no room for the whole ID.
+        # Help of 80 columns has no room for the whole ID.
         shown_default="HunyuanVideo, from the hub",
     )
     dtype: str | None = knob(
@@ -80,12 +80,12 @@ class _Instead:
 
 
 def loading(*names: str, elsewhere: bool = False, **model: Any) -> Group:
-    """How the model is loaded: `LoadOptions`.
+    """The options of `LoadOptions`, how the model is loaded.
 
     Args:
         names: The options to include; all of them if none is named.
         elsewhere: Whether the device may be in another machine.
-        model: Changes to the option --model.
+        model: Changes to the option --model, as in `option`.
     """
     options = {name: made for name, made in group_of(_Model).options.items() if _in(name, names)}
     if elsewhere:
@@ -121,7 +121,7 @@ def chosen_model(values: dict[str, Any]) -> str:
 
 
 def video_settings(*names: str) -> Group:
-    """Size and sampling: `VideoSettings`, whose defaults depend on the model.
+    """The options of `VideoSettings`, size and sampling; the defaults depend on the model.
 
     Args:
         names: The options to include; all of them if none is named.
@@ -158,7 +158,7 @@ def sparse_options(*names: str, without: Sequence[str] = ()) -> dict[str, Parame
 
 
 def sparse_subset(*names: str) -> Group:
-    """`SparseSettings` from a few options; sparse for any number of tokens."""
+    """Some options of `SparseSettings`; sparse for any number of tokens."""
     options = sparse_options(*names)
 
     def make(values: dict[str, Any]) -> SparseSettings:
@@ -168,9 +168,9 @@ def sparse_subset(*names: str) -> Group:
 
 
 def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `SparseSettings` that were given, with the demo model's default.
+    """The given arguments of `SparseSettings`, with the demo model's default.
 
-    What is left at its default is not among them: it contradicts no preset.
+    Values that equal the default are omitted, so that they do not contradict a preset.
     """
     defaults = {source.name: source.default for source in fields(SparseSettings)}
     given = _given(fields(SparseSettings), values)
@@ -180,7 +180,7 @@ def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def sparse_settings() -> Group:
-    """When and how attention is sparse: `SparseSettings`, or None for dense attention."""
+    """The options for when and how attention is sparse: `SparseSettings`, or None for dense."""
     first = fields(SparseSettings)[0]
     options = {first.name: option(first, panel=SPARSITY)} | group_of(_Instead).options
     return Group(options | sparse_options(without=[first.name]), _make_sparse)
@@ -201,7 +201,7 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
         schedule = read_schedule(values["schedule"])
         given[schedule.kind] = schedule
     if not isinstance(given.get("density"), ThresholdSchedule):
-        # Densities by layer and head take the place of a preset's.
+        # Densities by layer and head can replace a preset's density.
         check_one_way(ways | {"--preset": values["preset"]})
     # This also checks values that --dense leaves unused.
     sparse = settings_of(values["preset"], **given)
@@ -209,7 +209,7 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
 
 
 def calibrated_settings() -> Group:
-    """`SparseSettings` with a number as density, the wanted mean over layers and heads."""
+    """The options of `SparseSettings` with a number as density, the mean over layers and heads."""
     options = {"preset": group_of(_Instead).options["preset"]}
     options |= sparse_options(without=["threshold", "residual"])
     density = next(source for source in fields(SparseSettings) if source.name == "density")
@@ -226,7 +226,7 @@ def _make_calibrated(values: dict[str, Any]) -> SparseSettings:
         ValueError: No density was given, or a value is out of range.
     """
     given, preset = given_sparse(values), values["preset"]
-    # It is what is shared out, and so contradicts no preset.
+    # The density is the mean to distribute, so it does not contradict a preset.
     density = given.pop("density", None)
     if density is None and preset is None:
         raise ValueError("give --density or --preset, got none; try --density 0.1.")
@@ -242,7 +242,7 @@ def check_one_way(ways: dict[str, Any]) -> None:
     """Raise ValueError if several options were given that exclude each other.
 
     Args:
-        ways: {the option as typed: its value, None if it was not given}.
+        ways: {option as typed: its value, or None if it was not given}.
     """
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
@@ -250,7 +250,7 @@ def check_one_way(ways: dict[str, Any]) -> None:
 
 
 def _given(sources: Sequence[Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The values of the fields that were given."""
+    """The values of those fields that were given."""
     named = {source.name: values.get(source.name) for source in sources}
     return {name: value for name, value in named.items() if value is not None}
 

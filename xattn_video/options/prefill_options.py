@@ -17,9 +17,9 @@ from xattn_video.policy.settings import MIN_TOKENS_CUDA, SparseSettings
 
 DEFAULT_TOKENS = 131072
 DEFAULT_NEEDLE = "blue lanterns by the river"
-# The demo model has learned to find numbers of seven digits.
+# The demo model was trained to find numbers of seven digits.
 DEMO_NEEDLE = "4816235"
-# What differs from video.
+# Metadata that differs from that of video.
 _CHANGES: dict[str, dict[str, str]] = {
     "threshold": {"shown_default": f"{DEFAULT_PREFILL_THRESHOLD}"},
     "min_tokens": {
@@ -91,7 +91,7 @@ class _FromFile:
 
 
 def prefill_settings() -> Group:
-    """When and how prefill is sparse: `PrefillSettings`."""
+    """The options of `PrefillSettings`, when and how prefill is sparse."""
     options = {
         source.name: option(source, panel=SPARSITY, **_CHANGES.get(source.name, {}))
         for source in fields(SparseSettings)

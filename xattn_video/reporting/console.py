@@ -1,4 +1,4 @@
-"""What the command line prints, where it goes, and what libraries may add."""
+"""What the command line prints, on which stream, and which libraries may print too."""
 
 import functools
 import logging
@@ -20,31 +20,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TYPED_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("typed_options", default=None)
-"""Of the command that runs: the option as typed of each name that messages have for it."""
+"""{name in messages: option as typed} of the running command."""
 
-# With --quiet its level is ERROR.
+# Its level is ERROR with --quiet.
 _PROGRESS = logging.getLogger("xattn_video.progress")
 
 
 def output_console() -> Console:
-    """Results, on stdout; plain text where that is no terminal."""
+    """A console for results, on stdout; plain text if stdout is not a terminal."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def message_console() -> Console:
-    """Warnings and errors, on stderr."""
+    """A console for warnings and errors, on stderr."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def progress_console() -> Console:
-    """Progress, on stderr; nothing with --quiet."""
+    """A console for progress, on stderr; silent with --quiet."""
     console = message_console()
     console.quiet = not _PROGRESS.isEnabledFor(logging.WARNING)
     return console
 
 
 def print_message(text: str) -> None:
-    """Print a line of progress on stderr, uncut."""
+    """Print a line of progress on stderr, without line breaks."""
     progress_console().print(text, soft_wrap=True)
 
 
@@ -67,19 +67,19 @@ def print_error(text: str) -> None:
 
 
 def print_interruption(done: str = "", by: str = "") -> None:
-    """Print on stderr that the run was interrupted, and what was done until then."""
+    """Print on stderr that the run was interrupted, by what, and what was done until then."""
     text = f"interrupted{by and f' by {by}'}{done and f'; {done}'}."
     message_console().print(text, soft_wrap=True)
 
 
 def print_labelled(console: Console, lines: dict[str, str]) -> None:
-    """One line for each label; a terminal wraps it, a file keeps it whole."""
+    """Print one line for each label; a terminal wraps it, a file keeps it whole."""
     for label, text in lines.items():
         console.print(Text.assemble((f"{label:<11}", "bold"), text), soft_wrap=True)
 
 
 def expands_paths(command: Callable[P, T]) -> Callable[P, T]:
-    """A command whose paths may begin with ~ and name $VARIABLES, whatever the option."""
+    """The command with ~ and $VARIABLES expanded in all path arguments."""
 
     @functools.wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> T:
@@ -93,17 +93,17 @@ def expands_paths(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def _expanded(value: Any) -> Any:
-    """A path, or those of a list; anything else as it is."""
+    """The expanded path or list of paths; other values unchanged."""
     if isinstance(value, list):
         return [_expanded(part) for part in value]
     return user_path(value) if isinstance(value, Path) else value
 
 
 def as_typed(text: str) -> str:
-    """A message with the options of the command that runs as they are typed.
+    """The message with names of arguments replaced by the running command's options.
 
-    A name of one word stands for its option only where a message is about its value, or in a list
-    of options. Within --setting, names are typed as they are.
+    A name of one word is replaced only if the message is about its value, or in a list of
+    options. Messages about --setting keep their names.
     """
     options = TYPED_OPTIONS.get() or {}
     if text.startswith("--setting "):
@@ -115,7 +115,7 @@ def as_typed(text: str) -> str:
 
 
 def _list_as_typed(options: Mapping[str, str], found: re.Match[str]) -> str:
-    """A list of names, if some of them are options."""
+    """The list with names replaced by options, if some of its words are options."""
     words = found[0].split(", ")
     if not any(word in options.values() for word in words):
         return found[0]
@@ -123,9 +123,10 @@ def _list_as_typed(options: Mapping[str, str], found: re.Match[str]) -> str:
 
 
 def log_choices(verbose: bool, quiet: bool = False) -> None:
-    """If ``verbose``, log the choices of this package; else hide even the hub's retries.
+    """Set up logging for a command.
 
-    If ``quiet``, show no progress, not even that of downloads.
+    ``verbose`` logs the choices of this package; otherwise even the hub's retries are hidden.
+    ``quiet`` hides all progress, that of downloads included.
     """
     _PROGRESS.setLevel(logging.ERROR if quiet else logging.NOTSET)
     if quiet:
@@ -136,7 +137,7 @@ def log_choices(verbose: bool, quiet: bool = False) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         logging.getLogger("xattn_video").setLevel(logging.INFO)
     else:
-        # By its own function: it sets its logger's level anew when it is first imported.
+        # The hub's own function, because its first import resets the level of its logger.
         from huggingface_hub.utils import logging as hub_logging
 
         hub_logging.set_verbosity(logging.ERROR)

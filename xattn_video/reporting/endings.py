@@ -19,22 +19,22 @@ from xattn_video.reporting.console import print_error, print_interruption
 
 BAD_ARGUMENT = 2
 FAILED = 1
-# What a shell reports of a command that Ctrl-C ended; of one that another signal did, likewise.
+# The exit code of shells after Ctrl-C: 128 + 2. Other signals have 128 + their number.
 INTERRUPTED = 130
 _ENDING_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 _PATIENCE_SECONDS = 5.0
 _VERBOSE_ADVICE = "; run again with --verbose for the traceback."
-# Typer brings click along in some releases and depends on it in others.
+# Some releases of typer vendor click and others depend on it; this works with both.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
-# A backend that cannot run is an argument too: "auto" always finds one; a missing package is known
-# before anything runs.
+# A backend that cannot run is a bad argument, because "auto" always finds one; a missing package
+# is known before anything runs.
 _BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError, MissingPackageError)
 
 
 class _OneLineUsageErrors:
-    """Says in one line, too, what is wrong with the words that a command was given."""
+    """Prints usage errors of a command line in one line too."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command and exit, unless ``standalone_mode`` is False."""
@@ -46,11 +46,11 @@ class _OneLineUsageErrors:
         try:
             with _whole_output():
                 code = run(*args, **options)
-                # Told of a failure, nobody needs to hear that its results are cut short.
+                # After a reported failure, incomplete output is not worth another error.
                 if not code:
                     sys.stdout.flush()
         except BrokenPipeError:
-            # Whoever read has read enough.
+            # The reader of a pipe has closed it.
             sys.exit(FAILED)
         except OSError as error:
             print_error(
@@ -69,10 +69,10 @@ class _OneLineUsageErrors:
 
 @contextlib.contextmanager
 def _whole_output() -> Iterator[None]:
-    """Let stdout raise OSError within if it does not take all that is printed.
+    """Let stdout raise OSError inside if it cannot write everything.
 
-    With PYTHONUNBUFFERED, as containers have it, Python drops without a word what a full disk
-    leaves of a write.
+    With PYTHONUNBUFFERED, which containers often set, Python silently drops what does not fit on
+    a full disk.
     """
     printed = sys.stdout
     raw = getattr(printed, "buffer", None)
@@ -87,7 +87,7 @@ def _whole_output() -> Iterator[None]:
         try:
             sys.stdout.flush()
         except OSError:
-            # What is left would fail once more when Python ends.
+            # Otherwise the rest of the buffer would fail again when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -106,18 +106,18 @@ def _describe_usage(error: Any) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal asked the command to end. It stops as on Ctrl-C and leaves nothing half done."""
+    """A signal asked the command to end. It stops as on Ctrl-C and leaves no partial files."""
 
     number = signal.SIGTERM
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     for ending in _ENDING_SIGNALS:
-        # Whoever sends it again must not stop the tidying up.
+        # A repeated signal must not interrupt the cleanup.
         signal.signal(ending, signal.SIG_IGN)
     Terminated.number = signal.Signals(number)
     if hasattr(signal, "setitimer"):
-        # A library's `except:` or a finaliser may swallow it: say it again until it is heard.
+        # A library's `except:` or a finaliser may swallow it, so it is raised again periodically.
         signal.signal(signal.SIGALRM, _say_again)
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE_SECONDS, _PATIENCE_SECONDS)
     raise Terminated
@@ -133,7 +133,7 @@ def _own_text(error: BaseException, text: str) -> str:
 
 @contextlib.contextmanager
 def finishing_first() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP wait until the block within has ended."""
+    """Delay SIGTERM and SIGHUP until the block inside has ended."""
     came: list[int] = []
     previous = {
         number: signal.signal(number, lambda number, frame: came.append(number))
@@ -156,8 +156,8 @@ class ErrorsToExitCodes:
 
     Args:
         verbose: Print the traceback too.
-        judge: Makes what is printed of an error and its text, "" for an interruption: where
-            several processes work together, another one may have failed first.
+        judge: Function from an error and its text ("" for an interruption) to the text to print;
+            among several processes, another one may have failed first.
 
     Attributes:
         running: Set this when all arguments have been checked: from then on a ValueError is a
@@ -175,7 +175,7 @@ class ErrorsToExitCodes:
     def __enter__(self) -> "ErrorsToExitCodes":
         if threading.current_thread() is threading.main_thread():
             for number in _ENDING_SIGNALS:
-                # One that the caller ignores, as nohup does, or handles stays that way.
+                # A signal that the caller ignores (as nohup does) or handles is left alone.
                 if signal.getsignal(number) == signal.SIG_DFL:
                     signal.signal(number, _terminate)
                     self._handled.append(number)
@@ -190,7 +190,7 @@ class ErrorsToExitCodes:
         if isinstance(error, Terminated) and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number in self._handled:
-            # A launcher ends all processes when one has failed: this one says why first.
+            # A launcher ends all processes when one has failed; this one prints why first.
             signal.signal(number, signal.SIG_DFL if error is None else signal.SIG_IGN)
         try:
             self._report(error)
@@ -199,7 +199,7 @@ class ErrorsToExitCodes:
                 signal.signal(number, signal.SIG_DFL)
 
     def _report(self, error: BaseException | None) -> None:
-        """Print an error, and raise its exit code."""
+        """Print an error, and raise typer.Exit with its exit code."""
         if isinstance(error, KeyboardInterrupt):
             cause = self._judge(error, "")
             if cause:
@@ -220,14 +220,14 @@ class ErrorsToExitCodes:
 
 
 def _without_advice(error: BaseException, text: str) -> str:
-    """The text for a script, which has no --verbose."""
+    """The text without the advice to use --verbose, which scripts lack."""
     return text.removesuffix(_VERBOSE_ADVICE)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a benchmark or script, and exit as a command does.
 
-    What a user can mend becomes one line; of any other error the traceback is printed, too.
+    An error that a user can fix becomes one line; other errors are printed with their traceback.
     """
     try:
         with ErrorsToExitCodes(verbose=False, judge=_without_advice) as errors:
@@ -243,10 +243,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 
 def describe(error: Exception) -> str:
-    """The text of an error for the user: our own as it is, another library's on one line."""
+    """The text of an error for the user: unchanged for our own errors, else on one line."""
     text = str(error)
     if isinstance(error, XAttentionError):
-        # A backend names its remedy as Python has it; here it is an option.
+        # Backends name their remedy as a Python argument; here it is an option.
         return text.replace('backend "auto"', "--backend auto")
     text = " ".join(text.split())
     if isinstance(error, ValueError | TypeError | RuntimeError | OSError) and text:

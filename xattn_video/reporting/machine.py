@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def machine_record(device: "torch.device", *packages: str) -> dict[str, Any]:
-    """The name of the device, and the versions of what always counts and of these packages."""
+    """The name of the device, and versions of the main packages, of backends and of these."""
     import diffusers
     import torch
 
@@ -21,7 +21,7 @@ def machine_record(device: "torch.device", *packages: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    # What the backends run on.
+    # The packages of the backends.
     versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn", *packages))
     cuda = device.type == "cuda"
     return {
@@ -31,7 +31,7 @@ def machine_record(device: "torch.device", *packages: str) -> dict[str, Any]:
 
 
 def describe_versions(versions: Mapping[str, str]) -> str:
-    """Names and versions of packages, on one line."""
+    """Names and versions of packages in one line."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 

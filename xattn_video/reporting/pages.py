@@ -1,10 +1,10 @@
-"""Pages made from templates, and pages with a generated part."""
+"""Pages from templates, and generated parts of pages."""
 
 from pathlib import Path
 
 
 def render(template: Path, **values: object) -> str:
-    """A page: a jinja2 template with its values filled in, escaped if it is ``.html.jinja``."""
+    """Render a jinja2 template with these values, escaped if it is ``.html.jinja``."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(

@@ -1,4 +1,4 @@
-"""Progress of a whole job: one bar on a terminal, a few plain lines elsewhere, one time left."""
+"""Progress of a whole job with the time left: a bar on a terminal, a few plain lines elsewhere."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ from rich.table import Column
 from rich.text import Text
 
 TEXT, DECODING, WRITING = "text", "decoding", "writing"
-"""Kinds of work beside the denoising steps, which are named by what they are."""
+"""Kinds of work other than denoising steps, whose kinds are "dense", "sparse" and "refresh"."""
 
 
 class FinishedStep(Protocol):
@@ -42,15 +42,16 @@ class FinishedStep(Protocol):
 
 
 class TimeLeft:
-    """Estimates the seconds left from what is left of each kind of work, and its measured times.
+    """Estimates the seconds left from the work left of each kind, and its measured times.
 
-    A step of a kind that has not run yet is taken for a median step. Other work counts once it was
-    measured, and decoding before that by a guess: `is_complete` tells whether all of it counts.
+    A kind of step that has not run yet is assumed to take as long as the median step. Other work
+    counts only once it was measured, but decoding has a guess before that. `is_complete` tells
+    whether all work that is left counts.
 
     Args:
-        decoding_steps: Steps that decoding takes as long as, until one was measured; None if
-            nobody knows.
-        clock: Tells the seconds.
+        decoding_steps: Guess of the number of steps that take as long as decoding; None if
+            unknown.
+        clock: Function that returns the time in seconds.
     """
 
     def __init__(
@@ -69,36 +70,36 @@ class TimeLeft:
         self._left.update(units)
 
     def drop(self, units: Mapping[str, float]) -> None:
-        """Take off work that will not come."""
+        """Remove work that will not be done."""
         for kind, count in units.items():
             self._left[kind] -= count  # type: ignore[assignment]
 
     def begin(self, kind: str, units: float = 1) -> None:
-        """Some work of a kind begins now."""
+        """Start timing some work of a kind."""
         self.current, self._units, self._since = kind, units, self.clock()
 
     @property
     def spent(self) -> float:
-        """Seconds since what runs now began."""
+        """Seconds since the current work began."""
         return self.clock() - self._since
 
     def end(self) -> None:
-        """It ends."""
+        """Record that the current work has ended."""
         self.measured(self.current, self.spent, self._units)
         self.current = ""
 
     def measured(self, kind: str, seconds: float, units: float = 1) -> None:
-        """Some work of a kind took so long; it is no longer left."""
+        """Record the seconds of some work of a kind, which is then no longer left."""
         self._times[kind].append(seconds / units)
         self._left[kind] -= units  # type: ignore[assignment]
 
     @property
     def is_complete(self) -> bool:
-        """Whether all that is left has a time, measured or guessed."""
+        """Whether all work that is left has a time, measured or guessed."""
         return all(self._of_one(kind) is not None for kind in self._kinds)
 
     def seconds(self) -> float | None:
-        """The seconds left; None before the first step."""
+        """The seconds left; None before the time of a step is known."""
         if self._of_one("dense") is None:
             return None
         total = 0.0
@@ -106,7 +107,7 @@ class TimeLeft:
             one = self._of_one(kind) or 0.0
             seconds = self._left[kind] * one
             if kind == self.current:
-                # What takes longer than expected is never all but done.
+                # Work that takes longer than expected keeps at least 10% of its time so far left.
                 seconds += max(-self.spent, 0.1 * self.spent - self._units * one)
             total += seconds
         return max(total, 0.0)
@@ -141,7 +142,7 @@ class RunProgress:
     def __call__(self, step: FinishedStep) -> None:
         left, videos = self._left, self._videos
         if step.index == 0:
-            # The first step and the text were shown, and waited for, together.
+            # The text and the first step are one phase of the display; their times are separate.
             left.measured(TEXT, max(0.0, left.spent - step.seconds), videos)
             self.units[TEXT] -= videos
         kind = self._expected(step.kind)
@@ -153,7 +154,7 @@ class RunProgress:
         self._job.show_step(step)
 
     def finish(self, done: bool) -> None:
-        """The frames are there, or it failed: forget what else was expected of it."""
+        """Drop the expected work that is left, after the frames are done or the call failed."""
         writing = next((kind for kind in self.units if kind.startswith(WRITING)), None)
         if done and self._left.current == DECODING:
             self._left.end()
@@ -164,7 +165,7 @@ class RunProgress:
             self._job.begin_writing(writing, units)
 
     def _expected(self, kind: str) -> str:
-        """A kind of step, or another that was expected in its place."""
+        """The expected kind of a step, or another expected kind if there is none of it left."""
         named = kind + self._suffix if kind == "sparse" else kind
         if self.units[named] > 0:
             return named
@@ -176,8 +177,8 @@ class JobProgress:
     """One display for a whole job: loading, then text, steps, decoding and writing of each run.
 
     Args:
-        console: Where it is shown.
-        left: What is left, and how long that takes.
+        console: The console of the display.
+        left: The estimate of the time left.
     """
 
     def __init__(self, console: Console, left: TimeLeft | None = None) -> None:
@@ -189,12 +190,12 @@ class JobProgress:
         self._phase = ""
 
     def expect(self, runs: Iterable[Mapping[str, float]]) -> None:
-        """Announce the work of runs, as `run` gets it."""
+        """Announce the units of work of runs; `run` takes the same units."""
         for units in runs:
             self.left.expect(units)
 
     def load(self, model: str, *, downloads: bool) -> None:
-        """The model is being loaded; a bar of ours would hide those of a download."""
+        """Show that the model is being loaded; no bar with downloads, which have their own."""
         self._console.print(f"loading {model}", soft_wrap=True)
         if not downloads:
             self._show("loading")
@@ -210,7 +211,7 @@ class JobProgress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Make room for results; the display comes back with the next run."""
+        """Hide the display to print results; it returns with the next run."""
         self._stop()
         yield
 
@@ -218,17 +219,17 @@ class JobProgress:
     def run(
         self, title: str, units: Mapping[str, float], videos: int = 1, prefix: str = ""
     ) -> Iterator[RunProgress]:
-        """One call of the pipeline, which makes ``videos`` together.
+        """Show one call of the pipeline, which makes ``videos`` videos together.
 
         Args:
             title: What is generated.
-            units: Its work by kind, from `ExpectedWork`, with what follows it under a kind that
-                begins with "writing".
-            videos: How many are made in the call.
-            prefix: Put before the title.
+            units: Units of work by kind, from `ExpectedWork`; the work after decoding has a kind
+                that begins with "writing".
+            videos: Number of videos made in the call.
+            prefix: Text before the title.
         """
         self._end_writing()
-        # A line of its own: beside the bar it would leave an 80-column terminal no room for times.
+        # On a separate line, because 80 columns have no room for it beside the bar and times.
         self._console.print(prefix + title, soft_wrap=True)
         shown = RunProgress(self, units, videos)
         self._show("text, first step")
@@ -240,7 +241,7 @@ class JobProgress:
             shown.finish(done)
 
     def show_step(self, step: FinishedStep) -> None:
-        """A step is done."""
+        """Show a finished step."""
         done = step.index + 1
         phase = step.kind
         if phase == "sparse" and step.density is not None:
@@ -255,13 +256,13 @@ class JobProgress:
             )
 
     def begin_writing(self, kind: str, units: float) -> None:
-        """The frames of a run are there."""
+        """Show that the files of a run are being written."""
         self._is_writing = True
         self.left.begin(kind, units)
         self._show(kind)
 
     def describe(self) -> str:
-        """The time left: "about" as far as one can tell, "over" if part of it is unknown."""
+        """The time left as text: "about ... left", or "over ... left" if part of it is unknown."""
         seconds = self.left.seconds()
         if seconds is None:
             return ""
@@ -283,7 +284,7 @@ class JobProgress:
         self._progress.update(self._progress.task_ids[0], phase=phase)
 
     def _display(self) -> Progress:
-        # A narrow terminal takes room from the bar, not from the figures.
+        # On a narrow terminal the bar shrinks, not the figures.
         uncut = Column(no_wrap=True)
         progress = Progress(
             SpinnerColumn(),
@@ -293,11 +294,11 @@ class JobProgress:
             _JobTimeLeft(self),
             console=self._console,
             transient=True,
-            # Results on stdout stay there, whatever stderr is.
+            # Results must stay on stdout, whatever stderr is.
             redirect_stdout=False,
         )
         progress.add_task("", total=None, phase=self._phase)
-        # The job's own time, not the time since the display last came back.
+        # Elapsed time counts from the start of the job, not of this display.
         progress.tasks[0].start_time = progress.get_time() - (self.left.clock() - self._began)
         return progress
 
@@ -307,7 +308,7 @@ class JobProgress:
             self._progress = None
 
     def share(self) -> float | None:
-        """The share of the job's time that is over; None where nobody knows."""
+        """The share of the job's time that has passed; None if unknown."""
         left = self.left.seconds()
         if left is None:
             return None
@@ -316,7 +317,7 @@ class JobProgress:
 
 
 class _JobBar(BarColumn):
-    """The share of the job that is done, by time."""
+    """A bar of the share of the job's time that has passed."""
 
     def __init__(self, job: JobProgress) -> None:
         super().__init__(bar_width=None, table_column=Column(ratio=1))
@@ -333,7 +334,7 @@ class _JobBar(BarColumn):
 
 
 class _JobTimeLeft(ProgressColumn):
-    """The time left of the whole job."""
+    """The time left for the whole job."""
 
     def __init__(self, job: JobProgress) -> None:
         super().__init__(table_column=Column(no_wrap=True))

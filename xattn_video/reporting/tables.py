@@ -69,16 +69,16 @@ class Table:
         return cls(tuple(cells), tuple(zip(*cells.values(), strict=True)), num_left)
 
     def turned(self) -> "Table":
-        """Columns as rows, for a few items with many columns."""
+        """The table with rows and columns exchanged, for few items with many columns."""
         lines = tuple(zip(*self.rows, strict=True))
         first, *others = zip(self.columns, lines, strict=True)
         return Table((first[0], *first[1]), tuple((heading, *cells) for heading, cells in others))
 
     def terminal(self, width: int) -> Group:
-        """For a console ``width`` characters wide; print it with ``crop=False``.
+        """The table for a console ``width`` characters wide; print it with ``crop=False``.
 
-        Where that is too narrow, further columns follow below, under the first one again. No
-        heading and no cell is broken.
+        If the console is too narrow, the other columns follow below, beside the first column
+        again. Headings and cells are never wrapped.
         """
         parts: list[RenderableType] = []
         for columns in self._fitting(width):
@@ -93,7 +93,7 @@ class Table:
         return Group(*parts)
 
     def _fitting(self, width: int) -> list[list[int]]:
-        """The columns of each part; every part has the first column and at least one more."""
+        """The columns of each part; every part has the first column and at least one other."""
         parts = [[0]]
         for column in range(1, len(self.columns)):
             if len(parts[-1]) > 1 and self._width([*parts[-1], column]) > width:
@@ -102,7 +102,7 @@ class Table:
         return parts
 
     def _width(self, columns: Sequence[int]) -> int:
-        """Characters of these columns side by side."""
+        """Width of these columns side by side, in characters."""
         widths = [
             max(len(self.columns[column]), *(len(row[column]) for row in self.rows), 0)
             for column in columns

@@ -1,4 +1,4 @@
-"""One self-contained web page of a run: videos in step, curves, heat maps, tables, the command."""
+"""A self-contained web page of a run: synchronised videos, curves, heat maps and tables."""
 
 import base64
 import math
@@ -10,14 +10,14 @@ from xattn_video.reporting.pages import render
 from xattn_video.reporting.tables import Table
 
 _FOLDER = Path(__file__).parent / "web"
-# Of a curve's height in its own units; CSS gives the pixels.
+# Size of a curve in SVG units; CSS sets the pixels.
 _HEIGHT = 100
 _WIDTH = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number that stands out, what it is, and what it means."""
+    """A number to highlight, what it is, and what it means."""
 
     value: str
     label: str
@@ -25,18 +25,18 @@ class Figure:
 
     @property
     def line(self) -> str:
-        """For a terminal."""
+        """The figure as a line for a terminal."""
         return f"{self.value} {self.label}{self.note and f'; {self.note}'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A measure of every frame.
+    """A measure by frame.
 
     Attributes:
-        name, unit: Such as "PSNR" and "dB".
-        values: One for each frame.
-        digits: Behind the decimal point.
+        name, unit: Name and unit, such as "PSNR" and "dB".
+        values: One value for each frame.
+        digits: Digits after the decimal point.
         cap: The value of an identical frame.
     """
 
@@ -52,13 +52,13 @@ class Curve:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Round numbers around all values; identical frames would only stretch the axis."""
+        """Round limits of the axis; identical frames, which would stretch it, do not count."""
         shown = [value for value in self.values if value < self.cap] or [self.cap]
         return round_limits(min(shown), max(shown), self.digits)
 
     @property
     def points(self) -> str:
-        """Of an SVG polyline, 1000 wide and 100 high."""
+        """The points of an SVG polyline, 1000 wide and 100 high."""
         low, high = self.limits
         last = max(1, len(self.values) - 1)
         heights = [(min(value, high) - low) / (high - low) for value in self.values]
@@ -69,7 +69,7 @@ class Curve:
 
     @property
     def summary(self) -> str:
-        """The mean and the worst frame, for people who do not see the line."""
+        """The mean and the worst frame as text, for people who cannot see the curve."""
         if min(self.values) >= self.cap:
             return f"{self.name}: every frame is identical"
         worst = min(range(len(self.values)), key=self.values.__getitem__)
@@ -85,20 +85,20 @@ class Curve:
 
     @property
     def texts(self) -> list[str]:
-        """Of every frame."""
+        """The value of every frame, with its unit."""
         return ["identical" if value >= self.cap else self.text(value) for value in self.values]
 
 
 @dataclass(frozen=True, slots=True)
 class Player:
-    """Videos that play in step: one file holds their pictures side by side.
+    """Synchronised videos: one file holds their pictures side by side.
 
     Attributes:
-        title: What tells it from the other players.
-        labels: One for each picture, left to right.
+        title: The title, different from those of the other players.
+        labels: One label for each picture, left to right.
         video: A WebM file, ``len(labels) * width`` by ``height`` pixels.
-        width, height: Of one picture, in pixels.
-        num_frames, fps: Of the video.
+        width, height: Size of one picture, in pixels.
+        num_frames, fps: Length and frame rate of the video.
         curves: Measures by frame.
     """
 
@@ -122,8 +122,8 @@ class HeatMap:
     """Density by layer and step.
 
     Attributes:
-        title: What tells it from the other maps.
-        cells: ``[layers][steps]``: a density, or in words what ran instead.
+        title: The title, different from those of the other maps.
+        cells: ``[layers][steps]``: a density, or text for a cell that is not sparse.
     """
 
     title: str
@@ -131,7 +131,7 @@ class HeatMap:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Tenths around all densities."""
+        """The multiples of 0.1 around all densities."""
         found = [cell for row in self.cells for cell in row if not isinstance(cell, str)]
         if not found:
             return 0.0, 1.0
@@ -159,7 +159,7 @@ class HeatMap:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A PNG and what it shows."""
+    """A PNG and a description."""
 
     caption: str
     png: bytes
@@ -172,16 +172,16 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class WebPage:
-    """What a page shows, from top to bottom; what is empty is left out.
+    """The content of a page, from top to bottom; empty parts are omitted.
 
     Attributes:
         title, lead: The heading and a sentence below it.
-        figures: What matters most.
-        players, heat_maps: One is shown, a list chooses among several.
-        tables, facts: By heading: a table, or text by label.
+        figures: The most important results.
+        players, heat_maps: One is shown at a time; a list selects it.
+        tables, facts: Pairs of a heading and a table, or a heading and text by label.
         pictures: Plots.
-        notes: What a reader must know.
-        command: What made all of this.
+        notes: Remarks for the reader.
+        command: The command that made the results.
     """
 
     title: str
@@ -203,7 +203,7 @@ class WebPage:
         return render(_FOLDER / "page.html.jinja", page=self, **parts)
 
     def markdown(self) -> str:
-        """What of the page is text: heading, lead, tables and notes."""
+        """The text of the page: heading, lead, tables and notes."""
         parts = [f"# {self.title}", self.lead]
         parts += [f"## {heading}\n\n{table.markdown()}" for heading, table in self.tables]
         parts += ["\n".join(f"- {note}" for note in self.notes)] * bool(self.notes)
@@ -211,7 +211,7 @@ class WebPage:
 
 
 def round_limits(low: float, high: float, digits: int) -> tuple[float, float]:
-    """Round numbers below and above both, apart by at least one unit of the last digit shown."""
+    """Round numbers around both, at least one unit of the last shown digit apart."""
     least = 10.0**-digits
     step = 10 ** math.floor(math.log10(max(high - low, 2 * least)))
     step = max(least, step / 2 if high - low < 2 * step else step)
