@@ -1,4 +1,4 @@
-"""`python -m xattn_video.cli`, where the script `xattn-video` is not on the path."""
+"""`python -m xattn_video.cli`, for when the script `xattn-video` is not on the path."""
 
 from xattn_video.cli import main
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.run_plan import RunPlan
 
-# A CPU does about this much in a second, and every part runs some ten times.
+# To estimate the waiting time: the speed of a CPU, and the number of calls of all parts.
 _CPU_TFLOP_PER_SECOND = 0.1
 _CALLS = 10
 _PATIENCE_SECONDS = 120
@@ -80,7 +80,7 @@ def bench(
     messages = progress_console()
 
     def show(row: dict[str, Any]) -> None:
-        # The arguments have proved sound once something was measured.
+        # Once something was measured, the arguments are known to be valid.
         errors.running = True
         messages.print(_progress(row), style="dim")
 
@@ -99,7 +99,7 @@ def bench(
 
 
 def _progress(row: dict[str, Any]) -> str:
-    """One line while a person waits."""
+    """One line of progress for a measured or failed row."""
     what = " ".join(str(row[key]) for key in ("name", "backend") if row.get(key)) or "inputs"
     return f"{what}: failed" if "failure" in row else f"{what}: {row['latency_ms']:.3g} ms"
 
@@ -137,7 +137,7 @@ def print_speedup(found: "Speedup", run_plan: "RunPlan", console: Console) -> No
 
 
 def _over_stock(found: "Speedup") -> str:
-    """The speed-up over the call of Diffusers' stock processor."""
+    """The speed-up over the attention call of Diffusers' stock processor, as text."""
     stock = found.of_attention(found.stock)
     if stock is None:
         return ""

@@ -1,4 +1,4 @@
-"""`xattn-video calibrate`: shares the blocks out to layers and heads."""
+"""`xattn-video calibrate`: finds a density for every layer and head."""
 
 import json
 import math
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateDetails:
-    """The remaining settings of the videos, and the file to write."""
+    """The other settings of the videos, and the file to write."""
 
     output: Path = knob("JSON file for the densities, for --schedule.", ..., panel="Files")
     negative_prompt: str | None = knob(
@@ -86,10 +86,11 @@ def calibrate(
 
 
 def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool) -> None:
-    """Check, before the weights are loaded, what would fail.
+    """Check for everything that would fail, before the weights are loaded.
 
     Raises:
-        ValueError: No step would be sparse; and as `check_runs`.
+        ValueError: No step would be sparse, or as in `check_runs`.
+        UnsupportedModelError, PipelineLoadError, BackendUnavailableError: As in `check_runs`.
     """
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.run_plan import planned_steps, why_all_dense
@@ -97,7 +98,7 @@ def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bo
 
     first, sparse = requests[0], requests[0].sparse
     assert sparse is not None
-    # Residuals are kept of few tokens, in host memory.
+    # Calibration keeps residuals of few tokens, in host memory, so they need no check.
     unkept = replace(first, sparse=replace(sparse, refresh_every=None))
     warnings = check_runs(load, [unkept], force)
     shape = read_model_shape(find_model(load.model))
@@ -146,7 +147,7 @@ def _run(
 
 
 def _print(found: "Calibration", output: Path) -> None:
-    """The densities of each layer, and what they are expected to gain."""
+    """Print the densities of each layer and the expected gain."""
     console = output_console()
     columns = {
         "layer": lambda layer: layer.layer,

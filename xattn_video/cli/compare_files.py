@@ -26,9 +26,9 @@ class FilesJob:
     """Two videos to compare.
 
     Attributes:
-        reference, candidate: The files.
-        folder: Where results.json and the videos side by side are written; None for nowhere.
-        overwrite: Whether it may hold results.
+        reference, candidate: The video files.
+        folder: Where results.json and a side-by-side video are written; None writes nothing.
+        overwrite: Whether the folder may already hold results.
         page: Whether a web page is written there, and opened.
     """
 
@@ -47,10 +47,10 @@ class FilesJob:
         overwrite: bool,
         page: PageWish,
     ) -> "FilesJob":
-        """From the options as they were given.
+        """The job from the options as given.
 
         Raises:
-            ValueError: A file is not given, or a page is to be opened and no folder is given.
+            ValueError: A file is not given, or a page must be opened and no folder is given.
         """
         if reference is None or candidate is None:
             lacking = "--reference" if reference is None else "--candidate"
@@ -65,8 +65,8 @@ class FilesJob:
         """Check everything that could fail later.
 
         Raises:
-            ValueError: A file is no whole video, the two do not fit each other, or the folder
-                cannot be used.
+            ValueError: A file is not a complete video, the two do not fit each other, or the
+                folder cannot be used.
             MissingPackageError: torchmetrics or ffmpeg cannot be used.
         """
         from xattn_video.measure.clips import check_pair
@@ -79,7 +79,7 @@ class FilesJob:
             check_encoders(self.folder, [".mp4"], fps=24)
 
     def run(self, as_json: bool = False) -> None:
-        """Measure, print the figures or JSON, and write the files."""
+        """Measure, print figures or JSON, and write the files."""
         from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 
         clips = self._read()
@@ -153,7 +153,7 @@ class FilesJob:
 
 
 def _lines(similarity: "Similarity") -> dict[str, str]:
-    """What was measured, by name."""
+    """The measured values as text, by name."""
     count = similarity.num_frames
     identical = "all" if similarity.num_identical == count else similarity.num_identical
     lines = {

@@ -46,7 +46,7 @@ class CompareJob:
         load: How the model is loaded.
         requests: One dense request for each prompt and seed.
         methods: The methods to compare with dense attention.
-        details: What else is generated, measured and written.
+        details: Other settings of what is generated, measured and written.
         page: Whether a web page is written, and opened.
         verbose: Whether to show the messages of other libraries.
         table: Whether the table is printed.
@@ -69,11 +69,11 @@ class CompareJob:
 
     @property
     def folder(self) -> Path:
-        """Where everything is written."""
+        """The folder of all results."""
         return self.details.output or Path("compare")
 
     def check(self) -> None:
-        """Find out what would fail or be in vain before the weights are loaded.
+        """Check for what would fail or have no effect, before the weights are loaded.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model or the folder cannot
@@ -98,7 +98,7 @@ class CompareJob:
         print_warnings(warnings)
 
     def settings(self) -> dict[str, Any]:
-        """All that the results depend on; their seconds depend on the device too."""
+        """Everything that the results depend on, including the device for the times."""
         record = self._record()
         names = ("device", "video", "negative_prompt", "seeds", "batch_size")
         return {
@@ -114,7 +114,7 @@ class CompareJob:
         }
 
     def start(self, errors: ErrorsToExitCodes, as_json: bool = False) -> None:
-        """Check everything, then run in the folder, which is this process's alone meanwhile."""
+        """Check everything, then run in the folder, which is locked meanwhile."""
         self.check()
         folder = ResumableFolder(self.folder)
         with folder.lock():
@@ -126,7 +126,7 @@ class CompareJob:
         """Make what is missing in the folder, write the files, print the table or JSON.
 
         Raises:
-            RuntimeError: Videos failed.
+            RuntimeError: At least one video failed.
         """
         from xattn_video.measure.methods import DENSE
 
@@ -151,7 +151,7 @@ class CompareJob:
         attempts.conclude(len(missing))
 
     def _print(self, results: ResultsFolder, lines: dict[str, str], as_json: bool) -> None:
-        """Print the table and what there is to say of it, or JSON."""
+        """Print the table and labelled lines, or JSON."""
         from xattn_video.measure.comparison_rows import comparison_table
 
         if as_json:
@@ -170,7 +170,7 @@ class CompareJob:
         results: ResultsFolder,
         attempts: Attempts,
     ) -> None:
-        """Generate and measure what is missing, with one display for all of it."""
+        """Generate and measure what is missing, with one progress display."""
         from xattn_video.measure.similarity import Scorer
 
         scorer = Scorer(self.load.resolved_device, use_ffmpeg=self.details.videos)
@@ -217,12 +217,12 @@ class CompareJob:
                 results.finish_batch(first)
 
     def _batches(self) -> Iterator[tuple[int, tuple[GenerationRequest, ...]]]:
-        """The requests that are generated together, and the number of the first, from 1."""
+        """The batches of requests generated together, each after its first number, from 1."""
         for first in range(0, len(self.requests), self.details.batch_size):
             yield first + 1, self.requests[first : first + self.details.batch_size]
 
     def _record(self) -> dict[str, Any]:
-        """What all videos share."""
+        """The part of results.json that all videos share."""
         from xattn_video.pipelines.model_shape import read_model_shape
         from xattn_video.pipelines.source import find_model
 

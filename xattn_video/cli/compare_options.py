@@ -32,7 +32,7 @@ _SEVERAL = {
     "density": ("densities", "0.1,0.2"),
     "refresh_every": ("refresh_every", "0,5,10, where 0 means never"),
 }
-# What a comparison of two existing files uses.
+# The arguments that a comparison of two existing files uses.
 _OF_FILES = (
     *("reference", "candidate", "output", "overwrite", "html", "open"),
     *("verbose", "quiet", "as_json"),
@@ -62,7 +62,7 @@ class ExistingFiles:
 
 @dataclass(frozen=True, slots=True)
 class CompareDetails:
-    """What else is generated, measured and written."""
+    """Other settings of what is generated, measured and written."""
 
     seeds: str = knob(
         "Seeds of the initial noise, such as 0,1; every prompt uses each seed.",
@@ -121,7 +121,7 @@ def compared_prompts(
     """The prompts from the option that was given.
 
     Raises:
-        ValueError: Several options or none were given, or there are not so many prompts.
+        ValueError: Several options or none were given, or too many demo prompts are requested.
     """
     if demo_prompts is None:
         if prompt is None and prompts_file is None:
@@ -147,7 +147,7 @@ def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[
     """The numbers of a list such as "0.9,0.95".
 
     Raises:
-        ValueError: A part of the list is not a number, or comes twice.
+        ValueError: A part of the list is not a number, or occurs twice.
     """
     try:
         numbers = [kind(part) for part in text.split(",")]
@@ -164,10 +164,10 @@ def parse_numbers(text: str, kind: Callable[[str], _Number], name: str) -> list[
 
 
 def refuse_unused(context: typer.Context) -> None:
-    """Refuse options that a comparison of two existing files has no use for.
+    """Refuse options that a comparison of two existing files does not use.
 
     Raises:
-        ValueError: One was given.
+        ValueError: Such an option was given.
     """
     unused = [name for parameter, name in given_options(context) if parameter not in _OF_FILES]
     if unused:
@@ -202,7 +202,7 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     methods = []
     if not whole_settings or "threshold" in grid or "density" in grid:
         methods = sparse_methods(grid, **shared)
-    # A list of one value is no grid, and holds for these as well.
+    # A list of one value is not a grid; it applies to --setting as well.
     single = {
         name: numbers[0]
         for name, numbers in grid.items()
@@ -217,7 +217,7 @@ def _whole(text: str, others: dict[str, Any]) -> SparseSettings:
     """The settings of one --setting.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a valid setting.
     """
     try:
         return parse_setting(text, **others)
@@ -263,7 +263,7 @@ def _grid() -> Group:
 
 
 def _names(*names: str) -> tuple[str, ...]:
-    """The options of these names; that of `generate` is understood too."""
+    """The options with these names; the name that `generate` uses is accepted too."""
     return tuple(dict.fromkeys(f"--{name.replace('_', '-')}" for name in names))
 
 

@@ -21,11 +21,11 @@ class ResultsFolder:
     Prompts and seeds that are generated together are one item of the folder.
 
     Args:
-        folder: Holds no results but those of these settings.
-        methods: What is compared.
+        folder: The folder, which holds only results of these settings.
+        methods: The methods that are compared.
         videos: Whether videos are written.
         html: Whether the results are also written as a web page.
-        common: What all videos share, for results.json.
+        common: The part of results.json that all videos share.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ResultsFolder:
 
     @property
     def page(self) -> Path:
-        """The web page."""
+        """The path of the web page."""
         return self.folder / "results.html"
 
     @property
@@ -58,23 +58,23 @@ class ResultsFolder:
 
     @property
     def _records(self) -> list[dict[str, Any]]:
-        """Of all videos, in the order of their prompts and seeds."""
+        """The records of all videos, in the order of their prompts and seeds."""
         return [record for _, batch in sorted(self._batches.items()) for record in batch["videos"]]
 
     def resume(self, first: int) -> bool:
-        """Take up what an earlier run kept of a batch, and tell whether it is finished."""
+        """Load a batch that an earlier run finished; returns whether there is one."""
         batch = self._items.record(batch_key(first))
         if batch is not None:
             self._batches[first] = batch
         return batch is not None
 
     def add(self, first: int, outcomes: "Sequence[Outcome]", missing: dict[str, str]) -> None:
-        """Write the videos of one method, and results.json anew.
+        """Write the videos of one method, and rewrite results.json.
 
         Args:
-            first: Number of the first of them among all prompts and seeds, from 1.
-            outcomes: Generated together.
-            missing: What cannot be measured, and why.
+            first: Number of the first video among all prompts and seeds, from 1.
+            outcomes: The outcomes of a batch that was generated together.
+            missing: {metric: why it cannot be measured}.
         """
         empty = {"videos": [], "layer_densities": {}, "missing": missing}
         batch = self._batches.setdefault(first, empty)
@@ -94,7 +94,7 @@ class ResultsFolder:
         self._write_json()
 
     def finish_batch(self, first: int) -> None:
-        """Keep a batch that all methods have made."""
+        """Record a batch as finished by all methods."""
         batch = self._batches[first]
         files = [self.folder / name for record in batch["videos"] for name in record["files"]]
         self._items.add(batch_key(first), files, batch)
@@ -124,7 +124,7 @@ class ResultsFolder:
             | self._left_out(records),
             "backends": sorted({name for record in records for name in record["backends"]}),
             "rows": [row.to_dict() for row in self.rows],
-            # They are much the same from prompt to prompt: the first ones stand for all.
+            # Densities hardly differ between prompts, so the first batch represents all.
             "layer_densities": {k: v for b in batches for k, v in b["layer_densities"].items()},
             "videos": records,
         }
@@ -133,7 +133,7 @@ class ResultsFolder:
 
     @staticmethod
     def _left_out(records: list[dict[str, Any]]) -> dict[str, str]:
-        """What could be measured and would mislead."""
+        """Metrics that are omitted because they would mislead, and why."""
         from xattn_video.measure.similarity import VMAF_LEFT_OUT
 
         found = [record["similarity"] for record in records if record["similarity"] is not None]
@@ -141,7 +141,7 @@ class ResultsFolder:
         return {"VMAF": VMAF_LEFT_OUT} if plain else {}
 
     def _measurement(self, record: dict[str, Any]) -> "Measurement":
-        """Of a video, from its record."""
+        """The measurement of a video, from its record."""
         from xattn_video.measure.comparison import Measurement
         from xattn_video.measure.similarity import Similarity
 
@@ -173,15 +173,15 @@ class ResultsFolder:
 
 
 def batch_key(first: int) -> str:
-    """What names the batch whose first prompt and seed has that number."""
+    """The key of the batch whose first prompt and seed has this number."""
     return f"{first:03}"
 
 
 def check_new_results(folder: Path, overwrite: bool) -> None:
-    """Make sure that results can be written to a folder which holds none of unknown settings.
+    """Check that new results can be written to a folder.
 
     Raises:
-        ValueError: The folder cannot be written, or it holds results.
+        ValueError: The folder cannot be written, or it holds results and ``overwrite`` is False.
     """
     check_output_folder(folder)
     if (folder / "results.json").exists() and not overwrite:

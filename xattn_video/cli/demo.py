@@ -17,14 +17,14 @@ from xattn_video.reporting.endings import ErrorsToExitCodes
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
-# Two CPU cores make it twice in about a minute.
+# Two CPU cores generate it twice in about a minute.
 DEMO_VIDEO = VideoSettings(height=256, width=256, num_frames=33, num_inference_steps=25)
 _PROMPT = "a red circle moving left to right over a blue background"
 
 
 @dataclass(frozen=True, slots=True)
 class DemoDetails:
-    """What is made, and where it goes."""
+    """The prompt, the seed and the output."""
 
     prompt: str = knob("What the video shows, in the demo model's words.", _PROMPT, panel="Video")
     seed: int = knob("Seed of the initial noise.", 0, panel="Video")
@@ -38,7 +38,7 @@ class DemoDetails:
 
 
 def _of_the_demo(group: Group, *without: str) -> Group:
-    """The same options, for the demo model."""
+    """The same options for the demo model, without some of them."""
     options = {name: made for name, made in group.options.items() if name not in without}
     fixed = {"model": DEMO, **dict.fromkeys(without)}
     return Group(options, lambda values: group.make(values | fixed))

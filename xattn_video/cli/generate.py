@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GenerateDetails:
-    """The remaining settings of a video."""
+    """The other settings of a video."""
 
     negative_prompt: str | None = knob(
         "What the video must not show; needs --true-cfg-scale above 1.", panel="Video"
@@ -93,7 +93,7 @@ def generate(
     folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
     with folder.lock() if folder is not None and ranks.is_first else nullcontext():
         if not ranks.is_first:
-            # Until the first has claimed the folder and named the files.
+            # Wait until the first rank has claimed the folder and named the files.
             ranks.meet()
         outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
         if files.html is not None:

@@ -42,11 +42,11 @@ class GenerateJob:
     """All videos of one command; they share everything but the prompt.
 
     Attributes:
-        load, requests, outputs, fps: What is made.
-        verbose: Whether the libraries may speak.
-        force: Whether to run what seems not to fit in memory.
-        folder: Of the videos of a prompts file; None for a video by itself.
-        ranks, split: Who makes them, and how the work is shared.
+        load, requests, outputs, fps: The model, the videos and their files.
+        verbose: Whether libraries may print messages.
+        force: Whether to run even if the memory seems too small.
+        folder: Folder of the videos of a prompts file; None for a single video.
+        ranks, split: The ranks of the job, and how they share the work.
     """
 
     load: "LoadOptions"
@@ -63,7 +63,7 @@ class GenerateJob:
         check_fps(self.fps)
 
     def settings(self) -> dict[str, Any]:
-        """All that a prompt's video depends on."""
+        """Everything that a prompt's video depends on."""
         first = self.requests[0]
         return {
             **shaping_record(self.load, self.fps),
@@ -76,7 +76,7 @@ class GenerateJob:
 
 
 def check_job(job: GenerateJob) -> None:
-    """Check, before the weights are loaded, what would fail or have no effect.
+    """Check for what would fail or have no effect, before the weights are loaded.
 
     Raises:
         ValueError, UnsupportedModelError, PipelineLoadError: The model cannot be used.
@@ -97,16 +97,16 @@ def check_job(job: GenerateJob) -> None:
     warnings = check_runs(job.load, job.requests[:1], job.force)
     if job.load.model == DEMO:
         warnings += unknown_words([request.prompt for request in job.requests])
-    # One rank is enough to warn.
+    # Only one rank warns.
     if job.ranks.is_first:
         print_warnings(warnings)
 
 
 def claim_folder(job: GenerateJob, overwrite: bool) -> None:
-    """Make the folder of a prompts file that of this job.
+    """Assign the folder of a prompts file to this job.
 
     Raises:
-        ValueError: It belongs to a run of other settings.
+        ValueError: The folder belongs to a run with other settings.
     """
     if job.folder is not None:
         job.folder.adopt(job.settings(), overwrite)
@@ -114,10 +114,10 @@ def claim_folder(job: GenerateJob, overwrite: bool) -> None:
 
 
 def run_job(job: GenerateJob) -> None:
-    """Load the model, generate every video that is not there and write the files.
+    """Load the model, generate every missing video and write the files.
 
     Raises:
-        KeyboardInterrupt: With the number of videos that are written.
+        KeyboardInterrupt: The run was interrupted; the text says how many videos are written.
         RuntimeError: Videos of a prompts file failed.
     """
     if not job.verbose:
@@ -128,7 +128,7 @@ def run_job(job: GenerateJob) -> None:
         if missing:
             _generate_missing(job, missing, runs)
         if job.ranks.is_first:
-            # Other ranks may have made videos too.
+            # Includes the videos that other ranks made.
             _write_page(job, runs | _finished(job))
             if job.load.model == DEMO and job.requests[0].sparse is not None:
                 print_outlook(output_console())
@@ -138,7 +138,7 @@ def run_job(job: GenerateJob) -> None:
 
 
 def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int]:
-    """The numbers of the prompts whose videos earlier runs have not made; ``runs`` gets others."""
+    """The numbers of the prompts without a video; adds the records of the others to ``runs``."""
     for number, record in _finished(job).items():
         runs[number] = record
         plot = job.outputs.plots[number]
@@ -151,7 +151,7 @@ def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int
 
 
 def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
-    """The records of the videos that are there, by the number of the prompt."""
+    """The records of the finished videos, by the number of the prompt."""
     if job.folder is None:
         return {}
     records = map(job.folder.record, prompt_keys(job.requests))
@@ -161,7 +161,7 @@ def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
 def _generate_missing(
     job: GenerateJob, missing: list[int], runs: dict[int, dict[str, Any]]
 ) -> None:
-    """Add the record of every video to ``runs`` once it is written."""
+    """Generate the missing videos, and add the record of each to ``runs`` once it is written."""
     with _display(job).running() as shown:
         pipe = _load(job, missing, shown)
         if job.folder is None:
@@ -173,14 +173,14 @@ def _generate_missing(
         job.ranks.meet()
         if job.split.ranks_per_video > 1:
             for number in missing:
-                # What fails on one rank leaves the others waiting: no video can follow it.
+                # A failure on one rank leaves the others waiting, so it ends the run.
                 _generate_one(job, pipe, number, runs, shown)
             return
         attempts = Attempts(job.folder, print_message)
         share = _share_of(job, missing)
         for made, number in enumerate(job.ranks.deal(missing)):
             if made >= share:
-                # Others are slower: their videos come to this rank.
+                # Other ranks are slower, so this rank makes more than its share.
                 _expect(job, pipe, 1, shown)
             with attempts.item(prompt_keys(job.requests)[number], job.outputs.videos[number].name):
                 _generate_one(job, pipe, number, runs, shown)
@@ -188,7 +188,7 @@ def _generate_missing(
 
 
 def _display(job: GenerateJob) -> JobProgress:
-    """Shows the first rank's work; the displays of several would run into one another."""
+    """The display of the first rank's work; other ranks have none, as displays would mix."""
     return JobProgress(progress_console() if job.ranks.is_first else Console(quiet=True))
 
 
@@ -212,7 +212,7 @@ def _load(job: GenerateJob, missing: list[int], shown: JobProgress) -> "HunyuanV
 
 
 def _share_of(job: GenerateJob, missing: list[int]) -> int:
-    """How many videos this rank makes or helps to make, if all ranks are as fast."""
+    """Number of videos that this rank makes or helps to make if all ranks are equally fast."""
     return math.ceil(len(missing) / job.ranks.count) if job.split.by_prompt else len(missing)
 
 
@@ -230,7 +230,7 @@ def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
 def _expect(
     job: GenerateJob, pipe: "HunyuanVideoPipeline", videos: int, shown: JobProgress
 ) -> None:
-    """Tell the display what is to come."""
+    """Announce the work of some videos to the display."""
     from xattn_video.pipelines.expected_work import ExpectedWork
 
     work, first = ExpectedWork.of(pipe), job.requests[0]
@@ -264,7 +264,7 @@ def _generate_one(
         result = generate(pipe, request, progress)
     if not job.split.writes(ranks):
         return
-    # A launcher ends all ranks when one has ended: what is finished is kept.
+    # A launcher ends all ranks when one has ended; writing is finished first.
     with nullcontext() if ranks.is_alone else finishing_first():
         _write_one(job, number, result, runs, shown)
 
@@ -276,7 +276,7 @@ def _write_one(
     runs: dict[int, dict[str, Any]],
     shown: JobProgress,
 ) -> None:
-    """Write the files of a video, and say what they are."""
+    """Write the files of a video and print its summary."""
     from xattn_video.pipelines.video import write_video_or_keep_frames
 
     request, video, plot = (
@@ -301,7 +301,7 @@ def _write_one(
 
 
 def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
-    """A web page of all videos that are there."""
+    """Write a web page of all finished videos."""
     from xattn_video.measure.generation_web import generation_web_page
 
     if job.outputs.html is not None and runs:
@@ -311,14 +311,14 @@ def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
-    """Rewritten after every video, so that a run cut short leaves what it did."""
+    """Write the report; called after every video, so that an interrupted run leaves one."""
     if job.outputs.report is not None and runs:
         ranks = {"ranks": job.ranks.count, "ranks_per_video": job.split.ranks_per_video}
         write_json(job.outputs.report, _record(job, runs) | ranks)
 
 
 def _record(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """What all videos share, then each video."""
+    """The content of the report: what all videos share, then each video."""
     return {
         **run_record(job.load, job.fps),
         "runs": [runs[number] for number in sorted(runs)],

@@ -27,10 +27,10 @@ class Outputs:
     html: Path | None = None
 
     def with_page(self, html: Path) -> "Outputs":
-        """Also a web page.
+        """The same files and a web page.
 
         Raises:
-            ValueError: It could not be written.
+            ValueError: The page could not be written.
         """
         check_output_path(html, (".html",), what="html")
         return replace(self, html=html)
@@ -49,7 +49,7 @@ class Prompts:
         """The prompts from the option that was given.
 
         Raises:
-            ValueError: Both or none were given, or the file holds no prompt.
+            ValueError: Both options or none were given, or the file holds no prompt.
         """
         if (self.prompt is None) == (self.prompts_file is None):
             found = "none" if self.prompt is None else "both"
@@ -60,13 +60,13 @@ class Prompts:
 
 
 class ResumableFolder(ItemFolder):
-    """A folder of the command line, whose records stand in its folder ``resume``.
+    """An output folder of a command; its records are in its subfolder ``resume``.
 
     Args:
-        path: Made where it is missing.
+        path: The folder, created if it is missing.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: The folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,13 +76,13 @@ class ResumableFolder(ItemFolder):
 
 
 class PromptsFolder(ResumableFolder):
-    """The videos of a prompts file; a prompt keeps its file's name from run to run.
+    """The videos of a prompts file; the file of a prompt has the same name in every run.
 
     Args:
-        output: As it was given.
+        output: The folder as given, or None for the default.
 
     Raises:
-        ValueError: It is no folder, or cannot be written.
+        ValueError: It is not a folder, or cannot be written.
     """
 
     def __init__(self, output: Path | None) -> None:
@@ -91,7 +91,7 @@ class PromptsFolder(ResumableFolder):
         self._names_file = self.settings_file.with_name("names.json")
 
     def videos(self, requests: Sequence[GenerationRequest]) -> list[Path]:
-        """The file of each request, new or that of an earlier run."""
+        """The file of each request: its file in an earlier run, or a new one."""
         names = read_record(self._names_file) or {}
         taken = {self.path / name for name in names.values()}
         for key, request in zip(prompt_keys(requests), requests, strict=True):
@@ -102,13 +102,13 @@ class PromptsFolder(ResumableFolder):
         return [self.path / names[key] for key in prompt_keys(requests)]
 
     def keep_names(self, requests: Sequence[GenerationRequest], videos: Sequence[Path]) -> None:
-        """A video that a killed run wrote and did not note is then replaced, not numbered."""
+        """Record the names, so that a video of a killed run is replaced and not numbered."""
         names = zip(prompt_keys(requests), (video.name for video in videos), strict=True)
         write_json(self._names_file, (read_record(self._names_file) or {}) | dict(names))
 
 
 def prompt_keys(requests: Sequence[GenerationRequest]) -> list[str]:
-    """One for each request; a prompt that comes twice has two."""
+    """A key for each request; repeated prompts have different keys."""
     seen: Counter[str] = Counter()
     keys = []
     for request in requests:
@@ -125,12 +125,12 @@ def choose_outputs(
     report: Path | None,
     plot: Path | None,
 ) -> Outputs:
-    """Name every file and check that it can be written; nothing is overwritten unless named.
+    """Name every file and check that it can be written; only named files are overwritten.
 
     Args:
-        requests: One for each video.
-        folder: Of the videos of a prompts file; ``plot`` is a folder then.
-        output, report, plot: As they were given.
+        requests: One request for each video.
+        folder: Folder of the videos of a prompts file, or None; with it ``plot`` is a folder.
+        output, report, plot: The paths as given.
 
     Raises:
         ValueError: A file could not be written.
@@ -172,7 +172,7 @@ def read_prompts(file: Path) -> list[str]:
         ValueError: The file is missing, is not UTF-8 text, or holds no prompt.
     """
     try:
-        # Windows' editors begin a file with a byte order mark.
+        # Editors on Windows put a byte order mark at the start of a file.
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(
@@ -203,7 +203,7 @@ def default_name(prompt: str, seed: int) -> str:
 
 
 def unused_path(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:
-    """``name`` in ``folder``, with a number if a file or one of ``taken`` has that name."""
+    """``name`` in ``folder``, with a number if it exists or is one of ``taken``."""
     path, number = folder / f"{name}{suffix}", 2
     while path.exists() or path in taken:
         path, number = folder / f"{name}-{number}{suffix}", number + 1

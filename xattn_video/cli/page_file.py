@@ -1,4 +1,4 @@
-"""The web page of a command: whether it is written, and how it is opened."""
+"""Options for the web page of a command, and how it is opened."""
 
 import webbrowser
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from xattn_video.reporting.console import print_message
 
 @dataclass(frozen=True, slots=True)
 class PageWish:
-    """Whether the results become a web page, and whether a browser shows it."""
+    """Whether the results are written as a web page, and whether a browser opens it."""
 
     html: bool = knob(
         "Write results.html, one self-contained page with everything.",
@@ -25,6 +25,6 @@ class PageWish:
 
 
 def open_in_browser(page: Path) -> None:
-    """Show a page; where there is no browser, say where it is."""
+    """Open a page in a browser; if there is none, print the path."""
     if not webbrowser.open(page.resolve().as_uri()):
         print_message(f"no browser was found; copy {page} to a machine that has one")

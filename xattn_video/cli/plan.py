@@ -50,7 +50,7 @@ def plan(
 def print_plan(
     run_plan: "RunPlan", console: Console, expected: "ExpectedSeconds | None" = None
 ) -> None:
-    """Show a plan to a person; its warnings go to stderr."""
+    """Print a plan; its warnings go to stderr."""
     frames, rows, columns = run_plan.grid
     memory = run_plan.memory
     twice = ", two forward passes each" if run_plan.forwards_per_step > 1 else ""
@@ -89,7 +89,7 @@ def print_plan(
 
 
 def _shared(run_plan: "RunPlan") -> dict[str, str]:
-    """What several GPUs gain, and what they send."""
+    """The gain of several GPUs, and what they send."""
     share = run_plan.share
     if share.num_gpus == 1:
         return {}
@@ -107,7 +107,7 @@ def _sparse_steps(run_plan: "RunPlan") -> str:
 
 
 def _residuals(memory: "MemoryEstimate") -> str:
-    """What refreshes keep, and whether it is part of the peak."""
+    """The memory of residuals, and whether it is part of the peak."""
     if not memory.residuals:
         return ""
     where = " in host memory instead" if memory.residuals_on_host else ""
@@ -115,7 +115,7 @@ def _residuals(memory: "MemoryEstimate") -> str:
 
 
 def _offload(memory: "MemoryEstimate") -> str:
-    """What waits in host memory and why, and the peaks of the other ways to offload."""
+    """Which parts wait in host memory and why, and the peaks with other offloads."""
     others = [
         f"with {name} {gib:.1f} GiB (host {memory.hosts[name]:.1f})"
         for name, gib in memory.peaks.items()

@@ -1,4 +1,4 @@
-"""`xattn-video prefill`: a long prompt through a language model, sparse and dense."""
+"""`xattn-video prefill`: runs a long prompt through a language model, sparse and dense."""
 
 import json
 from collections.abc import Iterable
@@ -121,7 +121,7 @@ def _warn_of_dense(report: "PrefillReport | None", block_size: int) -> None:
 
 
 def _remedy(reasons: Iterable[str], block_size: int) -> str:
-    """What makes a prefill sparse that was dense for these reasons."""
+    """How to make a prefill sparse that was dense for these reasons."""
     if "short chunk" in reasons:
         return f"use chunks of at least a block, {block_size} tokens"
     if "window" in reasons:
@@ -130,7 +130,7 @@ def _remedy(reasons: Iterable[str], block_size: int) -> str:
 
 
 def _agreement(sparse: "PrefillRun", other: "PrefillRun") -> str:
-    """Whether the first new token is the same, and how far its distributions are apart."""
+    """Whether the first new token is the same, and the divergence of its distributions."""
     same = sparse.new_tokens[0] == other.new_tokens[0]
     return (
         f"{'the same' if same else 'another'} as dense attention's, "

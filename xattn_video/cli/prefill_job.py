@@ -32,7 +32,7 @@ from xattn_video.reporting.machine import machine_record
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
-# New tokens where there is no answer: enough for the time of one.
+# New tokens if there is no answer: enough to measure the time of one.
 _TIMED_TOKENS = 32
 
 
@@ -41,14 +41,14 @@ class PrefillJob:
     """A checked command.
 
     Attributes:
-        prompt, load, settings: As they were given.
+        prompt, load, settings: The options as given.
         source: The model.
         tokenizer: Its tokenizer; None with random weights.
         tokens: The prompt, int64 `[1, S]`.
         max_new_tokens: Tokens to generate.
         plan: The planned memory.
-        free_gib: What the device has free, if that is known.
-        speed_only: Why the text means nothing; None where it does.
+        free_gib: Free memory of the device in GiB; None if unknown.
+        speed_only: Why the generated text means nothing; None if it is meaningful.
     """
 
     prompt: LongPrompt
@@ -64,7 +64,7 @@ class PrefillJob:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt."""
+        """Number of tokens in the prompt."""
         return self.tokens.shape[1]
 
     @property
@@ -74,51 +74,51 @@ class PrefillJob:
 
     @property
     def unknown_needle(self) -> bool:
-        """Whether the demo model has learned to find no such text."""
+        """Whether the model is the demo model and was not trained to find such a text."""
         text = self.needle
         return self.source.is_demo and not (text.isdecimal() and len(text) == len(DEMO_NEEDLE))
 
     @property
     def shortage(self) -> str | None:
-        """What memory does not suffice for, and what would fit; None if it suffices."""
+        """Why the memory is too small, and what would fit; None if it is large enough."""
         return describe_prefill_shortage(self.plan, self.free_gib)
 
     def check_memory(self) -> None:
-        """Raise ValueError if the memory does not suffice, with what would fit."""
+        """Raise ValueError, with what would fit, if the memory is too small and not forced."""
         if self.shortage is not None and not self.prompt.force:
             raise ValueError(f"{self.shortage} --force runs it anyway.")
 
     def answer(self, run: PrefillRun) -> str | None:
-        """What the model said, up to the end of a line; None with random weights."""
+        """The first line of the model's answer; None with random weights."""
         if self.tokenizer is None:
             return None
         text: str = self.tokenizer.decode(run.new_tokens, skip_special_tokens=True)
         return " ".join(text.strip().split("\n")[0].split())
 
     def describe_answer(self, run: PrefillRun) -> str:
-        """What the model said, and whether the needle is in it."""
+        """The model's answer, and whether the needle is in it."""
         found = "found" if self.found(run) else "not found"
         return f"{self.answer(run)!r}, {self.needle!r} {found}"
 
     def found(self, run: PrefillRun) -> bool:
-        """Whether the needle is in what the model said."""
+        """Whether the needle is in the model's answer."""
         answer, needle = (self.answer(run) or "").casefold(), self.needle.casefold()
-        # A number is not found within a longer one.
+        # A number that is part of a longer one does not count.
         return needle in (re.findall(r"\d+", answer) if needle.isdecimal() else answer)
 
 
 def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettings) -> PrefillJob:
-    """Check all that can be checked before weights are loaded.
+    """Check everything that can be checked before weights are loaded.
 
     Raises:
-        ValueError: There is no such model, or the settings or the prompt do not suit it.
+        ValueError: There is no such model, or the settings or the prompt do not fit it.
         MissingPackageError: The model needs a package that is not installed.
     """
     check_transformers()
     if prompt.report is not None:
         check_output_path(prompt.report, (".json",), what="report")
     num_tokens = DEFAULT_TOKENS if prompt.tokens is None else prompt.tokens
-    # Random weights have the context that they are given.
+    # With random weights the context is whatever is requested here.
     source = find_language_model(prompt.model, num_tokens + _TIMED_TOKENS)
     config = source.text_config
     settings.check_model(config.num_hidden_layers, config.num_attention_heads)
@@ -162,12 +162,12 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
 
 
 def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun]:
-    """Load the model and run it: ``sparse``, and what it is to be compared with."""
+    """Load the model and run it: ``sparse``, and the runs to compare with it, by name."""
     device = job.load.resolved_device
     model = job.source.load(job.load.resolved_dtype, device)
     kinds: dict[str, PrefillSettings | None] = {"sparse": job.settings}
     if job.prompt.compare == "dense":
-        # The same code at tau 1, which makes no mask of a chunk's queries and all keys.
+        # The same code with tau 1, which needs no mask over a chunk's queries and all keys.
         dense = SparseSettings(1.0, min_tokens=0, block_size=job.settings.sparse.block_size)
         kinds["dense"] = PrefillSettings(dense)
     elif job.prompt.compare == "sdpa":
@@ -190,7 +190,7 @@ def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun
 
 
 def job_record(job: PrefillJob, runs: dict[str, PrefillRun]) -> dict[str, Any]:
-    """What was planned, asked and measured, as JSON values; without runs only the first two."""
+    """Plan, settings and, if there are runs, measurements, as JSON values."""
     content: dict[str, Any] = {
         **machine_record(job.load.resolved_device, "transformers"),
         "model": job.source.name,
@@ -231,10 +231,10 @@ def _needle(prompt: LongPrompt, source: LanguageSource) -> str:
 def _check_context(
     prompt: LongPrompt, num_tokens: int, context: int | None, max_new_tokens: int
 ) -> str | None:
-    """Why the text means nothing beyond the model's context; None within it.
+    """Why the generated text means nothing beyond the model's context; None within it.
 
     Raises:
-        ValueError: The prompt does not fit, and that was not allowed.
+        ValueError: The prompt exceeds the context, and that was not allowed.
     """
     if context is None or num_tokens + max_new_tokens <= context:
         return None

@@ -1,4 +1,4 @@
-"""The report of `--report`: settings, versions, times, and what attention really did."""
+"""The report of `--report`: settings, versions, times, and what attention did."""
 
 import shlex
 import sys
@@ -33,7 +33,7 @@ def run_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
 
 
 def shaping_record(load: "LoadOptions", fps: int) -> dict[str, Any]:
-    """What of these a video depends on."""
+    """The part of `run_record` that a video depends on."""
     names = ("model", "dtype", "vae_tiling", "attention_backend", "fps")
     record = run_record(load, fps)
     return {name: record[name] for name in names}

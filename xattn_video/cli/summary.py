@@ -23,10 +23,10 @@ def print_summary(
 
     Args:
         console: The console to print to.
-        request: The request.
+        request: The request of the video.
         result: The result of the request.
         files: The written files, by kind.
-        load: Device and dtype.
+        load: How the model was loaded: device and dtype.
     """
     from xattn_video.pipelines.cpu_speed import what_pays
 
@@ -52,7 +52,7 @@ def print_summary(
 
 
 def print_outlook(console: Console) -> None:
-    """Print what a run of the demo model does not show by itself."""
+    """Print what a run of the demo model cannot show."""
     from xattn_video.measure.verdict import FullSize
 
     lines = {
