@@ -28,7 +28,7 @@ from xattn_video.ops.scoring import Precision, block_scores
 Part = Literal["dense", "scoring", "selection", "attention", "xattention"]
 Columns = dict[str, Any]
 
-# A row may compile for longer than it is timed for.
+# Additional time limit of a row, because compiling can take longer than timing.
 _SECONDS_TO_COMPILE = 60.0
 
 
@@ -38,10 +38,10 @@ class Case:
 
     Attributes:
         row: The columns that are known before it runs.
-        run: The function that is timed.
+        run: The function to time.
         check: Compares the function's result with the formula; returns the error or raises.
-        flops: Operations of the matrix products, if the row computes them.
-        more: Computes further columns after the row was timed.
+        flops: FLOP of the matrix products; None if the row shows no TFLOP/s.
+        more: Function that computes further columns after the row was timed.
     """
 
     row: Columns
@@ -55,8 +55,8 @@ class Case:
 class SparseGrid:
     """The sparse rows to measure: every combination of the listed values.
 
-    A density means the threshold that gives it on the given tensors. `attention` rows exist only
-    for the first stride and precision.
+    A density stands for the threshold that gives it on the given tensors. `attention` rows exist
+    only for the first stride and precision.
     """
 
     densities: tuple[float, ...] = ()
@@ -67,7 +67,7 @@ class SparseGrid:
 
 
 def dense_cases(tensors: AttentionTensors) -> Iterator[Case]:
-    """A row for each dense kernel that is installed."""
+    """A case for each installed dense kernel."""
     for name, run, num_keys in dense_kernels(tensors):
         yield Case(
             _row(tensors, "dense", backend=name, density=1.0),
@@ -96,7 +96,7 @@ def sparse_cases(tensors: AttentionTensors, grid: SparseGrid) -> Iterator[Case]:
         try:
             scores = score()
         except (ValueError, RuntimeError):
-            # Its own row says why; what rests on it is left out.
+            # The scoring row reports the failure; rows that need the scores are omitted.
             continue
         forced = tensors.forced_blocks()
         for tau, wanted in _thresholds(grid, scores, forced):
@@ -123,7 +123,7 @@ def _thresholds(
 def _selection_case(
     tensors: AttentionTensors, blocks: BlockLists, scores: Tensor, chosen: Columns
 ) -> Case:
-    """The choice of blocks; of a model's tensors also what it keeps of the true attention."""
+    """The selection; with a model's tensors also the share of true attention that it keeps."""
     tau, forced = chosen["threshold"], tensors.forced_blocks()
     quality = partial(selection_quality, tensors, blocks.to_mask(), chosen["stride"], tau)
     return Case(
@@ -154,7 +154,7 @@ def _attention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Colu
 
 
 def _xattention_case(tensors: AttentionTensors, blocks: BlockLists, columns: Columns) -> Case:
-    """The whole of XAttention, which must choose the blocks that its parts choose."""
+    """All of XAttention, which must select the same blocks as its parts."""
     run = partial(
         xattention,
         tensors.query,
@@ -180,7 +180,7 @@ def measure_cases(
 ) -> Iterator[tuple[Columns, bool]]:
     """Check and time each case; yield its row and True, or its columns, the failure and False.
 
-    After a failure, the next case is still measured.
+    A failure does not stop the next cases.
     """
     iterator = iter(cases)
     while True:
@@ -191,11 +191,11 @@ def measure_cases(
                 if case is None:
                     return
                 row, done = _measure_case(case, device, budget), True
-        # Whatever a kernel, its compiler or another's checkout may raise is that row's failure.
+        # Kernels, compilers and other packages may raise anything; it is this row's failure.
         except Exception as failure:
             row = {} if case is None else case.row
             row, done = row | {"failure": f"{type(failure).__name__}: {failure}"}, False
-        # Give back what the case, or its exception, has left.
+        # Free the memory that the case or its exception still holds.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What is measured: attention problems, tensors for them, and thresholds for a density."""
+"""Attention problems to measure, tensors for them, and thresholds for a density."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ _BISECTIONS = 14
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
-    """Self-attention over ``length`` tokens; fewer key heads if ``key_heads`` says so."""
+    """Self-attention over ``length`` tokens; ``key_heads`` may be fewer than ``heads``."""
 
     name: str
     length: int
@@ -34,9 +34,9 @@ class AttentionTensors:
     """Query `[B, H, S, D]`, key and value `[B, Hkv, S, D]`, all tokens valid, the text last.
 
     Attributes:
-        name: Of the problem they belong to.
-        from_model: Whether a model computed them; random otherwise.
-        causal: Whether a query sees no later key.
+        name: The name of the problem.
+        from_model: Whether a model computed the tensors; otherwise they are random.
+        causal: Whether queries see no later keys.
     """
 
     name: str
@@ -49,17 +49,17 @@ class AttentionTensors:
 
     @property
     def length(self) -> int:
-        """Tokens, of queries and of keys."""
+        """Number of queries, and of keys."""
         return self.query.shape[2]
 
     @property
     def dense_flops(self) -> float:
-        """Multiplications and additions of both matrix products, every visible pair counted."""
+        """Multiplications and additions of both matrix products, over all visible pairs."""
         B, H, S, D = self.query.shape
         return 4.0 * B * H * D * (S * (S + 1) / 2 if self.causal else S**2)
 
     def forced_blocks(self) -> ForcedBlocks:
-        """The blocks that are computed at any score: of the text, or of causal attention."""
+        """The forced blocks, those of the text or of causal attention."""
         return ForcedBlocks(
             self.length, self.length, BLOCK_SIZE, self.causal, self.num_text_tokens
         )
@@ -84,10 +84,10 @@ class AttentionTensors:
 def clustered_tensors(
     problem: AttentionProblem, device: torch.device, dtype: torch.dtype, *, focus: float = 0.6
 ) -> AttentionTensors:
-    """Random tensors, stored `[B, S, H, D]` as Diffusers hands them over.
+    """Random tensors, stored `[B, S, H, D]` as in Diffusers.
 
     Runs of 128 tokens share a direction, so that some blocks hold more mass than others; a larger
-    ``focus`` gives fewer blocks more of it.
+    ``focus`` concentrates the mass in fewer blocks.
     """
     generator = torch.Generator(device).manual_seed(0)
     key_heads = problem.key_heads or problem.heads
@@ -121,7 +121,7 @@ def threshold_for_density(scores: Tensor, density: float, forced: ForcedBlocks) 
 
 
 def density_of(blocks: BlockLists, forced: ForcedBlocks) -> float:
-    """Kept blocks over those that dense attention would compute."""
+    """Kept blocks over the blocks that dense attention computes."""
     B, H, num_rows, num_columns = blocks.indices.shape
     of_head = num_rows * num_columns
     if forced.causal:

@@ -1,8 +1,8 @@
-"""Densities by layer and head, from the errors that attention makes in a few dense videos.
+"""Finds densities by layer and head from the errors of sparse attention in a few dense videos.
 
-A dense generation passes by each layer. At some of its steps the layer's attention is computed
-again, sparse with several shares of the blocks, and the error of each head is noted. The blocks
-are then given to the heads where they lower the sum of the errors most.
+At some steps of a dense generation, each layer's attention is computed again, sparse with several
+shares of the blocks, and the error of each head is recorded. The blocks are then allotted to the
+heads where they lower the sum of the errors most.
 """
 
 from collections import defaultdict
@@ -31,13 +31,13 @@ from xattn_video.processors.residual import Residual
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
 
-# Times the wanted density.
+# Shares to measure, as multiples of the wanted density.
 _FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
-# Steps of a video that choose the blocks that are measured.
+# Most steps of a video at which blocks are chosen to be measured.
 _MOST_CHOICES = 6
-# Where between two choices of blocks their errors are measured.
+# When errors are measured, as a fraction of the period between two choices of blocks.
 _AGES = (0.25, 0.6, 0.95)
-# Tokens of a layer that are measured, spread over the video: residuals of all would fill a host.
+# Tokens of a layer to measure, spread over the video; residuals of all would fill the host memory.
 _MOST_TOKENS = 4096
 
 Head: TypeAlias = tuple[int, int]
@@ -47,10 +47,10 @@ OnStep: TypeAlias = Callable[[StepRecord], None]
 
 @dataclass(frozen=True, slots=True)
 class SharePoint:
-    """What a share of the blocks costs a head, and how large its error is.
+    """The cost and the error of a head with a share of the blocks.
 
     Attributes:
-        share: As asked for.
+        share: The requested share.
         density: Kept over valid blocks.
         error: Mean squared error of the attention output over its mean square.
     """
@@ -74,13 +74,13 @@ class LayerShares:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Densities by layer and head, and what they are expected to gain.
+    """Densities by layer and head, and the expected gain.
 
     Attributes:
-        schedule: Of kind ``"density"``.
-        density: Mean share of blocks that uniform densities compute, and these too.
-        uniform_error, calibrated_error: Mean over the heads, see `SharePoint`.
-        layers: One for each layer.
+        schedule: The densities, a schedule of kind ``"density"``.
+        density: Mean of kept over valid blocks, the same for uniform and calibrated densities.
+        uniform_error, calibrated_error: Errors as in `SharePoint`, means over the heads.
+        layers: The range of densities of each layer.
     """
 
     schedule: ThresholdSchedule
@@ -90,7 +90,7 @@ class Calibration:
     layers: tuple[LayerShares, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; the schedule is written to a file of its own."""
+        """Plain values, ready for JSON, without the schedule, which has its own file."""
         values = asdict(self)
         del values["schedule"]
         return values
@@ -100,7 +100,7 @@ def measured_steps(settings: SparseSettings, num_steps: int) -> dict[int, tuple[
     """{step that chooses blocks: the steps at which their errors are measured}."""
     keeps_residual = settings.refresh_every is not None
     period = settings.refresh_every or settings.mask_every
-    # The last warm-up step chooses for the residual; the last step of all then runs dense.
+    # With residuals the last warm-up step chooses blocks, and the very last step runs dense.
     first = max(settings.warmup_steps - keeps_residual, 0)
     end = min(num_steps - settings.cooldown_steps, num_steps - keeps_residual)
     choices = range(first, end, period)
@@ -115,15 +115,15 @@ def measured_steps(settings: SparseSettings, num_steps: int) -> dict[int, tuple[
 
 
 class AttentionErrors:
-    """Observes dense generations and measures, by layer and head, what sparse attention misses.
+    """An observer of dense generations that measures sparse attention's error by layer and head.
 
     Args:
-        settings: With a number as density. Blocks are chosen and residuals kept as these say.
+        settings: How blocks are chosen and residuals kept; the density must be a number.
         layers: The names of the layers in the model's order.
         num_steps: Denoising steps of each generation.
 
     Raises:
-        ValueError: No step would add to a sparse output.
+        ValueError: No step would be sparse.
     """
 
     def __init__(self, settings: SparseSettings, layers: Sequence[str], num_steps: int) -> None:
@@ -140,17 +140,17 @@ class AttentionErrors:
                 f"refresh_every={settings.refresh_every}; run more steps."
             )
         self._measuring = {step for steps in self._steps.values() for step in steps}
-        # By layer and number of the share: density and error of the heads, `[2, H]`.
+        # {(layer, number of the share): density and error of the heads, `[2, H]`}.
         self._found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         self.begin()
 
     def begin(self) -> None:
-        """Another generation begins."""
+        """Start observing another generation."""
         self._kept: dict[tuple[int, int, int], tuple[Tensor, int, Residual | None]] = {}
         self.step_ends(-1)
 
     def step_ends(self, index: int) -> None:
-        """A denoising step is done."""
+        """Record that the denoising step ``index`` has ended."""
         self._step, self._pass = index + 1, -1
         self._seen: ForwardPass | None = None
 
@@ -171,7 +171,7 @@ class AttentionErrors:
             self._measure(layer, number, (query, key, value), dense)
 
     def _as_sparse(self, seen: AttendedLayer) -> ForwardPass:
-        """The forward pass as the settings would run it."""
+        """The forward pass with the settings of sparse attention."""
         settings, layout = self._settings, seen.forward.layout
         problem = Problem(
             device=layout.device,
@@ -190,7 +190,7 @@ class AttentionErrors:
     def _measure(
         self, layer: int, number: int, inputs: tuple[Tensor, Tensor, Tensor], dense: Tensor
     ) -> None:
-        """Compute a share of the blocks; choose them or take those kept, then note the error."""
+        """Compute a share of the blocks, chosen now or kept, and record the error."""
         forward, device = self._forward, dense.device
         place, blocks, residual = (self._pass, layer, number), None, None
         chooses = self._step in self._steps
@@ -218,7 +218,7 @@ class AttentionErrors:
 
     @property
     def curves(self) -> dict[Head, list[SharePoint]]:
-        """The means over all that was measured, for each head."""
+        """{head: its points}, means over all measurements."""
         curves: dict[Head, list[SharePoint]] = defaultdict(list)
         for (layer, number), found in sorted(self._found.items()):
             densities, errors = torch.stack(found).double().mean(0).tolist()
@@ -232,10 +232,10 @@ def _on(residual: Residual, device: torch.device | str) -> Residual:
 
 
 def lower_hull(points: Sequence[SharePoint]) -> list[SharePoint]:
-    """The points below which no mixture of two others lies, ending where every block is kept."""
+    """The lower convex hull of the points, ending where every block is kept."""
     found: list[SharePoint] = []
     every_block = SharePoint(1.0, 1.0, 0.0)
-    # Of shares that are rounded to the same blocks, the largest: none is lowered for nothing.
+    # Of shares that round to the same blocks the largest comes first, and is kept.
     order = sorted([*points, every_block], key=lambda one: (one.density, one.error, -one.share))
     for point in order:
         if found and point.error >= found[-1].error:
@@ -247,12 +247,12 @@ def lower_hull(points: Sequence[SharePoint]) -> list[SharePoint]:
 
 
 def _slope(first: SharePoint, second: SharePoint) -> float:
-    """How much of the error a further block takes away."""
+    """Decrease of the error per increase of the density."""
     return (first.error - second.error) / (second.density - first.density)
 
 
 def allot(curves: Curves, density: float) -> dict[Head, SharePoint]:
-    """The shares with the least sum of errors at a mean density; the errors are interpolated.
+    """The shares with the least sum of (interpolated) errors at a mean density.
 
     Blocks go to the head whose error they lower most, along the lower hull of its points.
     """
@@ -275,11 +275,11 @@ def allot(curves: Curves, density: float) -> dict[Head, SharePoint]:
 
 
 def calibration_of(curves: Curves, density: float, layers: Sequence[str]) -> Calibration:
-    """The calibration that costs as much as the same density in every head.
+    """The calibration that costs as much as one density for all heads.
 
     Args:
-        curves: One for each layer and head, with a point whose share is ``density``.
-        density: What uniform settings would ask for.
+        curves: {head: its points}; one point of each head has the share ``density``.
+        density: The uniform density to compare with.
         layers: The names of the layers.
     """
     uniform = [point for points in curves.values() for point in points if point.share == density]
@@ -308,13 +308,13 @@ def calibrate(
     settings: SparseSettings,
     progress: Callable[[GenerationRequest], AbstractContextManager[OnStep]],
 ) -> Calibration:
-    """Generate the requests densely and find the densities.
+    """Generate the requests with dense attention and find the densities.
 
     Args:
         pipe: The loaded pipeline; its attention processors are restored afterwards.
         requests: What to generate; their sparse settings do not matter.
-        settings: With a number as density, which is the wanted mean.
-        progress: Opens a display for the steps of a request.
+        settings: The sparse settings; the density must be a number, the wanted mean.
+        progress: Function that opens a display for the steps of a request.
 
     Raises:
         ValueError: No step would be sparse.

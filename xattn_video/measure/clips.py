@@ -1,4 +1,4 @@
-"""Videos to compare, as raw frames from files or from a pipeline."""
+"""Videos to compare, as raw frames, from files or from a pipeline."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from xattn_video.pipelines.video import find_ffmpeg
 
 LOSSLESS_CODECS = frozenset({"ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png"})
-# SSIM's window has 11 pixels on a side.
+# The side of SSIM's window, in pixels.
 _SMALLEST_SIDE = 11
 
 
@@ -46,9 +46,9 @@ def read_clip(path: Path) -> Clip:
     """Read a video file.
 
     Raises:
-        ValueError: It is missing, may not be read, is no video, or ends before the length it
-            states.
-        MissingPackageError: There is no ffmpeg.
+        ValueError: The file is missing, cannot be read, is not a video, or is shorter than its
+            header states.
+        MissingPackageError: ffmpeg is missing.
     """
     find_ffmpeg()
     import imageio.v3 as imageio

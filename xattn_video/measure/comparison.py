@@ -1,4 +1,4 @@
-"""Generates prompts with every method, and compares each video with the dense video."""
+"""Generates videos with every method, and compares each with the dense video."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +27,15 @@ Attributes: TypeAlias = dict[str, list[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One video and what was measured of it.
+    """The measurements of one video.
 
     Attributes:
         method, prompt, seed: How the video was made.
-        seconds: From the prompt to the frames; videos made together share it equally.
+        seconds: Seconds from the prompt to the frames; an equal share for videos made together.
         dense_step_seconds, sparse_step_seconds: Medians, likewise; None without such steps.
-        peak_memory_gib: Of a CUDA device, of all videos made together; None elsewhere.
-        density: Kept over valid blocks of all that ran sparse, refreshes counted as 1, in all
-            videos made together; None if nothing did.
+        peak_memory_gib: Peak of the CUDA device, for all videos made together; None elsewhere.
+        density: Kept over valid blocks of sparse layer runs, refreshes counted as 1, over all
+            videos made together; None if nothing ran sparse.
         kept_mass: True softmax mass of the kept blocks; None if it was not measured.
         backends: The backends of the sparse layers.
         similarity: Similarity to the dense video; None for the dense video itself.
@@ -60,7 +60,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A measurement, with the video, the dense video and the generation that it comes from."""
+    """A measurement with its video, the dense video, and the generation."""
 
     measurement: Measurement
     clip: Clip
@@ -73,11 +73,12 @@ class Comparison:
     """What all videos of a comparison share.
 
     Attributes:
-        pipe: Loaded and placed.
-        methods: Without `DENSE`, which always comes first.
+        pipe: The loaded pipeline, on its device.
+        methods: The methods without `DENSE`, which always comes first.
         scorer: Measures the videos.
         fps: Frames per second of the videos.
-        judge: Tells whether the frames show what the prompt says; None if that is unknown.
+        judge: Function that checks whether the frames show what the prompt says; None if there
+            is no such check.
     """
 
     pipe: "HunyuanVideoPipeline"
@@ -93,13 +94,13 @@ class Comparison:
         *,
         measure_kept_mass: bool = False,
     ) -> Iterator[tuple[Outcome, ...]]:
-        """The outcomes of each method, one for each request, the dense videos first.
+        """Yield the outcomes of each method, one for each request, dense videos first.
 
         Args:
-            requests: Generated together; their sparse settings do not matter.
-            progress: Opens a display for the steps of what its arguments name: a label, its units
-                of work and its number of videos.
-            measure_kept_mass: Also measure kept mass, in a further generation for each method.
+            requests: The requests to generate together; their sparse settings do not matter.
+            progress: Function (label, units of work, number of videos) that opens a display for
+                the steps.
+            measure_kept_mass: Also measure kept mass, in another generation for each method.
         """
         references: tuple[Outcome, ...] = ()
         for method in (DENSE, *self.methods):
@@ -118,7 +119,7 @@ class Comparison:
     def expected(
         self, requests: Sequence[GenerationRequest], *, measure_kept_mass: bool = False
     ) -> Iterator[dict[str, float]]:
-        """The units of work that `run` will show for these requests."""
+        """The units of work of each generation that `run` will make for these requests."""
         for method in (DENSE, *self.methods):
             batch = [replace(request, sparse=method.sparse) for request in requests]
             yield from filter(None, self._work(batch, measure_kept_mass))
@@ -126,8 +127,10 @@ class Comparison:
     def _work(
         self, requests: Sequence[GenerationRequest], measure_kept_mass: bool
     ) -> tuple[dict[str, float], dict[str, float] | None]:
-        """Of the timed generation of a method, and of the one for kept mass; what follows the
-        last of them measures and writes."""
+        """Units of work of a method's timed generation, and of the one for kept mass or None.
+
+        The last of them includes measuring and writing.
+        """
         work, first, videos = ExpectedWork.of(self.pipe), requests[0], len(requests)
         timed = work.of_run(first, videos)
         if first.sparse is None:
@@ -138,9 +141,9 @@ class Comparison:
         return timed, work.of_run(first, videos, kept_mass=True) | written
 
     def warm_up(self, requests: Sequence[GenerationRequest], progress: Progress) -> None:
-        """Do everything that happens only once before the first timed video.
+        """Run one dense step, and one sparse step for each stride, before the first timed video.
 
-        One step of dense attention, and one of sparse attention for each stride.
+        This does everything that happens only at first use, such as compiling kernels.
         """
         one_step = replace(requests[0].video, num_inference_steps=1)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
@@ -182,8 +185,8 @@ class Comparison:
                 seconds=result.seconds,
                 dense_step_seconds=result.seconds_per_dense_step,
                 sparse_step_seconds=result.seconds_per_sparse_step,
-                # The largest size so far, which is all that a process knows of itself on the
-                # host, says nothing of one video among many.
+                # On the host only the largest size of the process so far is known, which does
+                # not belong to one video.
                 peak_memory_gib=result.peak_memory_gib if on_cuda else None,
                 density=None if result.report is None else result.report.budget,
                 kept_mass=None if masses is None else masses[number],
@@ -200,7 +203,7 @@ class Comparison:
     def _judge(self, prompts: list[str], clips: list[Clip]) -> list[Attributes | None]:
         if self.judge is None:
             return [None] * len(clips)
-        # Many small operations that leave most of a host idle.
+        # In parallel, because many small operations leave most CPU cores idle.
         with ThreadPoolExecutor() as pool:
             return list(pool.map(self.judge, prompts, clips))
 
@@ -210,11 +213,11 @@ def generate_for_kept_mass(
     requests: Sequence[GenerationRequest],
     on_step: OnStep | None = None,
 ) -> list[float] | None:
-    """Generate once more and return the mean kept mass of each video; None if no layer was sparse.
+    """Generate again and return the mean kept mass of each video; None if no layer was sparse.
 
     Args:
         pipe: The loaded pipeline; its attention processors are restored afterwards.
-        requests: With sparse settings.
+        requests: The requests, with sparse settings.
         on_step: Called after every denoising step.
     """
     kept_mass = KeptMass()

@@ -19,10 +19,10 @@ _PICTURES = {
 
 
 def comparison_rows(record: Mapping[str, Any]) -> list[MethodRow]:
-    """The rows that a record holds.
+    """The rows of a record.
 
     Raises:
-        ValueError: The record is not that of a comparison.
+        ValueError: The record does not belong to a comparison.
     """
     try:
         return [MethodRow.from_dict(values) for values in record["rows"]]
@@ -34,7 +34,7 @@ def comparison_rows(record: Mapping[str, Any]) -> list[MethodRow]:
 
 
 def comparison_title(record: Mapping[str, Any]) -> str:
-    """What was compared, where, and at which strides."""
+    """A title with the video, the device and the strides of a comparison."""
     rows = comparison_rows(record)
     strides = sorted({row.method.sparse.stride for row in rows if row.method.sparse})
     at = f", stride {' and '.join(map(str, strides))}" if strides else ""
@@ -50,7 +50,7 @@ def _video_and_device(record: Mapping[str, Any]) -> str:
 
 
 def comparison_text(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    """How it was measured, the table, what could not be measured, and the plots.
+    """The text of the page: the method, the table, what could not be measured, and the plots.
 
     Args:
         record: The content of results.json.
@@ -67,10 +67,10 @@ def comparison_text(record: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 
 def psnr_grid(record: Mapping[str, Any]) -> str:
-    """PSNR and density by threshold and warm-up steps, at the smallest stride, and what made it.
+    """PSNR and density by threshold and warm-up at the smallest stride, and the command.
 
     Raises:
-        ValueError: The record is not that of a comparison.
+        ValueError: The record does not belong to a comparison.
     """
     settings = [(row.method.sparse, row) for row in comparison_rows(record) if row.method.sparse]
     stride = min(sparse.stride for sparse, _ in settings)

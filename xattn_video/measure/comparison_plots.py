@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Densities: TypeAlias = Sequence[Sequence[float | None]]
-"""`[layers][steps]`, None where a layer was not sparse."""
+"""`[layers][steps]`; None if the layer was not sparse."""
 
 _Line: TypeAlias = tuple[int, int, str, str]
-"""Stride, warm-up steps, what else is set, and whether tau, density or schedule decides."""
+"""Stride, warm-up steps, other settings, and "tau", "density" or "schedule"."""
 
 
 def write_plots(
@@ -28,11 +28,11 @@ def write_plots(
 
     Args:
         stem: Beginning of the files' paths, such as ``plots/demo``.
-        rows: The table.
-        densities: Density by layer and step of each method, by its name.
+        rows: The rows of the table.
+        densities: {name of a method: density by layer and step}.
 
     Returns:
-        The files.
+        The written files.
     """
     sparse = [row for row in rows if row.density is not None and row.psnr is not None]
     if not sparse:
@@ -54,7 +54,7 @@ def write_plots(
 
 
 def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) -> "Figure":
-    """A line for each kind of setting, a point for each threshold, density and refresh."""
+    """A line for each kind of setting, with a point for each threshold, density and refresh."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) ->
             marker="osD^"[strides.index(stride) % 4],
             label=", ".join(filter(None, (share, others, f"warm-up {warmup}", at))),
         )
-        # Lines of other strides and warm-ups run near it, with the same shares.
+        # Only one line is labelled: lines of other strides and warm-ups run near it.
         for row in points if stride == strides[0] and warmup == colours[-1][0] else ():
             axes.annotate(
                 _point(row),
@@ -88,7 +88,7 @@ def _psnr_over_density(rows: Sequence[MethodRow], noise: Sequence[MethodRow]) ->
                 fontsize=8,
             )
     for row in noise:
-        # At the largest value nothing differs, and the line would only stretch the axis.
+        # At the largest PSNR nothing differs, and the line would only stretch the axis.
         if row.psnr is not None and row.psnr < MAX_PSNR:
             axes.axhline(row.psnr, color="0.5", linestyle="--", label=row.method.label)
     axes.margins(0.12)
@@ -136,7 +136,7 @@ def _psnr_grid(rows: Sequence[MethodRow]) -> "Figure":
 
 
 def _rows_to_show(rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """Every threshold once, at the smallest stride and warm-up: others differ little or shift."""
+    """One row for each threshold, at the smallest stride and warm-up; others look alike."""
     places = {(*_line(row)[:2], _share(row)): row for row in rows}
     if not places:
         return []
@@ -166,7 +166,7 @@ def _density_by_layer(grids: Mapping[str, Densities]) -> "Figure":
 
 
 def _line(row: MethodRow) -> _Line:
-    """What a sparse row shares with those that differ in threshold or density alone."""
+    """The line of a sparse row; rows of a line differ only in threshold, density or refresh."""
     settings = row.method.sparse
     assert settings is not None
     share = "tau" if settings.density is None else "density"
@@ -180,7 +180,7 @@ def _line(row: MethodRow) -> _Line:
 
 
 def _point(row: MethodRow) -> str:
-    """What tells a point of a line from the others."""
+    """The label of a point, different from the others of its line."""
     assert row.method.sparse is not None
     every, share = row.method.sparse.refresh_every, _share(row)
     text = f"{share:g}" if isinstance(share, float | int) else "schedule"

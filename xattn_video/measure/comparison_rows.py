@@ -16,14 +16,14 @@ class MethodRow:
 
     Attributes:
         method: The method.
-        num_videos: Videos.
-        identical: Whether every frame is the reference's, bit for bit.
+        num_videos: Number of videos.
+        identical: Whether every frame equals the reference's, bit for bit.
         psnr, ssim, relative_vmaf, lpips, latent_error: See `Similarity` and `Measurement`.
         density, kept_mass: Likewise.
-        seconds: Of a whole video.
-        speedup: Seconds of the dense videos over seconds of these.
+        seconds: Seconds of a whole video.
+        speedup: Seconds of the dense videos over seconds of these videos.
         step_speedup: Median seconds of the dense videos' steps over those of sparse steps.
-        peak_memory_gib: The largest.
+        peak_memory_gib: The largest of the videos.
         checks_right: Share of the demo model's checks that the videos pass.
         followed: Share of the prompts whose video passes all its checks.
         still_followed: Share of the prompts followed with dense attention that are followed here.
@@ -68,7 +68,7 @@ def summarise(measurements: Iterable[Measurement]) -> list[MethodRow]:
 
 def _summarise(group: list[Measurement], dense: list[Measurement]) -> MethodRow:
     similarities = [m.similarity for m in group if m.similarity is not None]
-    # The dense videos of the same prompts and seeds: a run cut short may have one more.
+    # Only dense videos of the same prompts and seeds; an interrupted run may have one more.
     cases = {(m.prompt, m.seed) for m in group}
     partners = {(m.prompt, m.seed): m for m in dense if (m.prompt, m.seed) in cases}
     is_reference = group[0].method == DENSE
@@ -108,7 +108,7 @@ def _checks(measurement: Measurement) -> list[bool]:
 def over_measured(
     statistic: Callable[[list[float]], float], values: Sequence[float | None]
 ) -> float | None:
-    """The statistic over the measured values."""
+    """The statistic over the measured values; None if there are none."""
     measured = [float(value) for value in values if value is not None]
     return statistic(measured) if measured else None
 

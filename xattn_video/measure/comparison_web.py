@@ -14,9 +14,9 @@ from xattn_video.reporting.web_page import Figure, HeatMap, Picture, Player, Web
 
 Record: TypeAlias = Mapping[str, Any]
 
-# Of 256x256 pixels and 65 frames each takes a few hundred kB.
+# Each takes a few hundred kB at 256x256 pixels and 65 frames.
 MOST_PLAYERS = 8
-# A narrow window has room for so many columns.
+# With at most so many rows, the table is turned: a narrow window has room for as many columns.
 _FEW_ROWS = 3
 _COMPRESSED = (
     "The videos on this page are compressed. PSNR and SSIM are computed from the raw "
@@ -27,11 +27,11 @@ _COMPRESSED = (
 
 
 def comparison_web_page(record: Record, folder: Path, pictures: Sequence[Path]) -> WebPage:
-    """All that a comparison found.
+    """A page with everything that a comparison found.
 
     Args:
         record: The content of results.json.
-        folder: Holds it, and the videos that it names.
+        folder: The folder of results.json and of the videos that it names.
         pictures: Plots to show if there are several sparse methods.
     """
     rows = comparison_rows(record)
@@ -64,7 +64,7 @@ def single_verdict(record: Record) -> dict[str, Figure]:
 def heat_map(
     title: str, densities: Sequence[Sequence[float | None]], settings: Mapping[str, Any]
 ) -> HeatMap:
-    """Of densities, `[layers][steps]`, and the settings, which tell why a step is dense."""
+    """A heat map of densities, `[layers][steps]`; the settings tell why a step is dense."""
 
     def cell(density: float | None, step: int, steps: int) -> float | str:
         if density is not None:
@@ -80,7 +80,7 @@ def heat_map(
 
 
 def settings_facts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Sparse settings as labelled text; what is not set is left out."""
+    """Sparse settings as labelled text, without those that are None."""
     return {
         name.replace("_", " "): "a schedule" if isinstance(value, dict) else f"{value}"
         for name, value in settings.items()
@@ -89,7 +89,7 @@ def settings_facts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _pairs(record: Record, sparse: Sequence[MethodRow]) -> Iterator[tuple[Record, Record, str]]:
-    """Every dense video with each sparse one that began with the same noise, and its label."""
+    """Pairs of a dense and a sparse video from the same noise, with the label of the latter."""
     labels = {row.method.name: row.method.label for row in sparse}
     dense = {
         (video["prompt"], video["seed"]): video
@@ -101,7 +101,7 @@ def _pairs(record: Record, sparse: Sequence[MethodRow]) -> Iterator[tuple[Record
         for video in record["videos"]
         if video["method"] in labels and video["files"]
     ]
-    # The settings of one prompt and seed stand together.
+    # Sorted so that the settings of one prompt and seed are together.
     yield from sorted(found, key=lambda pair: record["videos"].index(pair[0]))
 
 
@@ -123,7 +123,7 @@ def _heat_maps(record: Record, sparse: Sequence[MethodRow]) -> Iterator[HeatMap]
 
 
 def _asked(record: Record) -> str:
-    """The prompt, or how many there are."""
+    """The prompt, or the number of prompts and the seeds."""
     prompts = list(dict.fromkeys(video["prompt"] for video in record["videos"]))
     if len(prompts) == 1:
         return f"Prompt: {prompts[0]}"
@@ -132,7 +132,7 @@ def _asked(record: Record) -> str:
 
 
 def _settings(sparse: Sequence[MethodRow]) -> dict[str, str]:
-    """What all sparse methods share."""
+    """The settings that all sparse methods share."""
     found = [row.method.sparse.to_dict() for row in sparse if row.method.sparse is not None]
     shared = {
         name: value

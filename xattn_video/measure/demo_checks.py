@@ -1,4 +1,4 @@
-"""Measures from the pixels of a clip what it shows, and compares that with its prompt."""
+"""Measures what a clip shows from its pixels, and compares that with the prompt."""
 
 import functools
 import math
@@ -21,19 +21,19 @@ from xattn_video.pipelines.demo.rendering import (
 
 ATTRIBUTES = ("background", "number", "colour", "start", "motion", "shape")
 OUTLINE = "outline"
-"""Judged beside what a prompt says: whether the objects keep their shape in every frame."""
+"""A check that no prompt mentions: whether the objects keep their shape in every frame."""
 
-# Frames are looked at with about this many pixels on the shorter side.
+# Frames are reduced to about this many pixels on the shorter side.
 _WORKING_SIDE = 128
 _SAMPLED_FRAMES = 9
 # An object differs from the background by at least this much in RGB, and fills at least this part
 # of a square on the frame's shorter side.
 _MIN_DISTANCE = 0.2
 _MIN_AREA = 0.004
-# A start counts as right within a third-wide window around the nominal one.
+# A start is right within this distance of the nominal one, a window one third wide.
 _START_TOLERANCE = 1 / 6
-# Intersection over union with the ideal outline, in the worst frame. Of 25 objects in dense videos
-# of 20 held-out prompts (33 frames, 15 steps) 22 keep more; what looks dented keeps less.
+# Least intersection over union with the ideal outline, in the worst frame. Of 25 objects in dense
+# videos of 20 held-out prompts (33 frames, 15 steps) 22 have more; dented ones have less.
 _WHOLE_OUTLINE = 0.86
 
 
@@ -47,7 +47,7 @@ class ObjectMeasurement:
         motion: The nearest of the grammar's motions, or "still".
         shape: The shape whose outline fits best.
         shape_fit: Intersection over union with that outline.
-        worst_fit: That of the worst frame.
+        worst_fit: The same in the worst frame.
     """
 
     colour: str
@@ -60,7 +60,7 @@ class ObjectMeasurement:
 
 @dataclass(frozen=True, slots=True)
 class ClipMeasurement:
-    """A clip: its background, how many objects it shows, and those that were looked for."""
+    """A clip: its background, the number of objects, and the measured objects or None."""
 
     background: str
     number: int
@@ -84,10 +84,10 @@ def score_clip(frames: Tensor, scene: Scene) -> dict[str, list[bool]]:
 
 
 def score_measurement(seen: ClipMeasurement, scene: Scene) -> dict[str, list[bool]]:
-    """For each of `ATTRIBUTES` and for `OUTLINE`, right or wrong.
+    """Whether each of `ATTRIBUTES` and `OUTLINE` is right.
 
-    Background and number are judged once a clip, the others once an object of the scene; an object
-    that is not there is wrong in all of them.
+    Background and number are checked once per clip, the others once per object of the scene. A
+    missing object is wrong in all of them.
     """
     pairs = list(zip(scene.objects, seen.objects, strict=True))
     starts = zip(seen.objects, place_objects(scene), strict=True)
@@ -105,14 +105,15 @@ def score_measurement(seen: ClipMeasurement, scene: Scene) -> dict[str, list[boo
 
 
 def measure_clip(frames: Tensor, *, num_objects: int) -> ClipMeasurement:
-    """What a clip shows.
+    """Measure what a clip shows.
 
     Args:
-        frames: ``[T, 3, H, W]`` in [0, 1], or in bytes.
-        num_objects: With one the largest region is followed; with two the largest of each half.
+        frames: ``[T, 3, H, W]``, floating-point in [0, 1] or uint8.
+        num_objects: With one object the largest region is followed; with two the largest region
+            of the upper and of the lower half.
 
     Raises:
-        ValueError: The frames are not of that shape.
+        ValueError: The frames have another shape.
     """
     if frames.ndim != 4 or frames.shape[1] != 3:
         raise ValueError(
@@ -150,12 +151,12 @@ def _working_size(frames: Tensor) -> Tensor:
 
 
 def _shading(height: int) -> Tensor:
-    """The background's factor in each row."""
+    """The brightness factor of the background in each row, `[H]`."""
     return BACKGROUND_TOP + BACKGROUND_FALL * (torch.arange(height) + 0.5) / height
 
 
 def _measure_background(frames: Tensor) -> tuple[Tensor, str]:
-    """The background's colour in each row, `[3, H, 1]`, and its name, from the frame's border."""
+    """Colour of the background in each row, `[3, H, 1]`, and its name, from the frames' border."""
     height, width = frames.shape[2:]
     margin = max(1, min(height, width) // 16)
     border = torch.zeros(height, width, dtype=torch.bool)
@@ -172,7 +173,7 @@ def _nearest(colour: Tensor, names: dict[str, tuple[float, float, float]]) -> st
 
 
 def _find_regions(index: int, frame: Tensor, distance: Tensor, labels: Tensor) -> list[_Region]:
-    """The regions of a frame ``[3, H, W]`` that are no background, the largest first."""
+    """The regions of a frame ``[3, H, W]`` that are not background, the largest first."""
     height, width = frame.shape[1:]
     unit = min(height, width)
     regions = []
@@ -180,7 +181,7 @@ def _find_regions(index: int, frame: Tensor, distance: Tensor, labels: Tensor) -
         if label == 0 or size < _MIN_AREA * unit**2:
             continue
         inside = labels == label
-        # The outline runs where the colour is half the object's and half the background's.
+        # The outline is where the colour is halfway between object and background.
         plain = distance[inside].quantile(0.75)
         mask = inside & (distance > 0.5 * plain)
         rows, columns = mask.nonzero().float().unbind(1)
@@ -202,7 +203,7 @@ def _label(masks: Tensor) -> Tensor:
 
 
 def _follow(regions: Sequence[Sequence[_Region]], slot: int, num_objects: int) -> list[_Region]:
-    """The regions of one object, a frame at a time; frames without it are left out."""
+    """The region of one object in each frame, without frames that lack it."""
     track: list[_Region] = []
     for found in regions:
         if num_objects == 2:
@@ -229,7 +230,7 @@ def _measure_object(
 
 
 def _measure_motion(track: Sequence[_Region], course: float, num_objects: int) -> str:
-    """The motion whose travel and growth over the clip are nearest to the measured ones."""
+    """The motion with travel and growth over the clip nearest to the measured ones."""
     if len(track) < 3:
         return "still"
     time = torch.tensor([float(region.frame) for region in track])
@@ -256,7 +257,7 @@ def _measure_motion(track: Sequence[_Region], course: float, num_objects: int) -
 
 
 def _measure_shape(track: Sequence[_Region]) -> tuple[str, float]:
-    """The shape whose outline, at equal area and centroid, covers the object best."""
+    """The shape whose outline fits best, at equal area and centroid, and how well it fits."""
     areas = sorted(region.area for region in track)
     large = [region for region in track if region.area >= areas[len(areas) // 2]]
     fits = {

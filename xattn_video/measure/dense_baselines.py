@@ -1,4 +1,4 @@
-"""The dense baselines: every exact kernel that is installed, and stock Diffusers' call."""
+"""The dense baselines: every installed exact kernel, and the call of stock Diffusers."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,7 @@ from xattn_video.measure.attention_problems import AttentionTensors
 STOCK = "sdpa-padding-mask"
 """The baseline that does what the stock processor does."""
 
-# Padded text tokens of a prompt of 60, which the stock processor masks.
+# Padding of a prompt of 60 tokens (256 - 60), which the stock processor masks.
 _STOCK_PADDING = 196
 
 
@@ -25,8 +25,8 @@ def dense_kernels(
 ) -> Iterator[tuple[str, Callable[[], Tensor], int]]:
     """Name, call and valid keys of each baseline.
 
-    `STOCK` is PyTorch's own choice under the boolean mask of a padded prompt; causal attention
-    has none. All others see every key, or every earlier one, and no mask.
+    `STOCK` is PyTorch's own choice with the boolean mask of a padded prompt, not used for causal
+    attention. All others use no mask: they see every key or, if causal, every earlier key.
     """
     query, key, value = tensors.query, tensors.key, tensors.value
     if not flash_attention_4.unsupported_reasons(query.device, query.dtype, query.shape[-1]):

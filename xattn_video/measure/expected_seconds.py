@@ -1,8 +1,8 @@
-"""How long a run will take: a model, from measured parts of videos of full size.
+"""Predicts how long a run takes, with a model fitted to measured parts of full-size videos.
 
-What GPUs share is fitted to one GPU and two: `T(n) = F + (T(1) - F) / n + X(n)`, where F is what
-does not shrink, and X(n) the exchanges of n GPUs, in proportion to what each sends. Other sizes
-are reached in proportion to arithmetic, other densities along a straight line.
+Shared work is fitted to one GPU and two: `T(n) = F + (T(1) - F) / n + X(n)`. F is the part that
+does not shrink, and X(n) the exchange among n GPUs, proportional to what each sends. Times scale
+with FLOP for other sizes, and linearly with the density.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from xattn_video.pipelines.run_plan import RunPlan
 
 @dataclass(frozen=True, slots=True)
 class VideoParts:
-    """Seconds of the parts of a video."""
+    """Seconds of the parts of a generation."""
 
     text: float
     dense_step: float
@@ -25,17 +25,17 @@ class VideoParts:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredParts:
-    """The same video on one GPU and on two of one machine.
+    """Measurements of the same video on one GPU and on two GPUs of one machine.
 
     Attributes:
-        device: One of the GPUs.
-        video: Its size.
+        device: Name of the GPU.
+        video: Size of the video.
         video_tokens, dense_step_tflop, attention_share: As in its `RunPlan`.
         density: Kept over valid blocks of the sparse steps.
-        one, two: What one GPU and two took.
-        exchange: Seconds of a step of two in which they traded tokens for heads.
-        sent_gib: What each of the two sent then.
-        sources: The files that say so.
+        one, two: Times on one GPU and on two.
+        exchange: Seconds of a step on two GPUs in which they trade tokens for heads.
+        sent_gib: GiB that each of the two sends in a step.
+        sources: The result files.
     """
 
     device: str
@@ -52,23 +52,23 @@ class MeasuredParts:
 
     @classmethod
     def read(cls) -> "MeasuredParts":
-        """What the package carries."""
+        """The measurements that ship with the package."""
         return cls.of_record(read_full_size("parts"))
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "MeasuredParts":
-        """From plain values."""
+        """The measurements from plain values."""
         parts = {name: VideoParts(**record[name]) for name in ("one", "two")}
         return cls(**record | parts | {"sources": tuple(record["sources"])})
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedSeconds:
-    """What a planned run is expected to take.
+    """The expected seconds of a planned run.
 
     Args:
-        measured: What it is derived from.
-        plan: Of HunyuanVideo, on GPUs like the measured one.
+        measured: The measurements to derive them from.
+        plan: A plan of HunyuanVideo, on GPUs like the measured one.
     """
 
     measured: MeasuredParts
@@ -80,11 +80,11 @@ class ExpectedSeconds:
         return self.measured.exchange * self.plan.share.sent_gib / self.measured.sent_gib
 
     def parts(self, density: float) -> VideoParts:
-        """Seconds of its parts, where sparse steps have this density."""
+        """Seconds of the run's parts, with this density in sparse steps."""
         measured, plan = self.measured, self.plan
         one, two = measured.one, measured.two
         work = plan.dense_step_tflop / measured.dense_step_tflop
-        # Sparse steps save attention alone.
+        # Sparse steps save time in attention only.
         saved = (1 - density) / (1 - measured.density)
         saved *= plan.attention_share / measured.attention_share
         alone, shared = (
@@ -107,7 +107,7 @@ class ExpectedSeconds:
         return parts.text + steps + parts.decoding
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON: the parts and their sum for each density of the plan."""
+        """Plain values, ready for JSON: parts and total for each density of the plan."""
         densities = [bound.density for bound in self.plan.speedup_bounds] or [1.0]
         rows = [
             {"density": density, **asdict(self.parts(density)), "seconds": self.total(density)}
@@ -116,7 +116,7 @@ class ExpectedSeconds:
         return {"device": self.measured.device, "rows": rows, "sources": self.measured.sources}
 
     def describe(self) -> str:
-        """The sum that `total` comes from, at the measured density if steps are sparse."""
+        """`total` with its terms as text, at the measured density if steps are sparse."""
         plan = self.plan
         density = self.measured.density if plan.sparse_steps else 1.0
         parts = self.parts(density)
@@ -132,7 +132,7 @@ class ExpectedSeconds:
 
     @property
     def _dense_steps(self) -> float:
-        """Those of the plan; a layer that refreshes runs dense as well."""
+        """Dense steps of the plan, and the refreshes, which also compute dense attention."""
         return self.plan.dense_steps + self.plan.refreshed
 
     def _split(self, alone: float, on_two: float) -> float:
@@ -142,7 +142,7 @@ class ExpectedSeconds:
 
 
 def expected_seconds(shape: ModelShape, plan: RunPlan) -> ExpectedSeconds | None:
-    """For a plan of HunyuanVideo's size on a GPU; None for others, of which nothing is known."""
+    """The expected seconds of HunyuanVideo on a CUDA GPU; None for anything else."""
     if not plan.device.startswith("cuda"):
         return None
     if shape.transformer_parameters != ModelShape().transformer_parameters:

@@ -11,19 +11,19 @@ from torch import Tensor
 from xattn_video.errors import MissingPackageError
 
 MAX_PSNR = 100.0
-"""dB, what an identical frame gets instead of infinity."""
+"""The PSNR in dB of an identical frame, instead of infinity."""
 
 _CHUNK_FRAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class FrameScores:
-    """How close the frames are to the frames of the reference.
+    """The similarity of each frame to the reference's.
 
     Attributes:
-        psnr: dB of each frame, over its RGB values, at most `MAX_PSNR`.
-        ssim: Of each frame: Gaussian window of 11 pixels, sigma 1.5, mean over RGB.
-        num_identical: Frames that are the reference's, bit for bit.
+        psnr: PSNR of each frame in dB, over its RGB values, at most `MAX_PSNR`.
+        ssim: SSIM of each frame: Gaussian window of 11 pixels, sigma 1.5, mean over RGB.
+        num_identical: Number of frames that equal the reference's, bit for bit.
     """
 
     psnr: tuple[float, ...]
@@ -44,7 +44,7 @@ def require_torchmetrics() -> None:
             "PSNR and SSIM need torchmetrics, which is not installed; pip install torchmetrics."
         ) from None
     except RuntimeError as error:
-        # It imports a torchvision that is there, and one made for another torch cannot be.
+        # It imports torchvision if installed, which fails if that is built for another torch.
         raise MissingPackageError(
             f"PSNR and SSIM need torchmetrics, which fails to import: {error}; "
             "install the torchvision that matches this torch, or uninstall it."
@@ -56,12 +56,12 @@ def score_frames(
     candidate: NDArray[np.uint8],
     device: torch.device | str = "cpu",
 ) -> FrameScores:
-    """Compare two videos of one shape.
+    """Compare two videos of the same shape.
 
     Args:
         reference: uint8 `[T, H, W, 3]`.
         candidate: Likewise.
-        device: Where to compute.
+        device: The device to compute on.
 
     Raises:
         ValueError: The shapes differ.
@@ -86,13 +86,13 @@ def score_frames(
             theirs, ours, data_range=1.0, dim=(1, 2, 3), reduction="none"
         )
         psnr += ratios.clamp(max=MAX_PSNR).tolist()
-        # Given four dimensions: with five it would be one SSIM over space and time.
+        # With four dimensions it is computed by frame; with five it would span space and time.
         similarities = structural_similarity_index_measure(
             theirs, ours, data_range=1.0, reduction="none"
         )
         assert isinstance(similarities, Tensor)
         equal = (ours == theirs).flatten(1).all(dim=1)
-        # The variance of plain areas is lost in rounding: equal frames would score 0.9999.
+        # Rounding loses the variance of plain areas, so that equal frames would score 0.9999.
         ssim += similarities.reshape(-1).masked_fill(equal, 1.0).tolist()
         identical += int(equal.sum())
     return FrameScores(tuple(psnr), tuple(ssim), identical)
@@ -101,7 +101,7 @@ def score_frames(
 def frame_chunks(
     reference: NDArray[np.uint8], candidate: NDArray[np.uint8], device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few frames of both at a time, float32 `[F, 3, H, W]` in 0 to 1."""
+    """A few frames of both videos at a time, float32 `[F, 3, H, W]` in 0 to 1."""
     for start in range(0, len(reference), _CHUNK_FRAMES):
         chunk = slice(start, start + _CHUNK_FRAMES)
         ours, theirs = (
@@ -112,7 +112,7 @@ def frame_chunks(
 
 
 def relative_error(reference: Tensor, candidate: Tensor) -> float:
-    """Norm of the difference divided by the norm of the reference; 0 for equal tensors.
+    """Norm of the difference divided by the norm of the reference.
 
     Raises:
         ValueError: The shapes differ.

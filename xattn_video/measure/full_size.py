@@ -1,4 +1,4 @@
-"""What was measured at full size, as the package carries it; `benchmarks.write_page` writes it."""
+"""Reads the full-size measurements in the package; `benchmarks.write_page` writes them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_full_size(name: str) -> dict[str, Any]:
-    """``"whole"``, a video dense and sparse, or ``"parts"``, a video on one GPU and on two."""
+    """The record ``"whole"`` (a video dense and sparse) or ``"parts"`` (on one GPU and on two)."""
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)[name]
     return found

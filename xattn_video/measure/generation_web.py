@@ -12,11 +12,11 @@ from xattn_video.reporting.web_page import HeatMap, WebPage
 
 
 def generation_web_page(record: Mapping[str, Any], command: str) -> WebPage:
-    """The videos, what attention did in each, and what it cost.
+    """A page of the videos, what attention did in each, and their costs.
 
     Args:
-        record: What `generate --report` writes.
-        command: What made them.
+        record: The report that `generate --report` writes.
+        command: The command that made the videos.
     """
     runs = record["runs"]
     shown = runs[:MOST_PLAYERS]
@@ -60,11 +60,11 @@ def _cells(forwards: list[dict[str, Any]]) -> list[list[float | str]]:
 
 
 def _cell(passes: list[dict[str, Any]], layer: int) -> float | str:
-    """Of one layer in one step."""
+    """The cell of one layer in one step."""
     densities = [forward["densities"][layer] for forward in passes]
     measured = [density for density in densities if density is not None]
     if measured:
-        # The passes of a step have the same blocks to choose from.
+        # A plain mean, because the passes of a step have equally many valid blocks.
         return fmean(measured)
     reason = passes[0]["reasons"][layer]
     return f"{passes[0]['states'][layer]}{(reason and f', {reason}') or ''}"

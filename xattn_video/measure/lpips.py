@@ -1,4 +1,4 @@
-"""LPIPS (AlexNet) through torchmetrics, only if the real AlexNet weights are on disk."""
+"""LPIPS (AlexNet) through torchmetrics, if the real AlexNet weights are on disk."""
 
 import functools
 from pathlib import Path
@@ -19,7 +19,7 @@ def lpips_missing() -> str | None:
     """Why LPIPS cannot be measured here; None if it can. Nothing is downloaded."""
     weights = Path(torch.hub.get_dir(), "checkpoints", _WEIGHTS)
     if not weights.is_file() or not weights.stat().st_size:
-        # Results are shown to others, whom the name of a home folder does not concern.
+        # Results may be published, so the path of the home folder is hidden.
         shown = str(weights).replace(str(Path.home()), "~", 1)
         return (
             f"AlexNet's weights were not found at {shown}; "
@@ -41,7 +41,7 @@ def lpips(
     candidate: "NDArray[np.uint8]",
     device: torch.device | str = "cpu",
 ) -> float:
-    """Mean LPIPS over the frames, 0 for equal ones; call only where `lpips_missing` is None."""
+    """Mean LPIPS over the frames, 0 for equal ones; call only if `lpips_missing()` is None."""
     metric = _metric(torch.device(device))
     metric.reset()
     with torch.inference_mode():
@@ -52,7 +52,7 @@ def lpips(
 
 @functools.cache
 def _metric(device: torch.device) -> Any:
-    """One for the run, because its network has 60 million weights."""
+    """The metric, created once for each device because its network has 60 million weights."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)

@@ -1,4 +1,4 @@
-"""The methods to compare: dense attention, dense attention again, a grid of sparse settings."""
+"""The methods to compare: dense attention, dense attention again, and sparse settings."""
 
 import hashlib
 import itertools
@@ -16,9 +16,9 @@ class Method:
     """One way to compute attention.
 
     Attributes:
-        name: For files.
-        label: For people.
-        sparse: None for dense attention.
+        name: The name in file names.
+        label: The name shown to people.
+        sparse: The sparse settings; None for dense attention.
     """
 
     name: str
@@ -44,12 +44,12 @@ DENSE_AGAIN = Method("dense-again", "dense again")
 
 
 def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Method]:
-    """Every combination of the grid; none comes twice.
+    """Every combination of the grid, without duplicates.
 
     Args:
-        grid: {field of `SparseSettings`: its values}. Thresholds, of which one may be a
-            schedule, and densities exclude each other: each of either is combined with the rest.
-            A refresh_every of 0 is never.
+        grid: {field of `SparseSettings`: its values}. Thresholds and densities exclude each
+            other, so each of them is combined with the other fields. Schedules are allowed. A
+            refresh_every of 0 means never.
         shared: Other arguments of `SparseSettings`.
 
     Raises:
@@ -70,9 +70,9 @@ def sparse_methods(grid: Mapping[str, Sequence[Any]], **shared: Any) -> list[Met
 
 
 def method_of(sparse: SparseSettings) -> Method:
-    """A method with the name and the words of its settings."""
+    """The method of sparse settings, with a name and a label made from them."""
     if isinstance(sparse.density, ThresholdSchedule):
-        # Two files may differ in their heads alone.
+        # The digest distinguishes files that differ only in their heads.
         digest = hashlib.sha256(json.dumps(sparse.density.to_dict()).encode()).hexdigest()[:4]
         share = f"densities {sparse.density.threshold(0):g} {digest}"
     elif sparse.density is not None:

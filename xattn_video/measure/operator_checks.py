@@ -1,4 +1,4 @@
-"""Checks what will be timed against the formula, on a few rows of blocks."""
+"""Checks the results to be timed against the formula, on a few rows of blocks."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from xattn_video.errors import XAttentionError
 from xattn_video.measure.attention_problems import BLOCK_SIZE, AttentionTensors
 from xattn_video.ops.scoring import ScoringInputs, torch_block_scores
 
-# Of the norm. bfloat16 stays four times below it; attention over other blocks exceeds it far.
+# Relative to the norm. bfloat16 errors are four times smaller; other blocks give far larger ones.
 _LARGEST_ERROR = 0.02
-# Of the largest score. Operands of 8 bits err by up to 0.06, another stride by far more.
+# Relative to the largest score. 8-bit operands err by up to 0.06, another stride by far more.
 _LARGEST_SCORE_ERROR = 0.1
-# Of a row's mass.
+# Relative to a row's mass.
 _LARGEST_SELECTION_ERROR = 0.05
 
 
@@ -30,9 +30,9 @@ def check_attention(
 
     Args:
         out: `[B, H, S, D]`.
-        tensors: What it was computed from.
+        tensors: The inputs of the attention.
         block_mask: bool `[B, H, N, N]`; None for dense attention.
-        num_keys: The first ones are valid; all of them if None.
+        num_keys: Number of first keys that are valid; None means all.
 
     Raises:
         WrongResultError: The error is too large, or not a number.
@@ -55,7 +55,11 @@ def check_attention(
 
 
 def check_scores(scores: Tensor, tensors: AttentionTensors, stride: int) -> float:
-    """Largest error of block scores on sampled rows, relative to the largest score."""
+    """Largest error of block scores on sampled rows, relative to the largest score.
+
+    Raises:
+        WrongResultError: The error is too large, or not a number.
+    """
     heads = _sampled_heads(tensors)
     rows = sampled_rows(tensors)
     expected = formula_scores(tensors, rows, heads, stride)
@@ -67,12 +71,16 @@ def check_scores(scores: Tensor, tensors: AttentionTensors, stride: int) -> floa
 def check_selection(
     block_mask: Tensor, scores: Tensor, threshold: float, forced: Tensor | None
 ) -> float:
-    """By how much of a row's mass a selection misses the threshold or exceeds the need."""
+    """Largest share of a row's mass that a selection lacks or keeps unnecessarily.
+
+    Raises:
+        WrongResultError: The share is too large, or not a number.
+    """
     total = scores.sum(dim=-1)
     kept = torch.where(block_mask, scores, 0.0).sum(dim=-1)
     missing = (threshold * total - kept).clamp(min=0)
     chosen = block_mask if forced is None else block_mask & ~forced
-    # Without its smallest chosen block a row must fall short.
+    # Without its smallest chosen block, a row must not reach the threshold.
     smallest = scores.masked_fill(~chosen, float("inf")).amin(dim=-1)
     alone = block_mask.sum(dim=-1) == 1
     surplus = (kept - smallest - threshold * total).clamp(min=0).masked_fill(alone, 0.0)
@@ -84,13 +92,13 @@ def check_selection(
 def formula_scores(
     tensors: AttentionTensors, rows: list[int], heads: list[int], stride: int
 ) -> Tensor:
-    """Some rows of the block scores by the formula in float32, `[B, heads, rows, N]`."""
+    """Some rows of the block scores, computed in float32, `[B, heads, rows, N]`."""
     key = tensors.key[:, key_heads(tensors, heads)].float()
     num_blocks = -(-tensors.length // BLOCK_SIZE)
     scores = []
     for row in rows:
         stop = min((row + 1) * BLOCK_SIZE, tensors.length)
-        # Later keys would move the diagonal, which is aligned at the end.
+        # Keys after the row are cut off, because the diagonal is aligned at the end of the keys.
         of_row = torch_block_scores(
             ScoringInputs(
                 tensors.query[:, heads, row * BLOCK_SIZE : stop].float(),

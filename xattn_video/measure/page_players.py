@@ -1,4 +1,4 @@
-"""Videos of a web page: pictures side by side in one small file, with measures by frame."""
+"""Players of a web page: pictures side by side in one small video, with measures by frame."""
 
 import tempfile
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from xattn_video.reporting.web_page import Curve, Player
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Pixels: a page shows three of them in a width of 1,088.
+# Largest side of a picture in pixels; a page shows three pictures in a width of 1,088.
 _LARGEST_SIDE = 480
 
 
 def compared_player(
     title: str, reference: Clip, label: str, candidate: Clip, reference_label: str = "dense"
 ) -> Player:
-    """A video, its reference and their difference, with PSNR and SSIM of every frame.
+    """A player of a video, its reference and their difference, with PSNR and SSIM by frame.
 
     Args:
-        title: What tells it from the other players.
-        reference: Usually dense.
-        label: Of ``candidate``.
+        title: The title, different from those of the other players.
+        reference: The reference, usually the dense video.
+        label: Label of ``candidate``.
         candidate: A video of the same size and length.
-        reference_label: Of ``reference``.
+        reference_label: Label of ``reference``.
 
     Raises:
         ValueError: The two differ in size or length.
@@ -50,7 +50,7 @@ def compared_player(
 
 
 def single_player(title: str, label: str, clip: Clip) -> Player:
-    """One video."""
+    """A player of one video."""
     return _player(title, ((label, clip.frames),), clip.fps, ())
 
 
@@ -71,7 +71,7 @@ def _player(
 
 
 def _reduced(frames: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
-    """At most `_LARGEST_SIDE` pixels a side, H and W even."""
+    """The frames reduced to at most `_LARGEST_SIDE` pixels per side, H and W even."""
     from PIL import Image
 
     height, width = frames.shape[1:3]

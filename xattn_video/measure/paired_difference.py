@@ -16,9 +16,9 @@ class Difference:
     """The mean of paired differences.
 
     Attributes:
-        pairs: Items, such as videos, that both runs have a value for.
-        mean: Second minus first.
-        low, high: The 95% interval by the bootstrap; None with fewer than two prompts.
+        pairs: Number of items, such as videos, for which both runs have a value.
+        mean: Mean of second minus first.
+        low, high: The 95% bootstrap interval; None with fewer than two prompts.
     """
 
     pairs: int
@@ -28,7 +28,7 @@ class Difference:
 
     @property
     def interval(self) -> str:
-        """The interval as text; "-" where there is none."""
+        """The interval as text; "-" if there is none."""
         if self.low is None or self.high is None:
             return "-"
         return f"[{self.low:+.4f}, {self.high:+.4f}]"
@@ -37,11 +37,11 @@ class Difference:
 def paired_difference(
     first: Mapping[str, float], second: Mapping[str, float], prompts: Mapping[str, str]
 ) -> Difference | None:
-    """Compare two runs item by item; None if they share none.
+    """Compare two runs item by item; None if they share no item.
 
     Args:
-        first, second: Item, such as a video -> value.
-        prompts: Item -> prompt. Whole prompts are resampled, because their items are similar.
+        first, second: {item, such as a video: value}.
+        prompts: {item: prompt}. Whole prompts are resampled, because their items are similar.
     """
     shared = [name for name in first if name in second]
     if not shared:
@@ -54,7 +54,7 @@ def paired_difference(
     mean = float(sums.sum() / counts.sum())
     if len(groups) < 2:
         return Difference(len(shared), mean, None, None)
-    # A fixed seed: the same runs give the same report.
+    # A fixed seed, so that the same runs give the same report.
     generator = np.random.default_rng(0)
     means = []
     for _ in range(_RESAMPLES // _CHUNK):

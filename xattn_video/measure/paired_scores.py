@@ -1,4 +1,4 @@
-"""What a harness scored with a setting, beside dense attention on the same samples."""
+"""The scores of a setting in a harness, compared with dense attention on the same samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class PairedScores:
     """The scores of one or several tasks with one setting.
 
     Attributes:
-        samples: How many.
-        score: Their mean.
-        difference: To dense attention's; None of dense attention itself.
-        density: The mean of the tasks; None of dense attention.
-        seconds: Of all samples.
+        samples: Number of samples.
+        score: Mean of the scores.
+        difference: Difference from dense attention; None for dense attention itself.
+        density: Mean density of the tasks; None for dense attention.
+        seconds: Seconds of all samples.
     """
 
     samples: int
@@ -33,8 +33,8 @@ class PairedScores:
         """Pair the records of tasks with those of dense attention.
 
         Args:
-            dense: Of each task: ``scores`` by sample, ``density`` and ``seconds``.
-            records: Of the same tasks with a setting, or ``dense`` again.
+            dense: A record for each task: ``scores`` by sample, ``density`` and ``seconds``.
+            records: Records of the same tasks with a setting, or ``dense`` itself.
         """
         first, second = (
             {

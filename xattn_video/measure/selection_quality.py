@@ -18,14 +18,14 @@ def selection_quality(
     Args:
         tensors: Query, key and value.
         block_mask: bool `[B, H, N, N]`, the selection.
-        stride: Of the estimate that the selection rests on.
-        threshold: The selection's.
+        stride: Stride of the scores behind the selection.
+        threshold: Threshold of the selection.
 
     Returns:
-        ``kept_mass`` and ``least_kept_mass``: softmax mass of the kept blocks, the mean and the
-        smallest over rows of blocks. ``sampled_density``: of the selection on these rows.
-        ``formula_density`` and ``formula_kept_mass``: of a selection by scores computed in
-        float32, and ``oracle_density``: by the true mass of every block.
+        ``kept_mass`` and ``least_kept_mass``: softmax mass of the kept blocks, mean and minimum
+        over rows of blocks. ``sampled_density``: density of the selection on these rows.
+        ``formula_density`` and ``formula_kept_mass``: density and mass of a selection by float32
+        scores. ``oracle_density``: density of a selection by the true mass of every block.
     """
     rows = _spread_rows(tensors)
     heads = list(range(tensors.query.shape[1]))
@@ -51,13 +51,13 @@ def _density(block_mask: Tensor) -> float:
 
 
 def _spread_rows(tensors: AttentionTensors) -> list[int]:
-    """Rows of blocks spread over those without text."""
+    """Rows of blocks, spread evenly over those without text."""
     num_rows = max(1, (tensors.length - tensors.num_text_tokens) // BLOCK_SIZE)
     return sorted({(2 * i + 1) * num_rows // (2 * _NUM_ROWS) for i in range(_NUM_ROWS)})
 
 
 def _block_mass(tensors: AttentionTensors, row: int, heads: list[int]) -> Tensor:
-    """Softmax mass of every block of a row, a mean over its queries, `[B, H, 1, N]`."""
+    """Softmax mass of every block of a row, averaged over its queries, `[B, H, 1, N]`."""
     weights = row_weights(tensors, row, heads).mean(dim=2, keepdim=True)
     missing = -weights.shape[-1] % BLOCK_SIZE
     padded = torch.nn.functional.pad(weights, (0, missing))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GAIN = 4
-"""How many times a difference is shown as bright as it is."""
+"""Factor by which differences are brightened."""
 _GAP = 4
 _BAR_HEIGHT = 24
 _FONT_SIZES = range(15, 5, -1)
@@ -47,17 +47,17 @@ def amplified_difference(
 ) -> "NDArray[np.uint8]":
     """`GAIN` times the absolute difference of two videos of one shape."""
     change = np.maximum(reference, candidate) - np.minimum(reference, candidate)
-    # Beyond 255 / 4 the product would start again at 0.
+    # Capped, because the product of larger differences would overflow a byte.
     return (np.minimum(change, 255 // GAIN) * GAIN).astype(np.uint8)
 
 
 def _label_bar(width: int, labels: tuple[str, ...]) -> "NDArray[np.uint8]":
-    """One label above each picture, `[_BAR_HEIGHT, W, 3]`."""
+    """A bar with a label for each picture, `[_BAR_HEIGHT, W, 3]`."""
     from PIL import Image, ImageDraw, ImageFont
 
     bar = np.zeros((_BAR_HEIGHT, (width + _GAP) * len(labels) - _GAP, 3), np.uint8)
     for number, label in enumerate(labels):
-        # Each in a picture of its own, so that one that is too long runs into no other.
+        # Each label has its own image, so that a long one does not run into the next.
         image = Image.new("RGB", (width, _BAR_HEIGHT))
         draw = ImageDraw.Draw(image)
         font = ImageFont.load_default(_FONT_SIZES[-1])
@@ -73,5 +73,5 @@ def _label_bar(width: int, labels: tuple[str, ...]) -> "NDArray[np.uint8]":
 
 
 def _even(size: int) -> int:
-    """H.264 halves the resolution of colour."""
+    """The size rounded up to an even number, as H.264 with 4:2:0 needs."""
     return size + size % 2

@@ -1,4 +1,4 @@
-"""Everything that is measured of a video against its reference, and what cannot be."""
+"""Measures a video against its reference, and says what cannot be measured."""
 
 import tempfile
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ VMAF_LEFT_OUT = (
     "the videos have almost no detail, and VMAF then counts invisible differences as lost detail; "
     "PSNR and SSIM remain valid."
 )
-# Of 255: blocks of 8x8 pixels whose brightness varies less are plain. A video is plain in which
-# at least this share of them is: the demo model's videos have 0.8 and more.
+# A block of 8x8 pixels is plain if its luma, of 255, has a smaller standard deviation. A video is
+# plain if at least this share of its blocks is; the demo model's videos have 0.8 and more.
 _PLAIN_DEVIATION, _PLAIN_SHARE = 2.0, 0.75
 _SEEN_FRAMES = 9
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """How near a video is to its reference.
+    """How similar a video is to its reference.
 
     Attributes:
         psnr, ssim: Means over the frames.
-        lowest_psnr: Of the frame that differs most.
-        num_frames: Frames compared.
-        num_identical: Those that are the reference's, bit for bit.
-        vmaf: As ffmpeg gives it; None where it has no VMAF.
-        vmaf_self: The reference's against itself.
-        lpips: None where its weights are not on disk.
-        plain: Whether the reference is made of plain areas, so that VMAF was left out.
+        lowest_psnr: PSNR of the frame that differs most.
+        num_frames: Number of frames compared.
+        num_identical: Number of frames that equal the reference's, bit for bit.
+        vmaf: VMAF from ffmpeg; None if it was not measured.
+        vmaf_self: VMAF of the reference against itself; None if it was not measured.
+        lpips: LPIPS; None if its weights are not on disk.
+        plain: Whether the reference consists of plain areas, so that VMAF was omitted.
     """
 
     psnr: float
@@ -51,14 +51,14 @@ class Similarity:
 
     @property
     def relative_vmaf(self) -> float | None:
-        """VMAF in percent of the score of the reference against itself."""
+        """VMAF in percent of the reference's score against itself."""
         if self.vmaf is None or not self.vmaf_self:
             return None
         return 100 * self.vmaf / self.vmaf_self
 
 
 def is_plain(clip: Clip) -> bool:
-    """Whether a video is made of plain areas, as the demo model's are, and no camera's."""
+    """Whether a video consists of plain areas, as the demo model's do but no camera's."""
     chosen = np.linspace(0, len(clip.frames) - 1, min(_SEEN_FRAMES, len(clip.frames))).round()
     luma = clip.frames[chosen.astype(int)] @ np.array([0.299, 0.587, 0.114], np.float32)
     frames, rows, columns = luma.shape[0], luma.shape[1] // 8, luma.shape[2] // 8
@@ -93,7 +93,7 @@ class Scorer:
         self._vmaf_self: float | None = None
 
     def score(self, reference: Clip, candidate: Clip) -> Similarity:
-        """Measure one video; what concerns the reference alone is measured once.
+        """Measure one video; what depends only on the reference is measured once.
 
         Raises:
             ValueError: The two differ in size, length or frame rate.
@@ -118,7 +118,7 @@ class Scorer:
         )
 
     def _vmaf(self, reference: Clip, candidate: Clip) -> float:
-        """From lossless files that hold both videos' even part, as 4:2:0 needs."""
+        """VMAF from lossless files of both videos, cut to even sizes as 4:2:0 needs."""
         with tempfile.TemporaryDirectory() as folder:
             paths = Path(folder, "reference.mkv"), Path(folder, "candidate.mkv")
             for path, clip in zip(paths, (reference, candidate), strict=True):

@@ -1,4 +1,4 @@
-"""What speed-up to expect on this machine, from one attention problem."""
+"""Predicts the speed-up on this machine from one attention problem."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from xattn_video.policy.settings import SparseSettings
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """Measured rows, and what follows from them.
+    """Measured rows, and the speed-ups that follow from them.
 
     Attributes:
-        rows: Dense kernels, scoring, selection, attention and the whole of XAttention.
+        rows: Dense kernels, scoring, selection, attention and all of XAttention.
         failures: Rows that could not be measured.
     """
 
@@ -48,13 +48,13 @@ class Speedup:
         return next((row for row in self.rows if row["name"] == "xattention"), None)
 
     def of_attention(self, dense: Columns | None) -> float | None:
-        """How many times faster XAttention is; None where either was not measured."""
+        """Latency of a dense row over that of XAttention; None if either was not measured."""
         if dense is None or self.whole is None:
             return None
         return float(dense["latency_ms"]) / float(self.whole["latency_ms"])
 
     def of_step(self, attention_share: float) -> float | None:
-        """The same for a whole step, of which dense attention is ``attention_share``."""
+        """Speed-up of a step in which dense attention takes the share ``attention_share``."""
         attention = self.of_attention(self.best_dense)
         if attention is None:
             return None

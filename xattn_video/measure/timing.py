@@ -1,4 +1,4 @@
-"""How long a call takes, and how much memory."""
+"""Measures the time and memory of a call."""
 
 import signal
 import statistics
@@ -14,9 +14,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How often a call is timed: ``repeats`` times, fewer where ``max_seconds`` would pass.
+    """How often a call is timed: ``repeats`` times, or fewer to stay within ``max_seconds``.
 
-    On a GPU about so often.
+    On a GPU the number is approximate.
     """
 
     repeats: int = 10
@@ -29,12 +29,12 @@ class Budget:
             )
 
     def repeats_of(self, seconds: float) -> int:
-        """Of a call that takes ``seconds``; at least one."""
+        """The number of repeats for a call that takes ``seconds``; at least one."""
         return max(1, min(self.repeats, int(self.max_seconds / max(seconds, 1e-9))))
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU has."""
+    """Wait until a GPU has finished its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -42,7 +42,7 @@ def wait_for(device: torch.device) -> None:
 def measure(
     run: Callable[[], object], device: torch.device, budget: Budget
 ) -> dict[str, float | int | None]:
-    """Median latency of a call after a warm-up call, and the CUDA memory it needs, GiB."""
+    """Median latency of a call in ms after a warm-up call, and its CUDA memory in GiB."""
     if device.type != "cuda":
         times = [_clocked(run)]
         times = [_clocked(run) for _ in range(budget.repeats_of(times[0]))]
@@ -65,7 +65,7 @@ def measure(
         seconds = _clocked(finish)
         peak = torch.cuda.max_memory_allocated(device)
         budgeted = min(budget.repeats * seconds, budget.max_seconds)
-        # Between CUDA events, every call with a cold L2 cache.
+        # Timed with CUDA events, and a cold L2 cache for every call.
         times = do_bench(run, warmup=0, rep=1e3 * budgeted, return_mode="all")
     return {
         "latency_ms": statistics.median(times),
@@ -85,7 +85,7 @@ def _clocked(run: Callable[[], object]) -> float:
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError after ``seconds``, between two instructions of Python.
 
-    Only where the system has timers and the main thread calls; elsewhere there is no limit.
+    Without timers in the system, or outside the main thread, there is no limit.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not hasattr(signal, "setitimer") or not is_main:

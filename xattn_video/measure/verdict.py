@@ -1,4 +1,4 @@
-"""What a sparse run comes to: how near to dense, what it gained here, what full size gains."""
+"""The verdict on a sparse run: similarity to dense, speed here, and speed at full size."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from xattn_video.measure.comparison_rows import MethodRow
 from xattn_video.measure.full_size import read_full_size
 from xattn_video.reporting.web_page import Figure
 
-# dB: what is commonly held to be hard to see, and to be seen when looked for.
+# PSNR in dB above which a difference is commonly held to be hard to see, or visible if looked for.
 _HARD_TO_SEE, _TO_BE_SEEN = 40.0, 30.0
-# A step that takes this share less or more is no faster or slower.
+# Steps whose times differ by less than this share count as equally fast.
 _NOISE = 0.03
 
 
@@ -20,12 +20,12 @@ class FullSize:
     """A whole video at full size, dense and sparse, as committed in benchmarks/results.
 
     Attributes:
-        video, device: What was measured on.
-        weights: Of the model.
+        video, device: Size of the video, and the GPU.
+        weights: Kind of the model's weights.
         density: Kept over valid blocks of the sparse steps.
-        dense_seconds, sparse_seconds: From the prompt to the frames.
-        steps, sparse_steps: Denoising steps, and those that ran sparse.
-        sources: The files that say so.
+        dense_seconds, sparse_seconds: Seconds from the prompt to the frames.
+        steps, sparse_steps: Number of denoising steps, and of sparse ones.
+        sources: The result files.
     """
 
     video: str
@@ -40,17 +40,17 @@ class FullSize:
 
     @classmethod
     def read(cls) -> "FullSize":
-        """What the package carries."""
+        """The measurement that ships with the package."""
         return cls.of_record(read_full_size("whole"))
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "FullSize":
-        """From plain values."""
+        """The measurement from plain values."""
         return cls(**{**record, "sources": tuple(record["sources"])})
 
     @property
     def figure(self) -> Figure:
-        """For a reader who has run something smaller."""
+        """The speed-up at full size, for a reader who ran something smaller."""
         return Figure(
             f"{self.dense_seconds / self.sparse_seconds:.2f}x",
             "speed at full size",
@@ -61,10 +61,10 @@ class FullSize:
 
 
 def verdict(row: MethodRow, record: Mapping[str, Any]) -> dict[str, Figure]:
-    """Up to three figures of one sparse method, by a short name.
+    """Up to three figures for one sparse method, by a short name.
 
     Args:
-        row: Its row of the table.
+        row: The method's row of the table.
         record: The content of results.json.
     """
     found = {"picture": _nearness(row)}
@@ -92,7 +92,7 @@ def _nearness(row: MethodRow) -> Figure:
 
 
 def _speed_here(row: MethodRow, record: Mapping[str, Any]) -> Figure | None:
-    """A sparse step against a dense one, of which the medians are compared."""
+    """The speed of a sparse step against a dense one, from medians; None if not measured."""
     dense = _step_seconds(record, "dense", "dense_step_seconds")
     sparse = _step_seconds(record, row.method.name, "sparse_step_seconds")
     if dense is None or sparse is None:
@@ -126,5 +126,5 @@ def _step_seconds(record: Mapping[str, Any], method: str, name: str) -> float | 
 
 
 def _at_full_size(record: Mapping[str, Any]) -> bool:
-    """Whether the run itself shows what sparse attention is meant for."""
+    """Whether the run itself has the size that sparse attention is meant for."""
     return record["device"] not in ("cpu", "mps") and record["video_tokens"] >= 2**15

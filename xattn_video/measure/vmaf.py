@@ -15,7 +15,7 @@ _GRAPH = (
 
 @functools.cache
 def vmaf_missing() -> str | None:
-    """Why VMAF cannot be measured here; None where it can."""
+    """Why VMAF cannot be measured here; None if it can."""
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
 
@@ -42,7 +42,7 @@ def vmaf(reference: Path, candidate: Path) -> float:
     command = [get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin"]
     command += ["-i", str(candidate.resolve()), "-i", str(reference.resolve())]
     command += ["-lavfi", _GRAPH, "-f", "null", "-"]
-    # The filter's own escaping rules make a path of the user's a risk; it gets none.
+    # The filter has its own escaping rules, so it is not given a path that contains user input.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         log = Path(folder, "vmaf.json")
