@@ -1,4 +1,4 @@
-"""A run of a harness: dense and every sparse setting on the same samples, resumable, one table."""
+"""A resumable run of a harness: dense and every sparse setting on the same samples."""
 
 import json
 import re
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PAPER = Path(__file__).parent / "data" / "paper_tables.json"
 Scorer = Callable[[Any], dict[str, float]]
-"""Runs one task with what was loaded; returns the score of each sample."""
+"""Function that runs one task with the loaded model and returns {sample: score}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class HarnessOptions:
     min_tokens: int = knob("With fewer tokens so far, a chunk runs dense.", 0)
 
     def variants(self) -> "dict[str, PrefillSettings | None]":
-        """Dense, which is None, and every sparse setting, by label.
+        """{label: settings}, dense (None) and every sparse setting.
 
         Raises:
-            ValueError: A setting is written in another way, or it or the number of samples is out
-                of range.
+            ValueError: A setting has another format, or it or the number of samples is out of
+                range.
         """
         from xattn_video.language.prefill_settings import PrefillSettings
 
@@ -91,11 +91,11 @@ class HarnessOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a harness has made ready; nothing was written so far.
+    """The prepared tasks of a harness; nothing is written yet.
 
     Attributes:
-        scorers: By task: its group, such as a length, and what scores it.
-        load: Loads what the scorers take, and the model in it.
+        scorers: {task: (its group, such as a length, and its scorer)}.
+        load: Function that loads the argument of the scorers, and the model in it.
     """
 
     scorers: Mapping[str, tuple[str, Scorer]]
@@ -105,7 +105,7 @@ class Prepared:
 def model_loader(
     source: "LanguageSource", load: "LoadOptions"
 ) -> "Callable[[], tuple[PreTrainedModel, PreTrainedModel]]":
-    """What loads a model for scorers that take the model itself."""
+    """A ``load`` of `Prepared` for scorers that take the model itself."""
 
     def loaded() -> "tuple[PreTrainedModel, PreTrainedModel]":
         model = source.load(load.resolved_dtype, load.resolved_device)
@@ -123,10 +123,10 @@ def harness_command(
     """The command that scores a model with a harness.
 
     Args:
-        name: Of the benchmark, as in the paper's tables.
-        package: The harness as pip names it, with its extra; None without one.
-        options: The options.
-        prepare: Loads tasks and their data.
+        name: Name of the benchmark in the paper's tables.
+        package: The harness as a requirement for pip; None if there is none.
+        options: The dataclass of the options.
+        prepare: Function that loads the tasks and their data.
     """
 
     def main(asked: HarnessOptions, load: "LoadOptions", errors: ErrorsToExitCodes) -> None:
@@ -172,7 +172,7 @@ def _require(name: str, package: str) -> None:
 def _score(
     folder: ItemFolder, prepared: Prepared, variants: "dict[str, PrefillSettings | None]"
 ) -> None:
-    """Score what the folder lacks."""
+    """Score the tasks and settings that the folder lacks."""
     from xattn_video.language.long_prompt import prefill_attention
 
     loaded = None
@@ -248,7 +248,7 @@ def _table(
 
 
 def _cells(dense: Sequence[Record], of: Sequence[Record]) -> tuple[str, ...]:
-    """Samples, score, difference to dense, interval, density and seconds."""
+    """Samples, score, difference from dense, interval, density and seconds."""
     found = PairedScores.of(dense, of)
     difference = found.difference
     return (

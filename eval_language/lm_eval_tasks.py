@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: their data, and their scores with a model."""
+"""Tasks of lm-evaluation-harness: loads their data, and scores a model on them."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ _OWN_TASKS = Path(__file__).parent / "tasks"
 
 
 def task_manager(metadata: dict[str, Any]) -> Any:
-    """The harness's index of tasks, which it needs seconds to make."""
+    """The harness's index of tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(_OWN_TASKS), metadata=metadata)
@@ -24,13 +24,14 @@ def load_task(name: str, manager: Any) -> Any:
     """A task of the harness with its data.
 
     Raises:
-        ValueError: There is no such task, or its data cannot be had.
+        ValueError: There is no such task, or its data cannot be loaded.
+        MissingPackageError: The task imports a package that is not installed.
     """
     import numpy as np
 
     if name not in manager.all_subtasks:
         raise ValueError(f"lm_eval has no task {name!r}; python -m lm_eval ls tasks lists them.")
-    # The harness's own seeds: a resumed run has the same prompts.
+    # The harness's own seeds, so that a resumed run has the same prompts.
     random.seed(0)
     np.random.seed(1234)
     with needed_data(name), redirect_stdout(StringIO()):  # generators print their progress
@@ -39,9 +40,10 @@ def load_task(name: str, manager: Any) -> Any:
 
 @contextmanager
 def needed_data(name: str) -> Iterator[None]:
-    """Say in one line that a task's data cannot be had, as ValueError, or that a package lacks.
+    """Turn errors of loading a task's data into one line.
 
     Raises:
+        ValueError: The data cannot be loaded.
         MissingPackageError: The task imports a package that is not installed.
     """
     try:
@@ -61,14 +63,14 @@ def needed_data(name: str) -> Iterator[None]:
 def task_scorer(
     task: Any, manager: Any, samples: int, metric: str | None, **options: Any
 ) -> Scorer:
-    """Runs one task.
+    """A scorer that runs one task.
 
     Args:
-        task: Of `load_task`.
-        manager: Of `task_manager`.
-        samples: How many, the first ones.
-        metric: The metric of a sample; None for its first one.
-        options: Of the harness's model, such as the tokenizer.
+        task: A task from `load_task`.
+        manager: The result of `task_manager`.
+        samples: Number of samples, from the beginning.
+        metric: The metric of a sample; None takes its first metric.
+        options: Arguments of the harness's model, such as the tokenizer.
     """
 
     def score(model: Any) -> dict[str, float]:
@@ -86,6 +88,6 @@ def task_scorer(
 
 
 def sample_scores(results: Any, value: Any) -> dict[str, float]:
-    """The score of each sample, from what a harness returns."""
+    """{sample: score}, from the results of a harness."""
     samples: Iterable[Any] = next(iter(results["samples"].values()))
     return {str(one["doc_id"]): float(value(one)) for one in samples}

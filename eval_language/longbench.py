@@ -10,7 +10,7 @@ from eval_language.harness_run import HarnessOptions, Prepared, harness_command,
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
-# The retrieval that the paper's table leaves out, and its columns.
+# The retrieval tasks that the paper's table omits, then the table's columns.
 _TASKS = (
     "passage_retrieval_en passage_retrieval_zh narrativeqa qasper multifieldqa_en hotpotqa "
     "2wikimqa musique gov_report qmsum vcsum multi_news trec triviaqa samsum lsht lcc repobench-p"
@@ -18,7 +18,7 @@ _TASKS = (
 
 
 def prepare(asked: HarnessOptions, load: "LoadOptions") -> Prepared:
-    """Load the data sets, from the hub or its cache."""
+    """Load the data sets from the hub or its cache."""
     from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
     from xattn_video.language.model_sources import find_language_model
 

@@ -1,8 +1,8 @@
-"""The loss on plain text, which suffers before needles do; needs no harness.
+"""Measures the loss on plain text, which degrades before needle tests do; needs no harness.
 
 python -m eval_language.perplexity --run runs/text --model model.gguf --tokens 4096
 
-The demo model has learned RULER's texts alone; give it one of those with --text.
+The demo model was trained only on RULER's texts; give it one of those with --text.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
 
 @torch.inference_mode()
 def _loss(model: Any, ids: "Tensor") -> float:
-    """Nats for each token of the second half."""
+    """Mean loss of the tokens in the second half, in nats."""
     ids = ids.to(model.device)
     scored = len(ids) // 2
     out = model(ids[None], use_cache=False, logits_to_keep=scored + 1)

@@ -13,12 +13,12 @@ from xattn_video.options.command import knob
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
-# Several keys first: one needle in filler survives what other text does not.
+# Tasks with several keys come first: a single needle in filler is found even when others are not.
 TASKS = (
     "niah_multikey_2,niah_multikey_3,niah_multivalue_repeat,niah_multiquery_repeat,"
     "niah_single_1,ruler_vt,ruler_cwe,ruler_fwe"
 )
-# fwe's prompts are longer than asked for.
+# Room for the prompts of fwe, which are longer than requested.
 _OVERSHOOT = 256
 
 
@@ -48,7 +48,7 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
     tokenizer = source.load_tokenizer()
     scorers = {}
     with TemporaryDirectory() as folder:
-        # The harness measures prompts with a tokenizer that it loads by itself.
+        # The harness loads its own tokenizer to measure prompts.
         tokenizer.save_pretrained(folder)
         for length in lengths:
             manager = task_manager({"tokenizer": folder, "max_seq_lengths": [length]})

@@ -25,7 +25,7 @@ class VideoOptions(HarnessOptions):
 
 
 def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
-    """Load the data sets, from the hub or its cache."""
+    """Load the data sets from the hub or its cache."""
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     from xattn_video.language.model_sources import DEMO

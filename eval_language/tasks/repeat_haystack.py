@@ -1,4 +1,4 @@
-"""RULER's tasks of several values and queries in the haystack that repeats; lm_eval reads it."""
+"""RULER's multi-value and multi-query tasks in the repeated haystack; lm_eval loads this file."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def multivalue(**metadata: Any) -> Any:
 
 
 def multiquery(**metadata: Any) -> Any:
-    """Four keys, all asked for."""
+    """Four keys, of which all are queried."""
     return _samples(metadata, num_needle_q=4)
 
 
