@@ -15,10 +15,10 @@ class Dimension:
     """One of VBench's 16 dimensions.
 
     Attributes:
-        name: VBench's name of it.
+        name: VBench's name of the dimension.
         group: One of `GROUPS`.
         weight: Its weight within the group.
-        lowest, highest: The values that VBench maps to 0 and 1.
+        lowest, highest: The scores that VBench maps to 0 and 1.
     """
 
     name: str

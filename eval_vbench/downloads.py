@@ -1,4 +1,4 @@
-"""Fetches the weights that VBench needs, each with its checksum."""
+"""Downloads the weights that VBench needs, each with its checksum."""
 
 import shutil
 import subprocess
@@ -19,23 +19,23 @@ _SECONDS = 30
 
 
 class DownloadError(RuntimeError):
-    """Weights could not be fetched, or are not what they should be."""
+    """Weights could not be downloaded, or have a wrong size or checksum."""
 
 
 def download_weights(dimensions: Iterable[str], folder: Path, say: Callable[[str], None]) -> None:
-    """Fetch what these dimensions lack, and check what an earlier download noted.
+    """Download the weights that these dimensions lack, and check those of earlier downloads.
 
-    The checksum of a file is compared with the one that its source states: in its address, or in
-    the answer of the Hugging Face hub. Where none is stated, the checksum of the first download
-    counts; checksums.json holds them all.
+    The checksum of a file is compared with the one that its source states, in its address or in
+    the answer of the Hugging Face hub. If none is stated, that of the first download counts. All
+    are kept in checksums.json.
 
     Args:
-        dimensions: VBench's names.
-        folder: Of the weights.
-        say: Prints a line.
+        dimensions: VBench's names of the dimensions.
+        folder: The folder of the weights.
+        say: Function that prints a line.
 
     Raises:
-        DownloadError: Some could not be fetched, or were changed since.
+        DownloadError: Some weights could not be downloaded, or were changed since.
     """
     wanted = {entry.path: entry for name in dimensions for entry in NEEDS[name].weights}
     failed = 0
@@ -55,7 +55,7 @@ def download_weights(dimensions: Iterable[str], folder: Path, say: Callable[[str
 
 
 def _provide(entry: Weights, folder: Path) -> str:
-    """Fetch one of them unless it is there, and tell what its checksum is and says."""
+    """Download an entry unless it exists; returns a line with its checksum and who states it."""
     place = folder / entry.path
     sums = read_record(folder / CHECKSUMS) or {}
     if is_there(place):
@@ -74,7 +74,7 @@ def _provide(entry: Weights, folder: Path) -> str:
 
 
 def _fetch(address: str, place: Path, stated: str) -> str:
-    """Download a file to its place and return its checksum."""
+    """Download a file to a path and return its checksum."""
     with (
         urllib.request.urlopen(address, timeout=_SECONDS) as answer,
         atomic_path(place) as temporary,
@@ -83,7 +83,7 @@ def _fetch(address: str, place: Path, stated: str) -> str:
             with temporary.open("r+b") as output:
                 shutil.copyfileobj(answer, output, 2**20)
         except (TimeoutError, ConnectionError) as error:
-            # Not a failure to write, which other system errors are.
+            # These are failures to read; other system errors are failures to write.
             raise DownloadError(f"was cut short: {error}") from error
         expected = answer.headers.get("Content-Length")
         size = temporary.stat().st_size
@@ -96,7 +96,7 @@ def _fetch(address: str, place: Path, stated: str) -> str:
 
 
 def _stated_by_the_hub(address: str) -> str:
-    """The checksum of a large file, which the Hugging Face hub sends ahead of it; else nothing."""
+    """The checksum that the Hugging Face hub states for a large file; "" if there is none."""
     if not address.startswith("https://huggingface.co/"):
         return ""
     request = urllib.request.Request(address, method="HEAD")
@@ -110,14 +110,14 @@ def _stated_by_the_hub(address: str) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The hub states the checksum, and sends elsewhere for the file."""
+    """Does not follow the hub's redirect, whose answer states the checksum."""
 
     def redirect_request(self, *args: object, **options: object) -> None:
         return None
 
 
 def _run(entry: Weights, folder: Path) -> str:
-    """Provide what a command is given for."""
+    """Provide an entry whose source is a command; returns a line with its checksum."""
     command, *_, last = entry.source.split()
     place = folder / entry.path
     if command == "git":
@@ -143,7 +143,7 @@ def _run(entry: Weights, folder: Path) -> str:
         return f"fetched, sha256 {digest} (no checksum published)"
     from huggingface_hub import snapshot_download
 
-    # It checks the checksums of the hub itself.
+    # huggingface_hub checks the hub's checksums itself.
     name = entry.source.split()[2]
     snapshot_download(name, cache_dir=str(folder / HUGGING_FACE_HOME / "hub"))
     return "fetched, checked by huggingface_hub"

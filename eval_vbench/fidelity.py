@@ -1,4 +1,4 @@
-"""How close sparse videos are to dense videos: PSNR, SSIM and other available measures."""
+"""Fidelity of sparse videos to dense videos: PSNR, SSIM and other available measures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,13 +21,16 @@ def measure_fidelity(
     scorer: "Scorer",
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Measure every pair, by the items' keys; earlier measurements are read from files.
+    """Measure every pair of videos; earlier measurements are read from files.
 
     Args:
         dense, sparse: Complete runs with lossless copies.
         items: The videos of both runs.
-        scorer: Measures them.
-        say: Prints a line of progress.
+        scorer: Measures the pairs.
+        say: Function that prints a line of progress.
+
+    Returns:
+        {key of the item: its measures}.
 
     Raises:
         ValueError: A copy is broken.
@@ -55,14 +58,14 @@ def measure_fidelity(
 
 
 def _digest(run: RunFolder, item: VideoItem) -> str:
-    """Of a lossless copy, as its record states it."""
+    """The digest of a lossless copy, from its record."""
     record = run.record(item.key)
     assert record is not None
     return str(record["files"][f"lossless/{item.key}.mkv"]["sha256"])
 
 
 def _read(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The measures in a file, if they are of these two videos and of all that can be measured."""
+    """The measures in a file; None unless they are complete and belong to these two videos."""
     content = read_record(file, "measures", *key)
     if content is None or any(content[name] != key[name] for name in key):
         return None

@@ -76,7 +76,7 @@ def main(
 
 
 def _device_of(share: Share) -> str | None:
-    """One GPU for each rank of a host; None (the default device) for a single process."""
+    """A separate GPU for each rank of a host; None (the default device) for a single process."""
     import torch
 
     if share.num_ranks == 1 or not torch.cuda.is_available():
@@ -85,7 +85,7 @@ def _device_of(share: Share) -> str | None:
 
 
 def run() -> None:
-    """Entry point: processes that share videos join, others exchange nothing but files."""
+    """Entry point: processes that share videos join a group, others exchange only files."""
     if any(word.split("=")[0] == "--gpus-per-video" for word in sys.argv[1:]):
         with joined_ranks(print_error) as ranks:
             app(obj=ranks)

@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One of several processes; by default the only one.
+    """The share of one of several processes; by default the only one.
 
     Attributes:
-        rank: Number of this process over all hosts.
+        rank: Number of this process among those on all hosts.
         num_ranks: Number of processes on all hosts.
         local_rank: Number of this process on its host, and of its GPU.
     """
@@ -28,16 +28,16 @@ class Share:
 
 
 def launched_share(gpus_per_video: int = 1) -> Share:
-    """The share that the launcher set for this process, or for its neighbours together.
+    """The share that the launcher set for this process, or for a group of neighbours.
 
-    Processes that share no video exchange nothing but files: no process group could time out while
+    Processes that do not share videos exchange only files. So no process group can time out while
     one of them works on a long video.
 
     Args:
-        gpus_per_video: Neighbours that generate each video of their share together.
+        gpus_per_video: Number of neighbours that generate each video of their share together.
 
     Raises:
-        ValueError: The processes do not divide into such groups.
+        ValueError: The processes cannot be divided into such groups.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     rank, num_ranks, local_rank = (os.environ.get(name) for name in names)

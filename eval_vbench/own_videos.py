@@ -1,4 +1,4 @@
-"""A folder of one's own videos, which VBench scores without prompts ("custom input")."""
+"""A folder of the user's own videos, which VBench scores without prompts ("custom input")."""
 
 import hashlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from eval_vbench.score_files import Score, read_score_file, write_score_file
 from eval_vbench.vbench_process import read_answer, run_vbench
 from xattn_video.pipelines.item_folder import file_digest
 
-# VBench compares these with lists that come with its own prompts.
+# For these dimensions VBench compares videos with lists that belong to its own prompts.
 _NEED_VBENCH_PROMPTS = {
     "object_class",
     "multiple_objects",
@@ -18,18 +18,18 @@ _NEED_VBENCH_PROMPTS = {
     "scene",
     "appearance_style",
 }
-# What VBench takes; other files of the folder are left alone.
+# File types that VBench accepts; other files of the folder are ignored.
 _SUFFIXES = (".mp4", ".gif")
 
 
 class OwnVideos:
-    """Scores of a folder's videos, kept in its folder ``vbench``.
+    """Scores of a folder's videos, kept in its subfolder ``vbench``.
 
-    Three dimensions (human_action, temporal_style, overall_consistency) take what a video shows
-    from the name of its file.
+    For three dimensions (human_action, temporal_style, overall_consistency) the file name says
+    what a video shows.
 
     Args:
-        folder: Holds .mp4 or .gif files.
+        folder: A folder with .mp4 or .gif files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class OwnVideos:
 
     @property
     def files(self) -> list[Path]:
-        """The videos, by name."""
+        """The videos, sorted by name."""
         return sorted(path for path in self.folder.glob("*") if path.suffix.lower() in _SUFFIXES)
 
     def check(self) -> None:
@@ -56,7 +56,7 @@ class OwnVideos:
         return [name for name in dimensions() if name not in _NEED_VBENCH_PROMPTS]
 
     def scores(self) -> dict[str, Score]:
-        """Those of the videos as they are now."""
+        """{dimension: score}, for scores of the videos as they are now."""
         digest = self._digest()
         found = {
             name: read_score_file(self.scores_folder / f"{name}.json")

@@ -17,9 +17,9 @@ class Weights:
     """A file or folder that VBench reads.
 
     Attributes:
-        path: Its place within the folder of weights.
+        path: Its path in the folder of weights.
         source: Where to get it: the address of a file, or a command.
-        sha256: How its checksum begins, where its source states it.
+        sha256: The beginning of its checksum if the source states it, else "".
     """
 
     path: str
@@ -75,7 +75,7 @@ NEEDS = {
                 "git clone https://github.com/facebookresearch/dino",
             ),
             Weights("dino_model/dino_vitbase16_pretrain.pth", _DINO),
-            # DINO's own loader takes no path and looks here.
+            # DINO's own loader takes no path and looks in this folder.
             Weights(f"{TORCH_HOME}/hub/checkpoints/dino_vitbase16_pretrain.pth", _DINO),
         )
     ),
@@ -116,7 +116,7 @@ NEEDS = {
                 "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
                 "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/"
                 "musiq_spaq_ckpt-358bb6af.pth",
-                # As torch.hub names files: by the beginning of their checksum.
+                # torch.hub puts the beginning of the checksum into file names.
                 sha256="358bb6af",
             ),
         ),
@@ -165,7 +165,7 @@ class Environment:
 
     Attributes:
         python: Its interpreter.
-        missing: Modules that some dimension needs and that are not installed.
+        missing: Modules that a dimension needs and that are not installed.
     """
 
     python: Path
@@ -178,7 +178,7 @@ class Missing:
 
     Attributes:
         what: Its name.
-        where: Its place.
+        where: Where it belongs.
         source: Where to get it.
     """
 
@@ -215,7 +215,7 @@ def probe_environment(python: Path) -> Environment:
 
 
 def missing_needs(dimension: str, environment: Environment, weights_folder: Path) -> list[Missing]:
-    """What a dimension lacks; nothing if it can be scored."""
+    """What a dimension lacks; an empty list if it can be scored."""
     return missing_modules(dimension, environment) + [
         Missing(Path(weights.path).name, str(weights_folder / weights.path), weights.source)
         for weights in NEEDS[dimension].weights
@@ -234,7 +234,7 @@ def missing_modules(dimension: str, environment: Environment) -> list[Missing]:
 
 
 def preflight_table(lacking: dict[str, list[Missing]], scored: Iterable[str]) -> str:
-    """What can be scored; for the rest, what is missing, its place, and where to get it."""
+    """What can be scored; for the rest, what is missing, where it belongs and where to get it."""
     scored = set(scored)
     lines = []
     for dimension, missing in lacking.items():
@@ -249,7 +249,7 @@ def _missing_line(entry: Missing) -> str:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file or folder exists and is not empty; wget leaves empty files."""
+    """Whether a file or folder exists and is not empty; a failed wget leaves empty files."""
     if path.is_dir():
         return any(path.iterdir())
     return path.is_file() and path.stat().st_size > 0

@@ -8,7 +8,7 @@ from eval_vbench.dimensions import DATA
 
 DEMO_SUITE = "demo"
 DEFAULT_SUITE = "gpt_enhanced"
-# Suite -> the wordings that the model is given; None for the prompts as VBench scores them.
+# Suite -> the file of the wordings given to the model; None for the prompts that VBench scores.
 _WORDINGS = {
     DEFAULT_SUITE: "all_dimension_longer.txt",
     "hunyuan": "hunyuan_all_dimension.txt",
@@ -17,7 +17,7 @@ _WORDINGS = {
 SUITES = (*_WORDINGS, DEMO_SUITE)
 
 _NUM_DEMO_PROMPTS = 40
-# Dimensions that need nothing of a prompt but its words.
+# Dimensions that need only the words of a prompt.
 _DEMO_DIMENSIONS = (
     "subject_consistency",
     "background_consistency",
@@ -28,7 +28,7 @@ _DEMO_DIMENSIONS = (
     "imaging_quality",
     "overall_consistency",
 )
-# A prompt's videos have seeds of their own as long as there are at most this many.
+# Seeds of different prompts differ as long as a prompt has at most this many videos.
 MAX_VIDEOS_PER_PROMPT = 100
 VIDEOS_PER_PROMPT = (1, 5)
 
@@ -38,9 +38,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        index: Its place in the whole suite, even if only a part is generated.
-        name: The original prompt, which names the files and which VBench scores against.
-        text: The wording that the model is given.
+        index: Its position in the whole suite, even if only a part is generated.
+        name: The original prompt, which VBench scores against and which names the files.
+        text: The wording given to the model.
         entries: VBench's own entries for it; two prompts are in the lists of two dimensions.
     """
 
@@ -57,7 +57,7 @@ class VideoItem:
     Attributes:
         prompt: Its prompt.
         video_index: The number of the video among the prompt's videos.
-        seed: Its seed, which depends only on these two and on the base seed of the run.
+        seed: Its seed, which depends only on both and on the base seed of the run.
     """
 
     prompt: Prompt
@@ -94,7 +94,7 @@ def load_suite(name: str) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     for prompt, text, entry in zip(names, texts, entries, strict=True):
         if prompt in prompts:
-            # The file name is the same, so the video is: that of the first wording.
+            # Equal names share one video, which has the first wording.
             first = prompts[prompt]
             prompts[prompt] = Prompt(first.index, prompt, first.text, (*first.entries, entry))
         else:
@@ -105,8 +105,8 @@ def load_suite(name: str) -> list[Prompt]:
 def choose_prompts(suite: str, count: int | None) -> list[Prompt]:
     """``count`` prompts of a suite, or all.
 
-    VBench's list is sorted by dimension, so a part of it is taken at equal distances. The demo
-    model's list is in random order, so its first prompts are taken.
+    From VBench's list, which is sorted by dimension, prompts are taken at equal distances; from
+    the demo model's list, which is in random order, the first ones.
 
     Raises:
         ValueError: The suite is unknown, or has fewer prompts.
@@ -124,7 +124,7 @@ def choose_prompts(suite: str, count: int | None) -> list[Prompt]:
 
 
 def video_items(prompts: list[Prompt], videos_per_prompt: int, seed: int) -> list[VideoItem]:
-    """Every video of a run: first the first video of each prompt, then the second, and so on.
+    """Every video of a run: the first video of each prompt, then the second, and so on.
 
     Raises:
         ValueError: VBench does not support this number of videos per prompt.

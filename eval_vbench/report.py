@@ -68,7 +68,7 @@ def main(
 def _write(
     dense: CompleteRun, runs: list[CompleteRun], output: Path, fidelity: bool, device: str
 ) -> tuple[dict[str, Any], str]:
-    """Measure, write the files, and return what two of them hold."""
+    """Measure, write the files, and return the content of report.json and report.md."""
     notes = []
     if not fidelity:
         notes.append("PSNR, SSIM and LPIPS were not requested.")
@@ -79,7 +79,7 @@ def _write(
     if scorer is not None:
         notes += [f"{name} was not measured: {why}" for name, why in scorer.missing.items()]
     results = []
-    # A dictionary keeps one of each.
+    # A dictionary, to drop duplicates and keep the order.
     left_out: dict[str, None] = {}
     for run in runs:
         pairs = {}

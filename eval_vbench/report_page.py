@@ -1,4 +1,4 @@
-"""A report as Markdown and as plain values."""
+"""The report as Markdown and as plain values."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _NOT_MEASURED = "-"
 
 
 def report_values(dense: CompleteRun, results: Sequence[SparseResult]) -> dict[str, Any]:
-    """Everything, ready for JSON."""
+    """The whole report as plain values, ready for JSON."""
     return {
         "caveats": caveats(dense, results),
         "settings": {**dense.settings, "sparse": None},
@@ -81,14 +81,14 @@ def report_page(
 
 @dataclass(frozen=True, slots=True)
 class ReportTables:
-    """The tables of a report, in whatever form it is written."""
+    """The tables of a report, for all its formats."""
 
     dense: CompleteRun
     results: Sequence[SparseResult]
 
     @property
     def origin(self) -> str:
-        """What made the videos."""
+        """The devices and versions that made the videos."""
         return _origin(self.dense, self.results)
 
     @property
@@ -114,8 +114,8 @@ class ReportTables:
         """One row for each dimension that both runs were scored on, and what was not scored.
 
         Args:
-            result: Of one sparse run.
-            mark: Stands on both sides of the totals' names.
+            result: The result of one sparse run.
+            mark: Text on both sides of the totals' names.
         """
         table = Table.of(result.dimensions, _DIMENSIONS)
         if result.totals is not None:
@@ -140,7 +140,7 @@ class ReportTables:
         return table, remark if missing else ""
 
     def dimensions_text(self, result: SparseResult) -> str:
-        """Both as Markdown."""
+        """The table and the text of `dimensions` as Markdown."""
         table, remark = self.dimensions(result, mark="**")
         return "\n\n".join([table.markdown()] * bool(table.rows) + [remark] * bool(remark))
 
@@ -159,14 +159,14 @@ def _origin(dense: CompleteRun, results: Sequence[SparseResult]) -> str:
 
 
 def _checks_table(checks: Sequence[tuple[str, dict[str, float]]]) -> Table:
-    """The share of the demo model's own checks that are right, measured from the pixels."""
+    """The shares of the demo model's own checks that are right, measured from the pixels."""
     names = list(checks[0][1])
     rows = [(run, *(figure(shares.get(name), ".1%") for name in names)) for run, shares in checks]
     return Table(("run", *names), tuple(rows))
 
 
 def _paper_table(results: Sequence[SparseResult]) -> tuple[Table, str]:
-    """The paper's figures next to those of runs with its settings, and their source."""
+    """The paper's figures beside those of runs with its settings, and their source."""
     paper = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
     formats = {"PSNR": ".1f", "SSIM": ".3f", "LPIPS": ".3f", "density": ".1%"}
     rows = []

@@ -1,4 +1,4 @@
-"""A report's plot: how far each sparse run's scores are from the dense run's."""
+"""The report's plot: the difference of each sparse run's scores from the dense run's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from xattn_video.files import write_figure
 Panels: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """Title -> run -> name -> score; the first run is the dense one."""
 
-# An axis is at least so far from zero: smaller differences are shown as small.
+# The least limit of an axis, so that tiny differences look small.
 _LEAST_LIMIT = 0.0005
 
 
 def plot_report(path: Path, dense: CompleteRun, results: Sequence[SparseResult]) -> bool:
-    """Draw VBench's normalised scores and the prompt checks; False with neither."""
+    """Draw VBench's normalised scores and the prompt checks; returns False if there are none."""
     panels: Panels = {}
     shared = [
         name for name in dense.scores if any(name in result.run.scores for result in results)
@@ -42,9 +42,9 @@ def plot_report(path: Path, dense: CompleteRun, results: Sequence[SparseResult])
 
 
 def draw_differences(path: Path, panels: Panels) -> None:
-    """One panel below the other: a bar for each run's difference from dense, by name.
+    """Draw one panel below the other: a bar for each run's difference from dense, by name.
 
-    Scores of one kind are much alike, so bars from zero would all be of one height.
+    Differences are drawn because the scores themselves hardly differ.
     """
     from matplotlib.figure import Figure
 
@@ -67,7 +67,7 @@ def draw_differences(path: Path, panels: Panels) -> None:
         limit = 1.3 * max(_LEAST_LIMIT, *found, 0.0)
         labels = [f"{name.replace('_', chr(10))}\ndense {dense[name]:.4f}" for name in names]
         axes.set_xticks(range(len(names)), labels, fontsize="small")
-        # Bars of one width in all panels.
+        # The same width of bars in all panels.
         axes.set(xlim=(-0.5, max(widths) - 0.5), ylim=(-limit, limit))
         axes.set(title=title, ylabel="sparse minus dense")
     figure.legend(

@@ -1,4 +1,4 @@
-"""A report as a web page: the same tables, and pairs of videos in step."""
+"""The report as a web page: the same tables, and synchronised pairs of videos."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,15 +18,15 @@ def report_web_page(
     command: str,
     with_videos: bool,
 ) -> WebPage:
-    """All that a report says.
+    """The report as a page.
 
     Args:
         dense: The dense run, which is the reference.
         results: The results of the sparse runs.
         notes: What could not be measured.
         plot: A PNG of the scores, if there is one.
-        command: What made the report.
-        with_videos: Whether videos are shown, which needs lossless copies.
+        command: The command that made the report.
+        with_videos: Whether to show videos, which needs lossless copies.
     """
     settings, tables = dense.settings, ReportTables(dense, results)
     video = settings["video"]
@@ -60,7 +60,7 @@ def report_web_page(
 
 
 def _players(dense: CompleteRun, results: Sequence[SparseResult]) -> Iterator[Player]:
-    """The first videos of the suite, in each run."""
+    """A player for each of the first videos of the suite, in each run."""
     pairs = [(item, result) for item in dense.items for result in results][:MOST_PLAYERS]
     for item, result in pairs:
         clips = [read_clip(run.folder.lossless_video(item)) for run in (dense, result.run)]

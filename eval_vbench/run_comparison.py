@@ -1,4 +1,4 @@
-"""Compares a dense run with sparse runs; the result is plain numbers for a report."""
+"""Compares a dense run with sparse runs; the results are plain numbers for a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from xattn_video.measure.comparison_rows import over_measured
 from xattn_video.measure.paired_difference import Difference, paired_difference
 from xattn_video.pipelines.item_folder import describe_differences
 
-# Plain VBench is made for videos shorter than this.
+# VBench, other than VBench-Long, is designed for videos shorter than this.
 VBENCH_SECONDS = 5.0
 VBENCH_VIDEOS_PER_PROMPT = 5
 
 
 @dataclass(frozen=True, slots=True)
 class CompleteRun:
-    """A complete run on the disk."""
+    """A complete run, read from its folder."""
 
     folder: RunFolder
     settings: dict[str, Any]
@@ -30,7 +30,7 @@ class CompleteRun:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name of the run in tables."""
         sparse = self.settings["sparse"]
         if sparse is None:
             name = self.folder.path.resolve().name
@@ -44,7 +44,7 @@ class CompleteRun:
 
 @dataclass(frozen=True, slots=True)
 class DimensionRow:
-    """One dimension: VBench's scores, and the difference over the videos that both runs have."""
+    """One dimension: VBench's scores of both runs, and the difference over shared videos."""
 
     dimension: str
     dense: float
@@ -56,7 +56,8 @@ class DimensionRow:
 class Measures:
     """Means over the videos of a run; None for what was not measured.
 
-    Seconds are medians, which a first video that compiles or loads does not change."""
+    Seconds are medians, so that a first video that compiles or loads has no effect.
+    """
 
     videos: int
     psnr: float | None
@@ -79,7 +80,7 @@ class SparseResult:
         dimensions: The dimensions that both runs were scored on.
         totals: The totals of both, dense first; None unless all dimensions are present.
         measures: Fidelity and cost.
-        checks: The demo model's prompt checks: name -> share right.
+        checks: {name of the demo model's prompt check: share right}.
     """
 
     run: CompleteRun
@@ -132,11 +133,11 @@ def check_comparable(dense: CompleteRun, sparse: CompleteRun) -> None:
 def compare(
     dense: CompleteRun, sparse: CompleteRun, fidelity: Mapping[str, dict[str, Any]]
 ) -> SparseResult:
-    """Everything about one sparse run.
+    """All results of one sparse run.
 
     Args:
         dense, sparse: Comparable runs.
-        fidelity: Item -> its measures, see `measure_fidelity`; empty if they were not measured.
+        fidelity: The result of `measure_fidelity`; empty if it was not measured.
     """
     prompts = {item.file_name: item.prompt.name for item in dense.items}
     rows = tuple(
@@ -192,7 +193,7 @@ def measures_of(
 
 
 def shares_right(run: CompleteRun) -> dict[str, float]:
-    """The demo model's prompt checks: name -> share right; empty for another model's run."""
+    """{name of the demo model's prompt check: share right}; empty for another model's run."""
     judged: dict[str, list[bool]] = {}
     for record in run.records.values():
         for name, right in (record["checks"] or {}).items():
@@ -206,7 +207,7 @@ def devices(run: CompleteRun) -> set[str]:
 
 
 def caveats(dense: CompleteRun, results: Sequence[SparseResult]) -> list[str]:
-    """What a reader must know before comparing these numbers with others."""
+    """What readers must know before they compare these numbers with others."""
     settings = dense.settings
     reasons = []
     if settings["suite"] == DEMO_SUITE:
@@ -238,5 +239,5 @@ def caveats(dense: CompleteRun, results: Sequence[SparseResult]) -> list[str]:
 
 
 def _values(run: CompleteRun, name: str) -> list[float]:
-    """The values in the records that have them."""
+    """The values of a name in all records, without None."""
     return [record[name] for record in run.records.values() if record[name] is not None]

@@ -1,12 +1,12 @@
-"""The folder of a run: its settings, its videos, and a record of each video, written last.
+"""The folder of a run: its settings, its videos, and a record of each, written after the video.
 
-settings.json       what the videos depend on, and its hash
-videos/             {prompt}-{i}.mp4 and nothing else: VBench reads this folder
+settings.json       the settings that the videos depend on, and their hash
+videos/             {prompt}-{i}.mp4 and nothing else, because VBench reads this folder
 lossless/           the same frames as ffv1, for PSNR and SSIM
 items/              one JSON file for each finished video
 failures/           one JSON file for each video that failed
-scores/             one for each VBench dimension
-fidelity/           PSNR, SSIM and the like against a dense run, one file for each video
+scores/             one JSON file for each VBench dimension
+fidelity/           PSNR, SSIM and others against a dense run, one file for each video
 unfinished/         videos that are being written
 locks/              one file for each rank
 """
@@ -41,10 +41,10 @@ class RunFolder(ItemFolder):
         self._unfinished = path / "unfinished"
 
     def adopt(self, settings: dict[str, Any], overwrite: bool = False) -> None:
-        """Make the folder that of these settings, or make sure that it is.
+        """Assign these settings to a new folder, or check that the folder has them.
 
         Raises:
-            ValueError: The folder belongs to other settings, or holds something else.
+            ValueError: The folder has other settings, or contains other files.
         """
         if not self.settings_file.exists():
             self._require_empty()
@@ -54,7 +54,7 @@ class RunFolder(ItemFolder):
         """The run's settings.
 
         Raises:
-            ValueError: The folder holds no run, or its settings were edited.
+            ValueError: The folder is not a run, or its settings were edited.
         """
         if not self.settings_file.exists():
             raise ValueError(
@@ -71,7 +71,7 @@ class RunFolder(ItemFolder):
 
     @contextmanager
     def lock_rank(self, rank: int, num_ranks: int) -> Iterator[None]:
-        """Hold a rank's place.
+        """Hold the lock of a rank.
 
         Raises:
             ValueError: Another process holds the lock.
@@ -81,25 +81,25 @@ class RunFolder(ItemFolder):
             yield
 
     def unfinished(self, rank: int, name: str) -> Path:
-        """The place where a rank writes a video before it is finished."""
+        """The path at which a rank writes a video before it is finished."""
         folder = self._unfinished / str(rank)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
     def video(self, item: VideoItem) -> Path:
-        """The place of a video."""
+        """The final path of a video."""
         return self.videos / item.file_name
 
     def lossless_video(self, item: VideoItem) -> Path:
-        """The place of the lossless copy of a video."""
+        """The final path of the lossless copy of a video."""
         return self.lossless / f"{item.key}.mkv"
 
     def add_video(self, item: VideoItem, files: dict[Path, Path], record: dict[str, Any]) -> None:
-        """Put finished files in their places; with its record, written last, a video is done.
+        """Move finished files to their final paths; the record, written last, completes a video.
 
         Args:
             item: The video.
-            files: Unfinished file -> its place.
+            files: {unfinished file: its final path}.
             record: The record of the video.
         """
         for file, place in files.items():
@@ -110,7 +110,7 @@ class RunFolder(ItemFolder):
         )
 
     def _require_empty(self) -> None:
-        """Refuse a folder with other files, which would be taken for the run's own."""
+        """Raise ValueError for a folder with other files, which would seem to be the run's own."""
         found = sorted(file.name for file in self.videos.glob("*")) if self.path.exists() else []
         if found:
             raise ValueError(
@@ -120,7 +120,7 @@ class RunFolder(ItemFolder):
             )
 
     def _discard_unfinished(self, rank: int, num_ranks: int) -> None:
-        """Remove files of killed processes: this rank's own, and on rank 0 those of old ranks."""
+        """Remove files of killed processes: this rank's, and on rank 0 those of old ranks."""
         shutil.rmtree(self._unfinished / str(rank), ignore_errors=True)
         if rank == 0 and self._unfinished.is_dir():
             for folder in self._unfinished.iterdir():

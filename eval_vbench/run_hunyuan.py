@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_suffix(".sh")
-# Of the extra `metrics`, which the script's commands need; it brings the others.
+# Packages of the extra `metrics`, which the script's commands need; it installs the others too.
 _NEEDED = ("diffusers", "filelock", "torchmetrics", "typer")
 
 
 def main() -> None:
-    """Become the script; it finds this Python first."""
+    """Replace this process by the script, with this Python first on its path."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(

@@ -1,4 +1,4 @@
-"""Generates the part of a run that belongs to a rank; every video once, even after a kill."""
+"""Generates a rank's part of a run; every video is made once, even after a killed run."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,24 +32,24 @@ def sample(
     items: Sequence[VideoItem],
     shown: JobProgress,
 ) -> Attempts:
-    """Generate what is missing and return how that went; what failed is noted.
+    """Generate the missing videos and return the attempts; failures are recorded.
 
     Args:
         job: The rank's part of a run.
         pipe: The loaded pipeline.
         items: The missing videos.
-        shown: Where the steps of each are shown.
+        shown: The display of the steps.
 
     Raises:
-        RunStoppedError: The disk is full, or one video after the other fails.
+        RunStoppedError: The disk is full, or several videos failed in a row.
     """
     begun, attempts, work = time.perf_counter(), Attempts(job.run, job.say), ExpectedWork.of(pipe)
     for number, item in enumerate(items):
         title = f"{number + 1}/{len(items)} {item.file_name}"
-        # What fails on one rank leaves its team waiting: that ends the job.
+        # In a team, a failure on one rank leaves the others waiting, so it ends the job.
         alone = job.team.team_size == 1
         attempt = attempts.item(item.key, item.file_name) if alone else nullcontext()
-        # What writes a video is timed with its decoding.
+        # Writing a video counts as part of its decoding.
         with attempt, shown.run(title, work.of_run(job.request(item))) as on_step:
             _sample_one(job, pipe, item, on_step)
         mean = (time.perf_counter() - begun) / (number + 1)
@@ -84,7 +84,7 @@ def _sample_one(
 
 
 def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:
-    """Whether every video is done or has failed."""
+    """Whether every video is finished or has failed."""
     return all(
         run.record(item.key) is not None or run.failure(item.key) is not None for item in items
     )
@@ -93,8 +93,8 @@ def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:
 def wait_for_others(run: RunFolder, items: Sequence[VideoItem]) -> None:
     """Wait until all ranks are done.
 
-    A launcher ends every rank as soon as one returns an error, so a rank with failed videos waits
-    for the others before it reports them.
+    A launcher ends all ranks as soon as one returns an error, so a rank with failed videos waits
+    for the others before it reports the failures.
     """
     while not settled(run, items):
         time.sleep(_POLL_SECONDS)

@@ -80,8 +80,8 @@ class SamplingJob:
         asked: The options of the run.
         video, sparse: As in a request.
         verbose: Whether to show the messages of other libraries.
-        ranks: All that share videos; by default this one alone.
-        team: Those that share each video with this one.
+        ranks: All ranks that share videos; by default only this one.
+        team: The ranks that share each video with this one.
     """
 
     run: RunFolder
@@ -99,7 +99,7 @@ class SamplingJob:
 
     @property
     def suite(self) -> str:
-        """Where the prompts come from."""
+        """The name of the suite of prompts."""
         return self.asked.suite or (DEMO_SUITE if self.load.model == DEMO else DEFAULT_SUITE)
 
     @property
@@ -118,7 +118,7 @@ class SamplingJob:
         return video_items(self.prompts, self.asked.videos_per_prompt, self.asked.seed)
 
     def check(self) -> None:
-        """Check what would fail, and claim the folder for this run.
+        """Check for what would fail, and claim the folder for this run.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -128,7 +128,7 @@ class SamplingJob:
         """
         first = self.items[0]
         request = self.request(first)
-        # One rank is enough to warn.
+        # Only one rank warns.
         if self.share.rank == 0:
             print_warnings(check_runs(self.load, [request], self.asked.force))
         check_output_folder(self.run.path, what="run")
@@ -138,7 +138,7 @@ class SamplingJob:
         self.run.adopt(self.settings(), self.asked.overwrite)
 
     def settings(self) -> dict[str, Any]:
-        """All that the videos depend on."""
+        """Everything that the videos depend on."""
         return {
             "suite": self.suite,
             "num_prompts": len(self.prompts),
@@ -154,15 +154,15 @@ class SamplingJob:
         }
 
     def generate(self) -> None:
-        """Generate this rank's missing videos and say what became of them.
+        """Generate this rank's missing videos and report the outcome.
 
         Raises:
-            RuntimeError: Some failed, or the run could not go on.
+            RuntimeError: Some videos failed, or the run had to stop.
         """
         from eval_vbench.sampling import sample, wait_for_others
 
         share, items = self.share, self.items
-        # The displays of several ranks would run into one another.
+        # Only a single rank has a display; those of several ranks would mix.
         alone = share.num_ranks == 1 and self.ranks.is_first
         shown = JobProgress(progress_console() if alone else Console(quiet=True))
         ours = share.of(items)
@@ -197,12 +197,12 @@ class SamplingJob:
         print_warnings(cut_prompts(pipe, requests))
         work = ExpectedWork.of(pipe)
         shown.left.decoding_steps = work.decoding_steps(self.video)
-        # A rank may have nothing to make and help its team alone.
+        # A rank may have no missing videos and only help its team.
         shown.expect([work.of_run(self.request(self.items[0]))] * len(missing))
         return pipe
 
     def _any_missing(self, missing: list[VideoItem]) -> bool:
-        """Whether this rank is to make videos, or one of those that it opens a group with."""
+        """Whether this rank, or one of those that it joins in a group, has videos to make."""
         if self.ranks.is_alone:
             return bool(missing)
         return self.ranks.share(
@@ -219,7 +219,7 @@ class SamplingJob:
         print_message(self._prefix + text)
 
     def request(self, item: VideoItem) -> GenerationRequest:
-        """What to generate for a video."""
+        """The request for a video."""
         return GenerationRequest(
             item.prompt.text, seed=item.seed, video=self.video, sparse=self.sparse
         )

@@ -1,4 +1,4 @@
-"""Score a run, or any folder of videos, with VBench, which lives in an environment of its own.
+"""Score a run, or any folder of videos, with VBench, which has its own environment.
 
 python -m eval_vbench.score --run runs/dense --vbench-python vbench-env/bin/python
 python -m eval_vbench.score --videos my-videos --vbench-python vbench-env/bin/python
@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What is scored, and with what."""
+    """The videos to score, and the environment and weights to score them with."""
 
     run: Path | None = knob("A run of eval_vbench.generate.")
     videos: Path | None = knob(
@@ -69,7 +69,7 @@ class Scored:
 
     @property
     def weights_folder(self) -> Path:
-        """Where VBench's weights are."""
+        """The folder of VBench's weights."""
         place = self.weights or Path(os.environ.get("VBENCH_CACHE_DIR", "~/.cache/vbench"))
         return place.expanduser().resolve()
 
@@ -122,10 +122,10 @@ def main(asked: Scored, errors: ErrorsToExitCodes, as_json: AsJson = False) -> N
 
 
 def _videos(asked: Scored) -> _Videos | None:
-    """What is scored; None where weights are only fetched.
+    """The videos to score; None if weights are only downloaded.
 
     Raises:
-        ValueError: Both were given, or neither and nothing is fetched.
+        ValueError: Both --run and --videos were given, or neither and nothing is downloaded.
     """
     if asked.run is not None and asked.videos is not None:
         raise ValueError("--run and --videos cannot be combined; give only one of them.")
@@ -139,7 +139,7 @@ def _videos(asked: Scored) -> _Videos | None:
 
 
 def _json(scores: dict[str, Score], lacking: dict[str, list[Missing]]) -> dict[str, Any]:
-    """The scores, and what the other dimensions lack."""
+    """The scores, and what the other dimensions lack, as plain values."""
     return {
         "scores": {
             name: {"score": s.score, "videos": len(s.videos)} for name, s in scores.items()
@@ -156,7 +156,7 @@ def _chosen(videos: _Videos | None, given: str | None) -> list[str]:
     """The dimensions to score.
 
     Raises:
-        ValueError: Unknown ones, or ones that these videos cannot have.
+        ValueError: A dimension is unknown, or these videos cannot be scored on it.
     """
     possible = list(vbench.dimensions()) if videos is None else videos.dimensions()
     if given is None:
@@ -180,11 +180,10 @@ def _chosen(videos: _Videos | None, given: str | None) -> list[str]:
 def _score(
     videos: _Videos, names: Sequence[str], environment: Environment, asked: Scored
 ) -> Iterator[str]:
-    """Score one dimension after the other, and yield a line for each; one that fails does not
-    stop the rest.
+    """Score the dimensions one by one and yield a line for each; failures do not stop the rest.
 
     Raises:
-        ScoringError: Some failed.
+        ScoringError: Some dimensions failed.
     """
     failed = 0
     for number, name in enumerate(names):

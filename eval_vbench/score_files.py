@@ -17,9 +17,9 @@ class Score:
     """The score of one dimension of one run.
 
     Attributes:
-        dimension: Its name.
+        dimension: Name of the dimension.
         score: VBench's own aggregate.
-        videos: File name -> the video's value, 0 to 1.
+        videos: {file name: the video's value, 0 to 1}.
         digest: Digest of the videos that were scored.
         vbench: Version of the vbench package.
     """
@@ -32,16 +32,16 @@ class Score:
 
 
 def write_score_file(folder: Path, score: Score) -> None:
-    """Keep a score in a folder."""
+    """Write a score to its file in a folder."""
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{score.dimension}.json", asdict(score))
 
 
 def read_score(run: RunFolder, dimension: str) -> Score | None:
-    """The score of a dimension; None if the present videos have no score.
+    """The score of a dimension; None if the videos as they are now have no score.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file is not a score.
     """
     score = read_score_file(run.scores / f"{dimension}.json")
     if score is None:
@@ -53,7 +53,7 @@ def read_score_file(file: Path) -> Score | None:
     """The score in a file; None if there is no file.
 
     Raises:
-        ValueError: The file holds something else.
+        ValueError: The file is not a score.
     """
     try:
         return Score(**json.loads(file.read_text(encoding="utf-8")))
@@ -72,7 +72,7 @@ def read_scores(run: RunFolder) -> dict[str, Score]:
 
 
 def scored_items(run: RunFolder, dimension: str) -> list[VideoItem]:
-    """The run's videos that a dimension is scored on."""
+    """The videos of the run on which a dimension is scored."""
     return [
         item
         for item in run.expected_items()
@@ -81,7 +81,7 @@ def scored_items(run: RunFolder, dimension: str) -> list[VideoItem]:
 
 
 def videos_digest(run: RunFolder, items: Sequence[VideoItem]) -> str:
-    """A digest that changes with any of the videos; a missing video counts as missing."""
+    """A digest that changes if any of the videos changes or is missing."""
     digest = hashlib.sha256()
     for item in items:
         record = run.record(item.key)

@@ -1,4 +1,4 @@
-"""Make the environment that VBench needs.
+"""Create the environment that VBench needs.
 
 python -m eval_vbench.setup_vbench vbench-env
 """

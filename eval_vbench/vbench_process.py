@@ -1,4 +1,4 @@
-"""Scores a run with the real VBench: one process per dimension, checked before and after."""
+"""Scores a run with the real VBench: one process per dimension, with checks before and after."""
 
 import math
 import os
@@ -26,9 +26,9 @@ from eval_vbench.score_files import (
 from xattn_video.files import check_output_folder, read_record, write_json
 from xattn_video.pipelines.item_folder import file_digest
 
-# VBench leaves a video out of this one when it finds no object in it.
+# In this dimension VBench omits videos in which it finds no object.
 _MAY_DROP_VIDEOS = {"color"}
-# Its videos' values are given in 0 to 100, its aggregate in 0 to 1.
+# In this dimension the videos' values are in 0 to 100, but the aggregate is in 0 to 1.
 _PERCENT = {"imaging_quality"}
 _NAMED = 3
 
@@ -38,7 +38,7 @@ class ScoringError(RuntimeError):
 
 
 class RunVideos:
-    """The videos of a run; has what `OwnVideos` has."""
+    """The videos of a run, with the same methods as `OwnVideos`."""
 
     def __init__(self, folder: Path) -> None:
         self.run = RunFolder(folder)
@@ -47,8 +47,8 @@ class RunVideos:
     def check(self) -> None:
         """Check that the folder holds the complete videos of the run and nothing else.
 
-        VBench takes the suffix of all videos from any file it finds, and returns NaN without an
-        error.
+        VBench takes the suffix of all videos from any file it finds. If that is wrong, it returns
+        NaN without an error.
 
         Raises:
             ValueError: A video is missing or was changed, or there is a stray file.
@@ -87,7 +87,7 @@ class RunVideos:
         return [name for name in dimensions() if scored_items(self.run, name)]
 
     def scores(self) -> dict[str, Score]:
-        """Those of the videos as they are now."""
+        """{dimension: score}, for scores of the videos as they are now."""
         return read_scores(self.run)
 
     def score(
@@ -136,10 +136,10 @@ def run_vbench(
     """VBench's own result for one dimension of a folder of videos.
 
     Args:
-        videos: The folder.
+        videos: The folder of the videos.
         dimension: A dimension that can be scored.
-        entries: Those of VBench's prompts that the videos were made from; None for other videos.
-        log: Where its output goes, in a folder that is there.
+        entries: VBench's entries for the prompts of the videos; None for videos without them.
+        log: The file for VBench's output; its folder must exist.
         environment: VBench's environment.
         weights_folder: The folder of the weights.
         device: None means CUDA if VBench's torch finds it, else the CPU.
@@ -171,7 +171,7 @@ def run_vbench(
                 check=False,
             )
         if done.returncode:
-            # On a full disk VBench fails as it prints, and the log does not say so.
+            # On a full disk VBench fails as it prints, which the log cannot say.
             check_output_folder(log.parent, what="scores")
             check_output_folder(Path(folder), what="VBench's result")
             raise ScoringError(f"{_ending(done.returncode)}: {_last_line(log)}; see {log}.")
@@ -189,7 +189,7 @@ def run_vbench(
 def read_answer(
     dimension: str, answer: dict[str, Any], names: list[str]
 ) -> tuple[float, dict[str, float]]:
-    """The aggregate and the value of each video in VBench's result.
+    """The aggregate, and {file name: value}, from VBench's result.
 
     Raises:
         ScoringError: A value is not finite, or the result is about other videos.
@@ -212,7 +212,7 @@ def read_answer(
 
 
 def _variables(weights_folder: Path) -> dict[str, str]:
-    """The environment of VBench's process: all weights in one folder, no downloads."""
+    """Environment variables of VBench's process: all weights in one folder, no downloads."""
     return {
         **os.environ,
         "VBENCH_CACHE_DIR": str(weights_folder),
@@ -220,7 +220,7 @@ def _variables(weights_folder: Path) -> dict[str, str]:
         "HF_HOME": str(weights_folder / HUGGING_FACE_HOME),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        # The checkpoints are older than torch's default; they are those the user put there.
+        # The checkpoints are too old for torch's default of weights_only. The user put them there.
         "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -236,6 +236,6 @@ def _last_line(log: Path) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """The first few."""
+    """The first few names as text."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(map(repr, names[:_NAMED])) + more

@@ -1,4 +1,4 @@
-"""Runs in VBench's own environment, as a single file: this repository is not installed there.
+"""Runs in VBench's own environment, as a single file, because this package is not installed there.
 
 python vbench_worker.py probe MODULE...               what is installed, as JSON on stdout
 python vbench_worker.py score REQUEST.json            one dimension; VBench writes the result
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def probe(modules: list[str]) -> None:
-    """Print the versions and which modules are missing; none is imported."""
+    """Print versions and missing modules; imports none of them."""
     try:
         version = importlib.metadata.version("vbench")
     except importlib.metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def probe(modules: list[str]) -> None:
 
 
 def end_with(parent: int, folder: Path) -> None:
-    """End when the process that started this one was killed, and remove the folder it left."""
+    """End this process if the one that started it was killed, and remove the folder it left."""
     while os.getppid() == parent:
         time.sleep(1)
     shutil.rmtree(folder, ignore_errors=True)
