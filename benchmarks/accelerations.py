@@ -3,8 +3,8 @@
     python -m benchmarks.accelerations --output results.json
 
 Every video is compared with the dense one of the same prompt and seed, in bfloat16 and without a
-cache. What ran is counted, not timed: calls of transformer blocks, and blocks of the attention
-matrix. The demo model is too small for its seconds to say anything of HunyuanVideo.
+cache. Work is counted, not timed: calls of transformer blocks, and blocks of the attention matrix.
+The demo model is too small for its times to say anything about HunyuanVideo.
 """
 
 import argparse
@@ -35,8 +35,8 @@ class Variant:
     """One way to generate.
 
     Args:
-        setting: Of sparse attention; `DENSE` for none.
-        cache_threshold: Of FirstBlockCache; None for no cache.
+        setting: The setting of sparse attention; `DENSE` for dense attention.
+        cache_threshold: The threshold of FirstBlockCache; None for no cache.
         casting: Whether weights are stored in 8 bits.
     """
 
@@ -110,7 +110,7 @@ def measure(
 def generate_all(
     pipe: HunyuanVideoPipeline, variant: Variant, arguments: argparse.Namespace
 ) -> list[GenerationResult]:
-    """One video a prompt, each alone: a cache decides for a whole batch."""
+    """Generate one video per prompt, separately because a cache decides for a whole batch."""
     video = VideoSettings(
         DEMO_SETTINGS.height,
         DEMO_SETTINGS.width,
@@ -141,7 +141,7 @@ def settings_of_the_videos(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def picture(scores: list[FrameScores]) -> dict[str, float]:
-    """How close the videos are to their dense ones."""
+    """The similarity of the videos to their dense ones."""
     psnr = [mean(one.psnr) for one in scores]
     return {
         "psnr": mean(psnr),
@@ -151,13 +151,13 @@ def picture(scores: list[FrameScores]) -> dict[str, float]:
 
 
 def counted_work(reports: Iterable[SparsityReport | None]) -> dict[str, float]:
-    """Shares of what dense attention without a cache does.
+    """The work as shares of that of dense attention without a cache.
 
     Returns:
         ``blocks``: calls of transformer blocks; ``attention``: blocks of the attention matrix.
     """
     runs = [run for one in reports if one for forward in one.forwards for run in forward.layers]
-    # Every layer attends over the same tokens.
+    # All layers have the same tokens.
     valid = next(run.valid for run in runs if run.valid)
     return {
         "blocks": mean(run.state != "skipped" for run in runs),
@@ -166,7 +166,7 @@ def counted_work(reports: Iterable[SparsityReport | None]) -> dict[str, float]:
 
 
 def attended(run: LayerRun) -> int:
-    """Blocks of the attention matrix that a layer computed; a refresh computes dense ones too."""
+    """Blocks of the attention matrix that a layer computed, all of them too at a refresh."""
     kept = run.kept or 0
     return kept + (run.valid or 0) * (run.state == "dense" or run.refreshed)
 

@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 def comma_separated(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """Parses "a,b" into a list."""
+    """A function that parses "a,b" into a list."""
 
     def parse(text: str) -> list[T]:
         return [kind(word.strip()) for word in text.split(",") if word.strip()]

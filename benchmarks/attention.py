@@ -4,8 +4,8 @@
     python -m benchmarks.attention --problem cpu-sweep --device cpu --density 0.3
 
 Every row is compared with the formula before it is timed; a row that differs or fails is listed as
-a failure. Options after `--then` start another run in the same process and file, with the options
-before it as defaults.
+a failure. `--then` starts another run in the same process and file; the options before it are the
+defaults of those after it.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(words: list[str] | None = None) -> None:
 def problems(
     arguments: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[str, Callable[[], AttentionTensors]]]:
-    """Name and tensors of each problem; the tensors are made on first use."""
+    """Name of each problem, and a function that makes its tensors."""
     if arguments.inputs is not None:
         for name in input_names(arguments.inputs):
             yield name, partial(load_inputs, arguments.inputs, name, device, arguments.dtype)
@@ -161,7 +161,7 @@ def cases(
 
 
 def runnable_backends(tensors: AttentionTensors) -> list[str]:
-    """All backends that can run, except torch_gather on a GPU, where it is only for tests."""
+    """All backends that can run, without torch_gather on a GPU, where only tests use it."""
     query = tensors.query
     found = available_backends(query.device, dtype=query.dtype, head_dim=query.shape[-1])
     return [
@@ -172,7 +172,7 @@ def runnable_backends(tensors: AttentionTensors) -> list[str]:
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """A row as one line of the table."""
     if "failure" in row:
         result = f"failed: {' '.join(row['failure'].split())[:160]}"
     else:

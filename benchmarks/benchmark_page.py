@@ -18,7 +18,7 @@ _TEMPLATE = Path(__file__).with_name("page.md.jinja")
 
 
 def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
-    """The whole page, without sections for what was not measured."""
+    """The whole page; sections without measurements are omitted."""
     by_device = itertools.groupby(files, lambda file: file.device)
     return render(
         _TEMPLATE,
@@ -39,13 +39,13 @@ def render_page(files: list[ResultFile], videos: list[WholeVideo]) -> str:
 
 
 def render_readme_table(files: list[ResultFile], videos: list[WholeVideo]) -> str:
-    """Attention of one layer, then whole denoising steps, then whole videos."""
+    """The README's table: attention of one layer, whole denoising steps, whole videos."""
     rows = (*_layer_rows(files), *_step_rows(files), *readme_videos(videos))
     return Table(README_COLUMNS, rows, num_left=len(README_COLUMNS)).markdown()
 
 
 def figure_names(file: ResultFile) -> dict[str, str]:
-    """{kind or problem: name} of the pictures made from a file."""
+    """{kind or problem: name of the picture} for a file."""
     names = {problem.name: f"{file.stem}-{problem.name}.png" for problem in file.single_problems}
     if file.sweep:
         names["sweep"] = f"{file.stem}-by-length.png"
@@ -53,7 +53,7 @@ def figure_names(file: ResultFile) -> dict[str, str]:
 
 
 def dense_table(problem: ProblemRows) -> str:
-    """The dense kernels, the fastest first."""
+    """The table of the dense kernels, the fastest first."""
     columns: dict[str, Callable[[ResultRow], str]] = {
         "dense": lambda row: row["backend"],
         "ms": _ms,
@@ -64,7 +64,7 @@ def dense_table(problem: ProblemRows) -> str:
 
 
 def sparse_table(problem: ProblemRows) -> str:
-    """XAttention with its parts; a part that was not timed stays empty."""
+    """The table of XAttention and its parts; parts that were not timed are empty."""
     estimates = {row["stride"]: row for row in problem.select("scoring", backend=AUTHORS)}
     rows = problem.select("xattention") + [
         row
@@ -91,7 +91,7 @@ def sparse_table(problem: ProblemRows) -> str:
 
 
 def sweep_table(sweep: list[ProblemRows]) -> str:
-    """XAttention next to the best dense kernel, by size."""
+    """The table of XAttention beside the best dense kernel, by size."""
     columns: dict[str, Callable[[tuple[ResultRow, ResultRow | None]], str]] = {
         "tokens": lambda pair: f"{pair[0]['n']:,}",
         "best dense": lambda pair: _ms_by(pair[1], unit=""),
@@ -106,7 +106,7 @@ def sweep_table(sweep: list[ProblemRows]) -> str:
 
 
 def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
-    """For each line of the sweep, the size from which it is faster than the best dense kernel."""
+    """For each line of the sweep, the size from which it beats the best dense kernel."""
     lines: dict[tuple[str, str, float], list[tuple[int, float]]] = {}
     for problem in sweep:
         for row, speedup in problem.speedups():
@@ -121,7 +121,7 @@ def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
 
 
 def selection_table(problems: list[ProblemRows]) -> str:
-    """How much of a model's own attention the selections keep."""
+    """The table of how much of a model's own attention the selections keep."""
     shares = {
         "density": "density",
         "density of sampled rows": "sampled_density",
@@ -150,7 +150,7 @@ def describe_step(step: ResultRow) -> str:
 
 
 def step_table(steps: list[ResultRow]) -> str:
-    """Whole steps next to the stock step and the dense step."""
+    """The table of whole steps, compared with the stock step and the dense step."""
     phases = {row["phase"]: row for row in steps if row["phase"] in ("stock", "dense")}
     stock, dense = phases.get("stock"), phases.get("dense")
     columns: dict[str, Callable[[ResultRow], str]] = {
@@ -167,7 +167,7 @@ def step_table(steps: list[ResultRow]) -> str:
 
 
 def _layer_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
-    """The fastest dense kernel against the fastest backend, for every problem on its own."""
+    """The fastest dense kernel against the fastest backend, for every single problem."""
     for file in files:
         for problem in [*file.single_problems, *file.sweep[-1:]]:
             dense = problem.best_dense
@@ -184,7 +184,7 @@ def _layer_rows(files: list[ResultFile]) -> Iterator[tuple[str, ...]]:
 
 
 def _best_totals(problem: ProblemRows) -> Iterator[ResultRow]:
-    """The fastest backend at each density, at the smallest stride, which estimates best."""
+    """The row of the fastest backend at each density, at the smallest and most exact stride."""
     wanted: dict[float, list[ResultRow]] = {}
     for row in problem.select("xattention"):
         if row["backend"] != AUTHORS:
@@ -240,7 +240,7 @@ def _gib(row: ResultRow) -> str:
 
 
 def _over(row: ResultRow, other: ResultRow | None) -> str:
-    """The speed-up over another row; empty for a part of it and for that row itself."""
+    """The speed-up over another row as text; empty for a mere part and for that row itself."""
     if other is None or other is row or row["name"] == "scoring":
         return ""
     return f"{other['latency_ms'] / row['latency_ms']:.2f}x"

@@ -1,8 +1,8 @@
-"""The table of calibrated shares, for the page on fewer blocks.
+"""The table of calibrated densities, for the page on fewer blocks.
 
-A file of `benchmarks/results/calibration` holds what `xattn-video calibrate --json` printed, as
-"calibration", and the `results.json` of a comparison with and without its densities, as
-"comparison".
+A file of `benchmarks/results/calibration` has two parts: "calibration", the output of
+`xattn-video calibrate --json`, and "comparison", the `results.json` of a comparison with and
+without these densities.
 """
 
 import json
@@ -18,7 +18,7 @@ FOLDER = RESULTS / "calibration"
 
 
 def render() -> str:
-    """A table for each file, and where it comes from."""
+    """A table for each file, with its source."""
     files = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))
     ]
@@ -58,7 +58,7 @@ def _is_calibrated(row: dict[str, Any]) -> bool:
 
 
 def _better(comparison: dict[str, Any], row: dict[str, Any], other: dict[str, Any]) -> str:
-    """Videos whose PSNR is above that of another setting."""
+    """How many videos have a higher PSNR than with another setting, as text."""
     ours, theirs = (_psnr(comparison, one["method"]["name"]) for one in (row, other))
     return f"{sum(ours[video] > theirs[video] for video in theirs)} of {len(theirs)}"
 

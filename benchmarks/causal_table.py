@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.results_files import RESULTS, ProblemRows, ResultFile, ResultRow, read_results
 from xattn_video.reporting.tables import Table
 
-# arXiv:2503.16428, figure 4 (stride 16, over FlashInfer), and table 5's density for that length.
+# Speed-up over FlashInfer at stride 16 (arXiv:2503.16428, figure 4) and density (table 5).
 _PAPER = {
     8: (1.5, 0.4355),
     16: (2.5, 0.2891),
@@ -21,14 +21,14 @@ _PAPER = {
 
 @dataclass(frozen=True, slots=True)
 class _Length:
-    """XAttention with one density at one length, by every backend."""
+    """XAttention with one density at one length, with every backend."""
 
     problem: ProblemRows
     rows: tuple[ResultRow, ...]
 
     @property
     def default(self) -> ResultRow:
-        """Of the backend that `auto` takes, which the benchmark lists first."""
+        """The row of the backend that `auto` chooses, which the benchmark lists first."""
         return self.rows[0]
 
     @property
@@ -38,7 +38,7 @@ class _Length:
         return best
 
     def part_ms(self, part: str) -> str:
-        """Milliseconds of scoring, selection or attention alone."""
+        """Milliseconds of scoring, selection or attention by itself."""
         columns = {"backend": self.default["backend"]} if part == "attention" else {}
         row = self.problem.part(part, self.default, **columns)
         if part == "scoring":
@@ -46,12 +46,12 @@ class _Length:
         return "" if row is None else _ms(row)
 
     def faster(self, row: ResultRow) -> str:
-        """How many times faster than the best dense kernel."""
+        """The speed-up of a row over the best dense kernel."""
         return f"{self.dense['latency_ms'] / row['latency_ms']:.2f}x"
 
 
 def render() -> str:
-    """Attention alone by length and density, what it ran on, and decoding."""
+    """Tables of attention by itself, by length and density, and of decoding, with sources."""
     sections = []
     for file in read_results(RESULTS / "causal"):
         attention = [row for row in file.content["rows"] if row["name"] != "decode"]
@@ -63,7 +63,7 @@ def render() -> str:
 
 
 def attention_alone(tokens: int) -> str:
-    """How much faster attention is than the best dense kernel at one length; "" if unknown."""
+    """The speed-up of attention over the best dense kernel at one length; "" if unknown."""
     lengths = (
         length
         for file in read_results(RESULTS / "causal")
@@ -108,7 +108,7 @@ def _attention(file: ResultFile) -> Iterator[str]:
 
 
 def _lengths(file: ResultFile) -> Iterator[_Length]:
-    """By density, the shortest first."""
+    """The lengths of a file, the shortest first, each with all densities."""
     for problem in sorted(file.problems, key=lambda problem: int(problem.first["n"])):
         rows = sorted(problem.select("xattention"), key=lambda row: float(row["wanted_density"]))
         for _, alike in groupby(rows, key=lambda row: row["wanted_density"]):

@@ -1,8 +1,8 @@
-"""Times decoding with a model's own attention and with xattention, in turns.
+"""Times decoding with a model's own attention and with xattention, alternately.
 
     python -m benchmarks.decode --model random:llama-3-8b --tokens 4096 --output decode.json
 
-Decoding runs dense under both names, so that what differs is the time to decide that.
+Decoding runs dense with both, so the difference is the time that xattention takes to decide that.
 """
 
 import argparse
@@ -73,13 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
 def time_rounds(
     model: PreTrainedModel, num_tokens: int, rounds: int, steps: int
 ) -> dict[str, list[float]]:
-    """Seconds of each round; every second pair of rounds begins with the other attention."""
+    """{attention: seconds of its rounds}; the attention that goes first alternates."""
     generator = torch.Generator(model.device).manual_seed(0)
     size = (1, num_tokens), model.config.vocab_size
     prompt = torch.randint(size[1], size[0], generator=generator, device=model.device)
     names = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {
-        # The argument's name until transformers 5.23, and from then on.
+        # The argument is past_key_values before transformers 5.23 and cache from then on.
         "cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config),
         "logits_to_keep": 1,
     }
@@ -98,7 +98,7 @@ def time_rounds(
 
 
 def summarise(seconds: dict[str, list[float]], steps: int) -> dict[str, float]:
-    """Milliseconds a token, and how much longer xattention's rounds take than their neighbours."""
+    """Milliseconds per token, and the median ratio of xattention's rounds to their neighbours."""
     own, ours = (seconds[name] for name in ATTENTIONS)
     per_token = 1e3 / steps
     return {
@@ -113,7 +113,7 @@ def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager[Any]
 
 
 def _next_token(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> Tensor:
-    """int64 `[1, 1]`, on the device."""
+    """The most likely next token, int64 `[1, 1]`, on the device."""
     return model(tokens, **options).logits[:, -1:].argmax(dim=-1)
 
 

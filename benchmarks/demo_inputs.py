@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo_inputs --height 512 --width 512 --output demo.safetensors
 
-They come from a dense generation: the input of selection at sizes that matter. The demo model was
-trained at 256x256; larger videos look worse, but their attention is real.
+They come from a dense generation and are real inputs for selection at relevant sizes. The demo
+model was trained at 256x256; larger videos look worse, but their attention is real.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def capture(pipe: Any, arguments: argparse.Namespace) -> "Capture":
-    """Generate, dense, until the last step of interest is over."""
+    """Generate with dense attention until the last step to capture is done."""
     processor = XAttnProcessor(threshold=1.0)
     pipe.transformer.set_attn_processor(processor)
     unknown = set(arguments.layers) - set(processor.layer_names)

@@ -1,4 +1,4 @@
-"""Times the exchanges of one layer of HunyuanVideo at 720x1280x129, part by part, on two GPUs.
+"""Times the exchanges of one HunyuanVideo layer at 720x1280x129 on two GPUs, part by part.
 
 torchrun --nproc-per-node 2 -m benchmarks.exchange --output results.json
 """
@@ -44,7 +44,7 @@ def main(words: list[str] | None = None) -> None:
 def exchange_parts(
     ranks: LaunchedRanks, video_tokens: int, text_tokens: int
 ) -> dict[str, Callable[[], object]]:
-    """What is timed, with bfloat16 of HunyuanVideo's 24 heads of 128."""
+    """{name: call to time}, in bfloat16 with HunyuanVideo's 24 heads of size 128."""
     heads, dim, device = 24, 128, ranks.device
     group = dist.group.WORLD
     plain = HeadExchange(group, ranks.rank, ranks.count, heads, video_tokens, text_tokens)
@@ -78,7 +78,7 @@ def exchange_parts(
 
 
 def time_part(call: Callable[[], object], ranks: LaunchedRanks, repeats: int) -> float:
-    """Milliseconds of one call, of many that follow one another."""
+    """Milliseconds per call, from many calls in a row."""
     for _ in range(3):
         call()
     _synchronize(ranks)

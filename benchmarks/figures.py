@@ -1,4 +1,4 @@
-"""Draws result files: time by part, and speed-up by number of tokens."""
+"""Draws the pictures of result files: time by part, and speed-up by number of tokens."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def draw_figures(files: list[ResultFile], folder: Path) -> list[Path]:
 
 
 def draw_parts(problem: ProblemRows, device: str) -> Figure:
-    """One bar for each dense kernel and each sparse run, the latter split into its parts."""
+    """One bar for each dense kernel and each sparse run; sparse bars are split into parts."""
     dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
     sparse = problem.select("xattention")
     height = 0.34 * (len(dense) + len(sparse)) + 1.4
@@ -62,7 +62,7 @@ def draw_parts(problem: ProblemRows, device: str) -> Figure:
 
 
 def _split(problem: ProblemRows, total: ResultRow) -> dict[str, float]:
-    """A sparse run's parts; attention is what scoring and selection leave of the whole."""
+    """Milliseconds of a sparse run's parts; attention is the total without the other parts."""
     found = {"scoring": problem.scoring_of(total)}
     if found["scoring"] is None:
         return {"scoring not timed": total["latency_ms"]}
@@ -74,7 +74,7 @@ def _split(problem: ProblemRows, total: ResultRow) -> dict[str, float]:
 
 
 def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
-    """Best dense over XAttention, a line for each backend, stride and density."""
+    """Speed-up over the best dense kernel, with a line for each backend, stride and density."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for problem in sweep:
         for row, speedup in problem.speedups():

@@ -1,7 +1,7 @@
-"""Picture against time of many settings: the demo model's PSNR, HunyuanVideo's seconds.
+"""Picture quality against time for many settings: the demo model's PSNR, HunyuanVideo's seconds.
 
-The seconds are modelled: measured steps of HunyuanVideo at 720x1280 and 129 frames, on a straight
-line in the density of the sparse pass between and beyond them.
+The seconds are modelled from measured steps of HunyuanVideo at 720x1280 and 129 frames, by linear
+interpolation and extrapolation in the density of the sparse output.
 """
 
 import json
@@ -28,8 +28,8 @@ class Point:
         kind: ``"plain"``, ``"compensated"`` or ``"with refreshes"``.
         label: The setting.
         budget: Share of the blocks computed after the warm-up.
-        seconds: Denoising of a 50-step video.
-        psnr: In dB, against dense attention.
+        seconds: Denoising time of a 50-step video.
+        psnr: PSNR against dense attention in dB.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """Milliseconds of a kind of step by density, through a measured point."""
+    """Milliseconds of a kind of step as a linear function of the density."""
 
     density: float
     ms: float
@@ -60,7 +60,7 @@ class _Line:
 
 
 def read_points(videos: Path = VIDEOS) -> list[Point]:
-    """Plain XAttention, and the settings with first-order compensation on the Hilbert order."""
+    """Points of plain XAttention, and of first-order compensation with the Hilbert order."""
     record = json.loads(videos.read_text(encoding="utf-8"))
     num_steps = record["video"]["num_inference_steps"]
     lines, dense_ms = _measured_steps()
@@ -83,7 +83,7 @@ def read_points(videos: Path = VIDEOS) -> list[Point]:
 
 
 def draw_front(points: list[Point]) -> Figure:
-    """PSNR against seconds, one colour for each kind; the budget beside each point."""
+    """Draw PSNR against seconds, with one colour for each kind and the budget at each point."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     colours = {"plain": "0.5", "compensated": "#4477aa", "with refreshes": "#228833"}
@@ -110,7 +110,7 @@ def draw_front(points: list[Point]) -> Figure:
 
 
 def _kind(settings: SparseSettings) -> str | None:
-    """What the point stands for; None for combinations whose steps were not measured."""
+    """The kind of a setting's point; None for combinations whose steps were not measured."""
     if settings.refresh_every is None and settings.token_order == "raster":
         return "plain" if settings.compensation == "none" else None
     if settings.token_order == "raster" or settings.compensation != "first-order":
@@ -119,7 +119,7 @@ def _kind(settings: SparseSettings) -> str | None:
 
 
 def _measured_steps() -> tuple[dict[bool, dict[str, _Line]], float]:
-    """The lines of every phase, by whether attention is plain, and a dense step's milliseconds."""
+    """{is plain: {phase: its line}}, and the milliseconds of a dense step."""
     rows, plain = rows_of(read_results(RESULTS / "fewer_blocks")), rows_of(read_results())
 
     def of(rows: list[dict[str, Any]], phase: str) -> Iterator[dict[str, Any]]:
@@ -132,7 +132,7 @@ def _measured_steps() -> tuple[dict[bool, dict[str, _Line]], float]:
         others[phase] = replace(
             others["reuse"], density=measured["density"], ms=measured["latency_ms"]
         )
-    # The warm-up's last step refreshes too.
+    # The last warm-up step refreshes too.
     others["prime"] = others["refresh"]
     lines = {True: {"choose": _Line.through(taus)}, False: others}
     return lines, next(of(rows, "dense"))["latency_ms"]

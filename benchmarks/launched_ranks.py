@@ -1,4 +1,4 @@
-"""The processes that torchrun has launched for one benchmark, each with a GPU of its own."""
+"""The processes that torchrun launched for one benchmark, each with its own GPU."""
 
 import contextlib
 import os
@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class LaunchedRanks:
-    """This process among them.
+    """This process among the launched ones.
 
     Args:
-        rank: From 0.
-        count: Of all; 1 without torchrun.
-        device: This process's own.
+        rank: Number of this process, from 0.
+        count: Number of processes; 1 without torchrun.
+        device: The device of this process.
     """
 
     rank: int
@@ -29,14 +29,14 @@ class LaunchedRanks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def launched_ranks(device: torch.device) -> Iterator[LaunchedRanks]:
-    """Join the others: NCCL on GPUs, gloo elsewhere."""
+    """Join the other processes, with NCCL on GPUs and gloo elsewhere."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield LaunchedRanks(0, 1, device)
@@ -48,5 +48,5 @@ def launched_ranks(device: torch.device) -> Iterator[LaunchedRanks]:
     else:
         dist.init_process_group("gloo")
     yield LaunchedRanks(dist.get_rank(), count, device)
-    # Not after an exception: the others may be waiting for this rank, and torchrun ends them.
+    # Not after an exception: others may be waiting for this rank, and torchrun ends them.
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ from benchmarks.ruler_table import RulerRuns
 
 
 def render() -> str:
-    """Speed, the longest prompt, and accuracy."""
+    """The lines on speed, the longest prompt and accuracy."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
     compared = max((one for one in files if "speedup" in one), key=lambda one: one["tokens"])
     longest = max(files, key=lambda one: one["tokens"])

@@ -11,7 +11,7 @@ PREFILLS = RESULTS / "prefill"
 
 
 def render_prefills() -> str:
-    """A row for each report, the shortest prompt first, and what they ran on."""
+    """The table, with a row for each report by length of the prompt, and the machines."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
     files.sort(key=lambda file: file["tokens"])
     columns = {

@@ -25,11 +25,11 @@ GROUPS = {
     "cpu-sweep": [f"cpu-{size}k" for size in _SWEEP[:4]],
     "llama-8b": [f"llama-8b-{size}k" for size in _SWEEP if size >= 8],
 }
-"""Names that stand for several problems."""
+"""{name of a group: names of its problems}."""
 
 
 def find_problems(names: list[str]) -> list[AttentionProblem]:
-    """The problems called so, groups taken apart.
+    """The problems with these names; a group stands for all its problems.
 
     Raises:
         ValueError: No problem or group has that name.

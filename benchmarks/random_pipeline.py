@@ -3,8 +3,8 @@
     python -m benchmarks.random_pipeline FOLDER
     xattn-video generate --model FOLDER --prompt "a cat walks on the grass" --report run.json
 
-Use it if no model hub is reachable. Loading, offloading, time and memory are as with
-HunyuanVideo's own weights; the video is noise. The tokenizers are the demo model's. It takes
+Use it if no model hub is reachable. Loading, offloading, time and memory are the same as with
+HunyuanVideo's own weights, but the video is noise. The tokenizers are the demo model's. It needs
 39 GiB of disk, and the same amount of memory, on a CUDA device if there is one.
 """
 
@@ -88,7 +88,7 @@ def random_pipeline(sizes: PipelineSizes, device: torch.device) -> HunyuanVideoP
         vae = AutoencoderKLHunyuanVideo(**sizes.vae)
         llama = LlamaConfig(**sizes.text_encoder, pad_token_id=tokenizer.pad_token_id)
         text_encoder = LlamaModel(llama)
-        # The pooled state is that of the last token.
+        # The pooled state is that of the end token.
         clip = CLIPTextConfig(**sizes.text_encoder_2, eos_token_id=tokenizer_2.eos_token_id)
         text_encoder_2 = CLIPTextModel(clip)
     return HunyuanVideoPipeline(
@@ -106,7 +106,7 @@ def check_room(pipe: HunyuanVideoPipeline, folder: Path) -> None:
     """Check that a pipeline's weights fit on a folder's disk.
 
     Raises:
-        ValueError: They do not.
+        ValueError: They do not fit.
     """
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     weights = [tensor for model in models for tensor in model.state_dict().values()]
@@ -120,7 +120,7 @@ def check_room(pipe: HunyuanVideoPipeline, folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Models built inside draw their weights on ``device``, in ``dtype``."""
+    """A context in which new models draw their weights on ``device`` in ``dtype``."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

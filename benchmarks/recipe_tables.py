@@ -23,7 +23,7 @@ _PICTURE: dict[str, Callable[[ResultRow], str]] = {
 
 
 def tables(videos: list[WholeVideo]) -> dict[str, dict[str, Callable[[], str]]]:
-    """The tables of each page, by mark."""
+    """{page: {mark: function that makes the table}}."""
     return {
         "docs/recipes/first_block_cache.md": {"caches": caches},
         "docs/recipes/fp8.md": {"casting": casting},
@@ -32,7 +32,7 @@ def tables(videos: list[WholeVideo]) -> dict[str, dict[str, Callable[[], str]]]:
 
 
 def caches() -> str:
-    """Each cache threshold with each setting."""
+    """The table of each cache threshold with each setting."""
     files = read_results(ACCELERATIONS)
     columns = {
         "cache": lambda row: figure(row["cache_threshold"], "g") or "none",
@@ -43,7 +43,7 @@ def caches() -> str:
 
 
 def casting() -> str:
-    """Each setting with weights in 16 and in 8 bits."""
+    """The table of each setting with weights in 16 and in 8 bits."""
     files = read_results(ACCELERATIONS)
     columns = {
         "attention": _setting,
@@ -56,10 +56,10 @@ def casting() -> str:
 
 
 def offloads(videos: list[WholeVideo]) -> str:
-    """Peak memory of the GPU, and seconds of a sparse step, with each offload, nothing kept."""
+    """Peak GPU memory and seconds of a sparse step for each offload, without refreshes."""
     sparse = (video for video in videos if video.gpus == 1 and video.density is not None)
     plain = [video for video in sparse if not video.run["sparse"].get("refresh_every")]
-    # Of several runs, the one of the most steps, which come first.
+    # Of several runs, the one with the most steps; these come first.
     rows = list({video.offload: video for video in reversed(plain)}.values())
     columns = {
         "`--offload`": lambda video: f"`{video.offload}`",
@@ -73,7 +73,7 @@ def offloads(videos: list[WholeVideo]) -> str:
 def _videos_section(
     files: list[ResultFile], rows: list[ResultRow], columns: dict[str, Callable[[ResultRow], Any]]
 ) -> str:
-    """What the videos were, and the table."""
+    """A line about the videos, and the table."""
     row = rows[0]
     facts = (
         f"Demo model, {row['width']}x{row['height']}x{row['num_frames']}, "
@@ -96,5 +96,5 @@ def _weights(casting: bool) -> str:
 
 
 def _decibels(row: ResultRow, column: str) -> str:
-    """Nothing for the reference itself."""
+    """The PSNR as text; empty for the reference itself."""
     return f"{row[column]:.1f} dB" if row["ssim"] < 1 else "identical"

@@ -1,10 +1,10 @@
-"""Measures how the error of a step grows with the age of what the last refresh kept.
+"""Measures how the error of a step grows with the age of the residual.
 
     python -m benchmarks.residual_age --output benchmarks/results/residual_age/demo-cpu.json
 
-The demo model generates; at every step a copy with Diffusers' own attention computes the same
-from the same latents. The error is the difference of their outputs relative to the norm of the
-copy's. `benchmarks.write_page` draws the committed file.
+The demo model generates videos. At every step a copy of it with Diffusers' own attention computes
+an output from the same latents. The error is the norm of the difference of the outputs, relative
+to the copy's output. `benchmarks.write_page` draws the committed file.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def errors_by_age(rows: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def draw_ages(path: Path = MEASURED) -> Figure:
-    """Error by denoising step for each setting, and by age where there are refreshes."""
+    """Draw the error by denoising step for each setting, and by age for refreshes."""
     record = json.loads(path.read_text(encoding="utf-8"))
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_step, by_age = figure.subplots(1, 2, sharey=True)

@@ -23,7 +23,7 @@ def describe_video(row: ResultRow) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProblemRows:
-    """The rows of one attention problem in one file."""
+    """The rows of one attention problem in one result file."""
 
     name: str
     rows: tuple[ResultRow, ...]
@@ -44,7 +44,7 @@ class ProblemRows:
         return bool(self.first["inputs"] == "model")
 
     def select(self, name: str, **columns: object) -> list[ResultRow]:
-        """The rows of a part with these values."""
+        """The rows called ``name`` with these values."""
         return [
             row
             for row in self.rows
@@ -56,12 +56,12 @@ class ProblemRows:
         return next(iter(self.select(name, **columns)), None)
 
     def part(self, name: str, total: ResultRow, **columns: object) -> ResultRow | None:
-        """The row of a part that a whole consists of."""
+        """The row of a part of a total; None if it was not timed."""
         same = {key: total.get(key) for key in ("stride", "precision", "threshold")}
         return self.find(name, **same, **columns)
 
     def scoring_of(self, total: ResultRow) -> ResultRow | None:
-        """The scoring row of a whole; the authors' is one with its selection."""
+        """The scoring row of a total; that of the authors' code includes selection."""
         if total["backend"] == AUTHORS:
             return self.part("scoring", total, backend=AUTHORS)
         same = {key: total.get(key) for key in ("stride", "precision")}
@@ -73,7 +73,7 @@ class ProblemRows:
         return best_dense(self.rows)
 
     def speedups(self) -> list[tuple[ResultRow, float]]:
-        """XAttention's rows, and how many times faster than the best dense kernel each is."""
+        """XAttention's rows, each with its speed-up over the best dense kernel."""
         best = self.best_dense
         rows = [] if best is None else self.select("xattention")
         return [(row, best["latency_ms"] / row["latency_ms"]) for row in rows if best]
@@ -86,7 +86,7 @@ class ProblemRows:
 
 @dataclass(frozen=True, slots=True)
 class ResultFile:
-    """One file: one run on one machine."""
+    """One result file: one run on one machine."""
 
     stem: str
     content: dict[str, Any]

@@ -46,7 +46,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
 
 
 def _cpu_name() -> str:
-    """The processor's own name where Linux tells it."""
+    """The processor's own name if Linux tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,7 +68,7 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """What git calls the checked-out commit; None outside a repository."""
+    """Git's description of the checked-out commit; None outside a repository."""
     git = shutil.which("git")
     if git is None:
         return None
@@ -85,7 +85,7 @@ class ResultsWriter:
     """Rows and failures. The file is rewritten after each, so a killed run keeps its rows.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: The file cannot be written.
     """
 
     def __init__(self, path: Path | None, found: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class ResultsWriter:
             check_output_path(path, (".json",))
 
     def add(self, row: dict[str, Any], done: bool) -> None:
-        """Keep a row, or what failed in its place."""
+        """Add a row, or, if ``done`` is False, a failure."""
         (self.rows if done else self.failures).append(row)
         if self._path is None:
             return

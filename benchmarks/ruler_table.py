@@ -14,7 +14,7 @@ from xattn_video.reporting.tables import Table, figure
 RULER = RESULTS / "ruler"
 _PAPER = RESULTS.parents[1] / "eval_language/data/paper_tables.json"
 _PAPERS_MODEL = "Llama-3.1-8B-Instruct"
-# A task that dense attention solves less often tells little of sparse attention.
+# If dense attention scores less on a task, the task says little about sparse attention.
 _SOLVED = 0.9
 
 
@@ -23,8 +23,8 @@ class RulerRuns:
     """Reports of one model with the same settings, such as one for each length.
 
     Raises:
-        ValueError: They are not of one model, dtype and number of samples, two hold the same
-            result, or one is missing.
+        ValueError: Model, dtype or number of samples differ, two reports have the same result, or
+            a result is missing.
     """
 
     reports: tuple[dict[str, Any], ...]
@@ -40,7 +40,7 @@ class RulerRuns:
 
     @classmethod
     def read(cls) -> "RulerRuns | None":
-        """All that are committed; None if there are none."""
+        """All committed reports; None if there are none."""
         files = sorted(RULER.glob("*.json"))
         reports = (json.loads(file.read_text(encoding="utf-8")) for file in files)
         return cls(tuple(reports)) if files else None
@@ -61,17 +61,17 @@ class RulerRuns:
 
     @property
     def tasks(self) -> list[str]:
-        """In the order of the run."""
+        """The tasks in the order of the run."""
         return [*dict.fromkeys(self._key(one)[0] for one in self._results())]
 
     @property
     def lengths(self) -> list[int]:
-        """The shortest first."""
+        """The lengths, the shortest first."""
         return sorted({self._key(one)[1] for one in self._results()})
 
     @property
     def settings(self) -> list[str]:
-        """Dense attention first."""
+        """The settings, dense attention first."""
         return [*dict.fromkeys(self._key(one)[2] for one in self._results())]
 
     @property
@@ -87,7 +87,7 @@ class RulerRuns:
         ]
 
     def scores(self, tasks: Sequence[str], length: int, setting: str) -> PairedScores:
-        """Of some tasks together."""
+        """The scores of some tasks together."""
         dense, of = (
             [self._records[task, length, label] for task in tasks]
             for label in (self.settings[0], setting)
@@ -95,14 +95,14 @@ class RulerRuns:
         return PairedScores.of(dense, dense if setting == self.settings[0] else of)
 
     def places(self) -> list[str]:
-        """What the runs ran on."""
+        """The machines and versions of the runs."""
         return sorted(
             {f"{one['device']}: {describe_versions(one['versions'])}" for one in self._results()}
         )
 
 
 def render() -> str:
-    """A row for each task and setting, the paper's in between, and what was solved."""
+    """The table, with a row for each task and setting and the paper's rows, and a summary."""
     runs = RulerRuns.read()
     if runs is None:
         return "No run is committed yet.\n"
@@ -142,7 +142,7 @@ def _score(found: PairedScores) -> str:
 
 
 def _paper_rows(lengths: Sequence[int]) -> Iterator[tuple[str, ...]]:
-    """Full attention and XAttention of the paper at the same lengths."""
+    """The paper's rows of full attention and XAttention at the same lengths."""
     paper = json.loads(_PAPER.read_text(encoding="utf-8"))["RULER"]
     full, *others = paper["rows"]
     for row in [full, *(row for row in others if row[0] in paper["densities"])]:

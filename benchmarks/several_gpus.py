@@ -1,4 +1,4 @@
-"""Tables of several GPUs for docs/multi_gpu.md: steps, whole videos, and a model of more GPUs."""
+"""Tables for docs/multi_gpu.md: steps and videos on several GPUs, and a model for more GPUs."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.tables import Table, figure
 
 STEPS, RUNS = RESULTS / "multi_gpu", RESULTS / "ranks"
-# Those that divide 24 heads and stand in one machine.
+# Numbers of GPUs in one machine that divide 24 heads.
 _NUMBERS_OF_GPUS = (1, 2, 4, 8)
 _SAME = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale", "sparse")
 
@@ -38,7 +38,7 @@ class StepPair(NamedTuple):
 
 
 def tables(videos: list[WholeVideo]) -> dict[str, Callable[[], str]]:
-    """The tables of the page, by mark."""
+    """{mark: function that makes the table}."""
     files = read_results(STEPS)
     return {
         "steps": lambda: _steps(files),
@@ -50,7 +50,7 @@ def tables(videos: list[WholeVideo]) -> dict[str, Callable[[], str]]:
 
 
 def video_pairs(videos: list[WholeVideo]) -> list[VideoPair]:
-    """Sparse videos of one GPU and of two with the same settings."""
+    """Pairs of sparse videos with the same settings on one GPU and on two."""
     return [
         VideoPair(one, two)
         for one, two in itertools.product(videos, videos)
@@ -62,7 +62,7 @@ def video_pairs(videos: list[WholeVideo]) -> list[VideoPair]:
 
 
 def parts_record(videos: list[WholeVideo]) -> dict[str, Any]:
-    """The measured parts that the package carries, from which it tells what a run will take."""
+    """The measured parts that ship with the package, which predicts times from them."""
     (pair,), (file,) = video_pairs(videos), _with_rows(read_results(STEPS), "exchange")
     plan = _plan(2)
     return {
@@ -91,18 +91,18 @@ def _parts(video: WholeVideo) -> VideoParts:
 
 
 def _plan(num_gpus: int) -> RunPlan:
-    """Of a video with the default settings."""
+    """The plan of a video with the default settings."""
     load = LoadOptions(device="cuda", offload="none", device_elsewhere=True, num_gpus=num_gpus)
     return plan_run(ModelShape(), VideoSettings(), SparseSettings(), load)
 
 
 def _with_rows(files: list[ResultFile], name: str) -> list[ResultFile]:
-    """The files of one kind of rows."""
+    """The files whose rows are of one kind."""
     return [file for file in files if file.content["rows"][0]["name"] == name]
 
 
 def _layer_ms(file: ResultFile) -> float:
-    """What a layer's exchanges take where heads are dealt out, as in every sparse step."""
+    """Milliseconds of a layer's exchanges with an order of heads, as in every sparse step."""
     ms = {row["part"]: row["latency_ms"] for row in file.content["rows"]}
     return float(ms["to heads, dealt out"] + ms["to tokens, dealt out"])
 
@@ -115,7 +115,7 @@ def _step_pairs(files: list[ResultFile]) -> Iterator[StepPair]:
 
 
 def _steps(files: list[ResultFile]) -> str:
-    """Each kind of step on one GPU and on several."""
+    """The table of each kind of step on one GPU and on several."""
     files = _with_rows(files, "step")
     columns = {
         "step": lambda pair: pair.many["phase"],
@@ -133,7 +133,7 @@ def _steps(files: list[ResultFile]) -> str:
 
 
 def _exchanges(files: list[ResultFile]) -> str:
-    """What the exchanges of a layer take, and those of a step."""
+    """The table of the exchanges' times, for a layer and for a step."""
     files = _with_rows(files, "exchange")
     num_layers = ModelShape().layers
     columns = {
@@ -145,7 +145,7 @@ def _exchanges(files: list[ResultFile]) -> str:
 
 
 def _runs(files: list[ResultFile]) -> str:
-    """What became of each run of the demo model, and of those that were made to fail."""
+    """The table of runs of the demo model, including those that were made to fail."""
     columns = {
         "run": lambda row: row["run"],
         "options": lambda row: row["options"] and f"`{row['options']}`",
@@ -165,7 +165,7 @@ def _identical(row: ResultRow) -> str:
 
 
 def _videos(pairs: list[VideoPair]) -> str:
-    """Each video on one GPU and on two, part by part."""
+    """The table of each video on one GPU and on two, part by part."""
     rows = [(pair, part) for pair in pairs for part in _PARTS]
     columns = {
         "part": lambda row: row[1],
@@ -194,7 +194,7 @@ _PARTS = {
 
 
 def _model(parts: MeasuredParts) -> str:
-    """What more GPUs would take, and what that follows from."""
+    """The table of predicted times on more GPUs, and what they are derived from."""
     plans = [_plan(count) for count in _NUMBERS_OF_GPUS]
     expected = [ExpectedSeconds(parts, plan) for plan in plans]
     alone = expected[0].total(parts.density)

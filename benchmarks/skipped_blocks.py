@@ -1,4 +1,4 @@
-"""Times what compensation and token order add to one sparse layer.
+"""Times the additional work of compensation and token order in one sparse layer.
 
     python -m benchmarks.skipped_blocks --output skipped.json
 
@@ -29,7 +29,7 @@ from xattn_video.reporting.endings import run_script
 
 BLOCK_SIZE = 128
 Parts = dict[str, Callable[[], object]]
-# Of the norm, as the checks of attention.
+# Relative to the norm, as in the checks of attention.
 _LARGEST_ERROR = 0.02
 # An odd number; the round with the median latency counts.
 _ROUNDS = 5
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_layout(grid: list[int], text_tokens: int, device: torch.device) -> TokenLayout:
-    """Video of that grid along a Hilbert curve, then text."""
+    """The layout of a video with this grid along a Hilbert curve, followed by text."""
     frames, rows, columns = grid
     raster = TokenLayout(
         frames * rows * columns, text_tokens, (text_tokens,), device, (frames, rows, columns)
@@ -83,12 +83,12 @@ def make_layout(grid: list[int], text_tokens: int, device: torch.device) -> Toke
 
 @dataclass(frozen=True, slots=True)
 class SparseLayer:
-    """Random tensors, the blocks chosen for them, and attention over those alone.
+    """Random tensors, the blocks chosen for them, and attention over these blocks.
 
     Attributes:
-        forced: The blocks of text.
-        num_blocks: Key blocks of video alone, which may be skipped.
-        out: The output of attention.
+        forced: The forced blocks, which contain text.
+        num_blocks: Number of key blocks with video only, which may be skipped.
+        out: The output of the attention.
         lse: Its log-sum-exp.
     """
 
@@ -125,7 +125,7 @@ class SparseLayer:
         """Compare the compensated output of one head with plain torch on the CPU.
 
         Raises:
-            WrongResultError: They differ.
+            WrongResultError: The outputs differ.
         """
         found = compensate(self.inputs, self.out.clone(), self.lse, self.num_blocks, True)
         blocks = self.inputs.blocks
@@ -149,7 +149,7 @@ class SparseLayer:
             raise WrongResultError(f"compensation differs from plain torch by {error:.2g}.")
 
     def parts(self) -> Parts:
-        """What a layer does, with and without compensation."""
+        """{name: call to time}, the parts of a layer with and without compensation."""
         inputs = self.inputs
         query, key, value = inputs.query, inputs.key, inputs.value
         scores = compute_scores(_scoring(query, key))
@@ -173,9 +173,9 @@ def _scoring(query: Tensor, key: Tensor) -> ScoringInputs:
 
 
 def preparation_parts(layout: TokenLayout, heads: int, head_dim: int) -> Parts:
-    """What prepares queries, keys and values in both orders, and brings the output back.
+    """{name: call to time}, preparing tokens in both orders and restoring the output's order.
 
-    It needs Triton.
+    Needs Triton.
     """
     from xattn_video.kernels.qk_norm_rope import qk_norm_rope
 
@@ -197,7 +197,7 @@ def preparation_parts(layout: TokenLayout, heads: int, head_dim: int) -> Parts:
     return {
         "double-stream preparation, raster": lambda: prepared(3, None),
         "double-stream preparation, hilbert": lambda: prepared(3, layout.inverse),
-        # Where video and text are joined already, values are where they belong.
+        # In single-stream blocks values are already joined, so raster order leaves them in place.
         "single-stream preparation, raster": lambda: prepared(2, None),
         "single-stream preparation, hilbert": lambda: prepared(3, layout.inverse),
         "output in the model's order": lambda: layout.from_canonical(out),

@@ -1,4 +1,4 @@
-"""The tables of what compensation and token order cost, on docs/fewer-blocks.md."""
+"""Tables of the cost of compensation and token order, for docs/fewer-blocks.md."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from xattn_video.pipelines.model_shape import ModelShape
 from xattn_video.reporting.tables import Table
 
 _UNMEASURED = "`python -m benchmarks.skipped_blocks` measures each part on your GPU.\n"
-# Of one sparse layer without compensation.
+# The parts of a sparse layer without compensation.
 _LAYER = ("scoring", "selection", "attention")
 
 
 def render(files: list[ResultFile] | None = None) -> str:
-    """Each part of a sparse layer, and what compensation and token order add up to."""
+    """The table of each part of a sparse layer, and the total cost of compensation and order."""
     files = read_results(RESULTS / "skipped_blocks") if files is None else files
     return "\n".join(part for file in files for part in _sections(file)) or _UNMEASURED
 
@@ -45,6 +45,6 @@ def _sections(file: ResultFile) -> Iterator[str]:
 
 
 def _order_ms(ms: dict[str, float], kind: str) -> float:
-    """What a layer takes longer with its tokens in another order."""
+    """Additional milliseconds of a layer whose tokens are in another order."""
     prepared = (ms[f"{kind} preparation, {order}"] for order in ("hilbert", "raster"))
     return next(prepared) - next(prepared) + ms["output in the model's order"]

@@ -4,12 +4,12 @@
     python -m benchmarks.step --threshold 0.345 --setting preset=balanced --output results.json
     torchrun --nproc-per-node 2 -m benchmarks.step --skip-stock --output results.json
 
-The second measures every step on one GPU, which all do at a time, and then on all of them
-together, with context parallelism. ``exchange_ms`` is the part of a step in which ranks trade
-tokens for heads: its all-to-alls and their copies, timed by themselves.
+With torchrun every step is measured first on one GPU, by all ranks at the same time, and then on
+all GPUs together, with context parallelism. ``exchange_ms`` is the part of a step in which ranks
+trade tokens for heads: the transfers and their copies, timed by themselves.
 
-Random weights prove speed and memory, never quality: their attention is nearly uniform, so the
-density comes out near the threshold. Scoring and selection are included.
+Random weights show speed and memory, but not quality: their attention is nearly uniform, so the
+density is near the threshold. Scoring and selection are included.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
 from xattn_video.reporting.endings import run_script
 
 TEXT_TOKENS = 256
-# Tokens or heads in wrong places differ by more than the whole norm.
+# Largest difference relative to the norm; misplaced tokens or heads give more than 1.
 LARGEST_DIFFERENCE = 0.25
 
 
@@ -118,10 +118,10 @@ class StepBench:
     """Measures steps of a transformer and records them.
 
     Args:
-        transformer: Its weights are those of every rank.
-        arguments: From the command line.
-        results: Of all rows.
-        ranks: Which all measure; the first records.
+        transformer: The transformer, with the same weights on every rank.
+        arguments: The arguments of the command line.
+        results: The writer of the rows.
+        ranks: The ranks, which all measure; the first one records.
         samples: {kind of step: its output on one GPU}.
     """
 
@@ -132,7 +132,7 @@ class StepBench:
     samples: dict[tuple[str, float | None], Tensor] = field(default_factory=dict)
 
     def measure_steps(self, common: dict[str, Any]) -> None:
-        """Add rows of this package's dense step and sparse ones."""
+        """Add rows of this package's dense and sparse steps."""
         arguments = self.arguments
         options = {
             "warmup_steps": 0,
@@ -152,8 +152,8 @@ class StepBench:
     def measure_setting(self, text: str) -> None:
         """Add a row for each kind of step that a setting has.
 
-        With refreshes these are the warm-up's last step, a step between, and a refresh; without,
-        a step that chooses its blocks, and one that uses them again if there are such.
+        With refreshes these are the last warm-up step, a step in between, and a refresh. Otherwise
+        they are a step that chooses its blocks and, if there are any, one that reuses them.
         """
         arguments, ranks = self.arguments, self.ranks
         inputs = step_inputs(arguments, self.transformer.config, ranks.device)
@@ -166,7 +166,7 @@ class StepBench:
             timed = replace(settings, refresh_every=2, warmup_steps=1)
         row = {"gpus": 1, "setting": text} | self._sizes(inputs)
         with enable_xattention(self.transformer, timed) as handle:
-            # The first round compiles what it needs.
+            # The first round compiles kernels.
             for is_timed in (False, True):
                 for number, phase in enumerate(phases):
                     inputs["timestep"].fill_(900.0 - 100 * number)
@@ -177,9 +177,9 @@ class StepBench:
                         print(describe(row | {"phase": phase} | found), flush=True)
 
     def measure(self, processor: XAttnProcessor | None, row: dict[str, Any]) -> None:
-        """Add one row: a step of the full size, after one that compiles what it needs.
+        """Add one row: a step of full size, after a step that compiles kernels.
 
-        That one has 9 frames, unless torch.compile would compile anew for the full size.
+        That step has 9 frames, unless kernels must be compiled for the full size.
         """
         arguments, ranks = self.arguments, self.ranks
         config, device = self.transformer.config, ranks.device
@@ -189,7 +189,7 @@ class StepBench:
             problem = Problem(device, self.transformer.dtype, config.attention_head_dim, 128)
             row["precision"] = chosen_precision(row["precision"], problem, row["stride"], row["n"])
         try:
-            # What is compiled for a sparse step, or by torch.compile, depends on its size.
+            # Kernels of sparse steps, and torch.compile's, are compiled for the size.
             by_size = arguments.compile or row["phase"] == "sparse"
             small = step_inputs(arguments, config, device, frames=9)
             time_step(self.transformer, inputs if by_size else small, processor, ranks)
@@ -198,10 +198,10 @@ class StepBench:
                 if found["latency_ms"] < row.get("latency_ms", math.inf):
                     row |= found
             row |= self._beside_one_gpu(row, sample)
-        # What one kind of step may raise keeps no other from being measured.
+        # An error of one kind of step must not stop the others from being measured.
         except Exception as failure:
             if ranks.count > 1:
-                # The others may be waiting for this one.
+                # Other ranks may be waiting for this one.
                 raise
             self.results.add(row | {"failure": f"{type(failure).__name__}: {failure}"}, False)
             print(f"{row['phase']} failed: {' '.join(str(failure).split())}", flush=True)
@@ -229,10 +229,10 @@ class StepBench:
         }
 
     def _beside_one_gpu(self, row: dict[str, Any], sample: Tensor) -> dict[str, float]:
-        """How far the output of several GPUs is from that of one, by their norms.
+        """The relative difference of several GPUs' output from one GPU's, as a column.
 
         Raises:
-            WrongResultError: Too far.
+            WrongResultError: The difference is too large.
         """
         if self.ranks.count == 1:
             return {}
@@ -251,7 +251,7 @@ class StepBench:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line."""
+    """A row as one line of text."""
     density = f"density {row['density']:.3f}" if row.get("density") is not None else ""
     memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f} GiB"
     line = (
@@ -267,7 +267,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoTransformer3DModel:
-    """HunyuanVideo's transformer in bfloat16, weights drawn at random on the device."""
+    """HunyuanVideo's transformer in bfloat16, with random weights drawn on the device."""
     with new_weights(device, torch.bfloat16):
         transformer = HunyuanVideoTransformer3DModel(
             num_layers=layers[0], num_single_layers=layers[1]
@@ -278,7 +278,7 @@ def random_transformer(device: torch.device, layers: list[int]) -> HunyuanVideoT
 def step_inputs(
     arguments: argparse.Namespace, config: Any, device: torch.device, frames: int | None = None
 ) -> dict[str, Tensor]:
-    """The keyword arguments of one forward at the problem's size, the same every time."""
+    """The keyword arguments of one forward pass at the problem's size, equal in every call."""
     torch.manual_seed(1)
     latent_frames = ((frames or arguments.num_frames) - 1) // 4 + 1
     size = (1, config.in_channels, latent_frames, arguments.height // 8, arguments.width // 8)
@@ -304,7 +304,7 @@ def time_step(
     processor: XAttnProcessor | None,
     ranks: LaunchedRanks,
 ) -> tuple[dict[str, Any], Tensor]:
-    """One forward's latency, peak memory, what the report says; and its output."""
+    """Columns of one forward pass (latency, peak memory, values of the report), and its output."""
     device = ranks.device
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -312,7 +312,7 @@ def time_step(
     ranks.wait()
     start = time.perf_counter()
     sample = transformer(**inputs, return_dict=False)[0]
-    # Waits for the device too.
+    # This also waits for the device.
     if not bool(sample.isfinite().all()):
         raise WrongResultError("the step's output is not finite; nothing is recorded.")
     seconds = time.perf_counter() - start
@@ -344,7 +344,7 @@ def time_exchanges(
 
     def trade() -> None:
         out = exchange.to_tokens(exchange.to_heads(query, query, query)[0])
-        # Waits for the device.
+        # Reading a value waits for the device.
         float(out[0, 0, 0, 0])
 
     trade()

@@ -11,13 +11,13 @@ from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.tables import Table, figure
 
-# Of the whole video: 720x1280, 129 frames, 50 steps.
+# Sizes of the whole video: 720x1280, 129 frames, 50 steps.
 NUM_VIDEO_TOKENS, NUM_STEPS = 118_800, 50
 PRESET_VIDEOS = RESULTS / "quality_fewer" / "fewer-blocks-512-h100.json"
 
 
 def render_presets() -> str:
-    """The table of presets: the demo's picture, and the mean step of HunyuanVideo at 720p."""
+    """The table of presets: the demo model's PSNR, and the mean step of HunyuanVideo at 720p."""
     record = json.loads(PRESET_VIDEOS.read_text(encoding="utf-8"))
     video = record["video"]
     steps = rows_of(read_results(RESULTS / "fewer_blocks"))
@@ -45,7 +45,7 @@ def render_presets() -> str:
 
 
 def render_steps() -> str:
-    """Each kind of step, and for each setting the mean of the paper's 45 after the warm-up."""
+    """The table of each kind of step, and for each setting the mean of the steps after warm-up."""
     files = read_results(RESULTS / "fewer_blocks")
     rows = rows_of(files)
     means = [mean for file in files for mean in _mean_steps(file.content["rows"])]
@@ -85,7 +85,7 @@ def mean_step_ms(
 ) -> float:
     """The mean of a generation's steps after the warm-up, from one step of each phase.
 
-    What the warm-up's last step takes beyond a dense one is counted with them.
+    The additional time of the last warm-up step over a dense step is included.
     """
     counts = count_steps(settings, Run(60, 24, NUM_VIDEO_TOKENS, "cuda", num_steps))
     after = num_steps - settings.warmup_steps
@@ -101,7 +101,7 @@ def mean_step_ms(
 
 
 def steps_section(files: list[ResultFile], table: Table) -> str:
-    """The table and where it comes from."""
+    """The table with its sources."""
     lines = [table.markdown(), ""]
     for file in files:
         content: dict[str, Any] = file.content

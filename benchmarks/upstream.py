@@ -24,10 +24,10 @@ _ATTENTION_PACKAGE = "block_sparse_attn"
 
 
 def cases(tensors: AttentionTensors, settings: SparseGrid) -> Iterator[Case]:
-    """Its estimate (scores and selection in one), and the whole where its kernel is installed.
+    """Cases of the authors' estimate (scores and selection) and, with their kernel, of the whole.
 
-    Its thresholds are those asked for; a density stands for itself as a threshold, which is near
-    it on random tensors.
+    Requested thresholds are used as they are. A requested density is used as a threshold, which
+    gives about that density on random tensors.
     """
     module = load()
     for stride in settings.strides:
@@ -57,7 +57,7 @@ def cases(tensors: AttentionTensors, settings: SparseGrid) -> Iterator[Case]:
 def _whole(
     module: Any, tensors: AttentionTensors, columns: dict[str, Any], estimate: Callable[[], Any]
 ) -> Case:
-    """Its operator, held to the formula on the blocks of its own selection."""
+    """The case of the authors' operator, checked against the formula on its own selection."""
     blocks = -(-tensors.length // 128)
     mask = estimate()[1][:, :, :blocks, :blocks].bool()
     run = partial(
@@ -74,7 +74,7 @@ def _whole(
 
 
 def _check_estimate(found: tuple[Tensor, Tensor], tensors: AttentionTensors) -> float:
-    """It keeps a block in every row; its scores count padding, so they are not compared."""
+    """Check that every row keeps a block; scores are not compared, as they count padding."""
     blocks = -(-tensors.length // 128)
     mask = found[1][:, :, :blocks, :blocks].bool()
     if not bool(mask.any(dim=-1).all()):
@@ -83,18 +83,18 @@ def _check_estimate(found: tuple[Tensor, Tensor], tensors: AttentionTensors) -> 
 
 
 def default_chunk_size(length: int) -> int:
-    """What its operator takes if none is given: 2048 from 128k tokens on, more for fewer."""
+    """The default chunk size of the authors' operator: 2048 from 128k tokens on, else more."""
     power = 1 << (length - 1).bit_length()
     return max(2048, min(power, (1 << 28) // power))
 
 
 def has_kernel() -> bool:
-    """Whether the package is installed that the authors' operator computes with."""
+    """Whether the package of the authors' attention kernel is installed."""
     return importlib.util.find_spec(_ATTENTION_PACKAGE) is not None
 
 
 def find_checkouts(folders: list[Path]) -> bool:
-    """Make the folders importable; whether x-attention is one of them."""
+    """Make the folders importable; returns whether x-attention is one of them."""
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"--upstream {folder} is not a folder; clone the code there.")
@@ -104,7 +104,7 @@ def find_checkouts(folders: list[Path]) -> bool:
 
 
 def load() -> Any:
-    """Its module; its estimate can run without the kernel's package that it imports."""
+    """The authors' module; its estimate can run without the kernel's package."""
     if has_kernel():
         return importlib.import_module("xattn.src.Xattention")
     placeholder = ModuleType(_ATTENTION_PACKAGE)

@@ -10,9 +10,9 @@ from xattn_video.processors.recorder import ForwardPass
 
 
 def authors_processor(threshold: float, stride: int) -> XAttnProcessor:
-    """Every layer by the authors' operator: video and valid text in one call, as their code does.
+    """A processor with the authors' operator: video and valid text in one call, as in their code.
 
-    For prompts of one length. Its report says nothing of the density.
+    All prompts must have the same length. The report has no density.
     """
     module = upstream.load()
 

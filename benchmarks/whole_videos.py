@@ -1,4 +1,4 @@
-"""Reports of whole videos by `xattn-video generate` at HunyuanVideo's size, and their tables."""
+"""Reports of `xattn-video generate` for whole videos at HunyuanVideo's size, and their tables."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table, figure
 
 VIDEOS = RESULTS / "generate"
-# The folder that `benchmarks.random_pipeline` wrote, wherever it was.
+# The name of the folder that `benchmarks.random_pipeline` wrote, in any parent folder.
 MODEL = "hunyuan-random"
 
 
@@ -52,7 +52,7 @@ class WholeVideo:
 
     @property
     def gpus(self) -> int:
-        """How many shared the video; reports of before know of one."""
+        """Number of GPUs that shared the video; 1 in older reports, which do not state it."""
         return self.content.get("ranks_per_video", 1)
 
     @property
@@ -75,7 +75,7 @@ class WholeVideo:
 
     @property
     def preset(self) -> str | None:
-        """The name of its settings; None if they have none."""
+        """The preset of its settings; None if there is none."""
         sparse = self.run["sparse"]
         names = (name for name, given in PRESETS.items() if given.items() <= sparse.items())
         return next(names, None)
@@ -85,7 +85,7 @@ class WholeVideo:
         return len(self._seconds(sparse))
 
     def step_seconds(self, *, sparse: bool) -> float | None:
-        """The fastest dense or sparse step; None for a single step, which compiled kernels."""
+        """Seconds of the fastest dense or sparse step; None for a single one, which compiled."""
         seconds = self._seconds(sparse)
         return min(seconds) if len(seconds) > 1 else None
 
@@ -125,7 +125,7 @@ def read_whole_videos(folder: Path = VIDEOS) -> list[WholeVideo]:
 
 
 def videos_table(videos: list[WholeVideo]) -> str:
-    """Steps, seconds and memory of every video."""
+    """The table of steps, seconds and memory of every video."""
     columns: dict[str, Callable[[WholeVideo], str]] = {
         "steps": lambda v: f"{v.count(sparse=False)} dense, {v.count(sparse=True)} sparse",
         "preset": lambda v: v.preset or "",
@@ -143,7 +143,7 @@ def videos_table(videos: list[WholeVideo]) -> str:
 
 
 def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
-    """Sparse videos against the dense one of the same size, steps and offloading."""
+    """Rows of sparse videos against the dense one of the same size, steps and offload."""
     for video, other in _pairs(videos):
         steps = f"{video.count(sparse=True)} of {video.run['num_inference_steps']}"
         yield (
@@ -158,7 +158,7 @@ def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
 
 
 def full_size_record(videos: list[WholeVideo]) -> dict[str, Any]:
-    """The fastest whole video, which the package carries to tell what full size gains."""
+    """The record of the fastest whole video, which ships with the package."""
     video, other = max(_pairs(videos), key=lambda pair: pair[1].seconds / pair[0].seconds)
     return {
         "video": f"HunyuanVideo, {video.frames}",
@@ -174,14 +174,14 @@ def full_size_record(videos: list[WholeVideo]) -> dict[str, Any]:
 
 
 def _pairs(videos: list[WholeVideo]) -> Iterator[tuple[WholeVideo, WholeVideo]]:
-    """Every sparse video with its dense one."""
+    """Pairs of a sparse video and its dense one."""
     for video, other in itertools.product(videos, videos):
         if video.density is not None and other.density is None and _alike(video, other):
             yield video, other
 
 
 def memory_by_offload(videos: list[WholeVideo]) -> str:
-    """One sentence with the peak memory of every offload, without what refreshes keep."""
+    """One sentence with the peak memory of every offload, without residuals."""
     peaks: dict[str, float] = {}
     for video in (video for video in videos if video.gpus == 1 and video.preset is None):
         peaks[video.offload] = max(video.peak_memory_gib, peaks.get(video.offload, 0.0))

@@ -3,9 +3,9 @@
     python -m benchmarks.write_page --folder preview    # the page and its pictures, as a preview
     python -m benchmarks.write_page --folder .          # this repository's page and README
 
-It replaces docs/benchmarks.md in the folder, its pictures, and the tables in README.md,
-docs/fewer-blocks.md, docs/multi_gpu.md, docs/long_context.md, docs/language_demo_model.md and
-docs/recipes if those files exist; likewise what the package tells of a run at full size.
+It replaces docs/benchmarks.md in the folder, its pictures, and, in existing files, the tables of
+README.md, docs/fewer-blocks.md, docs/multi_gpu.md, docs/long_context.md,
+docs/language_demo_model.md and docs/recipes, and the package's measurements at full size.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from xattn_video.reporting.pages import replace_between
 
 FULL_SIZE = Path("xattn_video/measure/full_size.json")
 MARKS = "<!-- {}: begin, written by benchmarks.write_page -->\n", "<!-- {}: end -->"
-"""Around each table of a page that people write."""
+"""Marks around each generated table in a page that people write."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def write_pages(folder: Path) -> None:
-    """Write all files in ``folder`` and print their names; render everything before writing."""
+    """Write all files in ``folder`` and print their names; everything is rendered first."""
     files, videos = read_results(), read_whole_videos()
     pages = {folder / "docs/benchmarks.md": render_page(files, videos)}
     for name, tables in marked_tables(files, videos).items():
@@ -85,7 +85,7 @@ def write_pages(folder: Path) -> None:
 def marked_tables(
     files: list[ResultFile], videos: list[WholeVideo]
 ) -> dict[str, dict[str, Callable[[], str]]]:
-    """The tables of each page that people write, by mark."""
+    """{page: {mark: function that makes the table}} of pages that people write."""
     return {
         "README.md": {
             "benchmarks": lambda: render_readme_table(files, videos) + "\n",
@@ -112,10 +112,10 @@ def marked_tables(
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """A page with the tables of today between their marks.
+    """The page with new tables between their marks.
 
     Raises:
-        ValueError: It does not hold each mark exactly once.
+        ValueError: The page does not hold each mark exactly once.
     """
     for mark, render in tables.items():
         begin, end = (one.format(mark) for one in MARKS)
