@@ -1,4 +1,4 @@
-"""The node, and the override of ComfyUI's attention that it installs in a model."""
+"""The node, and the override of ComfyUI's attention that it sets on a model."""
 
 import logging
 from collections.abc import Callable
@@ -21,11 +21,11 @@ _SUPPORTED = {"HunyuanVideo", "WanModel"}
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """What a user chose.
+    """The settings that a user chose.
 
     Attributes:
         threshold, stride, backend: As in `xattention`.
-        highest_sigma, lowest_sigma: Sparse from one on, until the other is reached.
+        highest_sigma, lowest_sigma: Steps with sigmas in this range are sparse.
         dense_blocks: Numbers of blocks that stay dense; single blocks follow the double ones.
         min_tokens: With fewer video tokens, everything stays dense.
         verbose: Whether each step logs a line.
@@ -41,21 +41,21 @@ class NodeSettings:
     verbose: bool
 
     def sparse_at(self, sigma: float) -> bool:
-        """Whether a step of this sigma is sparse."""
+        """Whether a step with this sigma is sparse."""
         return self.lowest_sigma < sigma <= self.highest_sigma
 
 
 @dataclass(slots=True)
 class Forward:
-    """What a forward of the model is about.
+    """Step and sizes of a forward pass of the model.
 
     Attributes:
-        sparse: Whether its step is sparse and its video long enough.
-        video_tokens: Of one item.
-        text_first: Whether the text stands before the video.
-        double_blocks: How many come before the single ones.
-        sparse_layers: How many layers ran sparse until now.
-        mask: That of the first sparse layer; only for `NodeSettings.verbose`.
+        sparse: Whether the step is sparse and the video long enough.
+        video_tokens: Video tokens of one item.
+        text_first: Whether the text comes before the video.
+        double_blocks: Number of double blocks, which come before the single ones.
+        sparse_layers: Number of layers that ran sparse so far.
+        mask: Block mask of the first sparse layer; only for `NodeSettings.verbose`.
     """
 
     sparse: bool
@@ -67,10 +67,10 @@ class Forward:
 
 
 class SparseAttention:
-    """Stands in for ComfyUI's attention, and wraps the model's forward to learn step and sizes.
+    """Replaces ComfyUI's attention, and wraps the model's forward pass to read step and sizes.
 
     Args:
-        settings: What the user chose.
+        settings: The settings that the user chose.
         previous: The override of another node, which dense layers use.
     """
 
@@ -80,11 +80,11 @@ class SparseAttention:
         self._forward: Forward | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseAttention":
-        """A copied model's options and its wrapper stay those of one object."""
+        """Return the same object, which a copied model's options and its wrapper must share."""
         return self
 
     def wrap_forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """ComfyUI's wrapper of a model's forward, whose first argument is the latents."""
+        """ComfyUI's wrapper of a model's forward pass; its first argument is the latents."""
         options = next(a for a in (*args, *kwargs.values()) if _is_options(a))
         self._forward = forward = self._read(executor.class_obj, args[0], options)
         try:
@@ -120,7 +120,7 @@ class SparseAttention:
         return function(q, k, v, *args, **kw)
 
     def _read(self, model: Any, latents: Tensor, options: dict[str, Any]) -> Forward:
-        """Step and sizes of a forward, with one look at the step's sigma."""
+        """Step and sizes of a forward pass; reads the sigma from the device once."""
         sizes = zip(latents.shape[-3:], model.patch_size, strict=True)
         video_tokens = 1
         for size, patch in sizes:
@@ -130,7 +130,7 @@ class SparseAttention:
         return Forward(
             sparse=self.settings.sparse_at(sigma) and video_tokens >= self.settings.min_tokens,
             video_tokens=video_tokens,
-            # Until the summer of 2025 ComfyUI had it behind the video.
+            # Until the summer of 2025 ComfyUI put the text after the video.
             text_first=not (double and getattr(double[0], "flipped_img_txt", False)),
             double_blocks=len(double),
         )
@@ -138,12 +138,12 @@ class SparseAttention:
     def _is_sparse(
         self, forward: Forward, q: Tensor, k: Tensor, mask: Tensor | None, kw: dict[str, Any]
     ) -> bool:
-        """Whether a call is the self-attention of a block that is to be sparse."""
+        """Whether a call is the self-attention of a block that must run sparse."""
         options = kw.get("transformer_options") or {}
         if not forward.sparse or "block_type" not in options:
             return False
         tokens = q.shape[-2]
-        # Cross-attention has other keys; text alone is short.
+        # Cross-attention has other keys, and attention over text alone is short.
         if tokens != k.shape[-2] or tokens < forward.video_tokens:
             return False
         if mask is not None and not _is_of_keys(mask, tokens):
@@ -154,7 +154,7 @@ class SparseAttention:
         return number not in self.settings.dense_blocks
 
     def _attend(self, forward: Forward, triple: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Sparse attention of `[B, H, S, D]`, whose text is moved behind the video and back."""
+        """Sparse attention of `[B, H, S, D]`; text is moved after the video and back."""
         settings, batch = self.settings, triple[0].shape[0]
         text = triple[0].shape[-2] - forward.video_tokens if forward.double_blocks else 0
         moves = text > 0 and forward.text_first
@@ -179,7 +179,7 @@ class SparseAttention:
         return output
 
     def _tell(self, forward: Forward, options: dict[str, Any]) -> None:
-        """Log what a forward did."""
+        """Log what a forward pass did."""
         step, steps = step_of(options)
         if forward.mask is None:
             logger.info("step %d/%d: dense, %d video tokens", step, steps, forward.video_tokens)
@@ -200,7 +200,7 @@ def step_of(options: dict[str, Any]) -> tuple[int, int]:
     if schedule is None:
         return 1, 1
     sigma = options["sigmas"].flatten()[0].to(schedule)
-    # The last sigma is what the last step leaves.
+    # The last sigma is the one after the last step.
     return int((schedule[:-1] - sigma).abs().argmin()) + 1, len(schedule) - 1
 
 
@@ -208,7 +208,7 @@ def parse_blocks(text: str) -> frozenset[int]:
     """The numbers in a list such as "0, 1, 57-59".
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not such a list.
     """
     numbers: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -227,18 +227,18 @@ def _is_options(value: object) -> bool:
 
 
 def _is_of_keys(mask: Tensor, tokens: int) -> bool:
-    """Whether a mask tells every head and query the same of a key, as that of padding does."""
+    """Whether a mask is the same for all heads and queries, as a padding mask is."""
     return mask.dim() > 2 and mask.shape[-1] == tokens and mask[..., 0].numel() == mask.shape[0]
 
 
 def _valid(mask: Tensor) -> Tensor:
-    """Which keys count, bool `[B or 1, S]`; an additive mask has 0 at these."""
+    """Valid keys of a mask, bool `[B or 1, S]`; an additive mask is 0 at these."""
     keys = mask.reshape(mask.shape[0], mask.shape[-1])
     return keys if keys.dtype == torch.bool else keys > torch.finfo(keys.dtype).min / 2
 
 
 class XAttentionNode:
-    """ComfyUI's node: takes a model, gives a copy with sparse attention."""
+    """ComfyUI's node: returns a copy of a model with sparse attention."""
 
     CATEGORY = "model_patches/attention"
     RETURN_TYPES = ("MODEL",)
@@ -249,7 +249,7 @@ class XAttentionNode:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         """The node's inputs, by ComfyUI's names."""
         share = {"min": 0.0, "max": 1.0, "step": 0.01}
-        # The value that was measured on a GPU, where ComfyUI is used.
+        # The value that was measured on a GPU, because ComfyUI is used on GPUs.
         tokens = SparseSettings().min_tokens_on("cuda")
         return {
             "required": {
@@ -309,7 +309,7 @@ class XAttentionNode:
         """A copy of the model with sparse attention.
 
         Raises:
-            ValueError: The model is another one, or a value is out of range.
+            ValueError: The model is not supported, or a value is out of range.
         """
         found = type(model.get_model_object("diffusion_model"))
         if not _SUPPORTED & {base.__name__ for base in found.__mro__}:
@@ -340,6 +340,6 @@ class XAttentionNode:
             )
         attention = SparseAttention(settings, options.get(_OVERRIDE))
         options[_OVERRIDE] = attention
-        # As comfy.patcher_extension names it.
+        # The name of this wrapper type in comfy.patcher_extension.
         copy.add_wrapper_with_key("diffusion_model", _WRAPPER, attention.wrap_forward)
         return (copy,)
