@@ -1,4 +1,4 @@
-"""Lets `python -m scripts.NAME` find what `python scripts/NAME.py` finds beside the script."""
+"""Lets `python -m scripts.NAME` import modules beside the script, as `python scripts/NAME.py`."""
 
 import sys
 from pathlib import Path

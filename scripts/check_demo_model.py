@@ -3,9 +3,9 @@
     python scripts/check_demo_model.py --dense --output dense.json
     python scripts/check_demo_model.py --threshold 0.95 --output sparse.json
 
-A fixed set of prompts is generated, none of whose combinations of shape, colour, motion and
-background was trained on. Background and number are judged once a clip; colour, start, motion and
-shape once an object. Prints the share right for each and writes every measurement as JSON.
+It generates a fixed set of prompts with held-out combinations of shape, colour, motion and
+background. Background and number are checked once per clip; colour, start, motion and shape once
+per object. It prints the share right for each and writes every measurement as JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ GOALS = dict.fromkeys(ATTRIBUTES, 0.9) | {"shape": 0.8}
 
 
 def main() -> int:
-    """Generate, measure, report; 0 if every goal is met, else 1."""
+    """Generate, measure and report; returns 0 if every goal is met, else 1."""
     arguments = _parse_arguments()
     if arguments.output is not None:
         check_output_path(arguments.output, (".json",))
@@ -61,7 +61,7 @@ def main() -> int:
 def _check_scene(
     pipeline: Any, scene: Scene, arguments: argparse.Namespace, index: int
 ) -> dict[str, Any]:
-    """Generate one clip and judge it."""
+    """Generate one clip and check it."""
     begun = time.perf_counter()
     video = pipeline(
         scene.prompt,

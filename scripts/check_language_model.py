@@ -2,9 +2,9 @@
 
     python scripts/check_language_model.py --folder xattn_video/language/demo
 
-It makes the prompts by itself, needs the package wonderwords for their words, and downloads
-nothing. An answer is right if each of its tokens is the likeliest one. `evaluation.json` in the
-folder gets the shares, and the SHA-256 of the weights that they are of.
+It generates the prompts, needs the package wonderwords for their words, and downloads nothing. An
+answer is right if each of its tokens is the most likely one. The shares and the SHA-256 of the
+weights are written to `evaluation.json` in the folder.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draw a row of frames of each video, one below the other.
+"""Draw a row of frames for each video, one row below the other.
 
 python scripts/draw_contact_sheet.py $(ls -tr videos/*.mp4) --output demo.png
 """

@@ -3,9 +3,9 @@
     pip install cosmic-ray coverage
     python -m scripts.mutation_run mutants.json --number 100
 
-First every test file runs once, and what lines each test reaches is noted. Then every mutant, made
-by cosmic-ray, meets the tests that reach its line, the quickest first, in a process that is forked
-from one that has torch and Diffusers loaded.
+First every test file runs once, and the lines that each test reaches are recorded. Then, for every
+mutant of cosmic-ray, the tests that reach its line run, the quickest first. Each runs in a process
+forked from one that has already imported torch and Diffusers.
 """
 
 import argparse
@@ -30,17 +30,17 @@ from typing import Any
 FOLDERS = ("ops", "policy", "processors")
 COPIED = ("xattn_video", "tests", "eval_vbench", "benchmarks", "scripts", "integrations", "docs")
 USES_THEM = re.compile(r"from (xattn_video(\.(ops|policy|processors|compat)\S*)?|hunyuan) import")
-# They change nothing that small numbers and singletons compare to.
+# Operators that are equivalent for small integers and singletons.
 SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")
 BASELINE_SECONDS = 600.0
-# Of the tests that reach a line, as many as fit.
+# Of the tests that reach a line, as many run as fit in this time.
 TEST_SECONDS = 15.0
-# A mutant whose tests take longer has made them wait for ever.
+# If the tests take longer, the mutant is taken to have made them hang.
 TIMEOUT_SECONDS = 120.0
 
 
 def draw_mutants(number: int, seed: int, folders: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Draw a place in the code first, then what happens to it."""
+    """Draw random mutants: first a place in the code, then an operator for it."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
@@ -51,7 +51,7 @@ def draw_mutants(number: int, seed: int, folders: Iterable[str]) -> Iterator[dic
         code = path.read_text()
         nodes, skipped = list(ast_nodes(get_ast(code))), list(_skipped_ranges(ast.parse(code)))
         for name, operator in operators.items():
-            # Those with arguments need names of variables.
+            # Operators with arguments need names of variables.
             positions = [] if operator.arguments() else map(operator().mutation_positions, nodes)
             for count, (start, end) in enumerate(place for found in positions for place in found):
                 if not any(first <= start < last for first, last in skipped):
@@ -69,7 +69,7 @@ def draw_mutants(number: int, seed: int, folders: Iterable[str]) -> Iterator[dic
 
 
 def _skipped_ranges(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Annotations, decorators, text, and what is raised: no test has to tell one from another."""
+    """Ranges without mutants, as tests need not notice them: annotations, decorators, errors."""
     skipped: list[Any] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign | ast.arg):
@@ -83,7 +83,7 @@ def _skipped_ranges(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[i
 
 
 def tests_of(mutant: dict[str, Any], known: dict[str, Any]) -> list[str]:
-    """The quickest tests that reach the line; of the file, if it ran at the module's import."""
+    """The quickest tests that reach the line, or the file if the line runs at import."""
     file, line = mutant["file"], mutant["line"]
     reaching = [test for test, (_, lines) in known.items() if line in lines.get(file, ())]
     reaching = reaching or [test for test, (_, lines) in known.items() if file in lines]
@@ -96,7 +96,7 @@ def tests_of(mutant: dict[str, Any], known: dict[str, Any]) -> list[str]:
 
 
 def meet(tree: Path, mutant: dict[str, Any], tests: list[str]) -> str:
-    """What becomes of a mutant."""
+    """The outcome of a mutant."""
     if not tests:
         return "no test"
     path = tree / mutant["file"]
@@ -108,7 +108,7 @@ def meet(tree: Path, mutant: dict[str, Any], tests: list[str]) -> str:
 
 
 def run_apart(tree: Path, tests: list[str], seconds: float, notes: Path | None) -> int | None:
-    """The exit code of pytest in a process of its own; None if it took too long."""
+    """The exit code of pytest in a separate process; None if it took too long."""
     child: Any = multiprocessing.get_context("fork").Process(
         target=_run_tests, args=(tree, tests, notes)
     )
@@ -116,7 +116,7 @@ def run_apart(tree: Path, tests: list[str], seconds: float, notes: Path | None) 
     child.join(seconds)
     code: int | None = child.exitcode
     with contextlib.suppress(ProcessLookupError):
-        # What the tests started ends too.
+        # Also ends the processes that the tests started.
         os.killpg(child.pid, signal.SIGKILL)
     child.join()
     return code
@@ -141,7 +141,7 @@ def _run_tests(tree: Path, tests: list[str], notes: Path | None) -> None:
     seconds: dict[str, float] = {}
 
     class Notes:
-        """Notes which test runs, and how long those that pass take."""
+        """Records which test runs, and the seconds of those that pass."""
 
         @pytest.hookimpl
         def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -165,7 +165,7 @@ def _run_tests(tree: Path, tests: list[str], notes: Path | None) -> None:
 
 
 def write_results(path: Path, mutants: list[dict[str, Any]]) -> None:
-    """Replace the file; `xattn_video.files` must not be loaded here, as mutants are of it."""
+    """Replace the file; `xattn_video.files` must not be imported here, because mutants change it."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.write_text(json.dumps(mutants, indent=1))

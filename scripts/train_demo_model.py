@@ -1,6 +1,6 @@
 """Train the small HunyuanVideo pipeline that ships with the package.
 
-Five stages, the long ones resumable in pieces that fit a machine lent for minutes:
+It has five stages; the long ones can be resumed, so that each call takes only minutes:
 
     python scripts/train_demo_model.py --stage text --work-dir runs/demo --seconds 60
     python scripts/train_demo_model.py --stage vae --work-dir runs/demo --seconds 560
@@ -8,22 +8,22 @@ Five stages, the long ones resumable in pieces that fit a machine lent for minut
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 560
     python scripts/train_demo_model.py --stage package --work-dir runs/demo
 
-The decoder stage goes on with the VAE's decoder and leaves its latents what they are: it may run
-before, after or beside the transformer's. A stage in two pieces is told the length of both:
+The decoder stage trains only the VAE's decoder and leaves the latents unchanged, so it may run
+before, after or during the transformer stage. A stage in two calls needs the total length:
 
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 560 \
         --total-seconds 800
     python scripts/train_demo_model.py --stage transformer --work-dir runs/demo --seconds 330 \
         --total-seconds 800 --resume
 
-To refine a finished model instead, give its folder to the first call of the vae, the decoder or
-the transformer stage: `--start-from xattn_video/pipelines/demo/model`. The transformer then sees
-other frame sizes more often than the default one.
+To refine a finished model instead, give its folder to the first call of the vae, decoder or
+transformer stage: `--start-from xattn_video/pipelines/demo/model`. The transformer then sees other
+frame sizes more often than the default size.
 
-`--seconds` limits the wall time of a call, imports and final measurements included;
+`--seconds` limits the wall time of a call, imports and final measurements included.
 `--total-seconds` is the length of the stage's learning-rate schedule in training seconds over all
-its calls. To go on elsewhere copy `vae.pt`, `text.pt`, `*.ckpt.*` and `training.json` out of the
-work directory. Clips are rendered on the fly from seeds; nothing is downloaded.
+its calls. To continue on another machine, copy `vae.pt`, `text.pt`, `*.ckpt.*` and `training.json`
+from the work directory. Clips are rendered on the fly from seeds; nothing is downloaded.
 The transformer stage needs torch 2.9 or later, for `torch.optim.Muon`.
 """
 
@@ -39,7 +39,7 @@ def main() -> int:
     """Run one stage."""
     arguments = _parse_arguments()
 
-    # Imported late, so that --help is quick and the clock counts the imports.
+    # Imported late, so that --help is fast and the clock includes the imports.
     import torch
 
     from demo_training import package_stage, text_stage, transformer_stage, vae_stage
@@ -65,7 +65,7 @@ def main() -> int:
     torch.manual_seed(job.seed)
     random.seed(job.seed)
     torch.backends.cudnn.benchmark = job.stage != "package"
-    # For each shape; all that it knows took half a minute of the VAE's stage.
+    # Kernels to try for each shape; trying all took half a minute of the VAE stage.
     torch.backends.cudnn.benchmark_limit = 4
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True

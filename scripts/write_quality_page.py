@@ -33,7 +33,7 @@ GRID_END = "<!-- quality: end -->"
 
 
 def main() -> int:
-    """Write the page; 0 if every file was there, else 1."""
+    """Write the page; returns 0 if every file existed, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,13 +67,13 @@ def write_page(page: Path, results: list[Path]) -> None:
         results: results.json files.
 
     Raises:
-        ValueError: The page has no marks, a file holds no results, or two would share their plots.
+        ValueError: The page lacks the marks, a file holds no results, or two have the same name.
     """
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need different names, got {', '.join(names)}; rename one.")
     check_output_path(page, (".md",), what="page")
-    # Before any plot is drawn.
+    # Checks the marks before any plot is drawn.
     replace_between(_text_of(page, BEGIN, END), BEGIN, END, "")
     sections = [section(page.parent, path) for path in results]
     write_between(page, BEGIN, END, "\n" * bool(sections) + "".join(sections))
@@ -107,7 +107,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def section(folder: Path, path: Path) -> str:
-    """A run's heading, facts, table and plots; draws the plots below ``folder``."""
+    """The heading, facts, table and plots of a run; draws the plots in ``folder``."""
     record = read_record(path)
     rows = comparison_rows(record)
     images = folder / "images"

@@ -1,7 +1,7 @@
-"""Losses and gradients replayed as CUDA graphs.
+"""Computes losses and gradients with CUDA graphs.
 
-A step of the demo's models is some thousand short kernels; launched one by one from Python they
-take twice as long as they run.
+A training step of the demo model's parts is about a thousand short kernels. Launching them one by
+one from Python takes twice as long as running them.
 """
 
 from collections import deque
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 Compute = Callable[..., tuple[Tensor, ...]]
-# Or the host queues steps for minutes ahead, and the clock of a stage is wrong.
+# A limit, so that the host does not queue minutes of steps and mislead the clock of a stage.
 STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A graph, and the tensors that it reads and writes."""
+    """A CUDA graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -30,27 +30,27 @@ class StepGraphs:
     """Computes losses and gradients; on a GPU each kind of batch is recorded at its second use.
 
     Args:
-        parameters: Whose gradients are wanted, on their device.
+        parameters: The parameters to compute gradients for, on their device.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._recordings: dict[Hashable, _Recording | None] = {}
         self._stream = torch.cuda.Stream() if self._parameters[0].is_cuda else None
-        # All graphs share their memory: none is read after the next one has run.
+        # All graphs share memory, because no result is read after the next graph has run.
         self._pool = torch.cuda.graph_pool_handle() if self._stream else None
         self._running: deque[torch.cuda.Event] = deque()
 
     def run(self, kind: Hashable, compute: Compute, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Set the parameters' gradients of a loss.
+        """Compute a loss and set the parameters' gradients.
 
         Args:
-            kind: Stands for the shapes of ``inputs`` and for all else that ``compute`` reads.
-            compute: Gives the loss first; random numbers are drawn anew in each run.
-            inputs: On the parameters' device.
+            kind: Key for the shapes of ``inputs`` and everything else that ``compute`` reads.
+            compute: Function that returns the loss first; it draws new random numbers each time.
+            inputs: Tensors on the parameters' device.
 
         Returns:
-            What ``compute`` gives, without its history.
+            The detached results of ``compute``.
         """
         if self._stream is None:
             return _backward(compute, inputs)
@@ -59,7 +59,7 @@ class StepGraphs:
         if kind in self._recordings:
             results = self._replay(kind, compute, inputs)
         else:
-            # Libraries choose their kernels here, which they cannot while a graph is recorded.
+            # Libraries choose kernels in this first run, which they cannot do during recording.
             self._recordings[kind] = None
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -95,7 +95,7 @@ class StepGraphs:
 
 
 def _backward(compute: Compute, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What ``compute`` gives, after the gradients of its loss."""
+    """Run ``compute`` and the backward pass of its loss; returns the results of ``compute``."""
     results = compute(*inputs)
     results[0].backward()
     return tuple(result.detach() for result in results)

@@ -13,7 +13,7 @@ from demo_training.rendered_clips import encode_windows, render_clip
 from demo_training.training_plan import Size, TrainingJob
 from xattn_video.pipelines.demo.grammar import sample_scene
 
-# Of ten clips three hold two objects: they are harder, and drawn more often than once in ten.
+# Of ten clips these have two objects; they are harder, so there are three of them.
 TWO_OBJECT_CLIPS = (3, 6, 9)
 
 
@@ -32,7 +32,7 @@ class LatentPool:
     pooled: Tensor
 
     def batch(self, count: int, num_latent_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random clips' first frames with their prompts."""
+        """The first frames of random clips, with their prompt states and pooled states."""
         index = torch.randint(len(self.latents), (count,), device=self.latents.device)
         return (
             self.latents[index, :, :num_latent_frames].float(),
@@ -50,7 +50,7 @@ def fill_pools(
     size: Size,
     seconds: float,
 ) -> dict[int, LatentPool]:
-    """Render and encode for ``seconds``; pools by number of objects."""
+    """Render and encode clips for ``seconds``; returns {number of objects: pool}."""
     latents: dict[int, list[Tensor]] = {1: [], 2: []}
     prompts: dict[int, list[str]] = {1: [], 2: []}
     area = (size[0] * size[1]) / (job.plan.square[0] * job.plan.square[1])
@@ -63,7 +63,7 @@ def fill_pools(
         clips = torch.stack(
             [render_clip(scene, rng, size, job.device, job.dtype) for scene in scenes]
         )
-        # Or the queue on the device outruns the time limit.
+        # Synchronised, or the queue on the device would exceed the time limit.
         if index % 4 == 0 and job.device.type == "cuda":
             torch.cuda.synchronize()
         mean, _ = encode_windows(vae, clips)
@@ -79,7 +79,7 @@ def fill_pools(
 
 
 def _encode_all(text: TextStack, prompts: list[str], job: TrainingJob) -> tuple[Tensor, Tensor]:
-    """Prompt states and pooled states of prompts that all have one token count."""
+    """Prompt states and pooled states of prompts with the same token count."""
     parts = [
         text.encode(*text.tokenize(prompts[first : first + 256], job.device))
         for first in range(0, len(prompts), 256)

@@ -22,7 +22,7 @@ from transformers import (
 from xattn_video.pipelines.demo.grammar import sample_scene
 
 LATENT_CHANNELS = 8
-# Tokens of the prompt template before the prompt; the pipeline cuts off exactly these.
+# Tokens of the prompt template before the prompt; the pipeline cuts off exactly this many.
 TEMPLATE_TOKENS: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
 _LLAMA_SPECIAL = (
     "<|begin_of_text|>",
@@ -44,23 +44,23 @@ class TextStack:
     text_encoder_2: CLIPTextModel
 
     def tokenize(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token ids of prompts that all have one token count."""
+        """Token ids of prompts with the same token count, for both encoders."""
         texts = [DEFAULT_PROMPT_TEMPLATE["template"].format(prompt) for prompt in prompts]
         ids = torch.tensor(self.tokenizer(texts).input_ids, device=device)
         ids_2 = torch.tensor(self.tokenizer_2(prompts).input_ids, device=device)
         return ids, ids_2
 
     def encode(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompt states and pooled state, as the pipeline computes them."""
+        """Prompt states and pooled states, computed as in the pipeline."""
         states = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states[-3]
         return states[:, TEMPLATE_TOKENS:], self.text_encoder_2(ids_2).pooler_output
 
 
 def build_vae() -> AutoencoderKLHunyuanVideo:
-    """A small VAE: 8 times smaller in space, 4 times in time.
+    """A small VAE that compresses 8 times in space and 4 times in time.
 
-    Groups of four channels, as in HunyuanVideo's own VAE: normalised in pairs, the 16 channels
-    before the last convolution lose an even area's colour.
+    It has normalisation groups of four channels, as HunyuanVideo's own VAE. With groups of two,
+    the 16 channels before the last convolution would lose the colour of plain areas.
     """
     return AutoencoderKLHunyuanVideo(
         latent_channels=LATENT_CHANNELS,
@@ -112,7 +112,7 @@ def build_text_stack() -> TextStack:
             vocab_size=len(tokenizer),
             hidden_act="silu",
             max_position_embeddings=512,
-            # Larger than a deep model's: the words must mix within two layers.
+            # Larger than in a deep model, because words must mix within two layers.
             initializer_range=0.08,
         )
     )
@@ -161,7 +161,7 @@ def _llama_tokenizer(prompts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=_LLAMA_SPECIAL[1],
         pad_token="<pad>",
         model_max_length=4096,
-        # The transformer takes its text mask for a count: padding must come last.
+        # The transformer uses the text mask as a count, so padding must come last.
         padding_side="right",
     )
 
@@ -194,7 +194,7 @@ def _clip_tokenizer(prompts: list[str]) -> tuple[CLIPTokenizer, tuple[int, int]]
 
 
 def _check_token_counts(stack: TextStack, prompts: list[str]) -> None:
-    """Our own invariants: the template's length, one count a kind of prompt, right padding."""
+    """Check our invariants: the template's length, one count per kind of prompt, right padding."""
     prefix = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
     assert len(stack.tokenizer(prefix).input_ids) == TEMPLATE_TOKENS
     assert stack.tokenizer.padding_side == "right"

@@ -1,4 +1,4 @@
-"""The finished pipeline: bfloat16 weights in small files, how they were made, and a look at it."""
+"""Packages the finished pipeline: bfloat16 weights in small files, training record, pictures."""
 
 import json
 import platform
@@ -67,7 +67,7 @@ def _assemble(job: TrainingJob, state: dict[str, Any]) -> HunyuanVideoPipeline:
 
 
 def _provenance(job: TrainingJob, state: dict[str, Any]) -> dict[str, Any]:
-    """How the weights came to be."""
+    """How the weights were trained."""
     path = job.work_dir / "training.json"
     return {
         "made_by": "scripts/train_demo_model.py",
@@ -85,7 +85,7 @@ def _provenance(job: TrainingJob, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_files(job: TrainingJob, model_dir: Path) -> None:
-    """Readable by everyone, and within the limits on size."""
+    """Make the files readable by everyone, and check the limits on their size."""
     files = sorted(path for path in model_dir.rglob("*") if path.is_file())
     total = 0
     for path in files:
@@ -99,7 +99,7 @@ def _check_files(job: TrainingJob, model_dir: Path) -> None:
 
 
 def _draw_sheets(job: TrainingJob, pipeline: HunyuanVideoPipeline) -> None:
-    """Contact sheets of held-out prompts at every frame size."""
+    """Draw contact sheets of held-out prompts at every frame size."""
     plan, rng = job.plan, random.Random(f"{job.seed}/sheets")
     sheets = job.work_dir / "sheets"
     sheets.mkdir(exist_ok=True)

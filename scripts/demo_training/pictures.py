@@ -11,12 +11,12 @@ from xattn_video.files import atomic_path
 
 COLUMNS = 8
 ROW_HEIGHT = 112
-# White, at the right of a frame and below it.
+# White pixels at the right of each frame and below it.
 GUTTER = 3
 
 
 def save_sheet(clips: Sequence[Tensor], path: Path) -> None:
-    """Write clips ``[3, T, H, W]`` in [0, 1], all of one size, as one picture."""
+    """Write clips ``[3, T, H, W]`` in [0, 1], all of the same size, as one picture."""
     rows = []
     for clip in clips:
         indices = linspace(0, clip.shape[1] - 1, COLUMNS).round().long()

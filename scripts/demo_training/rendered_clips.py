@@ -11,8 +11,7 @@ from xattn_video.pipelines.demo.grammar import Scene, sample_scene
 from xattn_video.pipelines.demo.rendering import place_objects, render_scene
 
 CLIP_FRAMES = 65
-# The VAE works on windows of 17 frames; the first frame of a later window is the last of the one
-# before it.
+# The VAE works on windows of 17 frames; each window begins with the last frame of the one before.
 WINDOW_FRAMES = 17
 WINDOW_STRIDE = 16
 
@@ -30,12 +29,12 @@ def render_clip(
 
 
 def random_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene for the VAE: one or two objects, as often."""
+    """A random scene for the VAE, with one or two objects at equal odds."""
     return sample_scene(rng, 1 + (rng.random() < 0.5), held_out=held_out)
 
 
 def encode_windows(vae: AutoencoderKLHunyuanVideo, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log variance of ``[B, 3, 16 n + 1, H, W]``, window by window, as one batch.
+    """Mean and log variance of ``[B, 3, 16 n + 1, H, W]``, with all windows as one batch.
 
     The same as the stock encoding with a temporal stride of 16, in one call.
     """

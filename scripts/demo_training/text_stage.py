@@ -1,9 +1,9 @@
-"""The text encoders: trained to hold what a prompt says, before the transformer reads them.
+"""Trains the text encoders to represent the prompt, before the transformer reads them.
 
-Left to the transformer's loss alone they stay near bags of words: "left to right" and "right to
-left" have the same words, and so have two objects that swap their colours. Here linear heads, used
-nowhere else, read each object's place, colour, shape and motion from the states of its own words
-and the whole scene from the prompt's end and from the pooled state.
+With the transformer's loss alone they remain close to bags of words, in which "left to right"
+equals "right to left", and two objects may swap their colours. Here linear heads, used nowhere
+else, read each object's place, colour, shape and motion from the states of its own words, and the
+whole scene from the prompt's end and from the pooled state.
 """
 
 import itertools
@@ -35,16 +35,16 @@ BATCH = 64
 EVAL_PROMPTS = 512
 RESERVE_S = 10.0
 IGNORED = -100
-# An object's place, colour, shape and motion; then the background, for a whole scene.
+# Choices for an object's place, colour, shape and motion; a whole scene has the background too.
 _OBJECT_CHOICES = (2, len(COLOURS), len(SHAPES), len(MOTIONS))
 _SCENE_CHOICES = (*_OBJECT_CHOICES[1:], *_OBJECT_CHOICES[1:], len(BACKGROUNDS))
-# Of an object's seven words ("a red circle moving left to right") the first that tells each part.
+# Of an object's seven words ("a red circle moving left to right"), the first to tell each part.
 _FIRST_WORD = (0, 1, 2, 6)
 _WORDS = 7
 
 
 class Heads(nn.Module):
-    """Linear readings of the states; thrown away after training."""
+    """Linear heads on the states, discarded after training."""
 
     def __init__(self, width: int, pooled_width: int) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ def run(job: TrainingJob) -> None:
 def load_text_stack(job: TrainingJob) -> TextStack:
     """Both tokenizers and the trained encoders, frozen, as they will be shipped.
 
-    The encoders are those of `text.pt`; where a finished model is refined and there is none, the
-    model's own, which `text.pt` then holds.
+    The encoders come from `text.pt`. If that is missing and a finished model is refined, they come
+    from the model and are written to `text.pt`.
     """
     path = job.work_dir / TEXT_FILE
     text = build_text_stack()
@@ -125,7 +125,7 @@ def _save(text: TextStack, job: TrainingJob) -> None:
 
 @torch.no_grad()
 def measure_readings(text: TextStack, heads: Heads, job: TrainingJob) -> dict[str, float]:
-    """Share of held-out prompts whose every part is read right, by kind of reading."""
+    """{kind of reading: share of held-out prompts of which every part is read right}."""
     rng = random.Random(f"{job.seed}/text/held-out")
     count = BATCH if job.is_smoke else EVAL_PROMPTS
     right: dict[str, list[Tensor]] = {}
@@ -141,12 +141,12 @@ def measure_readings(text: TextStack, heads: Heads, job: TrainingJob) -> dict[st
 
 
 def _random_scene(rng: random.Random, step: int, *, held_out: bool = False) -> Scene:
-    """Prompts of one batch have one length: two objects in every other batch."""
+    """A random scene; every other batch has two objects, as prompts of a batch have one length."""
     return sample_scene(rng, 1 + step % 2, held_out=held_out)
 
 
 def _loss(text: TextStack, heads: Heads, scenes: Sequence[Scene], device: torch.device) -> Tensor:
-    """Mean cross entropy of every reading."""
+    """Mean cross entropy over all readings."""
     losses = []
     for _, logits, targets, choices in _readings(text, heads, scenes, device):
         for part, wanted in zip(logits.split(choices, -1), targets.unbind(-1), strict=True):
@@ -161,7 +161,7 @@ def _readings(
     """Name, logits ``[B, ..., sum of choices]``, targets ``[B, ..., parts]`` and choices."""
     states, pooled = text.encode(*text.tokenize([scene.prompt for scene in scenes], device))
     num_objects = len(scenes[0].objects)
-    # Before the prompt the template has one more token, between two objects stands "and".
+    # The template has one more token before the prompt, and "and" is between two objects.
     first_words = [1 + index * (_WORDS + 1) for index in range(num_objects)]
     of_objects = torch.cat([states[:, first : first + _WORDS] for first in first_words], dim=1)
     object_targets = torch.tensor([_object_targets(scene) for scene in scenes], device=device)
@@ -174,7 +174,7 @@ def _readings(
 
 
 def _object_targets(scene: Scene) -> list[list[int]]:
-    """What each word of the objects' phrases should tell: those before it and itself."""
+    """Targets for each word of the objects' phrases: the parts told by it and words before it."""
     rows = []
     for place, item in enumerate(scene.objects):
         parts = (place, *_choices_of(item.colour, item.shape, item.motion))

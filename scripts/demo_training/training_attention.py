@@ -1,6 +1,6 @@
 """The attention processor used in training: no mask, and RoPE as one complex product.
 
-All prompts of a batch have one length, so no key is masked and the flash kernel runs.
+All prompts of a batch have the same length, so no key is masked and the flash kernel can run.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class TrainingProcessor:
-    """Joint attention of video and text; set `rotation` to the batch's grid before a forward."""
+    """Joint attention of video and text; set `rotation` for the batch before a forward pass."""
 
     def __init__(self) -> None:
         self.rotation: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What is trained, at which sizes, and how long: the full plan and a tiny one for a CPU check."""
+"""The plan of a training, its sizes and durations, and a tiny plan for a check on a CPU."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,21 +14,21 @@ class Plan:
     """Sizes and amounts of one training.
 
     Attributes:
-        square: The default frame.
-        wide, tall, large: Frames unlike it.
-        small: Frames that the VAE sees first.
-        small_batch: Their windows in a batch.
-        medium: Frames that it sees next.
-        medium_batch: Likewise.
-        crop: Side of the crops that the VAE sees now and then.
+        square: The default frame size.
+        wide, tall, large: The other frame sizes.
+        small: Frame size with which the VAE's training begins.
+        small_batch: Windows in a batch of this size.
+        medium: Frame size that follows.
+        medium_batch: Windows in a batch of this size.
+        crop: Side of the crops in some of the VAE's batches.
         crop_batch: Crops in a batch.
-        square_batch: Whole frames' windows in a batch.
-        clips: Rendered clips of a size that the VAE's windows are cut from.
-        batch_of: Clips in a transformer batch, by number of frames, at the default frame.
-        large_batch_of: Likewise at the largest frame.
+        square_batch: Windows in a batch of whole frames.
+        clips: Number of rendered clips of a size, from which the VAE's windows are cut.
+        batch_of: {frames: clips in a transformer batch} at the default frame size.
+        large_batch_of: The same at the largest frame size.
         encode_batch: Clips that are rendered and encoded at once.
         transformer: Arguments of the transformer.
-        eval_clips: Held-out clips that the VAE is measured on.
+        eval_clips: Number of held-out clips on which the VAE is measured.
         inference_steps: Denoising steps of the pictures at the end.
         report_every: Seconds between two progress lines.
     """
@@ -101,15 +101,15 @@ class TrainingJob:
 
     Attributes:
         stage: `vae`, `decoder`, `text`, `transformer` or `package`.
-        work_dir: Checkpoints, reports and pictures.
-        started: Wall clock when the process began.
+        work_dir: Folder of checkpoints, reports and pictures.
+        started: Wall clock time at which the process began.
         seconds: Wall seconds that this call may take.
-        total_seconds: Training seconds of the stage over all its calls; this call alone if None.
-        resume: Whether to go on from the stage's checkpoint.
-        start_from: A finished model whose weights the stage begins with; random ones if None.
-        seed: Of everything random.
-        device: Where to train.
-        plan: The sizes.
+        total_seconds: Training seconds of the stage over all its calls; None means only this call.
+        resume: Whether to continue from the stage's checkpoint.
+        start_from: A finished model with whose weights the stage begins; None means random ones.
+        seed: Seed of everything random.
+        device: The device to train on.
+        plan: The sizes of the training.
     """
 
     stage: str
@@ -129,7 +129,7 @@ class TrainingJob:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and activations in training; the CPU is slow at bfloat16."""
+        """Dtype of weights and activations in training; float32 on a CPU, slow at bfloat16."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -144,7 +144,7 @@ class TrainingJob:
 
 @dataclass(slots=True)
 class Clock:
-    """Where a stage stands in its schedule, which runs in training seconds over several calls."""
+    """Position of a stage in its schedule, which counts training seconds over several calls."""
 
     total: float
     before: float
@@ -168,12 +168,12 @@ class Clock:
 
     @property
     def fraction(self) -> float:
-        """Share of the schedule behind us."""
+        """Fraction of the schedule that is done."""
         return min(1.0, self.spent / self.total)
 
     @property
     def planned_fraction(self) -> float:
-        """Share of the schedule that will be behind us when this call ends."""
+        """Fraction of the schedule that will be done when this call ends."""
         return min(1.0, (self.before + self.deadline - self.begun) / self.total)
 
     @property

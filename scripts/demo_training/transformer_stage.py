@@ -1,4 +1,4 @@
-"""The transformer, trained on pools of encoded clips and prompts."""
+"""Trains the transformer on pools of encoded clips and prompts."""
 
 import itertools
 import math
@@ -32,32 +32,32 @@ from demo_training.weights import (
 
 LEARNING_RATE = 1.2e-3
 REFINING_LEARNING_RATE = 8e-4
-# Of Muon's steps, whose size is a fifth of an undisturbed one of AdamW.
+# Learning rate of Muon over AdamW's; Muon's steps are a fifth of an undisturbed AdamW step.
 MATRIX_RATE = 2.0
 FLAT_UNTIL = 0.3
 WARMUP_STEPS = 120
 SIGMA_SHIFT = 6.0
 UNIFORM_SHARE = 0.3
-# Other frame sizes join in this far into the schedule.
+# Fraction of the schedule from which on other frame sizes are used too.
 OTHER_SIZES_FROM = 0.4
 OTHER_SIZES_SHARE = 0.45
-# A finished model knows the default size.
+# Larger when refining, because a finished model already knows the default size.
 REFINING_OTHER_SIZES_SHARE = 0.6
-# By number of frames: where an object is, and what, is learnt from short clips of more scenes.
+# {frames: share}. Short clips show more scenes, from which objects and their places are learned.
 SHARES_OF_OTHER_SIZES = {17: 0.4, 33: 0.25, 65: 0.35}
-# Seconds of rendering and encoding.
+# Seconds of rendering and encoding clips.
 POOL_S = 25.0
 OTHER_POOL_S, REFINING_OTHER_POOL_S = 4.0, 8.0
 LARGE_POOL_S, REFINING_LARGE_POOL_S = 16.0, 50.0
 SAVE_EVERY_S = 150.0
-# Left at the end of a call for saving.
+# Seconds reserved at the end of a call for saving.
 RESERVE_S = 14.0
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.97, 1.001)
 
 
 @dataclass(slots=True)
 class Trainee:
-    """Everything that a training step touches."""
+    """Everything that a training step uses."""
 
     job: TrainingJob
     transformer: HunyuanVideoTransformer3DModel
@@ -81,7 +81,7 @@ def run(job: TrainingJob) -> None:
     trained = TrainedWeights(
         [transformer],
         dtype=job.dtype,
-        # What the working copies hold anyway: the masters lose their lower bits once a call.
+        # As the working copies; the masters lose their lower bits only once per call.
         stored_dtype=torch.bfloat16,
         betas=(0.9, 0.98),
         weight_decay=0.02,
@@ -134,7 +134,7 @@ def _block_matrices(transformer: HunyuanVideoTransformer3DModel) -> list[nn.Para
         parameter
         for block in blocks
         for name, parameter in block.named_parameters()
-        # The modulation, `norm`, begins with zeros.
+        # The modulation layers, called `norm`, begin with zeros.
         if parameter.ndim == 2 and not name.startswith("norm")
     ]
 
@@ -142,7 +142,7 @@ def _block_matrices(transformer: HunyuanVideoTransformer3DModel) -> list[nn.Para
 def _fill_all_pools(
     job: TrainingJob, text: TextStack, rng: random.Random, *, with_others: bool
 ) -> dict[Size, dict[int, LatentPool]]:
-    """Latents of every frame size that this call needs."""
+    """{frame size: {number of objects: pool}} for every size that this call needs."""
     plan, refining = job.plan, job.start_from is not None
     vae = load_vae(job)
     use_training_layers(vae)
@@ -162,7 +162,7 @@ def _draw_batch(trainee: Trainee, fraction: float) -> tuple[Tensor, Tensor, Tens
     plan, rng = trainee.job.plan, trainee.rng
     other_sizes_share = OTHER_SIZES_SHARE
     if trainee.job.start_from is not None:
-        # A finished model has been through the short clips.
+        # A finished model has already been trained on short clips.
         fraction = 1.0
         other_sizes_share = REFINING_OTHER_SIZES_SHARE
     if fraction < 0.3:
@@ -195,7 +195,7 @@ def _loss(
     uniform = torch.rand(count, device=device)
     middling = torch.sigmoid(1.1 * torch.randn(count, device=device))
     u = torch.where(torch.rand(count, device=device) < UNIFORM_SHARE, uniform, middling)
-    # What a larger frame shows is seen through more noise (arXiv:2403.03206, section 5.3.2).
+    # Larger frames remain recognisable under more noise (arXiv:2403.03206, section 5.3.2).
     height, width = trainee.job.plan.square
     area = latents.shape[-2] * latents.shape[-1] * 8**2 / (height * width)
     shift = SIGMA_SHIFT * math.sqrt(area)
@@ -213,7 +213,7 @@ def _loss(
         encoder_hidden_states=states,
         encoder_attention_mask=torch.ones(states.shape[:2], device=device, dtype=torch.long),
         pooled_projections=pooled,
-        # Of no meaning in training; drawn at random so that any value is harmless.
+        # Guidance has no meaning in training; random, so that any value is harmless later.
         guidance=torch.rand(count, device=device) * 9000 + 1000,
         return_dict=False,
     )[0]
@@ -223,7 +223,7 @@ def _loss(
 
 @torch.no_grad()
 def _check_processor(trainee: Trainee) -> None:
-    """The training processor must compute what the stock one does."""
+    """Check that the training processor computes the same as the stock one."""
     transformer = trainee.transformer
     shaken = [p for p in transformer.parameters() if p.requires_grad]
     kept = [p.clone() for p in shaken]
@@ -283,13 +283,13 @@ def _train(
 
 
 def _course(fraction: float) -> float:
-    """Of the learning rate: flat, then a cosine down to a hundredth."""
+    """Factor of the learning rate: constant, then a cosine down to a hundredth."""
     course = max(0.0, (fraction - FLAT_UNTIL) / (1 - FLAT_UNTIL))
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * course))
 
 
 def _summary(recent: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Mean loss, in all and by sigma."""
+    """Mean loss, overall and by sigma."""
     sigma, losses = (torch.cat(parts).cpu() for parts in zip(*recent, strict=True))
     by_sigma = {}
     for low, high in itertools.pairwise(SIGMA_BINS):

@@ -1,9 +1,8 @@
-"""The VAE's layers as a GPU computes them fast in training.
+"""Versions of the VAE's layers that train fast on a GPU and compute the same.
 
-PyTorch's group norm gives each group of each clip to one of a GPU's multiprocessors: two clips of
-four groups keep eight of 132 busy. Its replicating padding adds up gradients atomically, and its
-convolutions want channels last, which Diffusers' residual blocks undo. What stands here computes
-the same.
+PyTorch's group norm uses one of a GPU's multiprocessors for each group of each clip: two clips of
+four groups keep eight of 132 busy. Its replicating padding accumulates gradients atomically, and
+its convolutions are fast with channels last, which Diffusers' residual blocks undo.
 """
 
 from functools import partial
@@ -21,7 +20,7 @@ _SPACE = (2, 3, 4)  # frames, height, width
 
 
 def use_training_layers(vae: AutoencoderKLHunyuanVideo) -> None:
-    """Let the residual blocks, group norms and padded convolutions of ``vae`` compute as here."""
+    """Replace the residual blocks, group norms and padded convolutions of ``vae`` by these."""
     for module in vae.modules():
         if isinstance(module, nn.GroupNorm):
             module.forward = partial(_normalise, module)
@@ -62,7 +61,7 @@ class GroupNorm(torch.autograd.Function):
         mean = _group_sums(x.sum(_SPACE, dtype=torch.float32), num_groups) / count
         squares = torch.linalg.vector_norm(x, dim=_SPACE, dtype=torch.float32).square()
         variance = (_group_sums(squares, num_groups) / count - mean.square()).clamp(min=0)
-        # [B, C] in float32, as all that follows.
+        # [B, C] in float32, as everything below.
         mean, rstd = (_by_channel(part, x) for part in (mean, (variance + eps).rsqrt()))
         scale = rstd * weight
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -103,7 +102,7 @@ def _spread(by_channel: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Computed in float32, stored as ``x`` is."""
+    """``x`` * scale + shift, computed in float32 and stored in the dtype of ``x``."""
     return torch.addcmul(_spread(shift), x, _spread(scale), out=torch.empty_like(x))
 
 
@@ -131,7 +130,7 @@ class ReplicatePad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Add what the padding received to the edges; ``gradient`` is a convolution's own."""
+        """Add the padding's gradient to the edges, in place: ``gradient`` is used nowhere else."""
         for dim, before, after in zip(_SPACE, *_sides(ctx.padding), strict=True):
             end = gradient.shape[dim] - after
             if before:
@@ -145,7 +144,7 @@ class ReplicatePad(torch.autograd.Function):
 
 
 def _sides(padding: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What is added before and after, by frames, height and width."""
+    """Padding before and after, for frames, height and width."""
     left, right, top, bottom, before, after = padding
     return (before, top, left), (after, bottom, right)
 

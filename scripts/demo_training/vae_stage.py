@@ -1,9 +1,9 @@
-"""The VAE: trained on windows of rendered clips, then normalised so that latents have unit scale.
+"""Trains the VAE on windows of rendered clips, then normalises it so that latents have unit scale.
 
 A window is decoded as the pipeline decodes a long clip: from latents that begin anywhere, not only
-at a clip's first frame. Squared error is what PSNR measures; absolute error keeps wide flat
-areas in their colours. Once they are right the loss is PSNR itself. The decoder stage goes on
-with the decoder alone: latents stay what they are, so the transformer can be trained beside it.
+at a clip's first frame. The loss has squared error, which PSNR measures, and absolute error, which
+keeps the colours of large plain areas; later it is PSNR itself. The decoder stage trains only the
+decoder: latents do not change, so the transformer can be trained at the same time.
 """
 
 import math
@@ -40,23 +40,23 @@ LEARNING_RATE = 2e-3
 DECODER_LEARNING_RATE = 6e-4
 WARMUP_STEPS = 60
 KL_WEIGHT = 1e-4
-# So far into the schedule frames are small, then middling: for its first thousand steps or more
-# the VAE learns hardly anything, whatever the size of the frames, and small ones take a fraction
-# of the time.
+# Fractions of the schedule until which frames are small, then medium. In its first thousand steps
+# the VAE learns hardly anything with frames of any size, and small ones take a fraction of the
+# time.
 SMALL_UNTIL = 0.05
 MEDIUM_UNTIL = 0.25
 CROP_SHARE = 0.1
-# From here on in the schedule the loss is PSNR, with a weight that leaves the KL its share.
+# From this fraction of the schedule on, the loss is PSNR, weighted to keep the share of the KL.
 PSNR_FROM = 0.5
 PSNR_WEIGHT = 0.01
 SAVE_EVERY_S = 150.0
-# Left at the end of a call for saving, measuring and pictures.
+# Seconds reserved at the end of a call for saving, measuring and pictures.
 RESERVE_S = 18.0
 VAE_FILE = "vae.pt"
 
 
 class ClipPool:
-    """Rendered clips on the device, replaced one by one while training goes on."""
+    """Rendered clips on the device, replaced one by one during training."""
 
     def __init__(self, job: TrainingJob, rng: random.Random, size: Size) -> None:
         self._job = job
@@ -69,7 +69,7 @@ class ClipPool:
         self._clips[self._rng.randrange(len(self._clips))] = self._render()
 
     def batch(self, crop: int | None, count: int, num_frames: int) -> Tensor:
-        """Random windows of ``num_frames`` frames, whole or cropped, mirrored as often as not."""
+        """Random windows of ``num_frames`` frames, whole or cropped, half of them mirrored."""
         rng, windows = self._rng, []
         height, width = self._size
         for _ in range(count):
@@ -127,7 +127,7 @@ def run(job: TrainingJob) -> None:
     job.log(f"checkpoint saved at {clock.fraction:.0%} of the schedule")
     del pools
 
-    # From here on many sizes run a few times each.
+    # From here on many sizes run only a few times each.
     torch.backends.cudnn.benchmark = False
     final = _averaged_vae(trained).to(job.device)
     if job.stage == "vae":
@@ -159,8 +159,8 @@ def _let_blocks_begin_as_identity(vae: AutoencoderKLHunyuanVideo) -> None:
 def load_vae(job: TrainingJob) -> AutoencoderKLHunyuanVideo:
     """The trained, normalised VAE, frozen, as it will be shipped.
 
-    It is that of `vae.pt`; where a finished model is refined and there is none, the model's own,
-    which `vae.pt` then holds.
+    It comes from `vae.pt`. If that is missing and a finished model is refined, it comes from the
+    model and is written to `vae.pt`.
     """
     path = job.work_dir / VAE_FILE
     vae = build_vae()
@@ -180,7 +180,7 @@ def _write(vae: AutoencoderKLHunyuanVideo, path: Path) -> None:
 
 
 def _frame_size(job: TrainingJob, fraction: float) -> Size:
-    """Of the clips that batches are cut from, so far into the schedule."""
+    """Frame size of the clips for batches at this fraction of the schedule."""
     if job.stage == "decoder" or fraction >= MEDIUM_UNTIL:
         return job.plan.square
     return job.plan.small if fraction < SMALL_UNTIL else job.plan.medium
@@ -222,11 +222,11 @@ def _loss(
     absolute, squared = error.abs().mean(), error.square().mean((1, 2, 3, 4))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     if by_psnr:
-        # The mean of the windows' PSNR, but for a factor.
+        # The mean of the windows' PSNR, up to a factor.
         of_error = PSNR_WEIGHT * squared.clamp(min=1e-8).log().mean()
     else:
         of_error = absolute + 2 * squared.mean()
-    # A frozen encoder has a KL without gradients.
+    # With a frozen encoder the KL has no gradient.
     return of_error + KL_WEIGHT * kl, torch.stack([absolute, squared.mean(), kl])
 
 
@@ -277,7 +277,7 @@ def _summary(recent: dict[str, list[Tensor]]) -> dict[str, Any]:
 
 
 def _psnr(squared_error: float) -> float:
-    """Peak signal to noise of values in [-1, 1]."""
+    """PSNR in dB of values in [-1, 1]."""
     return 10 * math.log10(4 / max(squared_error, 1e-10))
 
 
@@ -292,7 +292,7 @@ def _averaged_vae(trained: TrainedWeights) -> AutoencoderKLHunyuanVideo:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKLHunyuanVideo, job: TrainingJob) -> dict[str, list[float]]:
-    """Fold each latent channel's mean and scale into the 1x1x1 convolutions beside it; exact."""
+    """Fold each latent channel's mean and scale into the adjacent 1x1x1 convolutions; exact."""
     rng = random.Random(f"{job.seed}/statistics")
     means, variances = [], []
     for _ in range(2 if job.is_smoke else 32):
@@ -320,7 +320,7 @@ def normalise_latents(vae: AutoencoderKLHunyuanVideo, job: TrainingJob) -> dict[
 def measure_reconstruction(
     job: TrainingJob, vae: AutoencoderKLHunyuanVideo
 ) -> dict[str, dict[str, float]]:
-    """PSNR of held-out 65-frame clips through the stock encoding and decoding, by frame size."""
+    """{frame size: PSNR} of held-out 65-frame clips after stock encoding and decoding."""
     rng = random.Random(f"{job.seed}/held-out")
     plan = job.plan
     result: dict[str, dict[str, float]] = {}

@@ -1,8 +1,8 @@
 """Trained weights: half-precision working copies, float32 masters, a moving average, checkpoints.
 
 A checkpoint is split into parts under 15 MB. It holds weights, moving average, random states and
-the place in the schedule, not the optimiser's moments: a resumed stage starts those anew with a
-short warm-up, which costs a few seconds and keeps the files small.
+the position in the schedule, but not the optimiser's moments. A resumed stage starts these anew
+with a short warm-up, which costs a few seconds and keeps the files small.
 """
 
 import io
@@ -27,13 +27,13 @@ class TrainedWeights:
     """The parameters of some modules and how they are updated.
 
     Args:
-        modules: On their device, in float32; they are turned to ``dtype``.
-        dtype: Of the working copies.
-        stored_dtype: Of weights and average in a checkpoint.
-        betas: Of AdamW.
-        weight_decay: Of every optimiser.
-        ema_decay: Of the moving average, reached after a ramp.
-        matrices: Parameters of the modules that Muon updates; AdamW takes the others.
+        modules: The modules, on their device in float32; they are converted to ``dtype``.
+        dtype: Dtype of the working copies.
+        stored_dtype: Dtype of weights and average in a checkpoint.
+        betas: Betas of AdamW.
+        weight_decay: Weight decay of every optimiser.
+        ema_decay: Decay of the moving average, reached after a ramp.
+        matrices: Parameters of the modules that Muon updates; AdamW updates the others.
         matrix_rate: Muon's learning rate over AdamW's.
     """
 
@@ -65,7 +65,7 @@ class TrainedWeights:
         adamw = torch.optim.AdamW(
             others, lr=0.0, betas=betas, weight_decay=weight_decay, fused=others[0].is_cuda
         )
-        # Each with its learning rate over the one that `step` is given.
+        # Each with its learning rate as a multiple of the argument of `step`.
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, 1.0)]
         if matrices:
             chosen = [m for m, muon in zip(self.masters, by_muon, strict=True) if muon]
@@ -75,7 +75,7 @@ class TrainedWeights:
             self.optimisers.append((muon, matrix_rate))
 
     def step(self, learning_rate: float, warmup_steps: int) -> Tensor:
-        """Update from the working copies' gradients; gives the gradient's norm before clipping."""
+        """Update from the working copies' gradients; returns their norm before clipping."""
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -96,11 +96,11 @@ class TrainedWeights:
 
     @torch.no_grad()
     def show_average(self) -> None:
-        """Put the moving average into the modules."""
+        """Copy the moving average into the modules."""
         torch._foreach_copy_([p.detach() for p in self.parameters], self.ema)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The content of a checkpoint."""
         return {
             "weights": [w.detach().to("cpu", self.stored_dtype) for w in self.masters],
             "ema": [w.to("cpu", self.stored_dtype) for w in self.ema],
@@ -109,7 +109,7 @@ class TrainedWeights:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's weights."""
+        """Load a checkpoint's weights."""
         for own, stored in ((self.masters, state["weights"]), (self.ema, state["ema"])):
             for target, source in zip(own, stored, strict=True):
                 target.copy_(source)
@@ -124,7 +124,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on with every random generator where `random_state` was taken."""
+    """Set every random generator to a state from `random_state`."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
@@ -132,7 +132,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _saved(state: Any) -> bytes:
-    """What torch.save makes of it; without room for a file, it does not say which one."""
+    """The bytes of torch.save, which on a full disk would not say which file it cannot write."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -148,7 +148,7 @@ def save_checkpoint(directory: Path, name: str, state: dict[str, Any]) -> list[P
     """Write `name.ckpt.0`, `name.ckpt.1`, ... of at most `PART_BYTES` each."""
     data = _saved(state)
     parts = []
-    # The old parts stay until all the new ones are there.
+    # The old parts stay until all new parts are written.
     with ExitStack() as stack:
         for index, start in enumerate(range(0, len(data), PART_BYTES)):
             parts.append(directory / f"{name}.ckpt.{index}")
@@ -166,7 +166,7 @@ def save_stage(
     calls: int,
     history: list[dict[str, Any]],
 ) -> None:
-    """Write the checkpoint from which the stage can go on."""
+    """Write the checkpoint from which the stage can resume."""
     state = {
         "weights": trained.state(),
         "random": random_state(),
@@ -205,7 +205,7 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
 
 def inherit_reports(directory: Path, model_dir: Path) -> None:
-    """Begin `training.json` with the calls that a finished model has behind it."""
+    """Begin `training.json` with the training calls of a finished model."""
     path = directory / "training.json"
     if not path.is_file():
         calls = json.loads((model_dir / "TRAINING.json").read_text())["calls"]
@@ -213,7 +213,7 @@ def inherit_reports(directory: Path, model_dir: Path) -> None:
 
 
 def add_report(directory: Path, entry: dict[str, Any]) -> None:
-    """Append what a call did, and on which GPU, to `training.json`."""
+    """Append the record of a call, and its GPU, to `training.json`."""
     entry["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     path = directory / "training.json"
     entries = json.loads(path.read_text()) if path.is_file() else []
