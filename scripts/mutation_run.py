@@ -165,7 +165,7 @@ def _run_tests(tree: Path, tests: list[str], notes: Path | None) -> None:
 
 
 def write_results(path: Path, mutants: list[dict[str, Any]]) -> None:
-    """Replace the file; `xattn_video.files` must not be imported here, because mutants change it."""
+    """Replace the file; `xattn_video.files` must not be imported here, as mutants change it."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.write_text(json.dumps(mutants, indent=1))

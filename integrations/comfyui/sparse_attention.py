@@ -25,7 +25,7 @@ class NodeSettings:
 
     Attributes:
         threshold, stride, backend: As in `xattention`.
-        highest_sigma, lowest_sigma: Steps with sigmas in this range are sparse.
+        highest_sigma, lowest_sigma: Steps with lowest_sigma < sigma <= highest_sigma are sparse.
         dense_blocks: Numbers of blocks that stay dense; single blocks follow the double ones.
         min_tokens: With fewer video tokens, everything stays dense.
         verbose: Whether each step logs a line.
