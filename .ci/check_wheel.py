@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-# Two demo models, and what else is shipped.
+# The largest size allowed: two demo models and all other files.
 _LARGEST_BYTES = 45e6
 _OPERATOR = """
 import torch, xattn_video

@@ -1,1 +1,1 @@
-"""Triton kernels. They import torch and triton alone."""
+"""Triton kernels, which import only torch and triton."""

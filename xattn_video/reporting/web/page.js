@@ -8,7 +8,7 @@ for (const select of document.querySelectorAll("[data-chooses]")) {
       panel.dispatchEvent(new Event(panel.hidden ? "leave" : "enter"));
     });
   });
-  // A browser that comes back to the page keeps what was chosen.
+  // Browsers keep the selection when the user returns to the page.
   if (select.value !== "0") select.dispatchEvent(new Event("change"));
 }
 
@@ -225,7 +225,7 @@ if (copy) {
     try {
       await navigator.clipboard.writeText(code.textContent);
     } catch {
-      // Where the clipboard is closed to a page, the text is selected and the old way tried.
+      // If the page may not use the clipboard, select the text and try the old copy command.
       getSelection().selectAllChildren(code);
       if (!document.execCommand("copy")) return;
     }
