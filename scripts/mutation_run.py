@@ -69,7 +69,7 @@ def draw_mutants(number: int, seed: int, folders: Iterable[str]) -> Iterator[dic
 
 
 def _skipped_ranges(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges without mutants, as tests need not notice them: annotations, decorators, errors."""
+    """Ranges without mutants: annotations, decorators, f-strings and raise statements."""
     skipped: list[Any] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign | ast.arg):

@@ -207,7 +207,7 @@ def _machine() -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text to ``path`` completely, or leave the file unchanged."""
+    """Write a text to ``path`` completely, or raise FileNotWrittenError and leave it unchanged."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

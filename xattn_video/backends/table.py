@@ -112,6 +112,9 @@ def available_backends(
 
     Returns:
         {backend: reasons}, each reason with its remedy.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of a wrong type.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -141,7 +141,7 @@ class PrefillReport:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON; raises FileNotWrittenError if that fails."""
         write_json(path, self.to_dict())
 
 

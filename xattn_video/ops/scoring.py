@@ -89,8 +89,8 @@ def block_scores(
         normal float32. NaN or inf in the inputs makes the valid blocks of the rows they reach NaN.
 
     Raises:
-        ValueError: Shapes, dtypes or devices disagree, ``stride`` does not divide ``block_size``,
-            a key length is out of range, or 8-bit scores are not available here.
+        ValueError, TypeError: An argument is out of range or of a wrong type, shapes, dtypes or
+            devices disagree, or 8-bit scores are not available here.
     """
     check_pair(query, key, causal)
     check_block_size(block_size, stride)

@@ -95,7 +95,7 @@ def select(
 
     Raises:
         ValueError, TypeError: An argument is out of range or of a wrong type, or shapes, dtypes
-            or devices disagree.
+            or devices disagree, or the inputs need gradients.
     """
     check_pair(query, key, causal)
     check_inference(query, key)

@@ -195,7 +195,7 @@ class SparsityReport:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON; raises FileNotWrittenError if that fails."""
         write_json(path, self.to_dict())
 
     def plot(self, path: str | Path) -> None:
@@ -204,6 +204,7 @@ class SparsityReport:
         Raises:
             ValueError: Nothing has run yet.
             MissingPackageError: matplotlib is not installed.
+            FileNotWrittenError: The file cannot be written.
         """
         if not self.forwards:
             raise ValueError("the report is empty; run the pipeline before plotting it.")

@@ -99,6 +99,9 @@ class ThresholdSchedule:
         Args:
             value: A float, a list (step i uses entry i, the last one holds), a mapping
                 {step: tau} (each holds until the next), a callable step -> tau, or a schedule.
+
+        Raises:
+            ValueError, TypeError: A tau is outside (0, 1], or a value is of a wrong type.
         """
         if isinstance(value, ThresholdSchedule | CallableSchedule):
             return value
@@ -204,7 +207,7 @@ class ThresholdSchedule:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the schedule as JSON."""
+        """Write the schedule as JSON; raises FileNotWrittenError if that fails."""
         write_json(path, self.to_dict())
 
     @classmethod

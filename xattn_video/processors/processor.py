@@ -165,7 +165,8 @@ class XAttnProcessor(TransformerBound):
 
         Raises:
             UnsupportedModelError: The model is not supported.
-            ValueError: The model does not use this processor, or the processor serves another.
+            ValueError: The model does not use this processor, the processor serves another model,
+                or its schedule names a layer or a head that the model lacks.
         """
         transformer = unwrapped(transformer)
         self.check_binding(transformer)
@@ -189,7 +190,7 @@ class XAttnProcessor(TransformerBound):
         return self
 
     def check_binding(self, transformer: Any) -> None:
-        """Raise if the processor cannot serve the transformer."""
+        """Raise UnsupportedModelError or ValueError if it cannot serve the transformer."""
         transformer = unwrapped(transformer)
         num_layers = len(family_of(transformer).attentions(transformer))
         self.settings.schedule.per_head(0, num_layers, transformer.config.num_attention_heads)
