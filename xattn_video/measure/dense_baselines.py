@@ -14,7 +14,7 @@ from xattn_video.kernels import flash_attention_4
 from xattn_video.measure.attention_problems import AttentionTensors
 
 STOCK = "sdpa-padding-mask"
-"""The baseline that does what the stock processor does."""
+"""The baseline equal to the attention call of the stock processor."""
 
 # Padding of a prompt of 60 tokens (256 - 60), which the stock processor masks.
 _STOCK_PADDING = 196

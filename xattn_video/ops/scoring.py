@@ -21,8 +21,8 @@ from xattn_video.ops.problem import Problem
 Precision: TypeAlias = Literal["auto", "exact", "float8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# Rounding to 8 bits takes time that grows with the tokens, and saves time that grows with their
-# square: on an H100 it loses at 17,429 tokens and wins at 119,056.
+# The cost of rounding to 8 bits grows with the tokens, and the gain with their square: on an H100
+# it is slower at 17,429 tokens and faster at 119,056.
 _FLOAT8_PAYS_FROM = 65536
 
 # Elements of one chunk of the group matrix on the torch path. On a CPU 4 MiB of float32 stay in
