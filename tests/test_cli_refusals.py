@@ -42,6 +42,10 @@ from command_line import SMALL, run_cli
             ["--preset=fast", "--token-order=hilbert"],
             "--preset='fast' already sets --threshold, --density, --token-order",
         ),
+        # Also what would be the default.
+        (["--preset=fast", "--token-order=raster"], "got --token-order too; omit one"),
+        (["--preset=fast", "--compensation=none"], "got compensation too; omit one"),
+        (["--preset=fast", "--mask-every=1"], "got --mask-every too; omit one"),
         (["--prompt=a", "--density=1.5"], "--density must lie in (0, 1], got 1.5"),
         (["--prompt=a", "--refresh-every=0"], "--refresh-every must be at least 1 step, got 0"),
         (["--prompt=a", "--refresh-every=60"], "at most the number of denoising steps, got 60"),

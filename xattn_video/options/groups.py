@@ -1,7 +1,7 @@
 """Options for the model, the video and sparse attention, shared by several commands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.options.command import Group, group_of, knob, option
 from xattn_video.pipelines.request import DEMO_SETTINGS, VideoSettings, default_settings
 from xattn_video.pipelines.source import DEMO, HUNYUAN_VIDEO
-from xattn_video.policy.presets import settings_of
+from xattn_video.policy.presets import SET_BY_PRESETS, settings_of
 from xattn_video.policy.schedule import ThresholdSchedule, read_schedule
 from xattn_video.policy.settings import SparseSettings
 
@@ -151,10 +151,18 @@ def sparse_options(*names: str, without: Sequence[str] = ()) -> dict[str, Parame
         without: Options that the command has in another form.
     """
     return {
-        source.name: option(source, panel=SPARSITY)
+        source.name: option(source, panel=SPARSITY, **_unless_given(source))
         for source in fields(SparseSettings)
         if _in(source.name, names) and source.name not in without
     }
+
+
+def _unless_given(source: "Field[Any]") -> dict[str, Any]:
+    """No default for an option that presets set: typed, the default contradicts them too."""
+    if source.name not in SET_BY_PRESETS or source.default is None:
+        return {}
+    kind = type(source.default) | None
+    return {"kind": kind, "default": None, "shown_default": str(source.default)}
 
 
 def sparse_subset(*names: str) -> Group:
@@ -170,13 +178,11 @@ def sparse_subset(*names: str) -> Group:
 def given_sparse(values: dict[str, Any]) -> dict[str, Any]:
     """The given arguments of `SparseSettings`, with the demo model's default.
 
-    Values that equal the default are omitted, so that they do not contradict a preset.
+    Settings of presets are included only if they were typed.
     """
-    defaults = {source.name: source.default for source in fields(SparseSettings)}
-    given = _given(fields(SparseSettings), values)
     # The demo model is meant to show sparse attention.
     own = {"min_tokens": 0} if chosen_model(values) == DEMO else {}
-    return own | {name: value for name, value in given.items() if value != defaults[name]}
+    return own | _given(fields(SparseSettings), values)
 
 
 def sparse_settings() -> Group:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, TypeAlias
 
+from xattn_video.policy.presets import in_place_of_preset
 from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
@@ -99,10 +100,7 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
     """
     every, num_steps = settings.refresh_every, run.num_steps
     if every is not None and num_steps is not None and every > num_steps:
-        raise ValueError(
-            f"refresh_every must be at most the number of denoising steps, got {every} and "
-            f"{num_steps} steps; lower it, or run more steps."
-        )
+        raise _refresh_after_the_end(settings, num_steps)
     reason = _dense_reason(settings, step, run)
     primes = _primes(settings, step, run)
     # A step that primes uses the thresholds of the step after it.
@@ -128,6 +126,17 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         tuple(choosing),
         last_sparse,
         settings.keeps_all_reason,
+    )
+
+
+def _refresh_after_the_end(settings: SparseSettings, num_steps: int) -> ValueError:
+    others = in_place_of_preset(settings)
+    remedy = "lower it, or run more steps"
+    if others is not None:
+        remedy = f"run more steps, or lower it and give {others}"
+    return ValueError(
+        "refresh_every must be at most the number of denoising steps, got "
+        f"{settings.refresh_every} and {num_steps} steps; {remedy}."
     )
 
 

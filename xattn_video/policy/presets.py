@@ -18,7 +18,15 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 }
 """Arguments of `SparseSettings`; docs/fewer-blocks.md has the measurements of each preset."""
 
-_SETS = ("threshold", "density", "token_order", "compensation", "mask_every", "refresh_every")
+SET_BY_PRESETS = (
+    "threshold",
+    "density",
+    "token_order",
+    "compensation",
+    "mask_every",
+    "refresh_every",
+)
+"""The fields that a preset sets."""
 
 
 def preset_settings(preset: str, **options: Any) -> SparseSettings:
@@ -39,14 +47,28 @@ def preset_settings(preset: str, **options: Any) -> SparseSettings:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
     calibrated = isinstance(options.get("density"), ThresholdSchedule)
     contradicting = [
-        name for name in _SETS if name in options and not (name == "density" and calibrated)
+        name
+        for name in SET_BY_PRESETS
+        if name in options and not (name == "density" and calibrated)
     ]
     if contradicting:
         raise ValueError(
-            f"preset={preset!r} already sets {', '.join(_SETS)}, got {', '.join(contradicting)} "
-            "too; omit one of them."
+            f"preset={preset!r} already sets {', '.join(SET_BY_PRESETS)}, got "
+            f"{', '.join(contradicting)} too; omit one of them."
         )
     return SparseSettings(**PRESETS[preset] | options)  # type: ignore[index]
+
+
+def in_place_of_preset(settings: SparseSettings) -> str | None:
+    """What to give with another refresh_every in place of a preset; None for no preset's settings.
+
+    Such as "density=0.05, token_order='hilbert' in place of preset='fast'".
+    """
+    for preset, values in PRESETS.items():
+        if all(getattr(settings, name) == value for name, value in values.items()):
+            others = [f"{k}={v!r}" for k, v in values.items() if k != "refresh_every"]
+            return f"{', '.join(others)} in place of preset={preset!r}"
+    return None
 
 
 def settings_of(preset: str | None, **options: Any) -> SparseSettings:
@@ -67,14 +89,16 @@ def parse_setting(text: str, **options: Any) -> SparseSettings:
         options: Other fields; the text overrides them.
 
     Raises:
-        ValueError: The text has an unknown name, contradicts a preset, or a value is out of
-            range.
+        ValueError: The text has an unknown name or one name twice, contradicts a preset, or a
+            value is out of range.
     """
     names = ("preset", *(source.name for source in fields(SparseSettings)))
     given: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
         name = name.replace("-", "_")
+        if name in given:
+            raise ValueError(f"a setting must name {name} once, got it twice in {text!r}.")
         if name not in names or not value:
             raise ValueError(
                 f"a setting must be NAME=VALUE,... with the names {', '.join(names)}, "
