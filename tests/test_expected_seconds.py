@@ -120,6 +120,11 @@ def test_the_plan_tells_the_seconds_and_where_they_come_from():
     assert "seconds about 163 at density 0.336 on NVIDIA H100 80GB HBM3 without offl" in words
     assert "(a model from measured parts: 3 text + 5 dense x 5.07 + 45 sparse x" in words
     assert "a video" in out
+    words = ("plan", "--device=cuda", "--preset=balanced", "--json")
+    rows = json.loads(run_cli(*words)[1])["expected"]["rows"]
+    seconds = next(row["seconds"] for row in rows if row["density"] == 0.1)
+    told = " ".join(run_cli(*words[:-1])[1].split())
+    assert f"seconds about {seconds:.0f} at density 0.100 on" in told
     words = ("plan", "--device=cuda", "--num-gpus=4", "--json")
     expected = json.loads(run_cli(*words)[1])["expected"]
     assert [row["density"] for row in expected["rows"]] == [0.2, 0.34, 0.455, 0.6, 0.8]

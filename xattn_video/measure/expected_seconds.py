@@ -116,9 +116,11 @@ class ExpectedSeconds:
         return {"device": self.measured.device, "rows": rows, "sources": self.measured.sources}
 
     def describe(self) -> str:
-        """`total` with its terms as text, at the measured density if steps are sparse."""
+        """`total` with its terms as text, at the density asked for, or else the measured one."""
         plan = self.plan
-        density = self.measured.density if plan.sparse_steps else 1.0
+        density = 1.0
+        if plan.sparse_steps:
+            density = self.measured.density if plan.density is None else plan.density
         parts = self.parts(density)
         dense_steps = f"{round(self._dense_steps, 1):g}"
         terms = [f"{parts.text:.0f} text", f"{dense_steps} dense x {parts.dense_step:.2f}"]

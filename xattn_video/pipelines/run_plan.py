@@ -86,6 +86,8 @@ class RunPlan:
     """Sparse steps in which at least one layer also computes the dense output."""
     refreshed: float
     """Refreshes in these steps, counted by layer and divided by the number of layers."""
+    density: float | None
+    """Of the sparse steps, as asked for; None if a threshold decides."""
     dense_step_tflop: float
     attention_share: float
     scoring_share: float
@@ -154,6 +156,7 @@ def plan_run(
         sparse_steps=counts.sparse,
         refresh_steps=counts.refreshes,
         refreshed=counts.refreshed,
+        density=asked,
         dense_step_tflop=tflop,
         attention_share=share,
         scoring_share=share * scoring,
