@@ -124,6 +124,16 @@ def test_the_linear_term_is_nearer_to_dense_attention():
     assert error[1] < 0.5 * error[0]
 
 
+def test_covariances_fit_in_float16_where_sums_do_not():
+    query, key, value, mask = problem(tokens=128)
+    # 32 products of about 8 x 800 a block.
+    key, value = key * 4, key.roll(1, -1) * 800
+    inputs = ((query / 16).half(), key.half(), value.half(), mask, 4, True)
+    found, exact = compensated(*inputs).double(), expected(*inputs)
+    assert (found - exact).norm() < 0.01 * exact.norm()
+    assert error_weights(*inputs[1:3], 32, 4).isfinite().all()
+
+
 def test_weights_are_the_norms_of_covariances():
     _, key, value, _ = problem()
     found = error_weights(key, value, 32, 4)

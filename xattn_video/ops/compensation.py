@@ -142,8 +142,9 @@ def _moments(
     length = num_blocks * block_size
     keys, values = (one[:, :, :length].unflatten(2, (-1, block_size)) for one in (key, value))
     mean_keys, mean_values = keys.mean(dim=3), values.mean(dim=3)
-    covariances = (keys - mean_keys[..., None, :]).mT @ values
-    return mean_keys, mean_values, covariances.div_(block_size)
+    # Divided before they are summed: a float16 has no room for the sum.
+    centred = (keys - mean_keys[..., None, :]).div_(block_size)
+    return mean_keys, mean_values, centred.mT @ values
 
 
 def _block_means(tokens: Tensor, block_size: int) -> Tensor:
