@@ -81,6 +81,13 @@ def test_dense_runs_have_no_sparse_step():
     assert found.backend is None
 
 
+def test_a_backend_without_compensation_is_warned_of():
+    sparse = SparseSettings(compensation="means", backend="flex")
+    found = plan_run(ModelShape(), VideoSettings(), sparse, CPU)
+    assert found.backend is None
+    assert any("which compensation needs" in warning for warning in found.warnings)
+
+
 REFRESH = {"density": 0.1, "refresh_every": 5}
 
 

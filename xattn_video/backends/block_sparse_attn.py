@@ -46,7 +46,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if problem.causal:
         reasons.append("causal attention is not supported; use backend triton.")
     if problem.lse:
-        reasons.append("the package does not return the log-sum-exp; use backend triton.")
+        reasons.append(
+            "the package does not return the log-sum-exp, which compensation needs; use backend "
+            "triton."
+        )
     return reasons
 
 

@@ -40,7 +40,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.extend(_cpu_reasons())
         if problem.lse:
             reasons.append(
-                "FlexAttention returns no log-sum-exp on a CPU; use backend torch_gather."
+                "FlexAttention returns no log-sum-exp on a CPU, which compensation needs; use "
+                "backend torch_gather."
             )
     else:
         reasons.append(

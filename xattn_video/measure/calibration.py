@@ -180,7 +180,7 @@ class AttentionErrors:
             block_size=settings.block_size,
             causal=layout.causal,
             ragged=layout.ragged,
-            lse=settings.compensation != "none",
+            lse=settings.needs_lse,
         )
         backend = resolve_backend(settings.backend, problem)
         if settings.token_order == "hilbert":

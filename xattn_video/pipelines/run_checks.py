@@ -40,7 +40,9 @@ def check_runs(
         sparse = request.sparse
         if sparse is not None:
             device, dtype = load.resolved_device, load.resolved_dtype
-            problem = Problem(device, dtype, shape.head_dim, sparse.block_size)
+            problem = Problem(
+                device, dtype, shape.head_dim, sparse.block_size, lse=sparse.needs_lse
+            )
             resolve_backend(sparse.backend, problem)
             check_precision(sparse.scoring_precision, problem, sparse.stride)
         plan = plan_run(shape, request.video, sparse, load)

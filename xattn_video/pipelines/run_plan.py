@@ -266,7 +266,13 @@ def _choose_backend(
     Returns None and no warnings for a device in another machine.
     """
     device = options.resolved_device
-    problem = Problem(device, options.resolved_dtype, shape.head_dim, settings.block_size)
+    problem = Problem(
+        device,
+        options.resolved_dtype,
+        shape.head_dim,
+        settings.block_size,
+        lse=settings.needs_lse,
+    )
     backend, warnings = None, list[str]()
     if not options.device_is_here:
         return backend, warnings

@@ -186,6 +186,11 @@ class SparseSettings:
         """Whether steps reuse the blocks or the residual of an earlier step."""
         return self.refresh_every is not None or self.mask_every != 1
 
+    @property
+    def needs_lse(self) -> bool:
+        """Whether backends must return the log-sum-exp, by which skipped blocks are merged."""
+        return self.compensation != "none"
+
     def min_tokens_on(self, device_type: str) -> int:
         """``min_tokens``, or the default of the device.
 

@@ -179,7 +179,7 @@ class Session:
             block_size=settings.block_size,
             causal=layout.causal,
             ragged=layout.ragged,
-            lse=settings.compensation != "none",
+            lse=settings.needs_lse,
         )
         try:
             check_precision(settings.scoring_precision, problem, settings.stride)
