@@ -118,6 +118,23 @@ def test_the_plot_is_a_picture(tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_long_title_of_a_plot_is_not_cut_off(monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "xattn_video.policy.report.write_figure", lambda _, made: figures.append(made)
+    )
+    refreshed = LayerRun("sparse", None, 15, 100, refreshed=True)
+    runs = [forward(step, refreshed if step == 14 else sparse(15)) for step in range(25)]
+    SparsityReport(("a",), tuple(runs)).plot("run.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    title = figure.axes[0].title
+    assert "budget" in title.get_text()
+    inside = title.get_window_extent()
+    assert 0 <= inside.x0 < inside.x1 <= figure.bbox.x1
+    assert inside.y1 <= figure.bbox.y1
+
+
 def test_plotting_leaves_matplotlib_as_it_was(tmp_path):
     """No figure of pyplot's, and no import of it: it may open a window."""
     code = f"""

@@ -229,7 +229,9 @@ class SparsityReport:
         columns = range(0, len(steps), max(1, len(steps) // 12))
         axes.set_xticks(list(columns), [str(steps[column]) for column in columns])
         axes.set_yticks(range(0, num_layers, max(1, num_layers // 10)))
-        axes.set(xlabel="denoising step", ylabel="layer", title=self.summary())
+        axes.set(xlabel="denoising step", ylabel="layer")
+        # With refreshes the summary is wider than a plot of few steps.
+        axes.set_title(self.summary(), wrap=True)
         keys = [Patch(facecolor="0.82", label="dense")]
         if any("skipped" in row for row in densities):
             keys.append(Patch(facecolor="white", edgecolor="0.6", label="skipped by a cache"))
