@@ -8,8 +8,9 @@ import pytest
 from xattn_video.cli.compare_options import compared_prompts, parse_numbers
 from xattn_video.measure.comparison import Measurement, judge_demo_clip
 from xattn_video.measure.comparison_rows import MethodRow, summarise
-from xattn_video.measure.methods import DENSE, sparse_methods
+from xattn_video.measure.methods import DENSE, method_of, sparse_methods
 from xattn_video.measure.similarity import Similarity
+from xattn_video.policy.presets import parse_setting
 
 
 def test_the_demo_prompts_are_fixed_and_none_was_trained_on():
@@ -106,6 +107,29 @@ def test_the_demo_models_clips_are_judged_from_their_pixels():
     assert judged["colour"] == [True]
     assert judge_demo_clip(prompt.replace("red", "green"), Clip(frames, 24))["colour"] == [False]
     assert judge_demo_clip("a cat", Clip(frames, 24)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        (["threshold=0.9"], "density of the sparse steps (kept / valid blocks)"),
+        (
+            ["threshold=0.9", "density=0.1,refresh_every=5"],
+            "budget: density with refreshes counted as 1 (kept / valid blocks)",
+        ),
+    ],
+)
+def test_the_axis_of_a_plot_says_whether_refreshes_count(settings, label, monkeypatch, tmp_path):
+    from xattn_video.measure import comparison_plots
+
+    drawn = []
+    monkeypatch.setattr(comparison_plots, "write_figure", lambda _, made: drawn.append(made))
+    methods = [method_of(parse_setting(text)) for text in settings]
+    empty = dict.fromkeys(MethodRow.__dataclass_fields__) | {"num_videos": 1, "identical": False}
+    measured = empty | {"psnr": 40.0, "density": 0.3}
+    rows = [MethodRow(**measured | {"method": method}) for method in methods]
+    comparison_plots.write_plots(tmp_path / "plot", rows, {})
+    assert drawn[0].axes[0].get_xlabel() == label
 
 
 def test_the_plot_of_densities_spreads_its_colours(monkeypatch, tmp_path):
