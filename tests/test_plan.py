@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from xattn_video.cli.plan import print_plan
 from xattn_video.errors import UnsupportedModelError
 from xattn_video.pipelines import run_plan as plan_module
 from xattn_video.pipelines.loading import LoadOptions
+from xattn_video.pipelines.memory import Room
 from xattn_video.pipelines.model_shape import ModelShape, read_model_shape
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.pipelines.run_plan import plan_run
@@ -135,6 +137,29 @@ def test_residuals_are_planned_where_there_is_room(residual, gpu_gib, on_host, f
         assert found.shortage is None
     else:
         assert "refresh_every stores 21 GiB of residuals in device memory" in found.shortage
+        assert found.shortage.endswith("offload='model' with residual='host' fits.")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "remedy"),
+    [
+        (60, 80, "offload='none' with residual='host' fits."),
+        (60, 45, "offload='model' with residual='device' fits."),
+        (33, 45, "Without refresh_every it fits, for example with density=0.2, "),
+    ],
+)
+def test_no_room_for_residuals_says_what_would_fit(gpu, host, remedy, monkeypatch):
+    monkeypatch.setattr(plan_module, "find_room", lambda _: Room(float(gpu), float(host)))
+    load = LoadOptions(device="cuda", device_elsewhere=True)
+    assert plan(load=load, density=0.1).shortage is None
+    residual = "host" if host < 80 else "device"
+    found = plan(load=load, residual=residual, **REFRESH)
+    assert remedy in found.shortage
+    if "offload=" in remedy:
+        offload, place = remedy.split("'")[1:4:2]
+        assert (
+            plan(load=replace(load, offload=offload), residual=place, **REFRESH).shortage is None
+        )
 
 
 def test_the_residuals_are_shown():

@@ -169,8 +169,20 @@ def with_residuals(
     )
 
 
-def describe_residual_shortage(memory: MemoryEstimate, room: Room) -> str | None:
-    """Why the residuals do not fit; None if they may fit, or if there are none."""
+def describe_residual_shortage(
+    memory: MemoryEstimate, without: MemoryEstimate, room: Room, on_gpu: bool
+) -> str | None:
+    """Why the residuals do not fit, and what would fit.
+
+    Args:
+        memory: The estimate with residuals.
+        without: The same run's without them, which fits.
+        room: The free memory.
+        on_gpu: Whether the run's device is a GPU.
+
+    Returns:
+        None if they fit, or if there are none.
+    """
     if not memory.residuals or memory.fits(memory.offload, room):
         return None
     where = "host memory" if memory.residuals_on_host else "device memory"
@@ -178,8 +190,24 @@ def describe_residual_shortage(memory: MemoryEstimate, room: Room) -> str | None
         f"refresh_every stores {memory.residuals:.0f} GiB of residuals in {where}, and there is "
         "no "
         f"room for them: the run needs about {memory.peak:.0f} GiB on the device and "
-        f"{memory.host:.0f} GiB on the host. Omit refresh_every, set residual to auto, or make "
-        "the video smaller."
+        f"{memory.host:.0f} GiB on the host. {_residual_remedy(memory, without, room, on_gpu)}"
+    )
+
+
+def _residual_remedy(
+    memory: MemoryEstimate, without: MemoryEstimate, room: Room, on_gpu: bool
+) -> str:
+    """The fastest way that fits with residuals, else what else helps."""
+    places: tuple[ResidualPlace, ...] = ("device", "host") if on_gpu else ()
+    num_bytes = round(memory.residuals * _GIB)
+    for offload in _FASTEST_FIRST:
+        for place in places:
+            found = with_residuals(without, num_bytes, place, room, on_gpu)
+            if offload in found.peaks and found.fits(offload, room):
+                return f"offload={offload!r} with residual={place!r} fits."
+    return (
+        "Without refresh_every it fits, for example with density=0.2, token_order='hilbert', "
+        "compensation='first-order' and mask_every=4; or make the video smaller."
     )
 
 

@@ -236,8 +236,8 @@ def _memory(
         scale_bytes=options.resolved_dtype.itemsize,
     )
     on_cuda = options.resolved_device.type == "cuda"
-    memory = with_residuals(memory, kept, settings.residual, room, on_cuda)
-    return memory, shortage or describe_residual_shortage(memory, room)
+    with_kept = with_residuals(memory, kept, settings.residual, room, on_cuda)
+    return with_kept, shortage or describe_residual_shortage(with_kept, memory, room, on_cuda)
 
 
 def _speedup_bounds(
