@@ -183,6 +183,24 @@ def test_whole_settings_are_compared_alone_or_beside_a_grid():
     assert len(names(thresholds="0.9", setting=[other])) == 2
 
 
+def test_settings_of_one_name_are_told_apart():
+    def labels(*settings):
+        given = {"noise_ceiling": False, "model": "demo", "warmup_steps": "4", "strides": "8"}
+        given = dict.fromkeys(GRID.options) | given | {"setting": list(settings)}
+        methods = GRID.make(given)
+        assert len({method.name for method in methods}) == len(methods)
+        return [method.label for method in methods]
+
+    small = "density=0.2,block_size=64"
+    assert labels(small) == ["density 0.2, warm-up 4, stride 8"]
+    assert labels("density=0.2", small, "density=0.3", "density=0.2", "density=0.20") == [
+        "density 0.2, warm-up 4, stride 8, block size 128",
+        "density 0.2, warm-up 4, stride 8, block size 64",
+        "density 0.3, warm-up 4, stride 8",
+    ]
+    assert labels(f"{small},cooldown_steps=2", small)[0].endswith("stride 8, cooldown steps 2")
+
+
 def test_a_schedule_is_compared_beside_the_thresholds_and_resumed(compare, tmp_path):
     ThresholdSchedule.linear(0.4, 0.9, 3).save(tmp_path / "s.json")
     settings = (PROMPT, "--schedule=s.json", "--threshold=0.3", "--no-videos", "--no-kept-mass")

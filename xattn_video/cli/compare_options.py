@@ -183,7 +183,7 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
     Raises:
         ValueError: A list holds something that is not a number, or a value is out of range.
     """
-    from xattn_video.measure.methods import DENSE_AGAIN, method_of, sparse_methods
+    from xattn_video.measure.methods import DENSE_AGAIN, method_of, sparse_methods, told_apart
 
     whole = ("warmup_steps", "stride", "refresh_every")
     grid: dict[str, list[Any]] = {
@@ -209,7 +209,7 @@ def _compared_methods(values: dict[str, Any]) -> "tuple[Method, ...]":
         if name in ("warmup_steps", "stride") and len(numbers) == 1
     }
     methods += [method_of(_whole(text, shared | single)) for text in whole_settings]
-    methods = list({method.name: method for method in methods}.values())
+    methods = told_apart(methods)
     return (DENSE_AGAIN, *methods) if values["noise_ceiling"] else tuple(methods)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from xattn_video.policy.schedule import ThresholdSchedule
@@ -92,3 +92,31 @@ def method_of(sparse: SparseSettings) -> Method:
         parts.append(f"refresh {sparse.refresh_every}")
     name = "-".join(part.replace(" ", "").replace("-", "") for part in parts)
     return Method(name, ", ".join(parts), sparse)
+
+
+def told_apart(methods: Sequence[Method]) -> list[Method]:
+    """The methods, each once; those of one name get what they differ in into name and label."""
+    by_name: dict[str, list[Method]] = {}
+    for method in methods:
+        same = by_name.setdefault(method.name, [])
+        if method not in same:
+            same.append(method)
+    return [method for same in by_name.values() for method in _with_differences(same)]
+
+
+def _with_differences(methods: Sequence[Method]) -> list[Method]:
+    differing = [
+        source.name
+        for source in fields(SparseSettings)
+        if any(
+            getattr(method.sparse, source.name) != getattr(methods[0].sparse, source.name)
+            for method in methods
+            if method.sparse is not None
+        )
+    ]
+    told = []
+    for method in methods:
+        others = [f"{name.replace('_', ' ')} {getattr(method.sparse, name)}" for name in differing]
+        name = "-".join([method.name, *(part.replace(" ", "") for part in others)])
+        told.append(Method(name, ", ".join([method.label, *others]), method.sparse))
+    return told
