@@ -46,6 +46,8 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
         options = {"pretrained": asked.model, "max_num_frames": asked.frames}
         device = str(load.resolved_device)
         lm = get_model(asked.kind)(**options, device=device, device_map=device)
+        # The harness deletes the model after each evaluation, and the next setting needs it.
+        lm.clean = lambda: None
         return lm, lm.model
 
     return Prepared({name: (name, _scorer(name, asked.samples)) for name in names}, loaded)

@@ -11,6 +11,7 @@ def simple_evaluate(lm, tasks, limit, bootstrap_iters):
     )
     with torch.inference_mode():
         lm.model(**video_prompt())
+    lm.clean()
     samples = [
         {"doc_id": number, "videomme_perception_score": {"score": number % 2}}
         for number in range(limit)
