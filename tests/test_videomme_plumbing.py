@@ -121,14 +121,8 @@ def test_the_script_runs_to_its_table(tmp_path):
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(
-        ["bash", *words],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(["bash", *words], cwd=tmp_path, env=environment, **options)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "run/report.json").read_text())
     dense, sparse = report["results"]
