@@ -102,6 +102,15 @@ class Prepared:
     load: "Callable[[], tuple[Any, PreTrainedModel]]"
 
 
+def find_model(name: str, max_tokens: int) -> "LanguageSource":
+    """A language model whose files were checked; see `find_language_model`."""
+    from xattn_video.language.model_sources import find_language_model
+
+    source = find_language_model(name, max_tokens)
+    source.check_files()
+    return source
+
+
 def model_loader(
     source: "LanguageSource", load: "LoadOptions"
 ) -> "Callable[[], tuple[PreTrainedModel, PreTrainedModel]]":
@@ -145,9 +154,8 @@ def harness_command(
         }
         settings = {label: one and one.to_dict() for label, one in variants.items()}
         folder.adopt({**about, "settings": settings})
-        errors.running = True
         with folder.lock():
-            _score(folder, prepared, variants)
+            _score(folder, prepared, variants, errors)
         _write(folder, about, prepared, list(variants))
         print_message(f"report     {asked.run / 'report.md'}")
 
@@ -170,7 +178,10 @@ def _require(name: str, package: str) -> None:
 
 
 def _score(
-    folder: ItemFolder, prepared: Prepared, variants: "dict[str, PrefillSettings | None]"
+    folder: ItemFolder,
+    prepared: Prepared,
+    variants: "dict[str, PrefillSettings | None]",
+    errors: ErrorsToExitCodes,
 ) -> None:
     """Score the tasks and settings that the folder lacks."""
     from xattn_video.language.long_prompt import prefill_attention
@@ -182,6 +193,7 @@ def _score(
         if folder.record(_key(task, label)) is not None:
             continue
         loaded = loaded or prepared.load()
+        errors.running = True
         scored, model = loaded
         start = time.perf_counter()
         with prefill_attention(model, settings) as handle:

@@ -5,7 +5,13 @@ python -m eval_language.longbench --run runs/longbench --model meta-llama/Llama-
 
 from typing import TYPE_CHECKING
 
-from eval_language.harness_run import HarnessOptions, Prepared, harness_command, model_loader
+from eval_language.harness_run import (
+    HarnessOptions,
+    Prepared,
+    find_model,
+    harness_command,
+    model_loader,
+)
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
@@ -20,13 +26,12 @@ _TASKS = (
 def prepare(asked: HarnessOptions, load: "LoadOptions") -> Prepared:
     """Load the data sets from the hub or its cache."""
     from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
-    from xattn_video.language.model_sources import find_language_model
 
-    source = find_language_model(asked.model, 0)
+    source = find_model(asked.model, 0)
+    tokenizer = source.load_tokenizer()
     names = asked.tasks.split(",") if asked.tasks else [f"longbench_{n}" for n in _TASKS.split()]
     manager = task_manager({})
     tasks = {name: load_task(name, manager) for name in names}
-    tokenizer = source.load_tokenizer()
     scorers = {
         name: ("all tasks", task_scorer(task, manager, asked.samples, None, tokenizer=tokenizer))
         for name, task in tasks.items()

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from eval_language.harness_run import HarnessOptions, Prepared, harness_command, model_loader
+from eval_language.harness_run import (
+    HarnessOptions,
+    Prepared,
+    find_model,
+    harness_command,
+    model_loader,
+)
 from xattn_video.options.command import knob
 
 if TYPE_CHECKING:
@@ -33,9 +39,7 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
     """Cut the text into samples."""
     from pydoc_data.topics import topics
 
-    from xattn_video.language.model_sources import find_language_model
-
-    source = find_language_model(asked.model, asked.tokens)
+    source = find_model(asked.model, asked.tokens)
     if asked.tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {asked.tokens}; use 4096.")
     context = source.context

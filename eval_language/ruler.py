@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from eval_language.harness_run import HarnessOptions, Prepared, harness_command, model_loader
+from eval_language.harness_run import (
+    HarnessOptions,
+    Prepared,
+    find_model,
+    harness_command,
+    model_loader,
+)
 from xattn_video.options.command import knob
 
 if TYPE_CHECKING:
@@ -32,18 +38,23 @@ class RulerOptions(HarnessOptions):
 def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
     """Generate the prompts with the model's tokenizer."""
     from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
-    from xattn_video.language.model_sources import find_language_model
 
     try:
         lengths = [int(length) for length in asked.lengths.split(",")]
     except ValueError:
         raise ValueError(f"lengths must be numbers, got {asked.lengths!r}.") from None
-    source = find_language_model(asked.model, max(lengths))
+    source = find_model(asked.model, max(lengths))
     context = source.context
     if context is not None and max(lengths) > context:
         raise ValueError(
             f"the model's context is {context:,} tokens, got a length of {max(lengths):,}; use "
             "shorter ones."
+        )
+    if context is not None and max(lengths) + _OVERSHOOT > context and source.ends_with_context():
+        raise ValueError(
+            f"the model's table of positions ends at {context:,} tokens, and some prompts are up "
+            f"to {_OVERSHOOT} tokens longer than asked for, got a length of {max(lengths):,}; use "
+            f"--lengths {context - _OVERSHOOT} or fewer."
         )
     tokenizer = source.load_tokenizer()
     scorers = {}

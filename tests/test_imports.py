@@ -13,14 +13,15 @@ PACKAGE = ROOT / "xattn_video"
 # What a backend is given and takes, which the folder below the operator may name.
 VALUES = {"ops.blocks", "ops.problem"}
 OPERATOR = {"errors", "kernels", "backends", "ops", *VALUES}
-HOSTS = OPERATOR | {"files", "policy", "processors", "top_level"}
+HOSTS = OPERATOR | {"checkpoint_files", "files", "policy", "processors", "top_level"}
 MEASURED = HOSTS | {"pipelines", "measure", "reporting"}
-LANGUAGE = OPERATOR | {"files", "policy", "language"}
+LANGUAGE = OPERATOR | {"checkpoint_files", "files", "policy", "language"}
 
 # part -> what it may import of the project (its own part included where it is a folder)
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "checkpoint_files": set(),
     "top_level": set(),
     "kernels": {"kernels"},
     "ops.blocks": {"kernels"},

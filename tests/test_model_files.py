@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import SMALL, run_cli
 from hunyuan import TINY_PIPELINE
 
@@ -71,6 +72,13 @@ DAMAGES = {
         ),
         "text_encoder has no weights, model.safetensors or pytorch_model.bin: "
         "found config.json, model.fp16.safetensors; download it again.",
+    ),
+    "truncated pickled weights": (
+        lambda m: (
+            (m / "text_encoder/model.safetensors").unlink(),
+            (m / "text_encoder/pytorch_model.bin").write_bytes(b"PK"),
+        ),
+        "text_encoder/pytorch_model.bin is damaged or truncated at 2 bytes",
     ),
     "empty pickled weights": (
         lambda m: (
@@ -195,5 +203,5 @@ def test_pickled_and_quantised_weights_are_left_to_diffusers(model):
     change(model / "transformer/config.json", quantization_config={"quant_method": "torchao"})
     change(model / "transformer/config.json", num_layers=2)
     (model / "vae/diffusion_pytorch_model.safetensors").unlink()
-    (model / "vae/diffusion_pytorch_model.bin").write_bytes(b"PK")
+    torch.save({}, model / "vae/diffusion_pytorch_model.bin")
     check_model_files(model)

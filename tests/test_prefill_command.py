@@ -338,7 +338,7 @@ def test_a_configuration_that_is_none_is_called_so(tmp_path):
     (tmp_path / "config.json").write_text("{]")
     code, _, err = run_cli("prefill", f"--model={tmp_path}")
     assert code == 2
-    assert f"'{tmp_path}' cannot be read: " in err
+    assert f"{tmp_path / 'config.json'} is not valid JSON (" in err
     assert err.count("\n") == 1
 
 

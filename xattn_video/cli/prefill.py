@@ -56,8 +56,9 @@ def prefill(
             typer.echo(json.dumps(job_record(job, {}), indent=2))
         return
     job.check_memory()
+    model = job.load_model()
     errors.running = True
-    runs = run_job(job, print_message)
+    runs = run_job(job, model, print_message)
     record = job_record(job, runs)
     if as_json:
         typer.echo(json.dumps(record, indent=2))

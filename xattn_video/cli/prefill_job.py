@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from xattn_video.files import check_output_path
 from xattn_video.language.kv_memory import (
@@ -88,6 +89,10 @@ class PrefillJob:
         if self.shortage is not None and not self.prompt.force:
             raise ValueError(f"{self.shortage} --force runs it anyway.")
 
+    def load_model(self) -> PreTrainedModel:
+        """The model, loaded; raises ValueError if its files are damaged."""
+        return self.source.load(self.load.resolved_dtype, self.load.resolved_device)
+
     def answer(self, run: PrefillRun) -> str | None:
         """The first line of the model's answer; None with random weights."""
         if self.tokenizer is None:
@@ -138,7 +143,9 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
         if prompt.tokens is None and source.context is not None:
             num_tokens = min(num_tokens, source.context - max_new_tokens)
         tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
-    beyond = _check_context(prompt, num_tokens, source.context, max_new_tokens)
+    beyond = _check_context(prompt, num_tokens, source, max_new_tokens)
+    if not prompt.plan:
+        source.check_files()
     room = find_room(load)
     return PrefillJob(
         prompt,
@@ -161,10 +168,10 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
     )
 
 
-def run_job(job: PrefillJob, say: Callable[[str], None]) -> dict[str, PrefillRun]:
-    """Load the model and run it: ``sparse``, and the runs to compare with it, by name."""
-    device = job.load.resolved_device
-    model = job.source.load(job.load.resolved_dtype, device)
+def run_job(
+    job: PrefillJob, model: PreTrainedModel, say: Callable[[str], None]
+) -> dict[str, PrefillRun]:
+    """Run the model: ``sparse``, and the runs to compare with it, by name."""
     kinds: dict[str, PrefillSettings | None] = {"sparse": job.settings}
     if job.prompt.compare == "dense":
         # The same code with tau 1, which needs no mask over a chunk's queries and all keys.
@@ -229,19 +236,26 @@ def _needle(prompt: LongPrompt, source: LanguageSource) -> str:
 
 
 def _check_context(
-    prompt: LongPrompt, num_tokens: int, context: int | None, max_new_tokens: int
+    prompt: LongPrompt, num_tokens: int, source: LanguageSource, max_new_tokens: int
 ) -> str | None:
     """Why the generated text means nothing beyond the model's context; None within it.
 
     Raises:
-        ValueError: The prompt exceeds the context, and that was not allowed.
+        ValueError: The prompt exceeds the context, which was not allowed or is not possible.
     """
+    context = source.context
     if context is None or num_tokens + max_new_tokens <= context:
         return None
-    if not prompt.beyond_context:
+    can_exceed = not source.ends_with_context()
+    if not prompt.beyond_context or not can_exceed:
+        advice = (
+            ", or --beyond-context for speed and memory alone"
+            if can_exceed
+            else "; its positions are a table that ends there"
+        )
         raise ValueError(
             f"the model's context is {context:,} tokens, got {num_tokens:,} and "
-            f"{max_new_tokens} for the answer; use --tokens {context - max_new_tokens} or fewer, "
-            "or --beyond-context for speed and memory alone."
+            f"{max_new_tokens} for the answer; use --tokens {context - max_new_tokens} or fewer"
+            f"{advice}."
         )
     return f"the prompt is longer than the model's context of {context:,} tokens"

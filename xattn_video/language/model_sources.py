@@ -6,14 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from xattn_video.checkpoint_files import DOWNLOAD_AGAIN, read_json
 from xattn_video.errors import MissingPackageError
+from xattn_video.language.model_faults import (
+    check_loaded,
+    check_tokenizer_files,
+    check_vocabulary,
+    check_weight_files,
+    describe_bad_config,
+    describe_bad_tokenizer,
+    has_position_table,
+    one_line,
+)
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 """The folder of the small trained model that ships with the package."""
 RANDOM = "random:"
+# The errors that transformers raises on invalid values in a configuration.
+_BAD_VALUES = (
+    KeyError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+)
 # From the models' own configurations, without what does not affect speed.
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": (
@@ -99,35 +121,96 @@ class LanguageSource:
 
     def count_parameters(self) -> int:
         """The number of parameters; allocates no weights."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in self._without_weights().parameters())
+
+    def ends_with_context(self) -> bool:
+        """Whether a table of positions prevents prompts longer than the context."""
+        return self.context is not None and has_position_table(
+            self._without_weights(), self.context
+        )
+
+    def check_files(self) -> None:
+        """Check the configuration, and the headers of the weights if the model is a folder.
+
+        Raises:
+            ValueError: The configuration describes no model, or a file is missing or damaged.
+        """
+        self._without_weights()
+        folder = self._folder
+        if folder is not None and getattr(self.config, "transformers_weights", None) is None:
+            check_weight_files(folder)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """The model in evaluation mode, on its device."""
+        """The model in evaluation mode, on its device.
+
+        Raises:
+            ValueError: The weights are damaged, or not those of the configuration.
+        """
         if self.is_random:
             torch.manual_seed(0)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
-        else:
-            where, options = _where(self.name)
-            placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **placed)
+            return model.eval()
+        self.check_files()
+        where, options = _where(self.name)
+        placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype,
+                output_loading_info=True,
+                # Told of in `found`, in place of an error that names no tensor.
+                ignore_mismatched_sizes=True,
+                **options,
+                **placed,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights of {self.name!r} are damaged: {one_line(error)}; {DOWNLOAD_AGAIN}."
+            ) from None
+        check_loaded(self.name, found)
         return model.eval()
 
     def load_tokenizer(self) -> Any:
         """The tokenizer.
 
         Raises:
-            ValueError: The model has no readable tokenizer.
+            ValueError: The model has no readable tokenizer, or too few embeddings for it.
         """
         where, options = _where(self.name)
+        if self._folder is not None:
+            check_tokenizer_files(self._folder)
         try:
-            return AutoTokenizer.from_pretrained(where, **options)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        # The library tokenizers raises nothing narrower on a file of another form.
+        except Exception as error:
+            raise ValueError(describe_bad_tokenizer(self.name, error)) from None
+        check_vocabulary(self.name, tokenizer, self.text_config.vocab_size)
+        return tokenizer
+
+    @property
+    def _folder(self) -> Path | None:
+        """The folder of the model; None for random weights, a hub ID or a GGUF file."""
+        if self.is_random:
+            return None
+        where, options = _where(self.name)
+        return Path(where) if "gguf_file" not in options and Path(where).is_dir() else None
+
+    def _without_weights(self) -> PreTrainedModel:
+        """The model on the meta device.
+
+        Raises:
+            ValueError: The configuration describes no model.
+        """
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        except _BAD_VALUES as error:
             raise ValueError(
-                f"{self.name!r} has no tokenizer that can be read: {_first_line(error)}"
+                f"the configuration of {self.name!r} describes no model that can be made: "
+                f"{one_line(error)}; {DOWNLOAD_AGAIN}."
             ) from None
+        return model
 
 
 def find_language_model(name: str, max_tokens: int) -> LanguageSource:
@@ -147,14 +230,21 @@ def find_language_model(name: str, max_tokens: int) -> LanguageSource:
         config = AutoConfig.for_model(kind, **shape, max_position_embeddings=max_tokens)
         return LanguageSource(name, config)
     where, options = _where(name)
+    is_folder = not options.get("gguf_file") and Path(where).is_dir()
+    if is_folder:
+        read_json(Path(where) / "config.json")
     try:
         config = AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError) as error:
-        if Path(where).is_dir():
-            raise ValueError(f"{name!r} cannot be read: {_first_line(error)}") from None
+    except (OSError, *_BAD_VALUES) as error:
+        if is_folder:
+            raise ValueError(describe_bad_config(Path(where), error)) from None
+        if Path(name).is_file():
+            raise ValueError(
+                f"{name!r} cannot be read: {one_line(error)}; {DOWNLOAD_AGAIN}."
+            ) from None
         raise ValueError(
             f"{name!r} is no folder of a model, no .gguf file, not {DEMO!r}, no {RANDOM}SHAPE, "
-            f"and the hub does not give it: {_first_line(error)}"
+            f"and the hub does not give it: {one_line(error)}."
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
@@ -197,7 +287,3 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
             f"{name!r} needs the package gguf, which is not installed; pip install gguf."
         )
     return str(path.parent), {"gguf_file": path.name}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

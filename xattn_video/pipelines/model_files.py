@@ -1,12 +1,15 @@
 """Checks that the files of a model's folder are present, complete and from one model."""
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_LFS_POINTER = b"version https://git-lfs"
-_AGAIN = "download it again"
+from xattn_video.checkpoint_files import (
+    DOWNLOAD_AGAIN,
+    check_content,
+    check_weights,
+    read_json,
+    weight_files,
+)
 
 # Part -> its configuration file, the key that tells its kind, and the allowed kinds.
 _CONFIGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -45,96 +48,9 @@ def check_model_files(folder: Path) -> None:
     try:
         _check_parts(folder)
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing from the model; {_AGAIN}.") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file cannot be read, or holds something else.
-    """
-    _check_content(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the JSON or of UTF-8
-        raise ValueError(f"{file} is not valid JSON ({error}); {_AGAIN}.") from None
-    if not isinstance(content, dict):
         raise ValueError(
-            f"{file} must hold a JSON object, got {type(content).__name__}; {_AGAIN}."
-        )
-    return content
-
-
-def read_shapes(file: Path) -> dict[str, list[int]]:
-    """The shape of every tensor in a safetensors file, from its header.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file cannot be read, or is not as long as its header says.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    _check_content(file)
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged or truncated at {file.stat().st_size:,} bytes "
-            f"({str(error).rpartition(': ')[2]}); {_AGAIN}."
+            f"{error.filename} is missing from the model; {DOWNLOAD_AGAIN}."
         ) from None
-
-
-def weight_files(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
-    """The files of a part's weights, and the tensors that the index lists for each.
-
-    Raises:
-        ValueError: There are no weights, or their index is invalid.
-    """
-    for name in names:
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            return _read_index(index)
-        if (folder / name).exists():
-            return {folder / name: []}
-    found = ", ".join(sorted(file.name for file in folder.glob("*"))) or "nothing"
-    raise ValueError(f"{folder} has no weights, {' or '.join(names)}: found {found}; {_AGAIN}.")
-
-
-def unreadable(file: Path, error: OSError) -> ValueError:
-    """The error to raise if a file of a model cannot be read."""
-    return ValueError(
-        f"cannot read {str(file)!r}: {error.strerror}; make it readable, or give another model."
-    )
-
-
-def _check_content(file: Path) -> None:
-    """Raise ValueError if a file is empty or only a git-LFS pointer."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(len(_LFS_POINTER))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise unreadable(file, error) from None
-    if not start:
-        raise ValueError(f"{file} is empty; {_AGAIN}.")
-    if start == _LFS_POINTER:
-        raise ValueError(
-            f"{file} is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder."
-        )
-
-
-def _read_index(index: Path) -> dict[Path, list[str]]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map from tensors to files; {_AGAIN}.")
-    files: dict[Path, list[str]] = {}
-    for tensor, name in weight_map.items():
-        files.setdefault(index.parent / str(name), []).append(tensor)
-    return files
 
 
 def _check_parts(folder: Path) -> None:
@@ -152,7 +68,7 @@ def _check_parts(folder: Path) -> None:
     for part, names in _WEIGHTS.items():
         shapes: dict[str, list[int]] = {}
         for file, promised in weight_files(folder / part, names).items():
-            shapes |= _check_weights(file, promised)
+            shapes |= check_weights(file, promised)
         # Quantised weights have other shapes; pickled weights were not read.
         if shapes and "quantization_config" not in configs[part]:
             _check_shapes(folder / part, configs[part], shapes)
@@ -165,7 +81,7 @@ def _read_config(folder: Path, part: str) -> dict[str, Any]:
     if expected and config.get(key) not in expected:
         raise ValueError(
             f"{folder / part / name} belongs to another model: {key} is {config.get(key)!r}, "
-            f"expected {' or '.join(map(repr, expected))}; {_AGAIN}."
+            f"expected {' or '.join(map(repr, expected))}; {DOWNLOAD_AGAIN}."
         )
     return config
 
@@ -184,28 +100,15 @@ def _check_tokenizer(folder: Path) -> None:
     read_json(folder / "tokenizer_config.json")
     vocabulary = next((folder / n for n in _VOCABULARIES if (folder / n).exists()), None)
     if vocabulary is None:
-        raise ValueError(f"{folder} lacks a vocabulary, {' or '.join(_VOCABULARIES)}; {_AGAIN}.")
+        raise ValueError(
+            f"{folder} lacks a vocabulary, {' or '.join(_VOCABULARIES)}; {DOWNLOAD_AGAIN}."
+        )
     if vocabulary.suffix == ".json":
         read_json(vocabulary)
     else:
-        _check_content(vocabulary)
+        check_content(vocabulary)
     if vocabulary.name == "vocab.json":
-        _check_content(folder / "merges.txt")
-
-
-def _check_weights(file: Path, promised: list[str]) -> dict[str, list[int]]:
-    """The shapes in a file of weights; raises ValueError if it lacks a promised tensor."""
-    if file.suffix != ".safetensors":
-        _check_content(file)
-        return {}
-    shapes = read_shapes(file)
-    missing = [name for name in promised if name not in shapes]
-    if missing:
-        raise ValueError(
-            f"{file} lacks {len(missing)} of the tensors that its index names, such as "
-            f"{missing[0]!r}; {_AGAIN}."
-        )
-    return shapes
+        check_content(folder / "merges.txt")
 
 
 def _check_shapes(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:

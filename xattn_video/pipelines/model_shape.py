@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xattn_video.pipelines.model_files import read_shapes
+from xattn_video.checkpoint_files import read_shapes
 from xattn_video.pipelines.source import HUNYUAN_VIDEO, ModelSource, check_supported
 
 # Parameters of HunyuanVideo's Llama and CLIP text encoders, and of its VAE.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xattn_video.checkpoint_files import read_json
 from xattn_video.errors import PipelineLoadError, UnsupportedModelError
 from xattn_video.files import user_path
-from xattn_video.pipelines.model_files import read_json
 
 DEMO = "demo"
 HUNYUAN_VIDEO = "hunyuanvideo-community/HunyuanVideo"
