@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
 from xattn_video.pipelines.item_folder import ItemFolder
-from xattn_video.reporting.console import print_message
+from xattn_video.reporting.console import output_console, print_message, quiet_libraries
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 from xattn_video.reporting.machine import describe_versions, machine_record
 from xattn_video.reporting.tables import Table, figure
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
 _PAPER = Path(__file__).parent / "data" / "paper_tables.json"
-Scorer = Callable[[Any], dict[str, float]]
+Tick = Callable[[], None]
+"""Function to call after each sample."""
+Scorer = Callable[[Any, Tick], dict[str, float]]
 """Function that runs one task with the loaded model and returns {sample: score}."""
 
 
@@ -83,6 +85,8 @@ class HarnessOptions:
             label = f"tau {tau:g}, stride {stride}"
             if names_layers:
                 label += f", {dense_layers} dense layer{'s' * (dense_layers != 1)}"
+            if label in variants:
+                raise ValueError(f"settings must differ, got {label} twice; give each once.")
             variants[label] = PrefillSettings.of(
                 tau, dense_layers, stride=stride, min_tokens=self.min_tokens
             )
@@ -102,13 +106,29 @@ class Prepared:
     load: "Callable[[], tuple[Any, PreTrainedModel]]"
 
 
-def find_model(name: str, max_tokens: int) -> "LanguageSource":
-    """A language model whose files were checked; see `find_language_model`."""
+def find_model(asked: HarnessOptions, max_tokens: int) -> "LanguageSource":
+    """A language model that has the files and the layers that are asked for.
+
+    Raises:
+        ValueError, MissingPackageError: As `find_language_model`; a file is damaged, or a setting
+            names layers that the model lacks.
+        UnsupportedModelError: The model has no attention.
+    """
     from xattn_video.language.model_sources import find_language_model
 
-    source = find_language_model(name, max_tokens)
+    source = find_language_model(asked.model, max_tokens)
+    _check_layers(asked.variants(), source.text_config, asked.model)
     source.check_files()
     return source
+
+
+def _check_layers(
+    variants: "dict[str, PrefillSettings | None]", text_config: Any, name: str
+) -> None:
+    """Check the sparse settings against a model, before anything runs dense."""
+    for settings in variants.values():
+        if settings is not None:
+            settings.check_config(text_config, repr(name))
 
 
 def model_loader(
@@ -142,6 +162,7 @@ def harness_command(
         if package is not None:
             _require(name, package)
         variants = asked.variants()
+        quiet_libraries()
         prepared = prepare(asked, load)
         check_output_folder(asked.run)
         folder = ItemFolder(asked.run, asked.run, "give another --run, or the same settings")
@@ -155,8 +176,10 @@ def harness_command(
         settings = {label: one and one.to_dict() for label, one in variants.items()}
         folder.adopt({**about, "settings": settings})
         with folder.lock():
-            _score(folder, prepared, variants, errors)
-        _write(folder, about, prepared, list(variants))
+            _score(folder, prepared, variants, asked.samples, errors)
+        table = _write(folder, about, prepared, list(variants))
+        console = output_console()
+        console.print(table.terminal(console.width), crop=False)
         print_message(f"report     {asked.run / 'report.md'}")
 
     main.__doc__ = f"Score a language model on {name}, dense and sparse. Run it again to resume."
@@ -181,6 +204,7 @@ def _score(
     folder: ItemFolder,
     prepared: Prepared,
     variants: "dict[str, PrefillSettings | None]",
+    samples: int,
     errors: ErrorsToExitCodes,
 ) -> None:
     """Score the tasks and settings that the folder lacks."""
@@ -192,12 +216,15 @@ def _score(
     ):
         if folder.record(_key(task, label)) is not None:
             continue
-        loaded = loaded or prepared.load()
-        errors.running = True
+        if loaded is None:
+            loaded = prepared.load()
+            text_config = loaded[1].config.get_text_config(decoder=True)
+            _check_layers(variants, text_config, type(loaded[1]).__name__)
+            errors.running = True
         scored, model = loaded
         start = time.perf_counter()
         with prefill_attention(model, settings) as handle:
-            scores = scorer(scored)
+            scores = scorer(scored, _ticker(f"{task}, {label}", samples))
         report = handle.report() if handle else None
         record = {
             "scores": scores,
@@ -210,12 +237,24 @@ def _score(
         print_message(f"{task}, {label}: {mean(scores.values()):.3f}, {record['seconds']:.0f} s")
 
 
+def _ticker(what: str, samples: int) -> Tick:
+    """Counts samples, and prints every tenth part of them."""
+    numbers = count(1)
+
+    def tick() -> None:
+        number = next(numbers)
+        if number * 10 // samples > (number - 1) * 10 // samples:
+            print_message(f"  {what}: {number} of {samples} samples")
+
+    return tick
+
+
 def _key(task: str, label: str) -> str:
     return f"{task}, {label}".replace(", ", "-").replace(" ", "-")
 
 
-def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[str]) -> None:
-    """Write the report of a complete run as JSON, Markdown and a web page."""
+def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[str]) -> Table:
+    """Write the report of a complete run as JSON, Markdown and a web page; returns its table."""
     records = {
         (task, label): folder.record(_key(task, label)) or {}
         for task, label in product(prepared.scorers, labels)
@@ -223,17 +262,19 @@ def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[s
     origin = {f"{one['device']}; {describe_versions(one['versions'])}" for one in records.values()}
     paper = json.loads(_PAPER.read_text(encoding="utf-8"))[about["benchmark"]]
     papers = ((paper["heading"], _paper_table(paper)),) if "rows" in paper else ()
+    table = _table(records, prepared.scorers, labels)
     page = WebPage(
         title=f"{about['benchmark']}, dense and sparse",
         lead=f"{about['model']}, {about['dtype']}, at most {about['samples']} samples per task. "
         f"{' '.join(sorted(origin))}.",
-        tables=(("Measured", _table(records, prepared.scorers, labels)), *papers),
+        tables=(("Measured", table), *papers),
         notes=tuple(paper["remarks"]),
     )
     results = [{"task": task, "setting": label, **one} for (task, label), one in records.items()]
     write_json(folder.path / "report.json", {**about, "results": results})
     write_text(folder.path / "report.md", page.markdown())
     write_text(folder.path / "report.html", page.html())
+    return table
 
 
 def _paper_table(paper: Record) -> Table:

@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eval_language.harness_run import Scorer
+from eval_language.harness_output import quiet_harness
+from eval_language.harness_run import Scorer, Tick
 from xattn_video.errors import MissingPackageError
 
 _OWN_TASKS = Path(__file__).parent / "tasks"
@@ -20,21 +20,28 @@ def task_manager(metadata: dict[str, Any]) -> Any:
     return TaskManager(include_path=str(_OWN_TASKS), metadata=metadata)
 
 
+def check_tasks(names: Iterable[str], manager: Any) -> None:
+    """Raise ValueError if the harness lacks a task, before any has generated its prompts."""
+    for name in names:
+        if name not in manager.all_subtasks:
+            raise ValueError(
+                f"lm_eval has no task {name!r}; python -m lm_eval ls tasks lists them."
+            )
+
+
 def load_task(name: str, manager: Any) -> Any:
-    """A task of the harness with its data.
+    """A task of the harness with its data, which may take minutes.
 
     Raises:
-        ValueError: There is no such task, or its data cannot be loaded.
+        ValueError: Its data cannot be loaded.
         MissingPackageError: The task imports a package that is not installed.
     """
     import numpy as np
 
-    if name not in manager.all_subtasks:
-        raise ValueError(f"lm_eval has no task {name!r}; python -m lm_eval ls tasks lists them.")
     # The harness's own seeds, so that a resumed run has the same prompts.
     random.seed(0)
     np.random.seed(1234)
-    with needed_data(name), redirect_stdout(StringIO()):  # generators print their progress
+    with needed_data(name), quiet_harness():
         return manager.load([name])["tasks"][name]
 
 
@@ -73,12 +80,21 @@ def task_scorer(
         options: Arguments of the harness's model, such as the tokenizer.
     """
 
-    def score(model: Any) -> dict[str, float]:
+    def score(model: Any, tick: Tick) -> dict[str, float]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        lm = HFLM(pretrained=model, batch_size=1, **options)
-        with redirect_stdout(StringIO()):
+        class ToldModel(HFLM):  # type: ignore[misc, unused-ignore]
+            """Tells of each answer."""
+
+            def _model_generate(self, *arguments: Any, **more: Any) -> Any:
+                answer = super()._model_generate(*arguments, **more)
+                with shown():
+                    tick()
+                return answer
+
+        with quiet_harness() as shown:
+            lm = ToldModel(pretrained=model, batch_size=1, **options)
             results = simple_evaluate(
                 lm, tasks=[task], limit=samples, bootstrap_iters=0, task_manager=manager
             )

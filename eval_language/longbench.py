@@ -12,6 +12,7 @@ from eval_language.harness_run import (
     harness_command,
     model_loader,
 )
+from xattn_video.reporting.console import print_message
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
@@ -25,13 +26,17 @@ _TASKS = (
 
 def prepare(asked: HarnessOptions, load: "LoadOptions") -> Prepared:
     """Load the data sets from the hub or its cache."""
-    from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
+    from eval_language.lm_eval_tasks import check_tasks, load_task, task_manager, task_scorer
 
-    source = find_model(asked.model, 0)
+    source = find_model(asked, 0)
     tokenizer = source.load_tokenizer()
     names = asked.tasks.split(",") if asked.tasks else [f"longbench_{n}" for n in _TASKS.split()]
     manager = task_manager({})
-    tasks = {name: load_task(name, manager) for name in names}
+    check_tasks(names, manager)
+    tasks = {}
+    for name in names:
+        print_message(f"{name}: reading its data")
+        tasks[name] = load_task(name, manager)
     scorers = {
         name: ("all tasks", task_scorer(task, manager, asked.samples, None, tokenizer=tokenizer))
         for name, task in tasks.items()

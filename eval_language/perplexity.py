@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from eval_language.harness_run import (
     HarnessOptions,
     Prepared,
+    Tick,
     find_model,
     harness_command,
     model_loader,
@@ -39,7 +40,7 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
     """Cut the text into samples."""
     from pydoc_data.topics import topics
 
-    source = find_model(asked.model, asked.tokens)
+    source = find_model(asked, asked.tokens)
     if asked.tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {asked.tokens}; use 4096.")
     context = source.context
@@ -60,8 +61,12 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
             f"{asked.tokens:,}; use fewer --samples or --tokens."
         )
 
-    def score(model: Any) -> dict[str, float]:
-        return {str(number): _loss(model, one) for number, one in enumerate(samples)}
+    def score(model: Any, tick: Tick) -> dict[str, float]:
+        losses = {}
+        for number, one in enumerate(samples):
+            losses[str(number)] = _loss(model, one)
+            tick()
+        return losses
 
     scorers = {f"loss, {asked.tokens}": ("text", score)}
     return Prepared(scorers, model_loader(source, load))

@@ -15,6 +15,7 @@ from eval_language.harness_run import (
     model_loader,
 )
 from xattn_video.options.command import knob
+from xattn_video.reporting.console import print_message
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
@@ -37,13 +38,13 @@ class RulerOptions(HarnessOptions):
 
 def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
     """Generate the prompts with the model's tokenizer."""
-    from eval_language.lm_eval_tasks import load_task, task_manager, task_scorer
+    from eval_language.lm_eval_tasks import check_tasks, load_task, task_manager, task_scorer
 
     try:
         lengths = [int(length) for length in asked.lengths.split(",")]
     except ValueError:
         raise ValueError(f"lengths must be numbers, got {asked.lengths!r}.") from None
-    source = find_model(asked.model, max(lengths))
+    source = find_model(asked, max(lengths))
     context = source.context
     if context is not None and max(lengths) > context:
         raise ValueError(
@@ -63,7 +64,10 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
         tokenizer.save_pretrained(folder)
         for length in lengths:
             manager = task_manager({"tokenizer": folder, "max_seq_lengths": [length]})
-            for name in (asked.tasks or TASKS).split(","):
+            names = (asked.tasks or TASKS).split(",")
+            check_tasks(names, manager)
+            for name in names:
+                print_message(f"{name}, {length}: generating prompts")
                 task = load_task(name, manager)
                 if not next(iter(task.test_docs()))["outputs"]:
                     raise ValueError(

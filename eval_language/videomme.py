@@ -6,7 +6,7 @@ python -m eval_language.videomme --run runs/videomme --model Qwen/Qwen2-VL-7B-In
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eval_language.harness_run import HarnessOptions, Prepared, Scorer, harness_command
+from eval_language.harness_run import HarnessOptions, Prepared, Scorer, Tick, harness_command
 from eval_language.lm_eval_tasks import needed_data, sample_scores
 from xattn_video.options.command import knob
 
@@ -54,7 +54,7 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
 
 
 def _scorer(task: str, samples: int) -> Scorer:
-    def score(lm: Any) -> dict[str, float]:
+    def score(lm: Any, tick: Tick) -> dict[str, float]:
         from lmms_eval.evaluator import simple_evaluate
 
         results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)

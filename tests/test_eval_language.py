@@ -98,6 +98,7 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
         ),
         (["--settings=0.9:8:1:1"], "got '0.9:8:1:1'; use 0.9:8,0.9:16."),
         (["--samples=0"], "--samples must be at least 1, got 0; use 100."),
+        (["--settings=0.9:8,0.90:8"], "--settings must differ, got tau 0.9, stride 8 twice;"),
         (["--settings=2:8"], "threshold must lie in (0, 1], got 2.0"),
         (["--lengths=4k"], "--lengths must be numbers, got '4k'"),
         (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
@@ -113,11 +114,91 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
 def test_bad_input_is_one_line_and_leaves_nothing(
     arguments, message, harnesses, tiny_llm, tmp_path
 ):
-    code, out, err = ruler(tmp_path / "run", tiny_llm, *arguments)
+    code, out, err = ruler(tmp_path / "run", tiny_llm, "--quiet", *arguments)
     assert code == 2, err
     assert message in err
     assert (err.count("\n"), out) == (1, "")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--settings=0.9:8,0.9:8:2"], ["--dense-layers=2"], ["--tasks=ruler_vt,niah_9"]],
+    ids=" ".join,
+)
+def test_what_the_model_or_the_harness_lacks_is_refused_before_prompts(
+    wrong, harnesses, tiny_llm, tmp_path, monkeypatch
+):
+    """They take minutes to generate."""
+
+    def refuse(*_):
+        raise AssertionError("prompts were generated")
+
+    monkeypatch.setattr(harnesses("lm_eval.tasks").TaskManager, "load", refuse)
+    code, _, err = ruler(tmp_path / "run", tiny_llm, *wrong)
+    assert code == 2, err
+    text = "no task 'niah_9'" if "niah" in wrong[0] else "be below the model's 2 layers, got 2;"
+    assert text in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_videomme_refuses_dense_layers_beyond_the_model_before_it_runs_dense(harnesses, tmp_path):
+    arguments = ["--settings=0.5:16", "--dense-layers=2", "--samples=4", "--tasks=videomme"]
+    code, _, err = run("videomme", f"--run={tmp_path / 'run'}", "--model=any", *arguments)
+    assert code == 2, err
+    assert "--dense-layers must be below the model's 2 layers, got 2; use fewer." in err
+    assert harnesses("lmms_eval.evaluator").IMPLEMENTATIONS == []
+
+
+def test_a_user_sees_progress_the_table_and_warnings_that_matter(harnesses, tiny_llm, tmp_path):
+    """The harness prints hundreds of lines of its own."""
+    harnesses("lm_eval").NOISE += [
+        "Truncating %s tokens from the left.",
+        "Passed an already-initialized model through `pretrained`, number %s",
+    ]
+    words = ("--tasks=ruler_vt", "--settings=0.5:8")
+    code, out, err = ruler(tmp_path / "run", tiny_llm, *words)
+    assert code == 0, err
+    lines = err.splitlines()
+    assert lines[0] == "ruler_vt, 400: generating prompts"
+    assert lines[1:7] == [
+        f"  ruler_vt, 400, dense: {number} of 6 samples" for number in range(1, 7)
+    ]
+    assert lines[7] == "warning: Truncating 0 tokens from the left. (5 more like this)"
+    assert lines[8].startswith("ruler_vt, 400, dense: ")
+    assert len(lines) == 1 + 2 * 8 + 1
+    assert out.startswith("task           setting ")
+    assert "harness" not in out
+    assert "tau 0.5, stride 8" in out
+
+
+def test_many_samples_are_told_by_tenths(harnesses, tiny_llm, tmp_path):
+    words = ("--tasks=ruler_vt", "--settings=0.5:8", "--samples=25")
+    _, _, err = ruler(tmp_path / "run", tiny_llm, *words)
+    told = [line.split(": ")[1] for line in err.splitlines() if line.startswith("  ruler_vt")]
+    assert len(told) == 20
+    assert told[0] == "3 of 25 samples"
+    assert told[9] == "25 of 25 samples"
+
+
+def test_quiet_leaves_the_table_and_warnings(harnesses, tiny_llm, tmp_path):
+    harnesses("lm_eval").NOISE += ["Truncating %s tokens from the left."]
+    words = ("--tasks=ruler_vt", "--settings=0.5:8", "--quiet")
+    _, out, err = ruler(tmp_path / "run", tiny_llm, *words)
+    assert (
+        err.splitlines() == ["warning: Truncating 0 tokens from the left. (5 more like this)"] * 2
+    )
+    assert "tau 0.5, stride 8" in out
+
+
+def test_verbose_shows_what_the_harness_prints(harnesses, tiny_llm, tmp_path, caplog):
+    # Restores the level that --verbose sets.
+    caplog.set_level("INFO", logger="xattn_video")
+    words = ("--tasks=ruler_vt", "--settings=0.5:8", "--verbose")
+    _, out, err = ruler(tmp_path / "run", tiny_llm, *words)
+    assert "a table of the harness" in out
+    assert "Running generate_until requests" in err
 
 
 def test_longbench_says_where_its_data_come_from(harnesses, tiny_llm, tmp_path):

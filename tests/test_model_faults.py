@@ -155,7 +155,13 @@ def test_a_fault_is_one_line_in_a_harness(name, fault, folder, harnesses, tmp_pa
         "longbench": ["--tasks=ruler_vt"],
         "perplexity": ["--tokens=512"],
     }[name]
-    words = [f"--run={tmp_path / 'run'}", f"--model={folder}", "--device=cpu", "--samples=1"]
+    words = [
+        f"--run={tmp_path / 'run'}",
+        f"--model={folder}",
+        "--device=cpu",
+        "--samples=1",
+        "--quiet",
+    ]
     result = CliRunner().invoke(app, [*words, *own])
     assert result.exit_code == 2, result.stderr
     assert text in result.stderr
@@ -234,6 +240,15 @@ def test_prompts_that_overshoot_need_room_in_a_table_of_positions(folder, harnes
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert result.stderr.endswith("got a length of 2,000; use --lengths 1792 or fewer.\n")
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    from transformers import MambaConfig
+
+    MambaConfig().save_pretrained(tmp_path)
+    code, _, err = prefill(tmp_path)
+    assert code == 2
+    assert f"'{tmp_path}' has no attention heads; use a language model with attention." in err
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "llama4", "deepseek-v3"])

@@ -126,7 +126,7 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
     # With random weights the context is whatever is requested here.
     source = find_language_model(prompt.model, num_tokens + _TIMED_TOKENS)
     config = source.text_config
-    settings.check_model(config.num_hidden_layers, config.num_attention_heads)
+    settings.check_config(config, repr(prompt.model))
     tokenizer, max_new_tokens = None, _TIMED_TOKENS
     if source.is_random:
         if prompt.needle is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from xattn_video.errors import UnsupportedModelError
 from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
@@ -117,6 +118,19 @@ class PrefillSettings:
                 "threshold for all."
             )
         return [schedule.threshold(0, layer, head) for head in range(num_heads)]
+
+    def check_config(self, config: Any, name: str) -> None:
+        """Check the settings against a text model's configuration.
+
+        Raises:
+            UnsupportedModelError: The model, which is called ``name``, has no attention.
+            ValueError: As `check_model`.
+        """
+        if getattr(config, "num_attention_heads", None) is None:
+            raise UnsupportedModelError(
+                f"{name} has no attention heads; use a language model with attention."
+            )
+        self.check_model(config.num_hidden_layers, config.num_attention_heads)
 
     def check_model(self, num_layers: int, num_heads: int) -> None:
         """Raise ValueError if the model lacks a named layer or head, or all layers stay dense."""

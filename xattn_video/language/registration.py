@@ -148,12 +148,8 @@ def enable_prefill(
         raise RuntimeError(
             "XAttention is already enabled on this model; call disable() on its handle first."
         )
-    if getattr(config, "num_attention_heads", None) is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention heads; use a language model with attention."
-        )
     settings = PrefillSettings.of(threshold, dense_layers, **options)
-    settings.check_model(config.num_hidden_layers, config.num_attention_heads)
+    settings.check_config(config, type(model).__name__)
     return LanguageHandle(PrefillAttention(_free_name(), settings), model)
 
 

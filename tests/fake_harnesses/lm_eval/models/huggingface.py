@@ -2,3 +2,6 @@ class HFLM:
     def __init__(self, pretrained, batch_size, tokenizer, max_length=None):
         assert tokenizer is not None
         self.model = pretrained
+
+    def _model_generate(self, context):
+        return self.model(context, logits_to_keep=1).logits.argmax()

@@ -1,0 +1,61 @@
+"""Hides a harness's own output, and keeps those of its warnings that say something of the run."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from io import StringIO
+
+from xattn_video.reporting.console import print_warning
+
+# What is said of every run as it is made here, whatever it measures.
+_CHATTER = re.compile(
+    "model kwarg is not of type|already-initialized model|No aggregation function defined|"
+    "Custom kwargs can be passed"
+)
+Shown = Callable[[], AbstractContextManager[object]]
+"""Makes a context in which stderr is shown again."""
+
+
+@contextmanager
+def quiet_harness() -> Iterator[Shown]:
+    """Hide what is printed within, but print each kind of warning once when the block ends.
+
+    With --verbose everything is shown as it comes.
+    """
+    shown = partial(redirect_stderr, sys.stderr)
+    if logging.getLogger("xattn_video").isEnabledFor(logging.INFO):
+        yield shown
+        return
+    warned = _Warnings(logging.WARNING)
+    root = logging.getLogger()
+    root.addHandler(warned)
+    try:
+        # Tasks print; bars and the downloads of nltk write to stderr.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield shown
+    finally:
+        root.removeHandler(warned)
+        warned.print_all()
+
+
+class _Warnings(logging.Handler):
+    """Keeps warnings by their kind, which is their text without its numbers."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._found: dict[str, list[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning, unless it says nothing of this run."""
+        text = " ".join(record.getMessage().split())
+        if not _CHATTER.search(text):
+            self._found.setdefault(re.sub(r"\d+", "", text), []).append(text)
+
+    def print_all(self) -> None:
+        """Print the first of each kind."""
+        for first, *others in self._found.values():
+            more = f" ({len(others)} more like this)" if others else ""
+            print_warning(f"{first}{more}")
