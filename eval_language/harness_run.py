@@ -75,6 +75,8 @@ class HarnessOptions:
             if not names_layers:
                 words.append(str(self.dense_layers))
             try:
+                # As other options: Python alone would take digits of every script.
+                text.encode("ascii")
                 threshold, *counts = words
                 tau, (stride, dense_layers) = float(threshold), map(int, counts)
             except ValueError:

@@ -40,10 +40,7 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
     """Generate the prompts with the model's tokenizer."""
     from eval_language.lm_eval_tasks import check_tasks, load_task, task_manager, task_scorer
 
-    try:
-        lengths = [int(length) for length in asked.lengths.split(",")]
-    except ValueError:
-        raise ValueError(f"lengths must be numbers, got {asked.lengths!r}.") from None
+    lengths = [_length(text, asked.lengths) for text in asked.lengths.split(",")]
     source = find_model(asked, max(lengths))
     context = source.context
     if context is not None and max(lengths) > context:
@@ -79,6 +76,13 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
                 scorers[f"{name}, {length}"] = (f"all, {length}", scorer)
 
     return Prepared(scorers, model_loader(source, load))
+
+
+def _length(text: str, lengths: str) -> int:
+    """One of the lengths, in the digits 0 to 9 as numbers of other options."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"lengths must be numbers, got {lengths!r}; use 8192,16384.")
+    return int(text)
 
 
 app = harness_command("RULER", "lm_eval[ruler]>=0.4.13", RulerOptions, prepare)

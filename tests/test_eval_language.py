@@ -100,6 +100,15 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
         (["--samples=0"], "--samples must be at least 1, got 0; use 100."),
         (["--settings=0.9:8,0.90:8"], "--settings must differ, got tau 0.9, stride 8 twice;"),
         (["--settings=2:8"], "threshold must lie in (0, 1], got 2.0"),
+        (
+            ["--settings=\uff10.\uff19:\uff18"],
+            "DENSE_LAYERS, got '\uff10.\uff19:\uff18'; use 0.9:8,0.9:16.",
+        ),
+        (
+            ["--lengths=\uff14\uff10\uff10"],
+            "--lengths must be numbers, got '\uff14\uff10\uff10'; use 8192,16384.",
+        ),
+        (["--lengths=-5"], "--lengths must be numbers, got '-5'; use 8192,16384."),
         (["--lengths=4k"], "--lengths must be numbers, got '4k'"),
         (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
         (["--lengths=200"], "niah_multikey_2 has no room for an answer in a length of 200"),

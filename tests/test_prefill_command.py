@@ -279,6 +279,10 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
         (["--model=random:gpt-5"], "no shape is called 'gpt-5'; use random: and one of llama-3-"),
         (["--model=random:tiny", "--needle=owl"], "the weights are random; leave --needle out."),
         (["--model=random:tiny", "--tokens=0"], "tokens must be at least 1, got 0"),
+        (
+            ["--model=random:tiny", "--tokens=\uff14\uff10\uff10"],
+            "'--tokens': Input should be a valid integer",
+        ),
         (["--model=random:tiny", "--chunk-size=0"], "--chunk-size must be at least 1, got 0"),
         (["--model=random:tiny", "--depth=2"], "depth must lie in [0, 1], got 2; use 0.5."),
         (
@@ -286,6 +290,11 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
             "compare must be dense or sdpa, got 'eager'.",
         ),
         (["--model=random:tiny", "--needle= "], "needle is empty; give a few words."),
+        (["--model=demo", "--needle=\uff14\uff181\uff16"], "got '\uff14\uff181\uff16'; use 4816."),
+        (
+            ["--model=demo", "--needle=\u0664\u0662"],
+            "--needle must have the digits 0 to 9 where it is a nu",
+        ),
         (["--model=random:tiny", "--dense-layers=2"], "below the model's 2 layers, got 2"),
         (["--model=random:tiny", "--threshold=9"], "threshold must lie in (0, 1], got 9"),
         (["--model=random:tiny", "--threshold=.9", "--density=.1"], "cannot be combined"),

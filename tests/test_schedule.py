@@ -111,6 +111,11 @@ def test_a_file_needs_its_points_alone(tmp_path):
             "keys of layers must be numbers",
         ),
         (
+            {"points": [[0, 0.9]], "layers": {"\uff11": [[0, 0.9]]}},
+            ValueError,
+            "keys of layers must be numbers",
+        ),
+        (
             {"points": [[0, 0.9]], "layers": {"3": [[0, 0]]}},
             ValueError,
             r"layers\.3\[0\]\[1\] must lie in",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from unicodedata import decimal
 
 from xattn_video.language.prefill_settings import (
     DEFAULT_PREFILL_THRESHOLD,
@@ -83,6 +84,13 @@ class LongPrompt:
             raise ValueError(f"compare must be dense or sdpa, got {self.compare!r}.")
         if self.needle is not None and not self.needle.strip():
             raise ValueError("needle is empty; give a few words.")
+        if self.needle is not None and self.needle.isdecimal() and not self.needle.isascii():
+            # Models are trained on numbers in these, and may answer in them.
+            digits = "".join(str(decimal(digit)) for digit in self.needle)
+            raise ValueError(
+                f"needle must have the digits 0 to 9 where it is a number, got {self.needle!r}; "
+                f"use {digits}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

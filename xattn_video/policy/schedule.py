@@ -343,7 +343,7 @@ def _by_index(value: object, path: str) -> dict[int, Any]:
     """A JSON object whose keys are layers or heads, without repetition."""
     by_index: dict[int, Any] = {}
     for key, of_index in _mapping(value, path).items():
-        if not str(key).isdecimal():
+        if not (str(key).isascii() and str(key).isdecimal()):
             raise ValueError(f'the keys of {path} must be numbers such as "3", got {key!r}.')
         index = int(str(key))
         if index in by_index:
