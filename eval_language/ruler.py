@@ -80,7 +80,7 @@ def prepare(asked: RulerOptions, load: "LoadOptions") -> Prepared:
 
 def _length(text: str, lengths: str) -> int:
     """One of the lengths, in the digits 0 to 9 as numbers of other options."""
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.strip().isdecimal()):
         raise ValueError(f"lengths must be numbers, got {lengths!r}; use 8192,16384.")
     return int(text)
 

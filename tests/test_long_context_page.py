@@ -1,5 +1,6 @@
 """What docs/long_context.md shows works: code, commands, and the reasons that it lists."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -66,3 +67,39 @@ def test_its_commands_have_the_options(words, shown):
 def test_it_lists_every_reason():
     listed = re.findall(r"^\| (`.*?`) \|", PAGE, re.MULTILINE)
     assert {f"`{reason}`" for reason in get_args(DenseMaskReason)} <= {*listed}
+
+
+def test_its_schedule_does_what_it_says(tmp_path, monkeypatch):
+    """The file, the command and the table as they stand there."""
+    monkeypatch.chdir(tmp_path)
+    (schedule,) = blocks("json")
+    Path("schedule.json").write_text(schedule)
+    (words,) = (words for words in commands() if "--schedule" in words)
+    code, out, err = run_cli(*words[1:])
+    assert code == 0, err
+    (table,) = blocks("text")
+    expected, found = (
+        [line.split(maxsplit=3) for line in text.splitlines()[-7:]] for text in (table, out)
+    )
+    assert "'4816235' found" in out
+    record = json.loads(Path("run.json").read_text())
+    assert record["settings"]["threshold"]["heads"] == json.loads(schedule)["heads"]
+    layers = record["runs"]["sparse"]["report"]["layers"]
+    densities = {one["layer"]: one["density"] for one in layers if one["density"] is not None}
+    assert [(one[0], one[1], one[-1]) for one in found] == [
+        (one[0], one[1], one[-1]) for one in expected
+    ]
+    shown = {int(one[0]): float(one[2]) for one in expected[1:] if int(one[0]) > 1}
+    assert densities == pytest.approx(shown, abs=0.01)
+
+
+def test_a_schedule_changes_the_layers_that_it_says():
+    """The figures that its text compares with."""
+    words = next(words for words in commands() if "--schedule" in words)
+    options = ["--dense-layers=2", "--json", "-q"]
+    code, out, err = run_cli(*words[1 : words.index("--schedule")], *options)
+    assert code == 0, err
+    layers = json.loads(out)["runs"]["sparse"]["report"]["layers"]
+    text = re.search(r"it is ([\d.]+) in layer 2 and ([\d.]+) in layer 5", PAGE)
+    for layer, figure in zip((2, 5), text.groups(), strict=True):
+        assert layers[layer]["density"] == pytest.approx(float(figure), abs=0.01)
