@@ -20,6 +20,18 @@ SMALL = {"block_size": 16, "stride": 8, "min_tokens": 64}
 NEARLY_ALL = 1 - 1e-7
 # The logits of these models are of size 10 or so.
 TOLERANCE = 2e-5
+# Ways to generate, as arguments of `generate`.
+HOWS = {
+    "plain": {},
+    "chunks": {"prefill_chunk_size": 96},
+    "ragged chunks": {"prefill_chunk_size": 70},
+    "static": {"cache_implementation": "static"},
+    "static chunks": {"cache_implementation": "static", "prefill_chunk_size": 96},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 2},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "8-bit cache": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+}
 
 _COMMON = {
     "vocab_size": 128,

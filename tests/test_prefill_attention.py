@@ -6,6 +6,7 @@ import pytest
 import torch
 from language_models import (
     CACHE,
+    HOWS,
     NEARLY_ALL,
     SMALL,
     TOLERANCE,
@@ -20,18 +21,6 @@ from transformers import LlamaForCausalLM
 
 import xattn_video
 from xattn_video import ThresholdSchedule, enable_xattention
-
-HOWS = {
-    "plain": {},
-    "chunks": {"prefill_chunk_size": 96},
-    "ragged chunks": {"prefill_chunk_size": 70},
-    "static": {"cache_implementation": "static"},
-    "static chunks": {"cache_implementation": "static", "prefill_chunk_size": 96},
-    "no cache": {"use_cache": False},
-    "beams": {"num_beams": 2},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
-    "8-bit cache": {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
-}
 
 
 @pytest.fixture(scope="module")
@@ -75,56 +64,6 @@ def test_reasons_without_a_mask_are_those_of_the_present_forward_pass():
         generate(model, prompt(90))
     assert before == {"window": 1, "decode": 2}
     assert handle.report().layers[0].dense == {"window": 2, "decode": 4}
-
-
-@pytest.mark.parametrize("how", ["plain", "chunks", "static"])
-def test_left_padded_items_are_those_of_sdpa(llama, how):
-    # The last item's first chunk is padding alone.
-    report = assert_as_sdpa(llama, prompt(300, 3, (0, 37, 150)), **HOWS[how])
-    assert set(report.dense_reasons) <= {"short chunk", "decode"}
-
-
-def test_a_chunk_of_padding_alone_is_counted(llama):
-    given = prompt(300, 2, (150, 160))
-    with enable_xattention(llama, 0.5, **SMALL) as handle:
-        generate(llama, given, prefill_chunk_size=100)
-    assert handle.report().dense_reasons == {"padding alone": 2, "decode": 4}
-
-
-def test_a_left_padded_item_is_as_it_is_alone(llama):
-    """Its blocks begin at its first token."""
-    given = prompt(300, 2, (0, 37))
-    alone = {"input_ids": given["input_ids"][1:, 37:]}
-    with enable_xattention(llama, 0.7, **SMALL) as handle:
-        _, together = generate(llama, given)
-        _, single = generate(llama, alone)
-    assert handle.report().density < 0.9
-    torch.testing.assert_close(together[0][1:], single[0], atol=TOLERANCE, rtol=0)
-
-
-def test_right_padding_changes_no_row_that_is_read(llama):
-    given = prompt(300, 2)
-    mask = torch.ones_like(given["input_ids"])
-    mask[1, 200:] = 0
-    llama.set_attn_implementation("sdpa")
-    with torch.no_grad():
-        expected = llama(**given, attention_mask=mask).logits
-        with enable_xattention(llama, NEARLY_ALL, **SMALL) as handle:
-            found = llama(**given, attention_mask=mask).logits
-    assert handle.report().sparse_layers == (0, 1)
-    torch.testing.assert_close(found[0], expected[0], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(found[1, :200], expected[1, :200], atol=TOLERANCE, rtol=0)
-
-
-def test_a_right_padded_item_is_as_it_is_alone(llama):
-    """Its last blocks are chosen without the padding that shares them: 200 is 12 x 16 + 8."""
-    given = prompt(300, 2)
-    mask = torch.ones_like(given["input_ids"])
-    mask[1, 200:] = 0
-    with torch.no_grad(), enable_xattention(llama, 0.5, **SMALL):
-        found = llama(**given, attention_mask=mask).logits[1, :200]
-        alone = llama(given["input_ids"][1:, :200]).logits[0]
-    assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize("min_tokens", [0, 1000])

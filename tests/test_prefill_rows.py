@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from language_models import NEARLY_ALL, SMALL, TOLERANCE, prompt, tiny_model
+from language_models import (
+    HOWS,
+    NEARLY_ALL,
+    SMALL,
+    TOLERANCE,
+    assert_as_sdpa,
+    generate,
+    prompt,
+    tiny_model,
+)
 from oracle import assert_within_budget
 
 from xattn_video import enable_xattention, xattention
@@ -29,6 +38,56 @@ def test_the_last_row_of_blocks_which_holds_the_question_is_sparse_like_the_othe
     assert (changed[-12:] > TOLERANCE).all()
     torch.testing.assert_close(sparse[:288], whole_blocks, atol=TOLERANCE, rtol=0)
     assert handle.report().dense_reasons == shorter.report().dense_reasons == {}
+
+
+@pytest.mark.parametrize("how", ["plain", "chunks", "static"])
+def test_left_padded_items_are_those_of_sdpa(llama, how):
+    # The last item's first chunk is padding alone.
+    report = assert_as_sdpa(llama, prompt(300, 3, (0, 37, 150)), **HOWS[how])
+    assert set(report.dense_reasons) <= {"short chunk", "decode"}
+
+
+def test_a_chunk_of_padding_alone_is_counted(llama):
+    given = prompt(300, 2, (150, 160))
+    with enable_xattention(llama, 0.5, **SMALL) as handle:
+        generate(llama, given, prefill_chunk_size=100)
+    assert handle.report().dense_reasons == {"padding alone": 2, "decode": 4}
+
+
+def test_a_left_padded_item_is_as_it_is_alone(llama):
+    """Its blocks begin at its first token."""
+    given = prompt(300, 2, (0, 37))
+    alone = {"input_ids": given["input_ids"][1:, 37:]}
+    with enable_xattention(llama, 0.7, **SMALL) as handle:
+        _, together = generate(llama, given)
+        _, single = generate(llama, alone)
+    assert handle.report().density < 0.9
+    torch.testing.assert_close(together[0][1:], single[0], atol=TOLERANCE, rtol=0)
+
+
+def test_right_padding_changes_no_row_that_is_read(llama):
+    given = prompt(300, 2)
+    mask = torch.ones_like(given["input_ids"])
+    mask[1, 200:] = 0
+    llama.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = llama(**given, attention_mask=mask).logits
+        with enable_xattention(llama, NEARLY_ALL, **SMALL) as handle:
+            found = llama(**given, attention_mask=mask).logits
+    assert handle.report().sparse_layers == (0, 1)
+    torch.testing.assert_close(found[0], expected[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found[1, :200], expected[1, :200], atol=TOLERANCE, rtol=0)
+
+
+def test_a_right_padded_item_is_as_it_is_alone(llama):
+    """Its last blocks are chosen without the padding that shares them: 200 is 12 x 16 + 8."""
+    given = prompt(300, 2)
+    mask = torch.ones_like(given["input_ids"])
+    mask[1, 200:] = 0
+    with torch.no_grad(), enable_xattention(llama, 0.5, **SMALL):
+        found = llama(**given, attention_mask=mask).logits[1, :200]
+        alone = llama(given["input_ids"][1:, :200]).logits[0]
+    assert torch.equal(found, alone)
 
 
 def test_right_padding_without_a_mask_changes_rows_that_share_its_blocks_alone(llama):
