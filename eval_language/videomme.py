@@ -6,6 +6,7 @@ python -m eval_language.videomme --run runs/videomme --model Qwen/Qwen2-VL-7B-In
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eval_language.harness_output import quiet_harness
 from eval_language.harness_run import HarnessOptions, Prepared, Scorer, Tick, harness_command
 from eval_language.lm_eval_tasks import needed_data, sample_scores
 from xattn_video.options.command import knob
@@ -26,8 +27,6 @@ class VideoOptions(HarnessOptions):
 
 def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
     """Load the data sets from the hub or its cache."""
-    from lmms_eval.tasks import TaskManager, get_task_dict
-
     from xattn_video.language.model_sources import DEMO
 
     if asked.model == DEMO:
@@ -37,9 +36,13 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
         )
     names = (asked.tasks or "videomme,videomme_w_subtitle").split(",")
     for name in names:
-        with needed_data(name):
+        with needed_data(name), quiet_harness():
+            # Its loggers write to what stderr is when they are imported.
+            from lmms_eval.tasks import TaskManager, get_task_dict
+
             get_task_dict([name], TaskManager())
 
+    @quiet_harness()
     def loaded() -> tuple[Any, Any]:
         from lmms_eval.models import get_model
 
@@ -55,9 +58,22 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
 
 def _scorer(task: str, samples: int) -> Scorer:
     def score(lm: Any, tick: Tick) -> dict[str, float]:
-        from lmms_eval.evaluator import simple_evaluate
+        generate = lm.model.generate
 
-        results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)
+        def told_generate(*arguments: Any, **options: Any) -> Any:
+            answer = generate(*arguments, **options)
+            with shown():
+                tick()
+            return answer
+
+        lm.model.generate = told_generate
+        try:
+            with quiet_harness() as shown:
+                from lmms_eval.evaluator import simple_evaluate
+
+                results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)
+        finally:
+            del lm.model.generate
         return sample_scores(results, lambda one: one[_METRIC]["score"])
 
     return score

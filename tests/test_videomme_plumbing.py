@@ -124,6 +124,8 @@ def test_the_script_runs_to_its_table(tmp_path):
     options = {"capture_output": True, "text": True, "check": False}
     done = subprocess.run(["bash", *words], cwd=tmp_path, env=environment, **options)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "  videomme, dense: 1 of 1 samples" in done.stderr
+    assert "Model Responding" not in done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
     dense, sparse = report["results"]
     assert dense["density"] is None
