@@ -48,6 +48,7 @@ _CODED_QUESTION = (
 )
 
 _GRASS_TOKENS = 25.2
+_ORDINALS = ("first", "second", "third", "fourth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,14 @@ def _magic(kind: str, key: str, value: str) -> str:
 
 
 def _ask(kind: str, keys: list[str], values: list[str], *, short: bool) -> list[Piece]:
-    """A question and its answer; the short one is the beginning of the answer alone."""
+    """Return a question and its answer.
+
+    Args:
+        kind: What the values are: numbers or uuids.
+        keys: The keys that are asked for.
+        values: One value for each key, or all values of a single key in the order of the text.
+        short: Leave the question out and begin with the answer's first words.
+    """
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
     if len(values) == 1:
         begin, what, end = "What is", f"special magic {kind[:-1]}", "is"
@@ -95,8 +103,16 @@ def _ask(kind: str, keys: list[str], values: list[str], *, short: bool) -> list[
     question = "" if short else f"{begin} the {what} {asked}? "
     return [
         Piece(f"\n{question}The {what} {asked} {end}"),
-        Piece(" " + ", ".join(values), True),
+        Piece(_answer(keys, values), True),
     ]
+
+
+def _answer(keys: list[str], values: list[str]) -> str:
+    """Return one value, or several, each after the words that precede it in the text."""
+    if len(values) == 1:
+        return f" {values[0]}"
+    names = keys if len(keys) > 1 else [f"{number} {keys[0]}" for number in _ORDINALS]
+    return ",".join(f" {name} is: {value}" for name, value in zip(names, values, strict=True))
 
 
 def _needles(kind: str, lines: list[str], questions: list[list[Piece]]) -> list[Piece]:

@@ -65,10 +65,11 @@ class LanguagePlan:
 # Goes on with a model that copies already.
 LONGER = LanguagePlan(
     stages=(
+        Stage(5, 512, 0.05),
         Stage(10, 2048, 0.05),
         Stage(20, 8192, 0.05),
         Stage(25, 16384, 0.05),
-        Stage(45, 32768, 0.05, enough=2.0),
+        Stage(40, 32768, 0.05, enough=2.0),
     )
 )
 
