@@ -48,8 +48,7 @@ def download_weights(dimensions: Iterable[str], folder: Path, say: Callable[[str
     if failed:
         raise DownloadError(
             f"{failed} of {len(wanted)} weights could not be downloaded, as listed above; "
-            "the "
-            "others are "
+            "the others are "
             f"in {str(folder)!r}. Put these where the list says, or run the same command again."
         )
 

@@ -140,8 +140,7 @@ DAMAGES = {
     "another transformer": (
         lambda m: change(m / "transformer/config.json", _class_name="WanTransformer3DModel"),
         "transformer/config.json belongs to another model: _class_name "
-        "is "
-        "'WanTransformer3DModel', "
+        "is 'WanTransformer3DModel', "
         "expected 'HunyuanVideoTransformer3DModel'",
     ),
     "another text encoder": (

@@ -172,8 +172,7 @@ def test_a_broken_video_is_refused(run, fake_vbench, tiny_pipeline):
     assert code == 2
     assert (
         "1 of 2 videos have changed since they were "
-        "generated: "
-        f"{broken.name!r}; remove them" in messages
+        f"generated: {broken.name!r}; remove them" in messages
     )
     broken.unlink()
     assert make_run(run, tiny_pipeline, "--dense")[0] == 0

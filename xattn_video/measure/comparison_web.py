@@ -20,8 +20,7 @@ MOST_PLAYERS = 8
 _FEW_ROWS = 3
 _COMPRESSED = (
     "The videos on this page are compressed. PSNR and SSIM are computed from the raw "
-    "frames, "
-    "which the "
+    "frames, which the "
     ".mkv files in the folder videos hold without loss."
 )
 

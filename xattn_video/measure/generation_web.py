@@ -94,8 +94,7 @@ def _made_with(record: Mapping[str, Any]) -> dict[str, str]:
 def _notes(count: int) -> Iterator[str]:
     yield (
         "The videos on this page are compressed; the files written "
-        "by the "
-        "command have higher quality."
+        "by the command have higher quality."
     )
     if count > 1:
         yield "The settings and the attention report are those of the first video."

@@ -113,8 +113,7 @@ def _speed_here(row: MethodRow, record: Mapping[str, Any]) -> Figure | None:
             left_out = 1 - row.density
             words += (
                 f": leaving out {left_out:.0%} of the blocks saves less "
-                "time than "
-                "selecting blocks costs"
+                "time than selecting blocks costs"
             )
     return Figure(f"{ratio:.2f}x", "speed of a sparse step on this machine", f"{times}; {words}")
 

@@ -64,8 +64,7 @@ def check_block_size(block_size: int, stride: int = 1) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
                 f"{name} must be an integer number of tokens, got {size!r}; pass an int, such "
-                "as "
-                "64."
+                "as 64."
             )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}; use 64 or 128.")
@@ -167,8 +166,7 @@ def check_text(num_text_tokens: int, query: Tensor, key: Tensor, causal: bool) -
     if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int):
         raise TypeError(
             "num_text_tokens must be an int (a number of tokens), "
-            "got "
-            f"{_describe(num_text_tokens)}."
+            f"got {_describe(num_text_tokens)}."
         )
     Sq, Sk = query.shape[2], key.shape[2]
     if not 0 <= num_text_tokens < Sk:

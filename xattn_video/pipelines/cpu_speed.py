@@ -23,8 +23,7 @@ def what_pays(device: torch.device, dtype: torch.dtype) -> str:
     if has_fast_dense(device, dtype):
         return (
             "dense attention is fast on this CPU in bfloat16 (AMX), so sparse attention gains "
-            "only "
-            "at low densities: lower the threshold"
+            "only at low densities: lower the threshold"
         )
     if device.type == "cpu":
         return f"on a CPU in {str(dtype).removeprefix('torch.')}, {_USUAL}"

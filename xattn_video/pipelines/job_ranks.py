@@ -165,8 +165,7 @@ class JobRanks:
         if not dist.is_nccl_available():
             raise ValueError(
                 "GPUs communicate through NCCL, which this torch does not have; use a CUDA build "
-                "of torch "
-                "for Linux, or one process without a launcher."
+                "of torch for Linux, or one process without a launcher."
             )
         torch.cuda.set_device(self.local_rank)
         return replace(load, device=f"cuda:{self.local_rank}")

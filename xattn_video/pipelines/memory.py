@@ -188,8 +188,7 @@ def describe_residual_shortage(
     where = "host memory" if memory.residuals_on_host else "device memory"
     return (
         f"refresh_every stores {memory.residuals:.0f} GiB of residuals in {where}, and there is "
-        "no "
-        f"room for them: the run needs about {memory.peak:.0f} GiB on the device and "
+        f"no room for them: the run needs about {memory.peak:.0f} GiB on the device and "
         f"{memory.host:.0f} GiB on the host. {_residual_remedy(memory, without, room, on_gpu)}"
     )
 

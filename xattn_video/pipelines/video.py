@@ -80,8 +80,7 @@ def write_video_or_keep_frames(path: Path, frames: "NDArray[np.uint8]", fps: int
         if kept is not None:
             found = (
                 f"they are saved in {str(kept)!r}: load them with numpy.load and write the video "
-                "with "
-                "xattn_video.pipelines.video.write_video."
+                "with xattn_video.pipelines.video.write_video."
             )
         reason = error.reason if isinstance(error, FileNotWrittenError) else str(error)
         number = getattr(error, "errno", None)

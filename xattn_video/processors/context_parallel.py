@@ -140,8 +140,7 @@ def exchange_of(
         raise NotImplementedError(
             "ring attention is not supported, got ring_degree="
             f"{config.ring_degree}: blocks are selected from all keys of a row, but a ring sees "
-            "only "
-            "a part of them at a time; use ContextParallelConfig(ulysses_degree=N)."
+            "only a part of them at a time; use ContextParallelConfig(ulysses_degree=N)."
         )
     degree, num_video = config.ulysses_degree, layout.num_video_tokens
     check_splits(transformer, family, degree)
@@ -177,8 +176,7 @@ def check_splits(transformer: Any, family: Family, degree: int) -> None:
     if cache in _DECIDING_CACHES:
         raise NotImplementedError(
             f"context parallelism cannot be used with {cache}: each rank would decide from its "
-            "own "
-            "tokens whether to skip blocks; call transformer.disable_cache()."
+            "own tokens whether to skip blocks; call transformer.disable_cache()."
         )
 
 
