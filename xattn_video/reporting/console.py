@@ -133,9 +133,9 @@ def log_choices(verbose: bool, quiet: bool = False) -> None:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         disable_progress_bars()
+    logging.getLogger("xattn_video").setLevel(logging.INFO if verbose else logging.NOTSET)
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("xattn_video").setLevel(logging.INFO)
     else:
         # The hub's own function, because its first import resets the level of its logger.
         from huggingface_hub.utils import logging as hub_logging
