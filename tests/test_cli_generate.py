@@ -1,6 +1,7 @@
 """What `xattn-video generate` writes and says."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -90,6 +91,14 @@ def test_a_run_that_stayed_dense_says_why(generate):
     assert "too few tokens" in out
 
 
+def test_verbose_ends_with_its_command(generate, caplog):
+    logger = logging.getLogger("xattn_video")
+    for words, expected in ((["--verbose"], True), ([], False)):
+        code, _, err = generate("--prompt=a", "--dense", "--output=a.mp4", "--overwrite", *words)
+        assert code == 0, err
+        assert logger.isEnabledFor(logging.INFO) == expected
+
+
 def test_verbose_tells_the_backend(generate, caplog):
     code, _, err = generate("--prompt=a", *SPARSE, "--output=a.mp4", "--verbose")
     assert code == 0, err
@@ -113,6 +122,10 @@ def test_the_demo_tells_what_it_does_not_show(tmp_path, monkeypatch):
     assert code == 0, err
     assert "`xattn-video demo --open` compares it with dense attention" in out
     assert re.search(r"^full size +1\.\d\dx speed at full size; ", out, re.MULTILINE)
+    sparse = ["--warmup-steps=0", "--density=0.1", "--refresh-every=2", "--compensation=means"]
+    code, out, err = run_cli(*words, *sparse)
+    assert code == 0, err
+    assert re.search(r"^full size +1\.\d\dx speed expected at full size; ", out, re.MULTILINE)
     code, out, err = run_cli(*words, "--dense")
     assert code == 0, err
     assert "full size" not in out

@@ -15,6 +15,7 @@ from xattn_video.measure.expected_seconds import (
     MeasuredParts,
     VideoParts,
     expected_seconds,
+    expected_speedup,
 )
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
@@ -132,3 +133,16 @@ def test_the_plan_tells_the_seconds_and_where_they_come_from():
     out = run_cli("plan", "--device=cpu")[1]
     assert "seconds" not in out
     assert "a video" not in out
+
+
+def test_the_speed_up_of_settings_is_what_plans_say():
+    settings = SparseSettings(density=0.1, refresh_every=15, compensation="first-order")
+    load = LoadOptions(device="cuda", device_elsewhere=True)
+    sparse = plan_run(ModelShape(), VideoSettings(), settings, load)
+    seconds = ExpectedSeconds(MeasuredParts.read(), sparse).total(0.1)
+    dense = ExpectedSeconds(MeasuredParts.read(), plan(sparse=False)).total(1.0)
+    found = expected_speedup(settings)
+    assert found.value == f"{dense / seconds:.2f}x"
+    assert f"about {seconds:.0f} s per video instead of {dense:.0f} s" in found.note
+    # A threshold does not say how many blocks it keeps.
+    assert expected_speedup(SparseSettings()) is None

@@ -130,8 +130,8 @@ def run_job(job: GenerateJob) -> None:
         if job.ranks.is_first:
             # Includes the videos that other ranks made.
             _write_page(job, runs | _finished(job))
-            if job.load.model == DEMO and job.requests[0].sparse is not None:
-                print_outlook(output_console())
+            if job.load.model == DEMO and (sparse := job.requests[0].sparse) is not None:
+                print_outlook(output_console(), sparse)
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.generation import GenerationResult
     from xattn_video.pipelines.loading import LoadOptions
     from xattn_video.pipelines.request import GenerationRequest
+    from xattn_video.policy.settings import SparseSettings
 
 
 def print_summary(
@@ -51,13 +52,13 @@ def print_summary(
     print_labelled(console, files | lines)
 
 
-def print_outlook(console: Console) -> None:
+def print_outlook(console: Console, sparse: "SparseSettings") -> None:
     """Print what a run of the demo model cannot show."""
-    from xattn_video.measure.verdict import FullSize
+    from xattn_video.measure.verdict import full_size_figure
 
     lines = {
         "picture": "`xattn-video demo --open` compares it with dense attention",
-        "full size": FullSize.read().figure.line,
+        "full size": full_size_figure(sparse).line,
     }
     print_labelled(console, lines)
 

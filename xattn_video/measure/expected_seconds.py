@@ -9,8 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from xattn_video.measure.full_size import read_full_size
+from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.model_shape import ModelShape
-from xattn_video.pipelines.run_plan import RunPlan
+from xattn_video.pipelines.request import VideoSettings
+from xattn_video.pipelines.run_plan import RunPlan, plan_run
+from xattn_video.policy.settings import SparseSettings
+from xattn_video.reporting.web_page import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +154,22 @@ def expected_seconds(shape: ModelShape, plan: RunPlan) -> ExpectedSeconds | None
     if shape.transformer_parameters != ModelShape().transformer_parameters:
         return None
     return ExpectedSeconds(MeasuredParts.read(), plan)
+
+
+def expected_speedup(sparse: SparseSettings) -> Figure | None:
+    """The expected speed-up of HunyuanVideo's default video; None without one density for all."""
+    if not isinstance(sparse.density, float):
+        return None
+    shape, video = ModelShape(), VideoSettings()
+    options = LoadOptions(device="cuda", device_elsewhere=True)
+    measured = MeasuredParts.read()
+    here, dense = (
+        ExpectedSeconds(measured, plan_run(shape, video, settings, options)).total(density)
+        for settings, density in ((sparse, sparse.density), (None, 1.0))
+    )
+    return Figure(
+        f"{dense / here:.2f}x",
+        "speed expected at full size",
+        f"{measured.video}, {measured.device}: about {here:.0f} s per video instead of "
+        f"{dense:.0f} s, computed from measured parts",
+    )

@@ -6,7 +6,9 @@ from statistics import median
 from typing import Any
 
 from xattn_video.measure.comparison_rows import MethodRow
+from xattn_video.measure.expected_seconds import expected_speedup
 from xattn_video.measure.full_size import read_full_size
+from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.web_page import Figure
 
 # PSNR in dB above which a difference is commonly held to be hard to see, or visible if looked for.
@@ -60,6 +62,12 @@ class FullSize:
         )
 
 
+def full_size_figure(sparse: SparseSettings | None) -> Figure:
+    """The speed-up at full size: expected with these settings, or else the measured one."""
+    expected = None if sparse is None else expected_speedup(sparse)
+    return expected or FullSize.read().figure
+
+
 def verdict(row: MethodRow, record: Mapping[str, Any]) -> dict[str, Figure]:
     """Up to three figures for one sparse method, by a short name.
 
@@ -72,7 +80,7 @@ def verdict(row: MethodRow, record: Mapping[str, Any]) -> dict[str, Figure]:
     if here is not None:
         found["speed here"] = here
     if not _at_full_size(record):
-        found["full size"] = FullSize.read().figure
+        found["full size"] = full_size_figure(row.method.sparse)
     return found
 
 
