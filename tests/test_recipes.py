@@ -10,11 +10,13 @@ import torch
 from command_line import SMALL, run_cli
 from diffusers import FirstBlockCacheConfig, HunyuanVideoPipeline
 from hunyuan import (
+    forward_inputs,
     generate,
     states,
     tiny_pipeline,
     tiny_processor,
     tiny_transformer,
+    with_processor,
 )
 from page_code import HUB_ID, NUM_STEPS, blocks_of, run_snippets
 from peft import LoraConfig
@@ -124,6 +126,26 @@ def test_a_dense_step_with_an_adapter_is_the_stock_one(adapter, set_first):
     if not set_first:
         pipe.transformer.set_attn_processor(tiny_processor(1.0))
     torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["weight", "scale", "disabled", "nothing"])
+def test_another_scale_in_the_middle_of_a_generation_drops_the_residual(adapter, change):
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(adapter, adapter_name="style")
+    transformer, processor = with_processor(None, pipe.transformer, density=0.2, refresh_every=5)
+    inputs = forward_inputs(timestep=500.0)
+    with torch.no_grad():
+        for timestep in (500.0, 400.0, 300.0, 200.0):
+            inputs["timestep"] = torch.tensor([timestep])
+            if timestep == 300.0 and change == "weight":
+                transformer.set_adapters(["style"], [0.5])
+            if timestep == 300.0 and change == "disabled":
+                transformer.disable_adapters()
+            if timestep == 300.0 and change == "scale":
+                inputs["attention_kwargs"] = {"scale": 0.5}
+            transformer(**inputs)
+    expected = (0,) if change == "nothing" else (0, 2)
+    assert processor.report().refresh_steps == expected
 
 
 def test_sparse_blocks_are_those_of_the_adapter_at_every_scale(adapter):

@@ -1,6 +1,7 @@
 """Which denoising step a forward pass of the transformer belongs to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class ForwardInputs:
         device: Device of the latents.
         dtype: Dtype of the latents.
         needs_grad: Whether gradients are enabled and an input or parameter of the model needs one.
+        adapters: The adapters of the model and their scales; empty without LoRA.
     """
 
     timestep: float
@@ -34,6 +36,7 @@ class ForwardInputs:
     device: torch.device
     dtype: torch.dtype
     needs_grad: bool
+    adapters: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

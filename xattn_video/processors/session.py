@@ -157,6 +157,7 @@ class Session:
             inputs.text_lengths,
             inputs.text_tokens,
             inputs.text_sample,
+            inputs.adapters,
             layout.device,
         )
         kept = self._kept.of_pass(
