@@ -47,6 +47,9 @@ def launched_ranks(device: torch.device) -> Iterator[LaunchedRanks]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    yield LaunchedRanks(dist.get_rank(), count, device)
+    ranks = LaunchedRanks(dist.get_rank(), count, device)
+    yield ranks
+    # All ranks leave together, so that none ends while another still talks to it.
+    ranks.wait()
     # Not after an exception: others may be waiting for this rank, and torchrun ends them.
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import (
     calibration_table,
     causal_table,
+    first_command,
     front,
     language_demo_tables,
     long_context_lines,
@@ -89,6 +90,7 @@ def marked_tables(
     return {
         "README.md": {
             "benchmarks": lambda: render_readme_table(files, videos) + "\n",
+            "first command": first_command.render,
             "presets": render_presets,
             "long context": long_context_lines.render,
         },

@@ -280,7 +280,7 @@ def test_pages_are_written_only_where_they_are_told(tmp_path, capsys, monkeypatc
 def test_a_readme_gets_its_table_and_pictures_that_are_no_longer_shown_go(tmp_path):
     readme, pictures = tmp_path / "README.md", tmp_path / "docs/images/benchmarks"
     begin, end = MARKS
-    marks = ("benchmarks", "presets", "long context")
+    marks = ("first command", "benchmarks", "presets", "long context")
     tables = [f"{begin.format(mark)}old{end.format(mark)}" for mark in marks]
     readme.write_text("\nb\n".join(tables))
     pictures.mkdir(parents=True)
