@@ -1,6 +1,7 @@
 """The command line as a whole, and its short commands."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -103,6 +104,14 @@ logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
         [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stderr == ""
+
+
+def test_verbose_ends_with_its_command(generate):
+    logger = logging.getLogger("xattn_video")
+    for words, expected in ((["--verbose"], True), ([], False)):
+        code, _, err = generate("--prompt=a", "--dense", "--output=a.mp4", "--overwrite", *words)
+        assert code == 0, err
+        assert logger.isEnabledFor(logging.INFO) == expected
 
 
 def test_help_names_the_default_model_whole():

@@ -280,15 +280,6 @@ def test_a_backend_that_cannot_run_says_why_before_the_model_is_loaded(generate)
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("wanted", [["--preset=fast"], ["--compensation=means"]])
-def test_a_backend_without_compensation_says_so_before_the_model_is_loaded(wanted, generate):
-    code, _, err = generate("--prompt=a", "--backend=flex", *wanted)
-    assert code == 2
-    assert "'flex' cannot run this problem" in err
-    assert "no log-sum-exp on a CPU, which compensation needs; use" in err
-
-
-@pytest.mark.usefixtures("no_model")
 def test_an_attention_backend_without_its_package_says_why_before_the_model_is_loaded(
     generate, monkeypatch
 ):

@@ -63,3 +63,12 @@ def test_a_preset_with_too_few_steps_says_what_to_give_in_its_place(preset):
 def test_a_setting_that_names_nothing_is_refused(text):
     with pytest.raises(ValueError, match=r"a setting must be NAME=VALUE,\.\.\. with the names"):
         parse_setting(text)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("wanted", [["--preset=fast"], ["--compensation=means"]])
+def test_a_backend_without_compensation_says_so_before_the_model_is_loaded(wanted, generate):
+    code, _, err = generate("--prompt=a", "--backend=flex", *wanted)
+    assert code == 2
+    assert "'flex' cannot run this problem" in err
+    assert "no log-sum-exp on a CPU, which compensation needs; use" in err
