@@ -240,7 +240,7 @@ def sparse_attention(
         scale,
     )
     assert forward.attend is not None
-    out, lse = forward.attend(inputs, settings.compensation != "none")
+    out, lse = forward.attend(inputs)
     if lse is not None:
         out = compensate(inputs, out, lse, video_blocks, first_order)
     return out.transpose(1, 2), blocks

@@ -5,6 +5,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -49,7 +50,7 @@ class AttendedLayer:
 
 
 Observer: TypeAlias = Callable[[AttendedLayer], None]
-BackendForward: TypeAlias = Callable[[AttentionInputs, bool], tuple[Tensor, Tensor | None]]
+BackendForward: TypeAlias = Callable[[AttentionInputs], tuple[Tensor, Tensor | None]]
 SparseOperator: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, Tensor, "ForwardPass", BlockLists | None],
     tuple[Tensor, BlockLists | None],
@@ -78,7 +79,8 @@ class ForwardPass:
     Attributes:
         longest: Number of valid keys of the longest item.
         forced: The blocks that every selection keeps.
-        attend: The backend's function; None if all layers run dense.
+        attend: The backend's function, which returns the log-sum-exp if compensation needs it;
+            None if all layers run dense.
     """
 
     settings: SparseSettings
@@ -97,7 +99,10 @@ class ForwardPass:
 
     def __post_init__(self) -> None:
         # Looked up once for all layers.
-        attend = None if self.backend is None else load_backend(self.backend).forward
+        attend = None
+        if self.backend is not None:
+            forward = load_backend(self.backend).forward
+            attend = partial(forward, return_lse=self.settings.needs_lse)
         layout, longest = self.layout, max(self.layout.key_lengths)
         forced = ForcedBlocks(
             layout.num_tokens,
