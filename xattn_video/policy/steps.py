@@ -1,7 +1,6 @@
 """Which denoising step a forward pass of the transformer belongs to."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ class ForwardInputs:
         device: Device of the latents.
         dtype: Dtype of the latents.
         needs_grad: Whether gradients are enabled and an input or parameter of the model needs one.
-        adapters: The adapters of the model and their scales; empty without LoRA.
+        lora_scale: Scale of the LoRA adapters in this pass.
     """
 
     timestep: float
@@ -36,7 +35,7 @@ class ForwardInputs:
     device: torch.device
     dtype: torch.dtype
     needs_grad: bool
-    adapters: tuple[Any, ...] = ()
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,8 @@ class Session:
             inputs.text_lengths,
             inputs.text_tokens,
             inputs.text_sample,
-            inputs.adapters,
+            inputs.lora_scale,
+            _adapters(self.transformer()),
             layout.device,
         )
         kept = self._kept.of_pass(
@@ -205,6 +206,20 @@ class Session:
             slot.refreshes = decision.refreshing[position]
             slot.chooses = decision.choosing[position]
             slot.fuses = fuses
+
+
+def _adapters(transformer: Any) -> tuple[Any, ...]:
+    """Each layer's active and merged LoRA adapters, and their scales; empty without PEFT."""
+    if not getattr(transformer, "peft_config", None):
+        return ()
+    layers = (module for module in transformer.modules() if hasattr(module, "merged_adapters"))
+    return tuple(
+        (
+            *(layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters),
+            *getattr(layer, "scaling", {}).items(),
+        )
+        for layer in layers
+    )
 
 
 def kernel_runs_on(device: torch.device) -> bool:

@@ -74,26 +74,8 @@ def read_forward(transformer: nn.Module, given: Mapping[str, Any]) -> ForwardInp
         device=latents.device,
         dtype=latents.dtype,
         needs_grad=torch.is_grad_enabled() and _any_needs_grad(transformer, given.values()),
-        adapters=_adapters(transformer, given),
+        lora_scale=(given.get("attention_kwargs") or {}).get("scale", 1.0),
     )
-
-
-def _adapters(transformer: nn.Module, given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The scale of the pass, and each adapted layer's active adapters, merged ones, and scales."""
-    if not getattr(transformer, "peft_config", None):
-        return ()
-    scale = (given.get("attention_kwargs") or {}).get("scale", 1.0)
-    layers: Any = (
-        module for module in transformer.modules() if hasattr(module, "merged_adapters")
-    )
-    states = (
-        (
-            *(layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters),
-            *getattr(layer, "scaling", {}).items(),
-        )
-        for layer in layers
-    )
-    return (scale, *states)
 
 
 def layout(config: Any, inputs: ForwardInputs, device: torch.device) -> TokenLayout:
