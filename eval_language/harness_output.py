@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from io import StringIO
+from typing import Any
 
 from xattn_video.reporting.console import print_warning
 
@@ -15,8 +16,34 @@ _CHATTER = re.compile(
     "model kwarg is not of type|already-initialized model|No aggregation function defined|"
     "Custom kwargs can be passed"
 )
+Tick = Callable[[], None]
+"""Function to call after each sample."""
 Shown = Callable[[], AbstractContextManager[object]]
 """Makes a context in which stderr is shown again."""
+
+
+@contextmanager
+def told_answers(model: Any, tick: Tick) -> Iterator[None]:
+    """Hide a harness's output as `quiet_harness` does, and tick after each answer of the model.
+
+    Args:
+        model: A model of transformers that the harness calls `generate` of.
+        tick: Called with stderr shown.
+    """
+    generate = model.generate
+    with quiet_harness() as shown:
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            answer = generate(*arguments, **options)
+            with shown():
+                tick()
+            return answer
+
+        model.generate = told
+        try:
+            yield
+        finally:
+            del model.generate
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from eval_language.harness_output import Tick
 from xattn_video.errors import MissingPackageError
 from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.measure.paired_scores import PairedScores, Record
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
 
 _PAPER = Path(__file__).parent / "data" / "paper_tables.json"
-Tick = Callable[[], None]
-"""Function to call after each sample."""
 Scorer = Callable[[Any, Tick], dict[str, float]]
 """Function that runs one task with the loaded model and returns {sample: score}."""
 
@@ -119,16 +118,19 @@ def find_model(asked: HarnessOptions, max_tokens: int) -> "LanguageSource":
     from xattn_video.language.model_sources import find_language_model
 
     source = find_language_model(asked.model, max_tokens)
-    _check_layers(asked.variants(), source.text_config, asked.model)
+    check_layers(asked, source.text_config, asked.model)
     source.check_files()
     return source
 
 
-def _check_layers(
-    variants: "dict[str, PrefillSettings | None]", text_config: Any, name: str
-) -> None:
-    """Check the sparse settings against a model, before anything runs dense."""
-    for settings in variants.values():
+def check_layers(asked: HarnessOptions, text_config: Any, name: str) -> None:
+    """Check the sparse settings against a model, before anything runs dense.
+
+    Raises:
+        ValueError: A setting names layers that the model lacks.
+        UnsupportedModelError: The model has no attention.
+    """
+    for settings in asked.variants().values():
         if settings is not None:
             settings.check_config(text_config, repr(name))
 
@@ -220,8 +222,6 @@ def _score(
             continue
         if loaded is None:
             loaded = prepared.load()
-            text_config = loaded[1].config.get_text_config(decoder=True)
-            _check_layers(variants, text_config, type(loaded[1]).__name__)
             errors.running = True
         scored, model = loaded
         start = time.perf_counter()

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eval_language.harness_output import quiet_harness
-from eval_language.harness_run import Scorer, Tick
+from eval_language.harness_output import Tick, quiet_harness, told_answers
+from eval_language.harness_run import Scorer
 from xattn_video.errors import MissingPackageError
 
 _OWN_TASKS = Path(__file__).parent / "tasks"
@@ -84,17 +84,8 @@ def task_scorer(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        class ToldModel(HFLM):  # type: ignore[misc, unused-ignore]
-            """Tells of each answer."""
-
-            def _model_generate(self, *arguments: Any, **more: Any) -> Any:
-                answer = super()._model_generate(*arguments, **more)
-                with shown():
-                    tick()
-                return answer
-
-        with quiet_harness() as shown:
-            lm = ToldModel(pretrained=model, batch_size=1, **options)
+        with told_answers(model, tick):
+            lm = HFLM(pretrained=model, batch_size=1, **options)
             results = simple_evaluate(
                 lm, tasks=[task], limit=samples, bootstrap_iters=0, task_manager=manager
             )

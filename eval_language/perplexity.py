@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from eval_language.harness_output import Tick
 from eval_language.harness_run import (
     HarnessOptions,
     Prepared,
-    Tick,
     find_model,
     harness_command,
     model_loader,

@@ -6,8 +6,14 @@ python -m eval_language.videomme --run runs/videomme --model Qwen/Qwen2-VL-7B-In
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eval_language.harness_output import quiet_harness
-from eval_language.harness_run import HarnessOptions, Prepared, Scorer, Tick, harness_command
+from eval_language.harness_output import Tick, quiet_harness, told_answers
+from eval_language.harness_run import (
+    HarnessOptions,
+    Prepared,
+    Scorer,
+    check_layers,
+    harness_command,
+)
 from eval_language.lm_eval_tasks import needed_data, sample_scores
 from xattn_video.options.command import knob
 
@@ -35,12 +41,14 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
             "Qwen/Qwen2-VL-7B-Instruct."
         )
     names = (asked.tasks or "videomme,videomme_w_subtitle").split(",")
-    for name in names:
-        with needed_data(name), quiet_harness():
+    with quiet_harness():
+        with needed_data(names[0]):
             # Its loggers write to what stderr is when they are imported.
             from lmms_eval.tasks import TaskManager, get_task_dict
-
-            get_task_dict([name], TaskManager())
+        manager = TaskManager()
+        for name in names:
+            with needed_data(name):
+                get_task_dict([name], manager)
 
     @quiet_harness()
     def loaded() -> tuple[Any, Any]:
@@ -51,6 +59,9 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
         lm = get_model(asked.kind)(**options, device=device, device_map=device)
         # The harness deletes the model after each evaluation, and the next setting needs it.
         lm.clean = lambda: None
+        # Before, only the harness knows how to read the model.
+        text_config = lm.model.config.get_text_config(decoder=True)
+        check_layers(asked, text_config, type(lm.model).__name__)
         return lm, lm.model
 
     return Prepared({name: (name, _scorer(name, asked.samples)) for name in names}, loaded)
@@ -58,22 +69,10 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
 
 def _scorer(task: str, samples: int) -> Scorer:
     def score(lm: Any, tick: Tick) -> dict[str, float]:
-        generate = lm.model.generate
+        with told_answers(lm.model, tick):
+            from lmms_eval.evaluator import simple_evaluate
 
-        def told_generate(*arguments: Any, **options: Any) -> Any:
-            answer = generate(*arguments, **options)
-            with shown():
-                tick()
-            return answer
-
-        lm.model.generate = told_generate
-        try:
-            with quiet_harness() as shown:
-                from lmms_eval.evaluator import simple_evaluate
-
-                results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)
-        finally:
-            del lm.model.generate
+            results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)
         return sample_scores(results, lambda one: one[_METRIC]["score"])
 
     return score

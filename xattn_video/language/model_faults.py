@@ -45,7 +45,9 @@ def check_loaded(name: str, found: Mapping[str, Any]) -> None:
         ValueError: The weights lack tensors of the model, or have others of another shape.
     """
     other = "take both from one model"
-    for tensor, shape, expected in sorted(found["mismatched_keys"]):
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        tensor, shape, expected = mismatched[0]
         raise ValueError(
             f"the weights of {name!r} do not fit its config.json: {tensor} is {list(shape)}, "
             f"expected {list(expected)}; {other}."

@@ -4,4 +4,4 @@ class HFLM:
         self.model = pretrained
 
     def _model_generate(self, context):
-        return self.model(context, logits_to_keep=1).logits.argmax()
+        return self.model.generate(context, max_new_tokens=1, do_sample=False)[0, -1]
