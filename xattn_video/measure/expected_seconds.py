@@ -79,6 +79,13 @@ class ExpectedSeconds:
     plan: RunPlan
 
     @property
+    def density(self) -> float:
+        """The density of sparse steps that the settings ask for, or else the measured one."""
+        if not self.plan.sparse_steps:
+            return 1.0
+        return self.measured.density if self.plan.density is None else self.plan.density
+
+    @property
     def traded(self) -> float:
         """Seconds of a step in which GPUs trade tokens for heads."""
         return self.measured.exchange * self.plan.share.sent_gib / self.measured.sent_gib
@@ -121,10 +128,7 @@ class ExpectedSeconds:
 
     def describe(self) -> str:
         """`total` with its terms as text, at the density asked for, or else the measured one."""
-        plan = self.plan
-        density = 1.0
-        if plan.sparse_steps:
-            density = self.measured.density if plan.density is None else plan.density
+        plan, density = self.plan, self.density
         parts = self.parts(density)
         dense_steps = f"{round(self._dense_steps, 1):g}"
         terms = [f"{parts.text:.0f} text", f"{dense_steps} dense x {parts.dense_step:.2f}"]
@@ -163,10 +167,11 @@ def expected_speedup(sparse: SparseSettings) -> Figure | None:
     shape, video = ModelShape(), VideoSettings()
     options = LoadOptions(device="cuda", device_elsewhere=True)
     measured = MeasuredParts.read()
-    here, dense = (
-        ExpectedSeconds(measured, plan_run(shape, video, settings, options)).total(density)
-        for settings, density in ((sparse, sparse.density), (None, 1.0))
+    runs = (
+        ExpectedSeconds(measured, plan_run(shape, video, settings, options))
+        for settings in (sparse, None)
     )
+    here, dense = (run.total(run.density) for run in runs)
     return Figure(
         f"{dense / here:.2f}x",
         "speed expected at full size",
