@@ -1,18 +1,23 @@
 """The training script of the small language model, at a tiny size."""
 
+import copy
 import json
+import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaForCausalLM
+from transformers import AttentionInterface, AutoTokenizer, LlamaForCausalLM
 
 pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from language_training import training, training_record
-from language_training.sequences import Sequences, train_tokenizer
+from language_training import forms, training, training_record
+from language_training.sequences import Batch, Sequences, train_tokenizer
+from language_training.training_step import FoldedAttention, TrainingStep
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +27,7 @@ def test_folded_sequences_are_those_of_a_batch():
     ids = torch.randint(3, 2048, (4, 64))
     model.set_attn_implementation("sdpa")
     expected = model.model(ids, use_cache=False).last_hidden_state
-    folded = training.FoldedAttention(torch.device("cpu"))
+    folded = FoldedAttention(torch.device("cpu"))
     folded.length = 64
     AttentionInterface.register("folded", folded)
     model.set_attn_implementation("folded")
@@ -31,12 +36,64 @@ def test_folded_sequences_are_those_of_a_batch():
     torch.testing.assert_close(found.last_hidden_state.view(4, 64, -1), expected)
 
 
-def test_every_batch_has_as_many_tokens(tmp_path):
+def test_a_batch_holds_sequences_of_one_length(tmp_path):
     train_tokenizer(tmp_path, 20)
     # 64 tokens hold no form; such sequences are repeated strings alone.
     batches = iter(Sequences(tmp_path, 1024, 256, 0.3, [64]))
-    found = {next(batches)[0].shape for _ in range(60)}
-    assert found == {(4, 256), (16, 64)}
+    some = [next(batches) for _ in range(60)]
+    assert {batch.length for batch in some} == {64, 256}
+    for batch in some:
+        assert batch.ids.shape == (1, 1024)
+        torch.testing.assert_close(batch.shares.sum(1), torch.ones(2))
+        # The last token of a sequence predicts none.
+        assert not batch.shares.view(2, -1, batch.length)[:, :, -1].any()
+
+
+def test_an_answer_counts_where_it_is_predicted(tmp_path):
+    train_tokenizer(tmp_path, 20)
+    batch = next(iter(Sequences(tmp_path, 512, 512, 0.0, [])))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    predicted = batch.ids[0].roll(-1)[batch.shares[0] > 0]
+    text, answers = tokenizer.decode(batch.ids[0]), tokenizer.decode(predicted).split("</s>")
+    assert answers[-1] == ""
+    assert len(answers) > 1
+    assert all(answer in text for answer in answers)
+
+
+def test_a_step_is_that_of_plain_optimizers():
+    torch.manual_seed(0)
+    found = training.make_model(training.SMOKE)
+    expected, before = copy.deepcopy(found), copy.deepcopy(found)
+    ids = torch.randint(3, 2048, (1, 128))
+    shares = torch.zeros(2, 128)
+    shares[0, 60:63], shares[1, 70:120] = 1 / 3, 1 / 50
+    loss, right = TrainingStep(found, 128, torch.device("cpu"))(Batch(64, ids, shares), 0.01)
+
+    logits = expected(ids.view(2, 64)).logits.flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, ids[0].roll(-1), reduction="none")
+    torch.testing.assert_close(loss, losses[60:63].mean())
+    assert right == (logits.argmax(-1) == ids[0].roll(-1))[60:63].float().mean()
+    (losses[60:63].mean() + 0.3 * losses[70:120].mean()).backward()
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+    matrices = [one for one in expected.model.layers.parameters() if one.dim() > 1]
+    vectors = [one for one in expected.parameters() if one.dim() == 1]
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options).step()
+    betas = (0.9, 0.98)
+    torch.optim.AdamW([expected.model.embed_tokens.weight], betas=betas, **options).step()
+    torch.optim.AdamW(vectors, lr=0.01, betas=betas, weight_decay=0.0).step()
+    models = (found.parameters(), expected.parameters(), before.parameters())
+    for one, other, old in zip(*models, strict=True):
+        # Muon makes its updates in bfloat16.
+        assert (one - other).norm() < 0.05 * (other - old).norm()
+
+
+def test_a_text_names_a_key_once(monkeypatch):
+    monkeypatch.setattr(forms, "_word", lambda: random.choice("abcdefgh"))
+    for _ in range(20):
+        for form in (lambda: forms.many_keys(250), lambda: forms.few_keys(900)):
+            keys = re.findall(r"numbers for (\w) is", "".join(piece.text for piece in form()))
+            assert len(set(Counter(keys).values())) == 1
 
 
 @pytest.mark.slow

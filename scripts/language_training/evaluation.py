@@ -12,7 +12,7 @@ from language_training.sequences import Encoder
 from language_training.training_record import weights_digest
 from xattn_video import enable_xattention
 from xattn_video.files import write_json
-from xattn_video.reporting.machine import installed_versions, machine_record
+from xattn_video.reporting.machine import machine_record
 
 EVALUATION = "evaluation.json"
 
@@ -25,10 +25,9 @@ def write_evaluation(folder: Path, device: str, lengths: list[int], samples: int
         "weights_sha256": weights_digest(folder),
         "dtype": "bfloat16",
         "samples": samples,
-        **machine_record(model.device),
+        **machine_record(model.device, "transformers"),
         "shares": shares,
     }
-    record["versions"] |= installed_versions(("transformers",))
     write_json(folder / EVALUATION, record)
 
 

@@ -81,6 +81,14 @@ def _uuid() -> str:
     return str(uuid.UUID(int=random.getrandbits(128), version=4))
 
 
+def _distinct(make: Callable[[], str], count: int) -> list[str]:
+    """Made names, none of which comes twice: a key that did would have two answers."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[make()] = None
+    return list(names)
+
+
 def _magic(kind: str, key: str, value: str) -> str:
     return f"One of the special magic {kind} for {key} is: {value}."
 
@@ -130,7 +138,7 @@ def many_keys(room: int, kind: str = "numbers") -> list[Piece]:
     make, key = (_number, _word) if numbers else (_uuid, _uuid)
     size, question = (25.5, 55) if numbers else (84.9, 145)
     count = max(1, int((room - 45 - question) / size * random.uniform(0.5, 0.99)))
-    pairs = [(key(), make()) for _ in range(count)]
+    pairs = [(one, make()) for one in _distinct(key, count)]
     lines = [_magic(kind, *pair) for pair in pairs]
     # A short question is about as long as a needle.
     asked = random.sample(pairs, min(count, int(room / size) - count + 1))
@@ -142,7 +150,7 @@ def many_keys(room: int, kind: str = "numbers") -> list[Piece]:
 
 def copied_needles(room: int) -> list[Piece]:
     """Needles, and the same ones in another order: what questions about them ask, made plain."""
-    pairs = [(_word(), _number()) for _ in range(max(1, int(room / 54)))]
+    pairs = [(key, _number()) for key in _distinct(_word, max(1, int(room / 54)))]
     pieces = [Piece(_magic("numbers", *pair) + "\n") for pair in pairs]
     random.shuffle(pairs)
     for key, value in pairs:
@@ -155,7 +163,7 @@ def few_keys(room: int) -> list[Piece]:
     """niah_single_1, niah_multivalue and niah_multiquery in a haystack that repeats."""
     values_each = random.choice((1, 4))
     keys = random.choice([count for count in (1, 1, 4, 4, 8, 16) if 100 * count < room])
-    table = {_word(): [_number() for _ in range(values_each)] for _ in range(keys)}
+    table = {key: [_number() for _ in range(values_each)] for key in _distinct(_word, keys)}
     needles = [(key, value) for key, values in table.items() for value in values]
     random.shuffle(needles)
     # Values of a key are asked for in the order of the text.

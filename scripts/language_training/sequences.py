@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,21 @@ VOCABULARY = 2048
 PADDING, BEGIN, END = 0, 1, 2
 # One needle and its question.
 _SHORTEST_FORM = 128
-Batch = tuple[Tensor, Tensor]
+
+
+class Batch(NamedTuple):
+    """Sequences of one length, side by side in a row.
+
+    Attributes:
+        length: Tokens of a sequence.
+        ids: Tokens, `[1, tokens]`.
+        shares: What the prediction of each next token counts in the loss of answers and in that
+            of other tokens, `[2, tokens]` float32; the sum of each row is 1.
+    """
+
+    length: int
+    ids: Tensor
+    shares: Tensor
 
 
 def train_tokenizer(folder: Path, samples: int) -> None:
@@ -113,14 +128,24 @@ class Sequences(IterableDataset[Batch]):
             length = self._length
             if self._shorter and random.random() < 0.15:
                 length = random.choice(self._shorter)
-            rows = self._tokens // length
-            ids = np.zeros((rows, length), np.int64)
-            answers = np.zeros((rows, length), bool)
-            for row in range(rows):
-                one, answered = self._sequence(encoder, length)
-                ids[row, : len(one)] = one
-                answers[row, : len(one)] = answered
-            yield torch.from_numpy(ids), torch.from_numpy(answers)
+            yield self._batch(encoder, length)
+
+    def _batch(self, encoder: Encoder, length: int) -> Batch:
+        rows = self._tokens // length
+        ids = np.zeros((rows, length + 1), np.int64)
+        answers = np.zeros((rows, length + 1), bool)
+        for row in range(rows):
+            one, answered = self._sequence(encoder, length)
+            ids[row, : len(one)] = one
+            answers[row, : len(one)] = answered
+        answer = answers[:, 1:]
+        other = (ids[:, 1:] != PADDING) & ~answer & (np.random.random(answer.shape) < 0.1)
+        shares = np.stack([one / max(1, one.sum()) for one in (answer.ravel(), other.ravel())])
+        return Batch(
+            length,
+            torch.from_numpy(ids[:, :length].reshape(1, -1)),
+            torch.from_numpy(shares.astype(np.float32)),
+        )
 
     def _sequence(self, encoder: Encoder, length: int) -> tuple[list[int], list[bool]]:
         if length < _SHORTEST_FORM or random.random() < self._copies:

@@ -13,16 +13,12 @@ if TYPE_CHECKING:
 
 def machine_record(device: "torch.device", *packages: str) -> dict[str, Any]:
     """The name of the device, and versions of the main packages, of backends and of these."""
-    import diffusers
     import torch
 
-    versions = {
-        "xattn_video": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-    # The packages of the backends.
-    versions |= installed_versions(("triton", "flash-attn-4", "block-sparse-attn", *packages))
+    versions = {"xattn_video": __version__, "torch": torch.__version__}
+    # The others are the packages of the backends.
+    kept = ("diffusers", "triton", "flash-attn-4", "block-sparse-attn")
+    versions |= installed_versions((*kept, *packages))
     cuda = device.type == "cuda"
     return {
         "versions": versions,
