@@ -5,10 +5,9 @@ A file of `benchmarks/results/calibration` has two parts: "calibration", the out
 without these densities.
 """
 
-import json
 from typing import Any
 
-from benchmarks.results_files import RESULTS
+from benchmarks.results_files import RESULTS, read_reports
 from xattn_video.measure.methods import Method
 from xattn_video.policy.schedule import ThresholdSchedule
 from xattn_video.reporting.machine import describe_versions
@@ -19,10 +18,7 @@ FOLDER = RESULTS / "calibration"
 
 def render() -> str:
     """A table for each file, with its source."""
-    files = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))
-    ]
-    return "\n".join(map(section, files))
+    return "\n".join(map(section, read_reports(FOLDER).values()))
 
 
 def section(record: dict[str, Any]) -> str:

@@ -1,15 +1,13 @@
 """The README's sentence on its first command, from a comparison of its settings on a CPU."""
 
-import json
-
-from benchmarks.results_files import RESULTS
+from benchmarks.results_files import RESULTS, read_json
 
 FILE = RESULTS / "first_command" / "two-cores.json"
 
 
 def render() -> str:
     """Speed and picture of the first command's sparse steps, and how they were compared."""
-    record = json.loads(FILE.read_text(encoding="utf-8"))
+    record = read_json(FILE)
     (row,) = (row for row in record["rows"] if row["method"]["sparse"])
     return (
         f"On two CPU cores, a sparse step was {row['step_speedup']:.1f} times as fast as a dense "

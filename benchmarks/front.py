@@ -4,7 +4,6 @@ The seconds are modelled from measured steps of HunyuanVideo at 720x1280 and 129
 interpolation and extrapolation in the density of the sparse output.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.results_files import RESULTS, read_results, rows_of
+from benchmarks.results_files import RESULTS, read_json, read_results, rows_of
 from benchmarks.step_tables import NUM_STEPS, mean_step_ms
 from xattn_video.policy.settings import SparseSettings
 
@@ -61,7 +60,7 @@ class _Line:
 
 def read_points(videos: Path = VIDEOS) -> list[Point]:
     """Points of plain XAttention, and of first-order compensation with the Hilbert order."""
-    record = json.loads(videos.read_text(encoding="utf-8"))
+    record = read_json(videos)
     num_steps = record["video"]["num_inference_steps"]
     lines, dense_ms = _measured_steps()
     points = []

@@ -1,8 +1,8 @@
 """The tables of docs/language_demo_model.md, from what lies beside the model's weights."""
 
-import json
 from typing import Any
 
+from xattn_video.files import read_record
 from xattn_video.language.model_sources import DEMO_FOLDER
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
@@ -20,7 +20,7 @@ _RULER = {
 
 def training() -> str:
     """A row for each call of the training script."""
-    record = _read("TRAINING.json")
+    record = read_record(DEMO_FOLDER / "TRAINING.json")
     if record is None:
         return "No weights are committed yet.\n"
     columns = {
@@ -36,7 +36,7 @@ def training() -> str:
 
 def evaluation() -> str:
     """A row for each form: the share of right answers by length, dense and sparse."""
-    record = _read("evaluation.json")
+    record = read_record(DEMO_FOLDER / "evaluation.json")
     if record is None:
         return "No evaluation is committed yet.\n"
     shares = record["shares"]
@@ -60,8 +60,3 @@ def _cell(shares: dict[str, Any], length: str, form: str) -> str:
     if dense is None:
         return ""
     return f"{dense['right']:.2f} / {sparse['right']:.2f}, {sparse['density']:.2f}"
-
-
-def _read(name: str) -> dict[str, Any] | None:
-    path = DEMO_FOLDER / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

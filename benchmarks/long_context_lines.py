@@ -1,16 +1,14 @@
 """The README's three lines on long context, from the files of prefills and of RULER."""
 
-import json
-
 from benchmarks.causal_table import attention_alone
 from benchmarks.prefill_table import PREFILLS
-from benchmarks.results_files import ResultRow
+from benchmarks.results_files import ResultRow, read_reports
 from benchmarks.ruler_table import RulerRuns
 
 
 def render() -> str:
     """The lines on speed, the longest prompt and accuracy."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
+    files = read_reports(PREFILLS).values()
     compared = max((one for one in files if "speedup" in one), key=lambda one: one["tokens"])
     longest = max(files, key=lambda one: one["tokens"])
     lines = [_speed(compared), _memory(longest), _accuracy(RulerRuns.read())]

@@ -1,9 +1,8 @@
 """The table of prefills on docs/long_context.md, from the reports of `xattn-video prefill`."""
 
-import json
 from typing import Any
 
-from benchmarks.results_files import RESULTS
+from benchmarks.results_files import RESULTS, read_reports
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
@@ -12,8 +11,7 @@ PREFILLS = RESULTS / "prefill"
 
 def render_prefills() -> str:
     """The table, with a row for each report by length of the prompt, and the machines."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in PREFILLS.glob("*.json")]
-    files.sort(key=lambda file: file["tokens"])
+    files = sorted(read_reports(PREFILLS).values(), key=lambda file: file["tokens"])
     columns = {
         "weights": lambda file: file["model"],
         "tokens": lambda file: f"{file['tokens']:,}",

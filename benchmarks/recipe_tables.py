@@ -60,13 +60,13 @@ def offloads(videos: list[WholeVideo]) -> str:
     sparse = (video for video in videos if video.gpus == 1 and video.density is not None)
     plain = [video for video in sparse if not video.run["sparse"].get("refresh_every")]
     # Of several runs, the one with the most steps; these come first.
-    rows = list({video.offload: video for video in reversed(plain)}.values())
+    rows = list({video.content["offload"]: video for video in reversed(plain)}.values())
     columns = {
-        "`--offload`": lambda video: f"`{video.offload}`",
-        "GPU memory": lambda video: f"{video.peak_memory_gib:.1f} GiB",
+        "`--offload`": lambda video: f"`{video.content['offload']}`",
+        "GPU memory": lambda video: f"{video.run['peak_memory_gib']:.1f} GiB",
         "sparse step": lambda video: f"{video.step_seconds(sparse=True):.1f} s",
     }
-    rows.sort(key=lambda video: video.peak_memory_gib)
+    rows.sort(key=lambda video: video.run["peak_memory_gib"])
     return Table.of(rows, columns).markdown() + "\n"
 
 

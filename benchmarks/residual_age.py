@@ -9,7 +9,6 @@ to the copy's output. `benchmarks.write_page` draws the committed file.
 
 import argparse
 import copy
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks.results_files import RESULTS
+from benchmarks.results_files import RESULTS, read_json
 from xattn_video import enable_xattention
 from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.pipelines.demo import load_demo_pipeline
@@ -112,7 +111,7 @@ def errors_by_age(rows: list[dict[str, Any]]) -> dict[int, float]:
 
 def draw_ages(path: Path = MEASURED) -> Figure:
     """Draw the error by denoising step for each setting, and by age for refreshes."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_step, by_age = figure.subplots(1, 2, sharey=True)
     for name, colour in zip(record["settings"], ("0.5", "#4477aa", "#228833"), strict=True):

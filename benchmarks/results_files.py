@@ -13,6 +13,7 @@ ResultRow = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 AUTHORS = "x-attention"
+# A problem that is one of several sizes of a sweep.
 _SWEEP = re.compile(r"(cpu-)?\d+k")
 
 
@@ -32,11 +33,6 @@ class ProblemRows:
     def first(self) -> ResultRow:
         """A row that has the problem's sizes."""
         return self.rows[0]
-
-    @property
-    def is_sweep(self) -> bool:
-        """Whether the problem is one of several sizes of a sweep."""
-        return _SWEEP.fullmatch(self.name) is not None
 
     @property
     def from_model(self) -> bool:
@@ -133,13 +129,24 @@ class ResultFile:
     @property
     def sweep(self) -> list[ProblemRows]:
         """The problems of the sweep, by size; empty if there is only one size."""
-        found = [problem for problem in self.problems if problem.is_sweep]
+        found = [problem for problem in self.problems if _SWEEP.fullmatch(problem.name)]
         return sorted(found, key=lambda p: int(p.first["n"])) if len(found) > 1 else []
 
     @property
     def model_problems(self) -> list[ProblemRows]:
         """Problems on a model's own queries and keys."""
         return [problem for problem in self.problems if problem.from_model]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_reports(folder: Path, names: str = "*.json") -> dict[str, dict[str, Any]]:
+    """{name without suffix: content} of the JSON files of a folder, by name."""
+    found = {path.stem: read_json(path) for path in folder.glob(names)}
+    return dict(sorted(found.items()))
 
 
 def rows_of(files: Iterable[ResultFile]) -> list[ResultRow]:
@@ -149,8 +156,5 @@ def rows_of(files: Iterable[ResultFile]) -> list[ResultRow]:
 
 def read_results(folder: Path = RESULTS) -> list[ResultFile]:
     """All files of a folder, GPUs first, then by name."""
-    found = [
-        ResultFile(path.stem, json.loads(path.read_text(encoding="utf-8")))
-        for path in folder.glob("*.json")
-    ]
-    return sorted(found, key=lambda file: (not file.on_gpu, file.stem))
+    found = [ResultFile(*report) for report in read_reports(folder).items()]
+    return sorted(found, key=lambda file: not file.on_gpu)

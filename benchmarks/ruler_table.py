@@ -1,12 +1,11 @@
 """The table of RULER on docs/long_context.md, from reports of `eval_language.ruler`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from benchmarks.results_files import RESULTS
+from benchmarks.results_files import RESULTS, read_json, read_reports
 from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table, figure
@@ -41,9 +40,8 @@ class RulerRuns:
     @classmethod
     def read(cls) -> "RulerRuns | None":
         """All committed reports; None if there are none."""
-        files = sorted(RULER.glob("*.json"))
-        reports = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-        return cls(tuple(reports)) if files else None
+        reports = tuple(read_reports(RULER).values())
+        return cls(reports) if reports else None
 
     def _results(self) -> Iterator[Record]:
         for report in self.reports:
@@ -143,7 +141,7 @@ def _score(found: PairedScores) -> str:
 
 def _paper_rows(lengths: Sequence[int]) -> Iterator[tuple[str, ...]]:
     """The paper's rows of full attention and XAttention at the same lengths."""
-    paper = json.loads(_PAPER.read_text(encoding="utf-8"))["RULER"]
+    paper = read_json(_PAPER)["RULER"]
     full, *others = paper["rows"]
     for row in [full, *(row for row in others if row[0] in paper["densities"])]:
         cells: list[str] = []

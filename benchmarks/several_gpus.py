@@ -20,7 +20,6 @@ from xattn_video.reporting.tables import Table, figure
 STEPS, RUNS = RESULTS / "multi_gpu", RESULTS / "ranks"
 # Numbers of GPUs in one machine that divide 24 heads.
 _NUMBERS_OF_GPUS = (1, 2, 4, 8)
-_SAME = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale", "sparse")
 
 
 class VideoPair(NamedTuple):
@@ -56,8 +55,7 @@ def video_pairs(videos: list[WholeVideo]) -> list[VideoPair]:
         for one, two in itertools.product(videos, videos)
         if (one.gpus, two.gpus) == (1, 2)
         and one.density is not None
-        and (one.device, one.offload) == (two.device, two.offload)
-        and all(one.run[name] == two.run[name] for name in _SAME)
+        and (one.conditions, one.run["sparse"]) == (two.conditions, two.run["sparse"])
     ]
 
 
@@ -66,7 +64,7 @@ def parts_record(videos: list[WholeVideo]) -> dict[str, Any]:
     (pair,), (file,) = video_pairs(videos), _with_rows(read_results(STEPS), "exchange")
     plan = _plan(2)
     return {
-        "device": pair.one.device,
+        "device": pair.one.content["device"],
         "video": f"HunyuanVideo, {pair.one.frames}",
         "video_tokens": plan.video_tokens,
         "dense_step_tflop": plan.dense_step_tflop,
@@ -176,8 +174,8 @@ def _videos(pairs: list[VideoPair]) -> str:
     lines = [Table.of(rows, columns).markdown(), ""]
     for video in itertools.chain.from_iterable(pairs):
         lines.append(
-            f"- {video.device}, {video.packages}, density {video.density:.3f}, "
-            f"{video.peak_memory_gib:.1f} GiB per GPU: `{video.command}`"
+            f"- {video.content['device']}, {video.packages}, density {video.density:.3f}, "
+            f"{video.run['peak_memory_gib']:.1f} GiB per GPU: `{video.command}`"
         )
     return "\n".join(lines) + "\n"
 
@@ -189,7 +187,7 @@ _PARTS = {
     "all sparse steps": lambda video: video.run["sparse_seconds"],
     "the fastest sparse step": lambda video: video.step_seconds(sparse=True),
     "decoding": lambda video: video.run["decoding_seconds"],
-    "whole video": lambda video: video.seconds,
+    "whole video": lambda video: video.run["seconds"],
 }
 
 

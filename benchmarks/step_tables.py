@@ -1,10 +1,16 @@
 """Tables of whole steps, for the page on fewer blocks."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of
+from benchmarks.results_files import (
+    RESULTS,
+    ResultFile,
+    ResultRow,
+    read_json,
+    read_results,
+    rows_of,
+)
 from xattn_video.measure.methods import method_of
 from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
@@ -18,7 +24,7 @@ PRESET_VIDEOS = RESULTS / "quality_fewer" / "fewer-blocks-512-h100.json"
 
 def render_presets() -> str:
     """The table of presets: the demo model's PSNR, and the mean step of HunyuanVideo at 720p."""
-    record = json.loads(PRESET_VIDEOS.read_text(encoding="utf-8"))
+    record = read_json(PRESET_VIDEOS)
     video = record["video"]
     steps = rows_of(read_results(RESULTS / "fewer_blocks"))
     seconds = {

@@ -1,14 +1,13 @@
 """Reports of `xattn-video generate` for whole videos at HunyuanVideo's size, and their tables."""
 
 import itertools
-import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_files import RESULTS, describe_video
+from benchmarks.results_files import RESULTS, describe_video, read_reports
 from xattn_video.pipelines.loading import LoadOptions
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.presets import PRESETS
@@ -19,6 +18,7 @@ from xattn_video.reporting.tables import Table, figure
 VIDEOS = RESULTS / "generate"
 # The name of the folder that `benchmarks.random_pipeline` wrote, in any parent folder.
 MODEL = "hunyuan-random"
+_CONDITIONS = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,6 @@ class WholeVideo:
         return self.content["runs"][0]
 
     @property
-    def device(self) -> str:
-        return self.content["device"]
-
-    @property
     def frames(self) -> str:
         return describe_video(self.run)
 
@@ -47,22 +43,15 @@ class WholeVideo:
         return describe_versions(self.content["versions"])
 
     @property
-    def offload(self) -> str:
-        return self.content["offload"]
-
-    @property
     def gpus(self) -> int:
         """Number of GPUs that shared the video; 1 in older reports, which do not state it."""
         return self.content.get("ranks_per_video", 1)
 
     @property
-    def seconds(self) -> float:
-        return self.run["seconds"]
-
-    @property
     def other_seconds(self) -> float:
         """Seconds outside denoising: text encoding, decoding, moving weights."""
-        return self.seconds - self.run["dense_seconds"] - self.run["sparse_seconds"]
+        run = self.run
+        return run["seconds"] - run["dense_seconds"] - run["sparse_seconds"]
 
     @property
     def density(self) -> float | None:
@@ -70,8 +59,10 @@ class WholeVideo:
         return self.run["report"]["density"]
 
     @property
-    def peak_memory_gib(self) -> float:
-        return self.run["peak_memory_gib"]
+    def conditions(self) -> tuple[Any, ...]:
+        """What two videos to compare have in common: size, steps, guidance, GPU and offload."""
+        of_run = (self.run[name] for name in _CONDITIONS)
+        return (*of_run, self.content["device"], self.content["offload"])
 
     @property
     def preset(self) -> str | None:
@@ -108,7 +99,7 @@ class WholeVideo:
         for option, value, default in (
             ("--num-inference-steps", steps, VideoSettings().num_inference_steps),
             ("--warmup-steps", warmup_steps, SparseSettings().warmup_steps),
-            ("--offload", self.offload, offload),
+            ("--offload", self.content["offload"], offload),
         ):
             if value != default:
                 words += [option, str(value)]
@@ -117,11 +108,8 @@ class WholeVideo:
 
 def read_whole_videos(folder: Path = VIDEOS) -> list[WholeVideo]:
     """The reports of videos of the model with random weights, the longest run first."""
-    found = [
-        WholeVideo(path.stem, json.loads(path.read_text(encoding="utf-8")))
-        for path in folder.glob(f"{MODEL}-*.json")
-    ]
-    return sorted(found, key=lambda video: -video.seconds)
+    found = [WholeVideo(*report) for report in read_reports(folder, f"{MODEL}-*.json").items()]
+    return sorted(found, key=lambda video: -video.run["seconds"])
 
 
 def videos_table(videos: list[WholeVideo]) -> str:
@@ -131,13 +119,13 @@ def videos_table(videos: list[WholeVideo]) -> str:
         "preset": lambda v: v.preset or "",
         "density": lambda v: figure(v.density, ".3f"),
         "backend": lambda v: ", ".join(v.run["report"]["backends"]),
-        "offload": lambda v: v.offload,
+        "offload": lambda v: v.content["offload"],
         "GPUs": lambda v: str(v.gpus),
         "s per dense step": lambda v: figure(v.step_seconds(sparse=False), ".1f"),
         "s per sparse step": lambda v: figure(v.step_seconds(sparse=True), ".1f"),
         "s for text and decoding": lambda v: f"{v.other_seconds:.0f}",
-        "s in total": lambda v: f"{v.seconds:.0f}",
-        "peak GiB": lambda v: f"{v.peak_memory_gib:.1f}",
+        "s in total": lambda v: f"{v.run['seconds']:.0f}",
+        "peak GiB": lambda v: f"{v.run['peak_memory_gib']:.1f}",
     }
     return Table.of(videos, columns, num_left=len(columns)).markdown()
 
@@ -145,30 +133,33 @@ def videos_table(videos: list[WholeVideo]) -> str:
 def readme_videos(videos: list[WholeVideo]) -> Iterator[tuple[str, ...]]:
     """Rows of sparse videos against the dense one of the same size, steps and offload."""
     for video, other in _pairs(videos):
+        ours, theirs = video.run["seconds"], other.run["seconds"]
         steps = f"{video.count(sparse=True)} of {video.run['num_inference_steps']}"
         yield (
             f"a whole video, {video.frames}, {steps} steps sparse",
-            video.device,
+            video.content["device"],
             f"{video.density:.3f}",
-            f"{other.seconds:.0f} s",
-            f"{video.seconds:.0f} s",
-            f"{other.seconds / video.seconds:.2f}x",
+            f"{theirs:.0f} s",
+            f"{ours:.0f} s",
+            f"{theirs / ours:.2f}x",
             "",
         )
 
 
 def full_size_record(videos: list[WholeVideo]) -> dict[str, Any]:
     """The record of the fastest whole video, which ships with the package."""
-    video, other = max(_pairs(videos), key=lambda pair: pair[1].seconds / pair[0].seconds)
+    video, other = max(
+        _pairs(videos), key=lambda pair: pair[1].run["seconds"] / pair[0].run["seconds"]
+    )
     return {
         "video": f"HunyuanVideo, {video.frames}",
-        "device": video.device,
+        "device": video.content["device"],
         "weights": "random",
         "steps": video.run["num_inference_steps"],
         "sparse_steps": video.count(sparse=True),
         "density": video.density,
-        "dense_seconds": other.seconds,
-        "sparse_seconds": video.seconds,
+        "dense_seconds": other.run["seconds"],
+        "sparse_seconds": video.run["seconds"],
         "sources": [f"benchmarks/results/generate/{one.stem}.json" for one in (other, video)],
     }
 
@@ -176,7 +167,8 @@ def full_size_record(videos: list[WholeVideo]) -> dict[str, Any]:
 def _pairs(videos: list[WholeVideo]) -> Iterator[tuple[WholeVideo, WholeVideo]]:
     """Pairs of a sparse video and its dense one."""
     for video, other in itertools.product(videos, videos):
-        if video.density is not None and other.density is None and _alike(video, other):
+        alike = (video.conditions, video.gpus) == (other.conditions, other.gpus)
+        if alike and video.density is not None and other.density is None:
             yield video, other
 
 
@@ -184,18 +176,8 @@ def memory_by_offload(videos: list[WholeVideo]) -> str:
     """One sentence with the peak memory of every offload, without residuals."""
     peaks: dict[str, float] = {}
     for video in (video for video in videos if video.gpus == 1 and video.preset is None):
-        peaks[video.offload] = max(video.peak_memory_gib, peaks.get(video.offload, 0.0))
+        offload, peak = video.content["offload"], video.run["peak_memory_gib"]
+        peaks[offload] = max(peak, peaks.get(offload, 0.0))
     by_size = sorted(peaks.items(), key=lambda peak: -peak[1])
     listed = ", ".join(f"{gib:.1f} GiB with `--offload {name}`" for name, gib in by_size)
     return f"Peak GPU memory of these videos without a preset: {listed}."
-
-
-def _alike(video: WholeVideo, other: WholeVideo) -> bool:
-    keys = ("height", "width", "num_frames", "num_inference_steps", "true_cfg_scale")
-    same_run = all(video.run[key] == other.run[key] for key in keys)
-    same_place = (video.device, video.gpus, video.offload) == (
-        other.device,
-        other.gpus,
-        other.offload,
-    )
-    return same_run and same_place
