@@ -15,9 +15,8 @@ from statistics import mean
 import torch
 from diffusers import FirstBlockCacheConfig, HunyuanVideoPipeline
 
-from benchmarks.argument_types import comma_separated
 from benchmarks.results_writer import ResultsWriter, environment
-from xattn_video.files import user_path
+from benchmarks.script_options import comma_separated, measuring_parser
 from xattn_video.measure.frames import FrameScores, score_frames
 from xattn_video.pipelines.demo import held_out_scenes, load_demo_pipeline
 from xattn_video.pipelines.generation import GenerationResult, generate
@@ -62,9 +61,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring_parser(__doc__, "cuda")
     add = parser.add_argument
     add("--num-prompts", type=int, default=8, help="prompts that the model was not trained on")
     add("--num-frames", type=int, default=DEMO_SETTINGS.num_frames)
@@ -72,9 +69,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--cache-threshold", type=comma_separated(float), default=[0.05, 0.1, 0.2])
     text = f"such as preset=fast; if none is given, {', '.join(SETTINGS)}"
     add("--setting", action="append", default=[], help=text)
-    add("--device", default="cuda")
-    add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path)
     arguments = parser.parse_args(words)
     arguments.setting = arguments.setting or [*SETTINGS]
     return arguments
@@ -102,8 +96,9 @@ def measure(
             score_frames(dense.frames, result.frames, pipe.device)
             for dense, result in zip(references, found, strict=True)
         ]
-        row = asdict(variant) | settings_of_the_videos(arguments) | picture(scores)
-        results.add(row | counted_work([result.report for result in found]), True)
+        row = asdict(variant) | {"num_prompts": arguments.num_prompts} | video_sizes(arguments)
+        work = counted_work([result.report for result in found])
+        results.add(row | picture(scores) | work, True)
         print(results.rows[-1], flush=True)
 
 
@@ -111,12 +106,7 @@ def generate_all(
     pipe: HunyuanVideoPipeline, variant: Variant, arguments: argparse.Namespace
 ) -> list[GenerationResult]:
     """Generate one video per prompt, separately because a cache decides for a whole batch."""
-    video = VideoSettings(
-        DEMO_SETTINGS.height,
-        DEMO_SETTINGS.width,
-        arguments.num_frames,
-        arguments.num_inference_steps,
-    )
+    video = VideoSettings(**video_sizes(arguments))
     sparse = parse_setting(variant.setting, min_tokens=0)
     if variant.cache_threshold is not None:
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=variant.cache_threshold))
@@ -130,9 +120,8 @@ def generate_all(
             pipe.transformer.disable_cache()
 
 
-def settings_of_the_videos(arguments: argparse.Namespace) -> dict[str, int]:
+def video_sizes(arguments: argparse.Namespace) -> dict[str, int]:
     return {
-        "num_prompts": arguments.num_prompts,
         "height": DEMO_SETTINGS.height,
         "width": DEMO_SETTINGS.width,
         "num_frames": arguments.num_frames,

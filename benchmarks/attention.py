@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks import upstream
-from benchmarks.argument_types import comma_separated
 from benchmarks.inputs_file import input_names, load_inputs
 from benchmarks.problems import GROUPS, PROBLEMS, find_problems
 from benchmarks.results_writer import ResultsWriter, environment
+from benchmarks.script_options import comma_separated, measuring_parser
 from xattn_video.backends.table import available_backends
 from xattn_video.files import user_path
 from xattn_video.measure.attention_cases import (
@@ -99,28 +99,17 @@ def complete(run: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measuring_parser(__doc__)
     add = parser.add_argument
     names, numbers = comma_separated(str), comma_separated(float)
     known = ", ".join([*PROBLEMS, *GROUPS])
     add("--problem", type=names, default=["hunyuan-720p-129f"], help=f"any of {known}")
     add("--inputs", type=user_path, help="a file of benchmarks.demo_inputs, instead of --problem")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA")
-    add(
-        "--density",
-        type=numbers,
-        default=[],
-        help="share of blocks to keep; determines the threshold",
-    )
+    add("--density", type=numbers, default=[], help="share of blocks to keep; sets the threshold")
     add("--threshold", type=numbers, default=[], help="share of the estimated mass to keep")
-    strides = comma_separated(int)
-    add(
-        "--stride",
-        type=strides,
-        default=[8],
-        help="strides; with the first, attention is also timed alone",
-    )
+    strides = "strides; with the first, attention is also timed alone"
+    add("--stride", type=comma_separated(int), default=[8], help=strides)
     add("--precision", type=names, default=["exact"], help="precision of scoring: exact, float8")
     add("--backends", type=names, help="default: all backends that can run")
     add("--dense", type=names, help="names of dense baselines, or none; default: all installed")
@@ -128,14 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--upstream", type=user_path, action="append", default=[], help=checkout)
     add("--focus", type=float, default=0.6, help="how much the mass of the random blocks varies")
     add("--repeats", type=int, default=10)
-    add(
-        "--max-seconds",
-        type=float,
-        default=20.0,
-        help="time limit for one row, without compilation",
-    )
-    add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path, help="JSON file to write")
+    add("--max-seconds", type=float, default=20.0, help="limit for one row, without compilation")
     return parser
 
 

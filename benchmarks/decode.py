@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.results_writer import ResultsWriter, environment
-from xattn_video.files import user_path
+from benchmarks.script_options import measuring_parser
 from xattn_video.language.model_sources import find_language_model
 from xattn_video.language.registration import enable_prefill
 from xattn_video.measure.timing import wait_for
@@ -52,20 +52,13 @@ def main(words: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measuring_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        action="append",
-        required=True,
-        help="as in `xattn-video prefill`; can be repeated",
-    )
+    models = "as in `xattn-video prefill`; can be repeated"
+    add("--model", action="append", required=True, help=models)
     add("--tokens", type=int, default=4096, help="of the prompt")
     add("--rounds", type=int, default=40, help="rounds of each attention, alternating")
     add("--steps", type=int, default=8, help="tokens decoded in a round")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path, help="JSON file to write")
     return parser
 
 

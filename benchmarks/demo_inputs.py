@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.argument_types import comma_separated
 from benchmarks.inputs_file import save_inputs
+from benchmarks.script_options import HERE, comma_separated
 from xattn_video import XAttnProcessor
 from xattn_video.files import check_output_path, user_path
 from xattn_video.pipelines.demo import load_demo_pipeline
@@ -35,15 +35,11 @@ def main(words: list[str] | None = None) -> None:
     add("--num-inference-steps", type=int, default=25)
     add("--prompt", default=PROMPT)
     add("--seed", type=int, default=0)
-    add(
-        "--steps",
-        type=comma_separated(int),
-        default=[6, 18],
-        help="denoising steps to capture, counted from 0",
-    )
+    steps = "denoising steps to capture, counted from 0"
+    add("--steps", type=comma_separated(int), default=[6, 18], help=steps)
     layers = ["transformer_blocks.1", "single_transformer_blocks.1", "single_transformer_blocks.4"]
     add("--layers", type=comma_separated(str), default=layers)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=HERE)
     add("--output", type=user_path, required=True)
     arguments = parser.parse_args(words)
     check_output_path(arguments.output, (".safetensors",))

@@ -3,7 +3,6 @@
 torchrun --nproc-per-node 2 -m benchmarks.exchange --output results.json
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -13,21 +12,18 @@ from torch import Tensor
 
 from benchmarks.launched_ranks import LaunchedRanks, launched_ranks
 from benchmarks.results_writer import ResultsWriter, environment
-from xattn_video.files import user_path
+from benchmarks.script_options import measuring_parser
 from xattn_video.measure.timing import wait_for
 from xattn_video.processors.head_exchange import HeadExchange
 from xattn_video.reporting.endings import run_script
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measuring_parser(__doc__, "cuda")
     add = parser.add_argument
     add("--video-tokens", type=int, default=118_800)
     add("--text-tokens", type=int, default=256)
-    add("--device", default="cuda")
     add("--repeats", type=int, default=20)
-    add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path)
     arguments = parser.parse_args(words)
     with launched_ranks(torch.device(arguments.device)) as ranks:
         path = arguments.output if ranks.is_first else None

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.results_files import RESULTS, read_json
+from benchmarks.script_options import HERE
 from xattn_video import enable_xattention
 from xattn_video.files import check_output_path, user_path, write_json
 from xattn_video.pipelines.demo import load_demo_pipeline
@@ -44,7 +45,7 @@ def main(words: list[str] | None = None) -> None:
     add("--num-frames", type=int, default=33)
     add("--num-inference-steps", type=int, default=50)
     add("--num-prompts", type=int, default=2)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=HERE)
     add("--output", type=user_path, required=True)
     arguments = parser.parse_args(words)
     video = {

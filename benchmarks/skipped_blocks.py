@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.argument_types import comma_separated
 from benchmarks.results_writer import ResultsWriter, environment
-from xattn_video.files import user_path
+from benchmarks.script_options import comma_separated, measuring_parser
 from xattn_video.measure.attention_problems import AttentionProblem, clustered_tensors
 from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.measure.timing import Budget, measure
@@ -57,7 +56,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measuring_parser(__doc__)
     add = parser.add_argument
     add("--grid", type=comma_separated(int), default=[33, 45, 80], help="frames, rows, columns")
     add("--text-tokens", type=int, default=256)
@@ -66,9 +65,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--density", type=float, default=0.3)
     add("--backend", default="auto")
     add("--repeats", type=int, default=10)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path, help="the JSON file")
     return parser
 
 

@@ -22,11 +22,11 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor
 
-from benchmarks.argument_types import comma_separated
 from benchmarks.launched_ranks import LaunchedRanks, launched_ranks
 from benchmarks.random_pipeline import new_weights
 from benchmarks.results_files import AUTHORS
 from benchmarks.results_writer import ResultsWriter, environment
+from benchmarks.script_options import comma_separated, measuring_parser
 from benchmarks.upstream import find_checkouts, has_kernel
 from benchmarks.upstream_step import authors_processor
 from xattn_video import XAttnProcessor, enable_context_parallel, enable_xattention
@@ -73,36 +73,25 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measuring_parser(__doc__, "cuda")
     add = parser.add_argument
     add("--height", type=int, default=720)
     add("--width", type=int, default=1280)
     add("--num-frames", type=int, default=129)
     add("--valid-text-tokens", type=int, default=60)
     add("--threshold", type=comma_separated(float), default=[0.345, 0.455])
-    text = "a whole setting, such as preset=fast or density=0.2,mask_every=4: each kind of step"
-    add("--setting", action="append", default=[], help=text)
+    setting = "a whole setting, such as preset=fast or density=0.2,mask_every=4: each kind of step"
+    add("--setting", action="append", default=[], help=setting)
     add("--stride", type=int, default=8)
     add("--precision", choices=PRECISIONS, default="auto", help="precision of scoring")
     add("--backend", default="auto")
-    add("--device", default="cuda")
-    add(
-        "--layers",
-        type=comma_separated(int),
-        default=[20, 40],
-        help="number of double-stream and single-stream blocks",
-    )
+    layers = "number of double-stream and single-stream blocks"
+    add("--layers", type=comma_separated(int), default=[20, 40], help=layers)
     add("--skip-stock", action="store_true", help="time only this package's steps")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the transformer's blocks with torch.compile",
-    )
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--repeats", type=int, default=1)
     checkout = "your checkout of x-attention; it needs the block_sparse_attn package"
     add("--upstream", type=user_path, action="append", default=[], help=checkout)
-    add("--commit", help="commit of this repository, if git is not available")
-    add("--output", type=user_path)
     arguments = parser.parse_args(words)
     try:
         arguments.time_upstream = find_checkouts(arguments.upstream)
