@@ -4,19 +4,20 @@ The seconds are modelled from measured steps of HunyuanVideo at 720x1280 and 129
 interpolation and extrapolation in the density of the sparse output.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.results_files import RESULTS, read_json, read_results, rows_of
+from benchmarks.results_files import RESULTS, ResultRow, read_json, read_results, rows_of
 from benchmarks.step_tables import NUM_STEPS, mean_step_ms
 from xattn_video.policy.settings import SparseSettings
 
 VIDEOS = RESULTS / "quality_fewer" / "fewer-blocks-256-h100.json"
 NAME = "fewer-blocks-front.png"
+Line = Callable[[float], float]
+"""Milliseconds of a kind of step as a linear function of the density."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +39,6 @@ class Point:
     psnr: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """Milliseconds of a kind of step as a linear function of the density."""
-
-    density: float
-    ms: float
-    slope: float
-
-    @classmethod
-    def through(cls, rows: list[dict[str, Any]]) -> "_Line":
-        first, second = rows
-        rise = second["latency_ms"] - first["latency_ms"]
-        return cls(
-            first["density"], first["latency_ms"], rise / (second["density"] - first["density"])
-        )
-
-    def at(self, density: float) -> float:
-        return self.ms + self.slope * (density - self.density)
-
-
 def read_points(videos: Path = VIDEOS) -> list[Point]:
     """Points of plain XAttention, and of first-order compensation with the Hilbert order."""
     record = read_json(videos)
@@ -73,7 +54,7 @@ def read_points(videos: Path = VIDEOS) -> list[Point]:
         if kind is None:
             continue
         density = settings.density or row["density"]
-        ms = {phase: line.at(density) for phase, line in lines[kind == "plain"].items()}
+        ms = {phase: line(density) for phase, line in lines[kind == "plain"].items()}
         mean_ms = mean_step_ms(settings, ms, dense_ms, num_steps)
         warmup = settings.warmup_steps
         seconds = (warmup * dense_ms + (NUM_STEPS - warmup) * mean_ms) / 1e3
@@ -117,21 +98,27 @@ def _kind(settings: SparseSettings) -> str | None:
     return "compensated" if settings.refresh_every is None else "with refreshes"
 
 
-def _measured_steps() -> tuple[dict[bool, dict[str, _Line]], float]:
+def _measured_steps() -> tuple[dict[bool, dict[str, Line]], float]:
     """{is plain: {phase: its line}}, and the milliseconds of a dense step."""
     rows, plain = rows_of(read_results(RESULTS / "fewer_blocks")), rows_of(read_results())
 
-    def of(rows: list[dict[str, Any]], phase: str) -> Iterator[dict[str, Any]]:
-        return (row for row in rows if row.get("phase") == phase)
+    def of(rows: list[ResultRow], phase: str) -> list[ResultRow]:
+        return [row for row in rows if row.get("phase") == phase]
 
     taus = [row for row in of(plain, "sparse") if row["threshold"] in (0.345, 0.455)][:2]
-    others = {phase: _Line.through(list(of(rows, phase))) for phase in ("choose", "reuse")}
+    choose, reuse = of(rows, "choose"), of(rows, "reuse")
+    lines = {"choose": _line(choose[0], choose), "reuse": _line(reuse[0], reuse)}
     for phase in ("between", "refresh"):
-        measured = next(of(rows, phase))
-        others[phase] = replace(
-            others["reuse"], density=measured["density"], ms=measured["latency_ms"]
-        )
+        lines[phase] = _line(of(rows, phase)[0], reuse)
     # The last warm-up step refreshes too.
-    others["prime"] = others["refresh"]
-    lines = {True: {"choose": _Line.through(taus)}, False: others}
-    return lines, next(of(rows, "dense"))["latency_ms"]
+    lines["prime"] = lines["refresh"]
+    dense_ms = of(rows, "dense")[0]["latency_ms"]
+    return {True: {"choose": _line(taus[0], taus)}, False: lines}, dense_ms
+
+
+def _line(row: ResultRow, pair: list[ResultRow]) -> Line:
+    """The line through a measured step, with the slope of a pair of steps."""
+    first, second = pair
+    rise = second["latency_ms"] - first["latency_ms"]
+    slope = rise / (second["density"] - first["density"])
+    return lambda density: row["latency_ms"] + slope * (density - row["density"])
