@@ -31,10 +31,9 @@ class RulerRuns:
     def __post_init__(self) -> None:
         if len({(one["model"], one["dtype"], one["samples"]) for one in self.reports}) > 1:
             raise ValueError("the reports of RULER must be of one model, dtype and --samples.")
-        keys = [self._key(one) for one in self._results()]
-        if len(keys) > len(set(keys)):
+        if sum(len(one["results"]) for one in self.reports) > len(self._records):
             raise ValueError("two reports of RULER hold the same result; keep one of them.")
-        if len(keys) < len(self.tasks) * len(self.lengths) * len(self.settings):
+        if len(self._records) < len(self.tasks) * len(self.lengths) * len(self.settings):
             raise ValueError("the reports of RULER must have the same tasks and settings.")
 
     @classmethod
@@ -43,34 +42,29 @@ class RulerRuns:
         reports = tuple(read_reports(RULER).values())
         return cls(reports) if reports else None
 
-    def _results(self) -> Iterator[Record]:
-        for report in self.reports:
-            yield from report["results"]
-
-    @staticmethod
-    def _key(result: Record) -> tuple[str, int, str]:
-        """Task, length and setting."""
-        task, _, length = result["task"].rpartition(", ")
-        return task, int(length), result["setting"]
-
     @cached_property
     def _records(self) -> dict[tuple[str, int, str], Record]:
-        return {self._key(one): one for one in self._results()}
+        """{(task, length, setting): its result}."""
+        found = {}
+        for result in (result for report in self.reports for result in report["results"]):
+            task, _, length = result["task"].rpartition(", ")
+            found[task, int(length), result["setting"]] = result
+        return found
 
     @property
     def tasks(self) -> list[str]:
         """The tasks in the order of the run."""
-        return [*dict.fromkeys(self._key(one)[0] for one in self._results())]
+        return [*dict.fromkeys(task for task, _, _ in self._records)]
 
     @property
     def lengths(self) -> list[int]:
         """The lengths, the shortest first."""
-        return sorted({self._key(one)[1] for one in self._results()})
+        return sorted({length for _, length, _ in self._records})
 
     @property
     def settings(self) -> list[str]:
         """The settings, dense attention first."""
-        return [*dict.fromkeys(self._key(one)[2] for one in self._results())]
+        return [*dict.fromkeys(setting for _, _, setting in self._records)]
 
     @property
     def solved(self) -> list[str]:
@@ -94,9 +88,8 @@ class RulerRuns:
 
     def places(self) -> list[str]:
         """The machines and versions of the runs."""
-        return sorted(
-            {f"{one['device']}: {describe_versions(one['versions'])}" for one in self._results()}
-        )
+        found = self._records.values()
+        return sorted({f"{one['device']}: {describe_versions(one['versions'])}" for one in found})
 
 
 def render() -> str:
