@@ -57,11 +57,8 @@ def problems(
             yield name, partial(load_inputs, arguments.inputs, name, device, arguments.dtype)
         return
     for problem in find_problems(arguments.problem):
-        focus = arguments.focus
-        yield (
-            problem.name,
-            partial(clustered_tensors, problem, device, arguments.dtype, focus=focus),
-        )
+        dtype, focus = arguments.dtype, arguments.focus
+        yield problem.name, partial(clustered_tensors, problem, device, dtype, focus=focus)
 
 
 def parse_runs(words: list[str]) -> list[argparse.Namespace]:

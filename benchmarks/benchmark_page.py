@@ -1,9 +1,10 @@
 """Turns result files into Markdown: the page of benchmarks, and the table of the README."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.results_files import AUTHORS, ProblemRows, ResultFile, ResultRow, describe_video
 from benchmarks.whole_videos import WholeVideo, memory_by_offload, readme_videos, videos_table
@@ -12,6 +13,8 @@ from xattn_video.reporting.pages import render
 from xattn_video.reporting.tables import Table, figure
 
 T = TypeVar("T")
+SpeedupLine = list[tuple[int, float]]
+"""The number of tokens and the speed-up over the best dense kernel at each size of a sweep."""
 IMAGES = "images/benchmarks"
 README_COLUMNS = ("what", "hardware", "density", "dense", "sparse", "speed-up", "over stock")
 _TEMPLATE = Path(__file__).with_name("page.md.jinja")
@@ -107,17 +110,25 @@ def sweep_table(sweep: list[ProblemRows]) -> str:
 
 def crossings(sweep: list[ProblemRows]) -> Iterator[str]:
     """For each line of the sweep, the size from which it beats the best dense kernel."""
-    lines: dict[tuple[str, str, float], list[tuple[int, float]]] = {}
-    for problem in sweep:
-        for row, speedup in problem.speedups():
-            wanted = row.get("wanted_density", row["density"])
-            line = lines.setdefault((row["backend"], estimate_of(row), wanted), [])
-            line.append((row["n"], speedup))
-    for (backend, stride, density), points in lines.items():
+    for (backend, stride, density), points in speedup_lines(sweep).items():
         losing = [length for length, speedup in points if speedup <= 1]
         winning = [length for length, _ in points if length > max(losing, default=0)]
         found = f"from {winning[0]:,} tokens" if winning else "at no measured size"
         yield f"`{backend}`, stride {stride}, density {density:.3g}: faster than dense {found}"
+
+
+def speedup_lines(sweep: list[ProblemRows]) -> dict[tuple[str, str, float], SpeedupLine]:
+    """{(backend, stride, density): its line}."""
+    lines: defaultdict[Any, SpeedupLine] = defaultdict(list)
+    for problem in sweep:
+        best = problem.best_dense
+        if best is None:
+            continue
+        for row in problem.select("xattention"):
+            density = row.get("wanted_density", row["density"])
+            found = row["n"], best["latency_ms"] / row["latency_ms"]
+            lines[row["backend"], estimate_of(row), density].append(found)
+    return lines
 
 
 def selection_table(problems: list[ProblemRows]) -> str:

@@ -52,13 +52,9 @@ class _Length:
 
 def render() -> str:
     """Tables of attention by itself, by length and density, and of decoding, with sources."""
-    sections = []
+    sections: list[str] = []
     for file in read_results(RESULTS / "causal"):
-        attention = [row for row in file.content["rows"] if row["name"] != "decode"]
-        if attention:
-            sections.extend(_attention(file))
-        else:
-            sections.extend(_decoding(file))
+        sections.extend(_decoding(file) if file.kind == "decode" else _attention(file))
     return "\n".join(sections) or "No run of either is committed yet.\n"
 
 
@@ -67,7 +63,7 @@ def attention_alone(tokens: int) -> str:
     lengths = (
         length
         for file in read_results(RESULTS / "causal")
-        if any(row["name"] == "xattention" for row in file.content["rows"])
+        if file.kind != "decode"
         for length in _lengths(file)
     )
     found = next((one for one in lengths if one.default["n"] == tokens), None)
@@ -103,7 +99,7 @@ def _attention(file: ResultFile) -> Iterator[str]:
     yield (
         f"- {first['heads']} query heads on {first['key_heads']} key heads of "
         f"{first['head_dim']}, {first['dtype']}, stride {first['stride']}, backend "
-        f"`{first['backend']}` unless named; milliseconds; {_place(file)}\n"
+        f"`{first['backend']}` unless named; milliseconds; {file.place}\n"
     )
 
 
@@ -126,13 +122,8 @@ def _decoding(file: ResultFile) -> Iterator[str]:
     yield Table.of(rows, columns).markdown() + "\n"
     yield (
         f"- {rows[0]['rounds']} rounds of {rows[0]['steps']} tokens each in turns, after "
-        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}; the times are medians; "
-        f"{_place(file)}\n"
+        f"{rows[0]['tokens']:,} tokens, {rows[0]['dtype']}; the times are medians; {file.place}\n"
     )
-
-
-def _place(file: ResultFile) -> str:
-    return f"{file.device}: {file.packages}; `{file.content['command']}`"
 
 
 def _ms(row: ResultRow) -> str:

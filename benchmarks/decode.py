@@ -9,7 +9,7 @@ import argparse
 import inspect
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ def time_rounds(
     model: PreTrainedModel, num_tokens: int, rounds: int, steps: int
 ) -> dict[str, list[float]]:
     """{attention: seconds of its rounds}; the attention that goes first alternates."""
-    generator = torch.Generator(model.device).manual_seed(0)
-    size = (1, num_tokens), model.config.vocab_size
-    prompt = torch.randint(size[1], size[0], generator=generator, device=model.device)
+    device, vocabulary = model.device, model.config.vocab_size
+    generator = torch.Generator(device).manual_seed(0)
+    prompt = torch.randint(vocabulary, (1, num_tokens), generator=generator, device=device)
     names = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {
         # The argument is past_key_values before transformers 5.23 and cache from then on.
@@ -80,12 +80,12 @@ def time_rounds(
     seconds: dict[str, list[float]] = {name: [] for name in ATTENTIONS}
     for number in range(rounds + _WARM_UP_ROUNDS):
         for name in ATTENTIONS[:: -1 if number % 2 else 1]:
-            with _attention(model, name):
-                wait_for(model.device)
+            with nullcontext() if name == "sdpa" else enable_prefill(model, None):
+                wait_for(device)
                 start = time.perf_counter()
                 for _ in range(steps):
                     token = _next_token(model, token, options)
-                wait_for(model.device)
+                wait_for(device)
                 seconds[name].append(time.perf_counter() - start)
     return {name: times[_WARM_UP_ROUNDS:] for name, times in seconds.items()}
 
@@ -99,10 +99,6 @@ def summarise(seconds: dict[str, list[float]], steps: int) -> dict[str, float]:
         "xattention_ms": statistics.median(ours) * per_token,
         "ratio": statistics.median(b / a for a, b in zip(own, ours, strict=True)),
     }
-
-
-def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager[Any]:
-    return nullcontext() if name == "sdpa" else enable_prefill(model, None)
 
 
 def _next_token(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> Tensor:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.benchmark_page import estimate_of, figure_names
+from benchmarks.benchmark_page import estimate_of, figure_names, speedup_lines
 from benchmarks.results_files import AUTHORS, ProblemRows, ResultFile, ResultRow
-from xattn_video.files import write_figure
 
 _COLOURS = {
     "dense": "0.7",
@@ -17,9 +16,8 @@ _COLOURS = {
 }
 
 
-def draw_figures(files: list[ResultFile], folder: Path) -> list[Path]:
-    """Write every picture that the page shows, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+def draw_figures(files: list[ResultFile], folder: Path) -> dict[Path, Figure]:
+    """{file to write: its picture} for every picture that the page shows."""
     figures: dict[Path, Figure] = {}
     for file in files:
         names = figure_names(file)
@@ -27,9 +25,7 @@ def draw_figures(files: list[ResultFile], folder: Path) -> list[Path]:
             figures[folder / names[problem.name]] = draw_parts(problem, file.device)
         if file.sweep:
             figures[folder / names["sweep"]] = draw_speedups(file.sweep, file.device)
-    for path, figure in figures.items():
-        write_figure(path, figure, dpi=120)
-    return list(figures)
+    return figures
 
 
 def draw_parts(problem: ProblemRows, device: str) -> Figure:
@@ -75,15 +71,10 @@ def _split(problem: ProblemRows, total: ResultRow) -> dict[str, float]:
 
 def draw_speedups(sweep: list[ProblemRows], device: str) -> Figure:
     """Speed-up over the best dense kernel, with a line for each backend, stride and density."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for problem in sweep:
-        for row, speedup in problem.speedups():
-            density = row.get("wanted_density", row["density"])
-            label = f"{row['backend']}, density {density:.3g}, S={estimate_of(row)}"
-            lines.setdefault(label, []).append((row["n"], speedup))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for label, points in lines.items():
+    for (backend, stride, density), points in speedup_lines(sweep).items():
+        label = f"{backend}, density {density:.3g}, S={stride}"
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(1, color="0.6", linewidth=1)
     axes.set_xscale("log", base=2)

@@ -42,10 +42,10 @@ def evaluation() -> str:
     shares = record["shares"]
     lengths = list(shares["dense"])
     headings = ("form", "in RULER", *(f"{int(length):,}" for length in lengths))
-    rows = []
-    for form, name in _RULER.items():
-        cells = [_cell(shares, length, form) for length in lengths]
-        rows.append((form, name, *cells))
+    rows = (
+        (form, name, *(_cell(shares, length, form) for length in lengths))
+        for form, name in _RULER.items()
+    )
     table = Table(headings, tuple(rows), num_left=2).markdown()
     return (
         f"{table}\n\n- share of right answers with dense attention / with tau 0.9, stride 8, and "

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of
-from benchmarks.step_tables import steps_section
+from benchmarks.results_files import RESULTS, ResultRow, read_results, rows_of, sourced
 from benchmarks.whole_videos import WholeVideo
 from xattn_video.measure.methods import method_of
 from xattn_video.policy.presets import parse_setting
@@ -33,26 +32,24 @@ def tables(videos: list[WholeVideo]) -> dict[str, dict[str, Callable[[], str]]]:
 
 def caches() -> str:
     """The table of each cache threshold with each setting."""
-    files = read_results(ACCELERATIONS)
     columns = {
         "cache": lambda row: figure(row["cache_threshold"], "g") or "none",
         "attention": _setting,
     }
-    rows = [row for row in rows_of(files) if not row["casting"]]
-    return _videos_section(files, rows, columns | _SAVED | _PICTURE)
+    rows = [row for row in rows_of(read_results(ACCELERATIONS)) if not row["casting"]]
+    return _videos_section(rows, columns | _SAVED | _PICTURE)
 
 
 def casting() -> str:
     """The table of each setting with weights in 16 and in 8 bits."""
-    files = read_results(ACCELERATIONS)
     columns = {
         "attention": _setting,
-        "weights": lambda row: _weights(row["casting"]),
+        "weights": lambda row: "float8_e4m3fn" if row["casting"] else "bfloat16",
     }
-    rows = [row for row in rows_of(files) if row["cache_threshold"] is None]
+    rows = [row for row in rows_of(read_results(ACCELERATIONS)) if row["cache_threshold"] is None]
     settings = [row["setting"] for row in rows]
     rows.sort(key=lambda row: settings.index(row["setting"]))
-    return _videos_section(files, rows, columns | _PICTURE)
+    return _videos_section(rows, columns | _PICTURE)
 
 
 def offloads(videos: list[WholeVideo]) -> str:
@@ -70,9 +67,7 @@ def offloads(videos: list[WholeVideo]) -> str:
     return Table.of(rows, columns).markdown() + "\n"
 
 
-def _videos_section(
-    files: list[ResultFile], rows: list[ResultRow], columns: dict[str, Callable[[ResultRow], Any]]
-) -> str:
+def _videos_section(rows: list[ResultRow], columns: dict[str, Callable[[ResultRow], Any]]) -> str:
     """A line about the videos, and the table."""
     row = rows[0]
     facts = (
@@ -80,7 +75,8 @@ def _videos_section(
         f"{row['num_inference_steps']} steps, {row['num_prompts']} prompts, compared "
         "with dense attention in bfloat16 without a cache, from the same noise:"
     )
-    return f"{facts}\n\n{steps_section(files, Table.of(rows, columns, num_left=2))}"
+    table = Table.of(rows, columns, num_left=2)
+    return f"{facts}\n\n{sourced(table, read_results(ACCELERATIONS))}"
 
 
 def _setting(row: ResultRow) -> str:
@@ -89,10 +85,6 @@ def _setting(row: ResultRow) -> str:
         return "dense"
     name, _, value = row["setting"].partition("=")
     return value if name == "preset" else method_of(settings).label
-
-
-def _weights(casting: bool) -> str:
-    return "float8_e4m3fn" if casting else "bfloat16"
 
 
 def _decibels(row: ResultRow, column: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video.measure.dense_baselines import best_dense
+from xattn_video.reporting.tables import Table
 
 ResultRow = dict[str, Any]
 
@@ -68,12 +69,6 @@ class ProblemRows:
         """The fastest dense kernel of the run that uses no mask."""
         return best_dense(self.rows)
 
-    def speedups(self) -> list[tuple[ResultRow, float]]:
-        """XAttention's rows, each with its speed-up over the best dense kernel."""
-        best = self.best_dense
-        rows = [] if best is None else self.select("xattention")
-        return [(row, best["latency_ms"] / row["latency_ms"]) for row in rows if best]
-
     @property
     def heads(self) -> str:
         """Number, size and dtype of the heads."""
@@ -100,6 +95,16 @@ class ResultFile:
         """The package versions of the run."""
         versions = self.content["versions"].items()
         return ", ".join(f"{k} {v}" for k, v in versions if v and k != "xattn-video")
+
+    @property
+    def place(self) -> str:
+        """The device, the package versions and the command of the run."""
+        return f"{self.device}: {self.packages}; `{self.content['command']}`"
+
+    @property
+    def kind(self) -> str:
+        """The name of the first row, and of all rows if the file has only one kind."""
+        return self.content["rows"][0]["name"]
 
     @property
     def on_gpu(self) -> bool:
@@ -147,6 +152,15 @@ def read_reports(folder: Path, names: str = "*.json") -> dict[str, dict[str, Any
     """{name without suffix: content} of the JSON files of a folder, by name."""
     found = {path.stem: read_json(path) for path in folder.glob(names)}
     return dict(sorted(found.items()))
+
+
+def sourced(table: Table, files: Iterable[ResultFile]) -> str:
+    """A table in Markdown, and a line about the run of each file."""
+    lines = [table.markdown(), ""]
+    for file in files:
+        run = f"{file.device}, {file.content['date']}, {file.packages}"
+        lines.append(f"- {run}: `{file.content['command']}`")
+    return "\n".join(lines) + "\n"
 
 
 def rows_of(files: Iterable[ResultFile]) -> list[ResultRow]:

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of
-from benchmarks.step_tables import steps_section
+from benchmarks.results_files import RESULTS, ResultFile, ResultRow, read_results, rows_of, sourced
 from benchmarks.whole_videos import WholeVideo
 from xattn_video.measure.expected_seconds import ExpectedSeconds, MeasuredParts, VideoParts
 from xattn_video.pipelines.loading import LoadOptions
@@ -61,7 +60,8 @@ def video_pairs(videos: list[WholeVideo]) -> list[VideoPair]:
 
 def parts_record(videos: list[WholeVideo]) -> dict[str, Any]:
     """The measured parts that ship with the package, which predicts times from them."""
-    (pair,), (file,) = video_pairs(videos), _with_rows(read_results(STEPS), "exchange")
+    (pair,) = video_pairs(videos)
+    (file,) = (file for file in read_results(STEPS) if file.kind == "exchange")
     plan = _plan(2)
     return {
         "device": pair.one.content["device"],
@@ -94,11 +94,6 @@ def _plan(num_gpus: int) -> RunPlan:
     return plan_run(ModelShape(), VideoSettings(), SparseSettings(), load)
 
 
-def _with_rows(files: list[ResultFile], name: str) -> list[ResultFile]:
-    """The files whose rows are of one kind."""
-    return [file for file in files if file.content["rows"][0]["name"] == name]
-
-
 def _layer_ms(file: ResultFile) -> float:
     """Milliseconds of a layer's exchanges with an order of heads, as in every sparse step."""
     ms = {row["part"]: row["latency_ms"] for row in file.content["rows"]}
@@ -114,7 +109,7 @@ def _step_pairs(files: list[ResultFile]) -> Iterator[StepPair]:
 
 def _steps(files: list[ResultFile]) -> str:
     """The table of each kind of step on one GPU and on several."""
-    files = _with_rows(files, "step")
+    files = [file for file in files if file.kind == "step"]
     columns = {
         "step": lambda pair: pair.many["phase"],
         "density": lambda pair: figure(pair.many["density"], ".3f"),
@@ -127,19 +122,19 @@ def _steps(files: list[ResultFile]) -> str:
         "peak GiB per GPU": lambda pair: f"{pair.many['peak_memory_gib']:.1f}",
         "difference": lambda pair: f"{pair.many['difference']:.1e}",
     }
-    return steps_section(files, Table.of(list(_step_pairs(files)), columns))
+    return sourced(Table.of(_step_pairs(files), columns), files)
 
 
 def _exchanges(files: list[ResultFile]) -> str:
     """The table of the exchanges' times, for a layer and for a step."""
-    files = _with_rows(files, "exchange")
+    files = [file for file in files if file.kind == "exchange"]
     num_layers = ModelShape().layers
     columns = {
         "part of an exchange": lambda row: row["part"],
         "ms": lambda row: f"{row['latency_ms']:.2f}",
         "s per step": lambda row: f"{row['latency_ms'] * num_layers / 1e3:.3f}",
     }
-    return steps_section(files, Table.of(rows_of(files), columns))
+    return sourced(Table.of(rows_of(files), columns), files)
 
 
 def _runs(files: list[ResultFile]) -> str:
@@ -155,7 +150,7 @@ def _runs(files: list[ResultFile]) -> str:
             row["error"] and f"`{shorten(row['error'], 130, placeholder=' ...')}`"
         ),
     }
-    return steps_section(files, Table.of(rows_of(files), columns, num_left=2))
+    return sourced(Table.of(rows_of(files), columns, num_left=2), files)
 
 
 def _identical(row: ResultRow) -> str:
@@ -164,14 +159,12 @@ def _identical(row: ResultRow) -> str:
 
 def _videos(pairs: list[VideoPair]) -> str:
     """The table of each video on one GPU and on two, part by part."""
-    rows = [(pair, part) for pair in pairs for part in _PARTS]
-    columns = {
-        "part": lambda row: row[1],
-        "one GPU, s": lambda row: f"{_PARTS[row[1]](row[0].one):.2f}",
-        "two GPUs, s": lambda row: f"{_PARTS[row[1]](row[0].two):.2f}",
-        "speed-up": lambda row: f"{_PARTS[row[1]](row[0].one) / _PARTS[row[1]](row[0].two):.2f}x",
-    }
-    lines = [Table.of(rows, columns).markdown(), ""]
+    rows = []
+    for pair, (part, seconds) in itertools.product(pairs, _PARTS.items()):
+        one, two = seconds(pair.one), seconds(pair.two)
+        rows.append((part, f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x"))
+    headings = ("part", "one GPU, s", "two GPUs, s", "speed-up")
+    lines = [Table(headings, tuple(rows)).markdown(), ""]
     for video in itertools.chain.from_iterable(pairs):
         lines.append(
             f"- {video.content['device']}, {video.packages}, density {video.density:.3f}, "

@@ -40,7 +40,7 @@ def _sections(file: ResultFile) -> Iterator[str]:
         f"- Token order adds {order['double-stream']:.1f} ms to a double-stream layer and "
         f"{order['single-stream']:.1f} ms to a single-stream one, {step:.0f} ms to a step.\n"
         f"- {rows[0]['n']:,} tokens, {rows[0]['heads']} heads of {rows[0]['head_dim']}, density "
-        f"{rows[0]['density']:g}; {file.device}: {file.packages}; `{file.content['command']}`\n"
+        f"{rows[0]['density']:g}; {file.place}\n"
     )
 
 

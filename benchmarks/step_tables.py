@@ -1,16 +1,8 @@
 """Tables of whole steps, for the page on fewer blocks."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from benchmarks.results_files import (
-    RESULTS,
-    ResultFile,
-    ResultRow,
-    read_json,
-    read_results,
-    rows_of,
-)
+from benchmarks.results_files import RESULTS, ResultRow, read_json, read_results, rows_of, sourced
 from xattn_video.measure.methods import method_of
 from xattn_video.policy.decision import Run, count_steps
 from xattn_video.policy.presets import PRESETS, parse_setting, preset_settings
@@ -62,7 +54,7 @@ def render_steps() -> str:
         "seconds": lambda row: f"{row['latency_ms'] / 1e3:.2f}",
         "peak GiB": lambda row: f"{row['peak_memory_gib']:.1f}",
     }
-    return steps_section(files, Table.of(rows + means, columns, num_left=2))
+    return sourced(Table.of(rows + means, columns, num_left=2), files)
 
 
 def _mean_steps(rows: list[ResultRow]) -> Iterator[ResultRow]:
@@ -104,17 +96,6 @@ def mean_step_ms(
     total_ms += (counts.dense - settings.warmup_steps) * dense_ms
     total_ms += counts.primes * (ms["prime"] - dense_ms)
     return total_ms / after
-
-
-def steps_section(files: list[ResultFile], table: Table) -> str:
-    """The table with its sources."""
-    lines = [table.markdown(), ""]
-    for file in files:
-        content: dict[str, Any] = file.content
-        lines.append(
-            f"- {file.device}, {content['date']}, {file.packages}: `{content['command']}`"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _seconds(value: float | None) -> str:

@@ -32,12 +32,8 @@ def cases(tensors: AttentionTensors, settings: SparseGrid) -> Iterator[Case]:
     module = load()
     for stride in settings.strides:
         for tau in (*settings.thresholds, *settings.densities):
-            columns = {
-                "backend": AUTHORS,
-                **tensors.describe(),
-                "stride": stride,
-                "threshold": tau,
-            }
+            how = {"stride": stride, "threshold": tau}
+            columns = {"backend": AUTHORS, **tensors.describe(), **how}
             estimate = partial(
                 module.xattn_estimate,
                 tensors.query,

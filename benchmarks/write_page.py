@@ -15,11 +15,10 @@ from pathlib import Path
 from benchmarks import (
     calibration_table,
     causal_table,
-    first_command,
     front,
     language_demo_tables,
-    long_context_lines,
     prefill_table,
+    readme_lines,
     recipe_tables,
     residual_age,
     ruler_table,
@@ -63,23 +62,22 @@ def write_pages(folder: Path) -> None:
             text = (folder / name).read_text(encoding="utf-8")
             pages[folder / name] = with_tables(text, tables)
     pictures = folder / "docs" / IMAGES
-    drawn = draw_figures(files, pictures)
+    figures = draw_figures(files, pictures)
     if (folder / "docs/fewer-blocks.md").exists():
-        pictures_of_steps = {
-            front.NAME: front.draw_front(front.read_points()),
-            residual_age.NAME: residual_age.draw_ages(),
-        }
-        for name, figure in pictures_of_steps.items():
-            drawn.append(folder / "docs/images" / name)
-            write_figure(drawn[-1], figure, dpi=120)
-    for picture in set(pictures.glob("*.png")) - set(drawn):
+        images = folder / "docs/images"
+        figures[images / front.NAME] = front.draw_front(front.read_points())
+        figures[images / residual_age.NAME] = residual_age.draw_ages()
+    pictures.mkdir(parents=True, exist_ok=True)
+    for picture in set(pictures.glob("*.png")) - set(figures):
         picture.unlink()
+    for path, figure in figures.items():
+        write_figure(path, figure, dpi=120)
     for path, text in pages.items():
         write_text(path, text)
     carried = [folder / FULL_SIZE] if (folder / FULL_SIZE).exists() else []
     for path in carried:
         write_json(path, {"whole": full_size_record(videos), "parts": parts_record(videos)})
-    for path in (*pages, *carried, *drawn):
+    for path in (*pages, *carried, *figures):
         print(f"wrote {path}")
 
 
@@ -90,9 +88,9 @@ def marked_tables(
     return {
         "README.md": {
             "benchmarks": lambda: render_readme_table(files, videos) + "\n",
-            "first command": first_command.render,
+            "first command": readme_lines.first_command,
             "presets": render_presets,
-            "long context": long_context_lines.render,
+            "long context": readme_lines.long_context,
         },
         "docs/fewer-blocks.md": {
             "steps": render_steps,

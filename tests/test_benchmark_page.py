@@ -203,10 +203,8 @@ def test_scores_of_8_bits_have_rows_of_their_own(gpu_file):
 
 
 def test_pictures_are_drawn(gpu_file, tmp_path):
-    draw_figures([gpu_file], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        figure_names(gpu_file).values()
-    )
+    drawn = draw_figures([gpu_file], tmp_path)
+    assert sorted(path.name for path in drawn) == sorted(figure_names(gpu_file).values())
 
 
 def test_a_picture_splits_no_time_whose_scoring_is_not_known(gpu_file):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import language_demo_tables, long_context_lines, ruler_table
+from benchmarks import language_demo_tables, readme_lines, ruler_table
 
 LABELS = ("dense", "tau 0.9, stride 8")
 
@@ -84,7 +84,7 @@ def test_a_length_that_the_paper_lacks_has_empty_cells(committed):
 
 def test_the_readme_tells_the_longest_length(committed):
     committed(report(8192), report(32768))
-    speed, length, accuracy = long_context_lines.render().splitlines()
+    speed, length, accuracy = readme_lines.long_context().splitlines()
     assert speed.startswith("- Speed: 131,072 tokens")
     assert "random weights" in speed
     assert length.startswith("- Length: 1,048,576 tokens")
@@ -96,7 +96,7 @@ def test_the_readme_tells_the_longest_length(committed):
 
 def test_without_a_report_nothing_is_claimed(committed):
     assert ruler_table.render() == "No run is committed yet.\n"
-    assert "- Accuracy: not measured on a trained model yet.\n" in long_context_lines.render()
+    assert "- Accuracy: not measured on a trained model yet.\n" in readme_lines.long_context()
 
 
 @pytest.mark.parametrize(

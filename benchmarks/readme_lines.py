@@ -1,12 +1,26 @@
-"""The README's three lines on long context, from the files of prefills and of RULER."""
+"""The README's sentence on its first command, and its three lines on long context."""
 
 from benchmarks.causal_table import attention_alone
 from benchmarks.prefill_table import PREFILLS
-from benchmarks.results_files import ResultRow, read_reports
+from benchmarks.results_files import RESULTS, ResultRow, read_json, read_reports
 from benchmarks.ruler_table import RulerRuns
 
+# A comparison of the command's settings on a CPU.
+FIRST_COMMAND = RESULTS / "first_command" / "two-cores.json"
 
-def render() -> str:
+
+def first_command() -> str:
+    """Speed and picture of the first command's sparse steps, and how they were compared."""
+    record = read_json(FIRST_COMMAND)
+    (row,) = (row for row in record["rows"] if row["method"]["sparse"])
+    return (
+        f"On two CPU cores, a sparse step was {row['step_speedup']:.1f} times as fast as a dense "
+        f"one, at a PSNR of {row['psnr']:.0f} dB against the dense video\n"
+        f"(`{record['command']}`).\n"
+    )
+
+
+def long_context() -> str:
     """The lines on speed, the longest prompt and accuracy."""
     files = read_reports(PREFILLS).values()
     compared = max((one for one in files if "speedup" in one), key=lambda one: one["tokens"])
