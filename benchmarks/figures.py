@@ -31,25 +31,21 @@ def draw_figures(files: list[ResultFile], folder: Path) -> dict[Path, Figure]:
 def draw_parts(problem: ProblemRows, device: str) -> Figure:
     """One bar for each dense kernel and each sparse run; sparse bars are split into parts."""
     dense = sorted(problem.select("dense"), key=lambda row: -row["latency_ms"])
-    sparse = problem.select("xattention")
-    height = 0.34 * (len(dense) + len(sparse)) + 1.4
-    figure = Figure(figsize=(7.5, height), layout="constrained")
+    bars = [(row["backend"], {"dense": row["latency_ms"]}) for row in dense]
+    for row in problem.select("xattention"):
+        label = f"{row['backend']}, {row['density']:.3f}, S={estimate_of(row)}"
+        bars.append((label, _split(problem, row)))
+    figure = Figure(figsize=(7.5, 0.34 * len(bars) + 1.4), layout="constrained")
     axes = figure.add_subplot()
-    drawn = set()
-    for position, row in enumerate(dense):
-        axes.barh(position, row["latency_ms"], color=_COLOURS["dense"])
-        drawn.add("dense")
-    for position, row in enumerate(sparse, len(dense)):
+    for position, (_, parts) in enumerate(bars):
         start = 0.0
-        for part, length in _split(problem, row).items():
+        for part, length in parts.items():
             axes.barh(position, length, left=start, color=_COLOURS[part])
             start += length
-            drawn.add(part)
-    labels = [row["backend"] for row in dense]
-    labels += [f"{r['backend']}, {r['density']:.3f}, S={estimate_of(r)}" for r in sparse]
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=f"{problem.first['n']:,} tokens, {device}")
+    drawn = {part for _, parts in bars for part in parts}
     for part, colour in _COLOURS.items():
         if part in drawn:
             axes.barh(0, 0, color=colour, label=part)

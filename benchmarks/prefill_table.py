@@ -1,10 +1,8 @@
 """The table of prefills on docs/long_context.md, from the reports of `xattn-video prefill`."""
 
-from typing import Any
-
 from benchmarks.results_files import RESULTS, read_reports
 from xattn_video.reporting.machine import describe_versions
-from xattn_video.reporting.tables import Table
+from xattn_video.reporting.tables import Table, figure
 
 PREFILLS = RESULTS / "prefill"
 
@@ -17,8 +15,8 @@ def render_prefills() -> str:
         "tokens": lambda file: f"{file['tokens']:,}",
         "density": lambda file: f"{file['settings']['density']:g}",
         "sparse": lambda file: f"{file['runs']['sparse']['seconds']:.2f} s",
-        "dense": lambda file: _seconds(file["runs"].get("dense")),
-        "faster": lambda file: f"{file['speedup']:.2f}x" if "dense" in file["runs"] else "",
+        "dense": lambda file: figure(file["runs"].get("dense", {}).get("seconds"), ".2f", " s"),
+        "faster": lambda file: figure(file.get("speedup"), ".2f", "x"),
         "peak": lambda file: f"{file['runs']['sparse']['peak_memory_gib']:.1f} GiB",
         "planned": lambda file: f"{file['plan']['peak']:.1f} GiB",
     }
@@ -30,7 +28,3 @@ def render_prefills() -> str:
         }
     )
     return "\n".join([Table.of(files, columns).markdown(), "", *facts]) + "\n"
-
-
-def _seconds(run: dict[str, Any] | None) -> str:
-    return "" if run is None else f"{run['seconds']:.2f} s"

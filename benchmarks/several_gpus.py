@@ -1,7 +1,7 @@
 """Tables for docs/multi_gpu.md: steps and videos on several GPUs, and a model for more GPUs."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -26,13 +26,6 @@ class VideoPair(NamedTuple):
 
     one: WholeVideo
     two: WholeVideo
-
-
-class StepPair(NamedTuple):
-    """The same step on one GPU and on several."""
-
-    one: ResultRow
-    many: ResultRow
 
 
 def tables(videos: list[WholeVideo]) -> dict[str, Callable[[], str]]:
@@ -100,29 +93,28 @@ def _layer_ms(file: ResultFile) -> float:
     return float(ms["to heads, dealt out"] + ms["to tokens, dealt out"])
 
 
-def _step_pairs(files: list[ResultFile]) -> Iterator[StepPair]:
-    for file in files:
-        for one, many in itertools.product(file.content["rows"], file.content["rows"]):
-            if one["gpus"] == 1 < many["gpus"] and one["phase"] == many["phase"]:
-                yield StepPair(one, many)
-
-
 def _steps(files: list[ResultFile]) -> str:
     """The table of each kind of step on one GPU and on several."""
     files = [file for file in files if file.kind == "step"]
+    rows = [
+        many | {"one": one}
+        for file in files
+        for one, many in itertools.permutations(file.content["rows"], 2)
+        if one["gpus"] == 1 < many["gpus"] and one["phase"] == many["phase"]
+    ]
     columns = {
-        "step": lambda pair: pair.many["phase"],
-        "density": lambda pair: figure(pair.many["density"], ".3f"),
-        "GPUs": lambda pair: pair.many["gpus"],
-        "one GPU, s": lambda pair: f"{pair.one['latency_ms'] / 1e3:.2f}",
-        "several GPUs, s": lambda pair: f"{pair.many['latency_ms'] / 1e3:.2f}",
-        "speed-up": lambda pair: f"{pair.one['latency_ms'] / pair.many['latency_ms']:.2f}x",
-        "exchanges": lambda pair: f"{pair.many['exchange_ms'] / pair.many['latency_ms']:.1%}",
-        "peak GiB, one GPU": lambda pair: f"{pair.one['peak_memory_gib']:.1f}",
-        "peak GiB per GPU": lambda pair: f"{pair.many['peak_memory_gib']:.1f}",
-        "difference": lambda pair: f"{pair.many['difference']:.1e}",
+        "step": lambda row: row["phase"],
+        "density": lambda row: figure(row["density"], ".3f"),
+        "GPUs": lambda row: row["gpus"],
+        "one GPU, s": lambda row: f"{row['one']['latency_ms'] / 1e3:.2f}",
+        "several GPUs, s": lambda row: f"{row['latency_ms'] / 1e3:.2f}",
+        "speed-up": lambda row: f"{row['one']['latency_ms'] / row['latency_ms']:.2f}x",
+        "exchanges": lambda row: f"{row['exchange_ms'] / row['latency_ms']:.1%}",
+        "peak GiB, one GPU": lambda row: f"{row['one']['peak_memory_gib']:.1f}",
+        "peak GiB per GPU": lambda row: f"{row['peak_memory_gib']:.1f}",
+        "difference": lambda row: f"{row['difference']:.1e}",
     }
-    return sourced(Table.of(_step_pairs(files), columns), files)
+    return sourced(Table.of(rows, columns), files)
 
 
 def _exchanges(files: list[ResultFile]) -> str:

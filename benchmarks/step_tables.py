@@ -31,7 +31,7 @@ def render_presets() -> str:
         "PSNR": lambda row: f"{row['psnr']:.1f} dB",
         "SSIM": lambda row: f"{row['ssim']:.3f}",
         "computed blocks": lambda row: f"{row['density']:.0%}",
-        "mean step": lambda row: _seconds(seconds.get(row["method"]["name"])),
+        "mean step": lambda row: figure(seconds.get(row["method"]["name"]), ".1f", " s"),
     }
     facts = (
         f"Demo model, {video['width']}x{video['height']}x{video['num_frames']}, "
@@ -96,7 +96,3 @@ def mean_step_ms(
     total_ms += (counts.dense - settings.warmup_steps) * dense_ms
     total_ms += counts.primes * (ms["prime"] - dense_ms)
     return total_ms / after
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} s"
