@@ -31,9 +31,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = make_parser().parse_args(words)
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    context = arguments.tokens + len(ATTENTIONS) * arguments.steps * (
-        arguments.rounds + _WARM_UP_ROUNDS
-    )
+    rounds = arguments.rounds + _WARM_UP_ROUNDS
+    context = arguments.tokens + len(ATTENTIONS) * arguments.steps * rounds
     results = ResultsWriter(arguments.output, environment(device, arguments.commit))
     for name in arguments.model:
         model = find_language_model(name, context).load(dtype, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.results_writer import ResultsWriter, environment
 from benchmarks.script_options import comma_separated, measuring_parser
-from xattn_video.measure.attention_problems import AttentionProblem, clustered_tensors
+from xattn_video.measure.attention_problems import BLOCK_SIZE, AttentionProblem, clustered_tensors
 from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.measure.timing import Budget, measure
 from xattn_video.ops.attention import compute_attention
@@ -26,7 +26,6 @@ from xattn_video.ops.scoring import ScoringInputs, compute_scores
 from xattn_video.processors.layout import TokenLayout
 from xattn_video.reporting.endings import run_script
 
-BLOCK_SIZE = 128
 Parts = dict[str, Callable[[], object]]
 # Relative to the norm, as in the checks of attention.
 _LARGEST_ERROR = 0.02

@@ -9,7 +9,7 @@ docs/language_demo_model.md and docs/recipes, and the package's measurements at 
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks import (
@@ -81,45 +81,43 @@ def write_pages(folder: Path) -> None:
         print(f"wrote {path}")
 
 
-def marked_tables(
-    files: list[ResultFile], videos: list[WholeVideo]
-) -> dict[str, dict[str, Callable[[], str]]]:
-    """{page: {mark: function that makes the table}} of pages that people write."""
+def marked_tables(files: list[ResultFile], videos: list[WholeVideo]) -> dict[str, dict[str, str]]:
+    """{page: {mark: table}} of pages that people write."""
     return {
         "README.md": {
-            "benchmarks": lambda: render_readme_table(files, videos) + "\n",
-            "first command": readme_lines.first_command,
-            "presets": render_presets,
-            "long context": readme_lines.long_context,
+            "benchmarks": render_readme_table(files, videos) + "\n",
+            "first command": readme_lines.first_command(),
+            "presets": render_presets(),
+            "long context": readme_lines.long_context(),
         },
         "docs/fewer-blocks.md": {
-            "steps": render_steps,
-            "skipped": skipped_table.render,
-            "calibration": calibration_table.render,
+            "steps": render_steps(),
+            "skipped": skipped_table.render(),
+            "calibration": calibration_table.render(),
         },
         "docs/multi_gpu.md": several_gpus_tables(videos),
         "docs/long_context.md": {
-            "prefills": prefill_table.render_prefills,
-            "causal": causal_table.render,
-            "ruler": ruler_table.render,
+            "prefills": prefill_table.render_prefills(),
+            "causal": causal_table.render(),
+            "ruler": ruler_table.render(),
         },
         "docs/language_demo_model.md": {
-            "training": language_demo_tables.training,
-            "evaluation": language_demo_tables.evaluation,
+            "training": language_demo_tables.training(),
+            "evaluation": language_demo_tables.evaluation(),
         },
         **recipe_tables.tables(videos),
     }
 
 
-def with_tables(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
     """The page with new tables between their marks.
 
     Raises:
         ValueError: The page does not hold each mark exactly once.
     """
-    for mark, render in tables.items():
+    for mark, table in tables.items():
         begin, end = (one.format(mark) for one in MARKS)
-        text = replace_between(text, begin, end, render())
+        text = replace_between(text, begin, end, table)
     return text
 
 
