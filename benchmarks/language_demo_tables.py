@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from xattn_video.files import read_record
+from benchmarks.results_files import read_json
 from xattn_video.language.model_sources import DEMO_FOLDER
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
@@ -20,7 +20,7 @@ _RULER = {
 
 def training() -> str:
     """A row for each call of the training script."""
-    record = read_record(DEMO_FOLDER / "TRAINING.json")
+    record = _read("TRAINING.json")
     if record is None:
         return "No weights are committed yet.\n"
     columns = {
@@ -36,7 +36,7 @@ def training() -> str:
 
 def evaluation() -> str:
     """A row for each form: the share of right answers by length, dense and sparse."""
-    record = read_record(DEMO_FOLDER / "evaluation.json")
+    record = _read("evaluation.json")
     if record is None:
         return "No evaluation is committed yet.\n"
     shares = record["shares"]
@@ -60,3 +60,8 @@ def _cell(shares: dict[str, Any], length: str, form: str) -> str:
     if dense is None:
         return ""
     return f"{dense['right']:.2f} / {sparse['right']:.2f}, {sparse['density']:.2f}"
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = DEMO_FOLDER / name
+    return read_json(path) if path.is_file() else None

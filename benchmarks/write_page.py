@@ -68,10 +68,10 @@ def write_pages(folder: Path) -> None:
         figures[images / front.NAME] = front.draw_front(front.read_points())
         figures[images / residual_age.NAME] = residual_age.draw_ages()
     pictures.mkdir(parents=True, exist_ok=True)
-    for picture in set(pictures.glob("*.png")) - set(figures):
-        picture.unlink()
     for path, figure in figures.items():
         write_figure(path, figure, dpi=120)
+    for picture in set(pictures.glob("*.png")) - set(figures):
+        picture.unlink()
     for path, text in pages.items():
         write_text(path, text)
     carried = [folder / FULL_SIZE] if (folder / FULL_SIZE).exists() else []
