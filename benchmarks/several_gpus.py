@@ -99,7 +99,7 @@ def _steps(files: list[ResultFile]) -> str:
         many | {"one": one}
         for file in files
         for one, many in itertools.permutations(file.content["rows"], 2)
-        if one["gpus"] == 1 < many["gpus"] and one["phase"] == many["phase"]
+        if one["gpus"] == 1 < many["gpus"] and _kind(one) == _kind(many)
     ]
     columns = {
         "step": lambda row: row["phase"],
@@ -114,6 +114,11 @@ def _steps(files: list[ResultFile]) -> str:
         "difference": lambda row: f"{row['difference']:.1e}",
     }
     return sourced(Table.of(rows, columns), files)
+
+
+def _kind(row: ResultRow) -> tuple[str, float | None]:
+    """What a step computes, on any number of GPUs."""
+    return row["phase"], row.get("threshold")
 
 
 def _exchanges(files: list[ResultFile]) -> str:

@@ -44,6 +44,23 @@ def test_a_video_is_shown_part_by_part():
     assert "45.0 GiB per GPU: `torchrun --nproc-per-node 2 -m xattn_video.cli generate" in table
 
 
+def test_a_step_is_paired_with_that_of_its_threshold():
+    rows = [
+        {"name": "step", "phase": "sparse", "threshold": threshold, "density": threshold / 2}
+        | {"gpus": gpus, "latency_ms": 1000 / gpus / threshold, "peak_memory_gib": 40.0}
+        | {"exchange_ms": 1.0, "difference": 1e-3}
+        for threshold in (0.2, 0.4)
+        for gpus in (1, 2)
+    ]
+    head = {"gpu": "A GPU", "date": "today", "versions": {"torch": "2"}, "command": "c"}
+    table = several_gpus._steps([ResultFile("a", head | {"rows": rows})])
+    found = [line for line in table.splitlines() if line.startswith("| sparse")]
+    assert [line.split(" | ")[1:6] for line in found] == [
+        ["0.100", "2", "5.00", "2.50", "2.00x"],
+        ["0.200", "2", "2.50", "1.25", "2.00x"],
+    ]
+
+
 def test_a_run_is_shown_with_what_it_printed():
     found = {"exit_code": 0, "seconds": 9.6, "error": None, "options": "--parallel cfg"}
     good = found | {"run": "shared", "ranks": 2, "frames": 65, "identical_frames": 64}
