@@ -66,7 +66,7 @@ def main(
     )
     if asked.overwrite and share.num_ranks * count > 1:
         raise ValueError(
-            "--overwrite removes the run's videos, which other ranks may be writing, got "
+            "--overwrite replaces the run's videos, which other ranks may be writing, got "
             f"{share.num_ranks * count} ranks; give another --run, or remove the folder."
         )
     job.check()

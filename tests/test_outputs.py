@@ -2,12 +2,18 @@
 
 import pytest
 
-from xattn_video.cli.outputs import default_name, read_prompts, unused_path
+from xattn_video.cli.outputs import default_name, read_prompts, reserved, unused_path
 
 
 def test_prompts_are_lines(tmp_path):
     (tmp_path / "p.txt").write_text("  a  \n# b\n\nc, d # e\n")
     assert read_prompts(tmp_path / "p.txt") == ["a", "c, d # e"]
+
+
+def test_only_ends_of_lines_separate_prompts(tmp_path):
+    text = "a\u2028b\x85c\x0cd\r\ne\rf\n"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a\u2028b\x85c\x0cd", "e", "f"]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
@@ -30,6 +36,16 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
 )
 def test_file_names_come_from_prompts(prompt, name):
     assert default_name(prompt, 3) == name
+
+
+def test_a_name_that_another_run_takes_meanwhile_is_numbered(tmp_path):
+    with reserved(tmp_path / "a.mp4") as first, reserved(tmp_path / "a.mp4") as second:
+        assert [first.name, second.name] == ["a.mp4", "a-2.mp4"]
+        first.write_text("first")
+    with pytest.raises(RuntimeError), reserved(tmp_path / "a.mp4"):
+        raise RuntimeError
+    assert {file.name for file in tmp_path.iterdir()} == {"a.mp4", "a-2.mp4"}
+    assert (tmp_path / "a.mp4").read_text() == "first"
 
 
 def test_taken_names_are_numbered(tmp_path):

@@ -1,5 +1,7 @@
 """The thresholds that layers and heads attend with."""
 
+from dataclasses import replace
+
 import pytest
 from hunyuan import (
     HEADS,
@@ -34,6 +36,18 @@ def seen_thresholds(monkeypatch):
 
     monkeypatch.setattr(processor, "sparse_attention", spy)
     return seen
+
+
+def test_settings_are_replaced_as_a_whole():
+    transformer, processor = with_processor(0.2)
+    with pytest.raises(AttributeError, match=r"replace\(processor.settings, threshold=...\)"):
+        processor.threshold = 0.99
+    found = []
+    for threshold in (0.2, 0.99):
+        processor.settings = replace(processor.settings, threshold=threshold)
+        run(transformer)
+        found.append(processor.report().forwards[-1].threshold)
+    assert found == [0.2, 0.99]
 
 
 def test_steps_use_the_thresholds_they_were_given():

@@ -176,20 +176,6 @@ def test_other_settings_are_refused(generate, tmp_path, monkeypatch):
     assert bytes_of(tmp_path / "videos") == before
 
 
-def test_overwrite_starts_anew(generate, tmp_path):
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos/mine.mp4").write_text("mine")
-    assert generate("--prompts-file=p.txt", "--dense")[0] == 0
-    before = bytes_of(tmp_path / "videos")
-    (tmp_path / "p.txt").write_text("first\nsecond\n")
-    code, _, err = generate("--prompts-file=p.txt", "--dense", "--fps=12", "--overwrite")
-    assert code == 0, err
-    after = bytes_of(tmp_path / "videos")
-    assert set(after) == {"first-seed0.mp4", "second-seed0.mp4", "mine.mp4"}
-    assert all(after[name] != before[name] for name in ("first-seed0.mp4", "second-seed0.mp4"))
-    assert len(items(tmp_path / "videos")) == 2
-
-
 def test_a_prompt_that_fails_ends_no_batch_and_is_tried_again(
     generate, fail_at, monkeypatch, tmp_path
 ):

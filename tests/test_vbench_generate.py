@@ -328,4 +328,4 @@ def test_a_run_is_made_anew_only_by_one_process(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = make_run(tmp_path / "r", "demo", "--overwrite")
     assert code == 2
-    assert "error: --overwrite removes the run's videos, which other ranks may be" in err
+    assert "error: --overwrite replaces the run's videos, which other ranks may be" in err

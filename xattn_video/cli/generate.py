@@ -57,7 +57,7 @@ class Files:
         panel="Files",
     )
     overwrite: bool = knob(
-        "With --prompts-file: generate every video again, even existing ones.",
+        "With --prompts-file: generate the videos again and replace them; others stay.",
         False,
         "--overwrite",
         panel="Files",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys
+from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys, reserved
 from xattn_video.cli.record import generation_record, run_record, shaping_record, typed_command
 from xattn_video.cli.summary import print_outlook, print_summary
 from xattn_video.files import write_json, write_text
@@ -109,8 +109,7 @@ def claim_folder(job: GenerateJob, overwrite: bool) -> None:
         ValueError: The folder belongs to a run with other settings.
     """
     if job.folder is not None:
-        job.folder.adopt(job.settings(), overwrite)
-        job.folder.keep_names(job.requests, job.outputs.videos)
+        job.folder.claim(job.settings(), job.requests, job.outputs.videos, overwrite)
 
 
 def run_job(job: GenerateJob) -> None:
@@ -154,8 +153,13 @@ def _finished(job: GenerateJob) -> dict[int, dict[str, Any]]:
     """The records of the finished videos, by the number of the prompt."""
     if job.folder is None:
         return {}
-    records = map(job.folder.record, prompt_keys(job.requests))
-    return {number: record["run"] for number, record in enumerate(records) if record is not None}
+    found = {}
+    for number, key in enumerate(prompt_keys(job.requests)):
+        record = job.folder.record(key)
+        if record is not None:
+            # The folder may have been moved since.
+            found[number] = record["run"] | {"file": str(job.outputs.videos[number])}
+    return found
 
 
 def _generate_missing(
@@ -279,13 +283,11 @@ def _write_one(
     """Write the files of a video and print its summary."""
     from xattn_video.pipelines.video import write_video_or_keep_frames
 
-    request, video, plot = (
-        job.requests[number],
-        job.outputs.videos[number],
-        job.outputs.plots[number],
-    )
-    replaced = video.exists()
-    write_video_or_keep_frames(video, result.frames, job.fps)
+    request, plot = job.requests[number], job.outputs.plots[number]
+    video = job.outputs.videos[number]
+    replaced = video.exists() and not job.outputs.is_default
+    with reserved(video) if job.outputs.is_default else nullcontext(video) as video:
+        write_video_or_keep_frames(video, result.frames, job.fps)
     runs[number] = generation_record(request, result, video)
     if plot is not None and result.report is not None:
         result.report.plot(plot)

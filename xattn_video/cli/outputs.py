@@ -3,9 +3,11 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from xattn_video.files import check_output_folder, check_output_path, read_record, write_json
 from xattn_video.options.command import knob
@@ -19,12 +21,18 @@ _DEFAULT_FOLDER = Path("videos")
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The files of a run: a video and optionally a plot for each prompt, a report and a page."""
+    """The files of a run: a video and optionally a plot for each prompt, a report and a page.
+
+    Attributes:
+        videos, plots, report, html: The files.
+        is_default: Whether the video has the default name, for which no file is replaced.
+    """
 
     videos: tuple[Path, ...]
     plots: tuple[Path | None, ...]
     report: Path | None
     html: Path | None = None
+    is_default: bool = False
 
     def with_page(self, html: Path) -> "Outputs":
         """The same files and a web page.
@@ -90,9 +98,37 @@ class PromptsFolder(ResumableFolder):
         super().__init__(output or _DEFAULT_FOLDER)
         self._names_file = self.settings_file.with_name("names.json")
 
+    def claim(
+        self,
+        settings: dict[str, Any],
+        requests: Sequence[GenerationRequest],
+        videos: Sequence[Path],
+        overwrite: bool,
+    ) -> None:
+        """Assign the folder to a run.
+
+        Args:
+            settings: Everything that the videos depend on, except the prompts.
+            requests: The requests of the run.
+            videos: The file of each request.
+            overwrite: Replace these videos one by one; those of other prompts stay.
+
+        Raises:
+            ValueError: The folder belongs to a run with other settings.
+        """
+        keys = prompt_keys(requests)
+        if overwrite and self.has_settings(settings):
+            self.forget(keys)
+        elif overwrite:
+            self.start_over(settings)
+        self.adopt(settings)
+        # With its name kept, a video of a killed run is replaced and not numbered.
+        names = zip(keys, (video.name for video in videos), strict=True)
+        write_json(self._names_file, self._names() | dict(names))
+
     def videos(self, requests: Sequence[GenerationRequest]) -> list[Path]:
         """The file of each request: its file in an earlier run, or a new one."""
-        names = read_record(self._names_file) or {}
+        names = self._names()
         taken = {self.path / name for name in names.values()}
         for key, request in zip(prompt_keys(requests), requests, strict=True):
             if key not in names:
@@ -101,10 +137,11 @@ class PromptsFolder(ResumableFolder):
                 names[key] = path.name
         return [self.path / names[key] for key in prompt_keys(requests)]
 
-    def keep_names(self, requests: Sequence[GenerationRequest], videos: Sequence[Path]) -> None:
-        """Record the names, so that a video of a killed run is replaced and not numbered."""
-        names = zip(prompt_keys(requests), (video.name for video in videos), strict=True)
-        write_json(self._names_file, (read_record(self._names_file) or {}) | dict(names))
+    def _names(self) -> dict[str, str]:
+        """{key of a prompt: the name of its video}, from the list of names and from records."""
+        recorded = {record["key"]: next(iter(record["files"])) for record in self._records()}
+        listed = (read_record(self._names_file) or {}).items()
+        return recorded | {key: name for key, name in listed if isinstance(name, str)}
 
 
 def prompt_keys(requests: Sequence[GenerationRequest]) -> list[str]:
@@ -153,7 +190,8 @@ def choose_outputs(
         plots = [plot / f"{video.stem}.png" for video in videos]
     for path in filter(None, plots):
         check_output_path(path, (".png",), what="plot")
-    return Outputs(tuple(videos), tuple(plots), report)
+    is_default = folder is None and output is None
+    return Outputs(tuple(videos), tuple(plots), report, is_default=is_default)
 
 
 def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:
@@ -182,7 +220,8 @@ def read_prompts(file: Path) -> list[str]:
         raise ValueError(
             f"the prompts file {str(file)!r} is not UTF-8 text; save it as UTF-8."
         ) from None
-    lines = [line.strip() for line in text.splitlines()]
+    # Pasted text may have other separators of lines, which editors do not show as such.
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(
@@ -200,6 +239,27 @@ def default_name(prompt: str, seed: int) -> str:
             break
         slug = f"{slug}-{word}" if slug else word[:_SLUG_LENGTH]
     return f"{slug or 'video'}-seed{seed}"
+
+
+@contextmanager
+def reserved(path: Path) -> Iterator[Path]:
+    """An empty file at ``path``, or with a number if another run has written ``path`` meanwhile.
+
+    It is removed if it is still empty after an error.
+    """
+    name = path
+    while True:
+        try:
+            name.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            name = unused_path(path.parent, path.stem, path.suffix, set())
+    try:
+        yield name
+    except BaseException:
+        if name.stat().st_size == 0:
+            name.unlink()
+        raise
 
 
 def unused_path(folder: Path, name: str, suffix: str, taken: set[Path]) -> Path:

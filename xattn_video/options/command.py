@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
@@ -12,6 +13,8 @@ from xattn_video.reporting.console import TYPED_OPTIONS, expands_paths, log_choi
 from xattn_video.reporting.endings import ErrorsToExitCodes
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
+# Options of files that are read; those of other files are written.
+_READ = {"prompts_file", "schedule", "reference", "candidate", "text"}
 _VERBOSE = "Log decisions, and print the traceback of an error."
 _QUIET = "Print only results, warnings and errors, without progress."
 
@@ -135,6 +138,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     "start it without torchrun or accelerate launch."
                 )
             ranks.agree("options", values)
+            _check_files(values, names)
             arguments = {name: values[name] for name in single}
             arguments |= {name: group.make(values) for name, group in groups.items()}
             arguments |= dict.fromkeys(running, errors) | dict.fromkeys(several, ranks)
@@ -144,6 +148,18 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature([context, *options.values()])  # type: ignore[attr-defined]
     return expands_paths(run)
+
+
+def _check_files(values: dict[str, Any], names: dict[str, str]) -> None:
+    """Raise ValueError if a file that the command writes is one that it reads."""
+    files = {name: path for name, path in values.items() if isinstance(path, Path)}
+    for read in _READ & files.keys():
+        for written in files.keys() - _READ:
+            if files[read].resolve() == files[written].resolve():
+                raise ValueError(
+                    f"{names[read]} and {names[written]} both name {str(files[read])!r}, which "
+                    f"would be replaced; give {names[written]} another file."
+                )
 
 
 def _typed_names(options: Iterable[inspect.Parameter]) -> dict[str, str]:

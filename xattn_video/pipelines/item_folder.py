@@ -3,6 +3,7 @@
 settings.json  the settings that the files depend on, and their hash
 items/         one JSON file for each finished item, written after the item's files
 failures/      one JSON file for each failed item
+replaced.json  the files of runs that are overwritten, until the first item is finished again
 locks/         one lock file for each process that may write at the same time
 """
 
@@ -10,7 +11,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
@@ -46,6 +47,7 @@ class ItemFolder:
         self.settings_file = state / "settings.json"
         self._state = state
         self._items = state / "items"
+        self._replaced_file = state / "replaced.json"
         self._remedy = remedy
         self._shared = shared
 
@@ -54,22 +56,45 @@ class ItemFolder:
 
         Args:
             settings: Everything that the files depend on.
-            overwrite: Remove the items of earlier runs first, whatever their settings.
+            overwrite: Forget the items of earlier runs first, whatever their settings. Their
+                files are removed once the first item is finished again: until then the model
+                may turn out not to run.
 
         Raises:
             ValueError: The folder has other settings.
         """
         settings = json.loads(json.dumps(settings))
         if overwrite:
-            self._remove_items()
+            self._list_replaced()
+            self.start_over(settings)
         if not self.settings_file.exists():
-            self._create(settings)
+            # Another rank may have written them.
+            with suppress(FileExistsError):
+                self._write_settings(settings, new=True)
         different = describe_differences(self.settings(), settings)
         if different:
             raise ValueError(
                 f"{str(self.path)!r} holds a run with other settings: {'; '.join(different)} "
                 f"(in the folder and requested); {self._remedy}."
             )
+
+    def start_over(self, settings: dict[str, Any]) -> None:
+        """Forget all items, and assign these settings to the folder; the items' files stay."""
+        for folder in (self._items, self.failures):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._write_settings(settings)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget items; their files stay."""
+        for key in keys:
+            self._item_file(key).unlink(missing_ok=True)
+
+    def has_settings(self, settings: dict[str, Any]) -> bool:
+        """Whether the folder belongs to a run with these settings."""
+        try:
+            return not describe_differences(self.settings(), json.loads(json.dumps(settings)))
+        except (OSError, ValueError):
+            return False
 
     def settings(self) -> dict[str, Any]:
         """The run's settings.
@@ -129,15 +154,21 @@ class ItemFolder:
         self._items.mkdir(exist_ok=True)
         write_json(self._item_file(key), {"key": key, "files": sums, **record})
         self.forget_failures([key])
+        self._remove_replaced(kept=sums)
 
     def record(self, key: str) -> dict[str, Any] | None:
-        """The record of an item; None unless it is finished and its files have the right sizes."""
-        record = read_record(self._item_file(key), "key", "files")
+        """The record of an item; None unless it is finished and its files are unchanged."""
+        item = self._item_file(key)
+        record = read_record(item, "key", "files")
         if record is None or record["key"] != key:
             return None
+        written = item.stat().st_mtime_ns
         for name, stated in record["files"].items():
             file = self.path / name
             if not file.is_file() or file.stat().st_size != stated["bytes"]:
+                return None
+            # Digests of large files take long, so only a file changed later is read.
+            if file.stat().st_mtime_ns > written and file_digest(file) != stated["sha256"]:
                 return None
         return record
 
@@ -159,21 +190,31 @@ class ItemFolder:
             return None
         return str((read_record(file, "error") or {"error": "unknown"})["error"])
 
-    def _create(self, settings: dict[str, Any]) -> None:
-        """Write the settings unless another rank did; the file appears whole or not at all."""
+    def _write_settings(self, settings: dict[str, Any], *, new: bool = False) -> None:
         self._state.mkdir(parents=True, exist_ok=True)
         content = {"hash": settings_hash(settings), "settings": settings}
-        with suppress(FileExistsError):
-            write_json(self.settings_file, content, new=True)
+        write_json(self.settings_file, content, new=new)
 
-    def _remove_items(self) -> None:
-        """Remove finished items with their files, failure records and the settings."""
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The records of all items, whatever became of their files."""
         for item in self._items.glob("*.json"):
-            for name in (read_record(item, "files") or {"files": ()})["files"]:
+            record = read_record(item, "key", "files")
+            if record is not None:
+                yield record
+
+    def _list_replaced(self) -> None:
+        """List the files of all items, and those that are listed already."""
+        listed = [read_record(self._replaced_file, "files"), *self._records()]
+        names = [name for record in listed if record is not None for name in record["files"]]
+        if names:
+            write_json(self._replaced_file, {"files": names})
+
+    def _remove_replaced(self, kept: Container[str]) -> None:
+        """Remove the listed files of overwritten runs, except ``kept``."""
+        for name in (read_record(self._replaced_file, "files") or {"files": ()})["files"]:
+            if name not in kept:
                 (self.path / name).unlink(missing_ok=True)
-        for folder in (self._items, self.failures):
-            shutil.rmtree(folder, ignore_errors=True)
-        self.settings_file.unlink(missing_ok=True)
+        self._replaced_file.unlink(missing_ok=True)
 
     def _item_file(self, key: str) -> Path:
         return self._items / f"{key}.json"

@@ -93,6 +93,14 @@ class XAttnProcessor(TransformerBound):
         given = repr(self.settings).removeprefix(type(self.settings).__name__)
         return f"{type(self).__name__}{given}"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SparseSettings.__dataclass_fields__:
+            raise AttributeError(
+                f"an XAttnProcessor has no attribute {name!r}; assign other settings as a whole: "
+                f"processor.settings = dataclasses.replace(processor.settings, {name}=...)."
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy serves no transformer yet. If the transformer was copied too, a hook binds it.
         return {**self.__dict__, "observers": [], "_session": None}

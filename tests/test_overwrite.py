@@ -1,0 +1,169 @@
+"""Videos of earlier runs: what replaces them, what keeps them, and when they no longer count."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import SMALL, SPARSE, run_cli
+
+from xattn_video.pipelines import generation, loading
+from xattn_video.pipelines.item_folder import ItemFolder
+
+
+@pytest.fixture(autouse=True)
+def prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.mp4"))}
+
+
+def test_videos_are_made_again_and_others_stay(generate, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/mine.mp4").write_text("mine")
+    assert generate("--prompts-file=p.txt", "--dense")[0] == 0
+    before = bytes_of(tmp_path / "videos")
+    (tmp_path / "p.txt").write_text("first\nsecond\n")
+    code, out, err = generate("--prompts-file=p.txt", "--dense", "--fps=12", "--overwrite")
+    assert code == 0, err
+    assert out.count("(replaced)") == 2
+    after = bytes_of(tmp_path / "videos")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"first-seed0.mp4", "second-seed0.mp4"}
+    # That of another prompt has other settings now.
+    (tmp_path / "p.txt").write_text("first\nthird\n")
+    _, out, err = generate("--prompts-file=p.txt", "--dense", "--fps=12")
+    assert err.count(" exists already") == out.count("(replaced)") == 1
+
+
+def test_with_the_same_settings_other_videos_still_count(generate, tmp_path):
+    assert generate("--prompts-file=p.txt", "--dense")[0] == 0
+    (tmp_path / "one.txt").write_text("first\n")
+    code, out, err = generate("--prompts-file=one.txt", "--dense", "--overwrite")
+    assert (code, out.count("(replaced)")) == (0, 1), err
+    assert generate("--prompts-file=p.txt", "--dense")[2].count(" exists already") == 3
+
+
+def test_a_model_that_cannot_be_loaded_costs_no_video(generate, monkeypatch, tmp_path):
+    assert generate("--prompts-file=p.txt", "--dense")[0] == 0
+    before = bytes_of(tmp_path / "videos")
+
+    def fail(options):
+        raise loading.PipelineLoadError("there is no such model")
+
+    monkeypatch.setattr(loading, "load_pipeline", fail)
+    assert generate("--prompts-file=p.txt", "--dense", "--overwrite")[0] != 0
+    assert bytes_of(tmp_path / "videos") == before
+
+
+def test_replaced_files_are_removed_with_the_first_item_that_is_made(tmp_path):
+    folder = ItemFolder(tmp_path, tmp_path / "state", "start over")
+    folder.adopt({"seed": 0})
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("old")
+        folder.add(name, [tmp_path / name], {})
+    for seed in (1, 2):
+        folder.adopt({"seed": seed}, overwrite=True)
+        assert folder.record("a") is None
+        assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "old"
+    (tmp_path / "a").write_text("new")
+    folder.add("a", [tmp_path / "a"], {})
+    assert (tmp_path / "a").read_text() == "new"
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "b").write_text("not of a run")
+    folder.add("c", [tmp_path / "a"], {})
+    assert (tmp_path / "b").exists()
+
+
+def test_a_changed_video_of_the_same_size_is_made_again(generate, tmp_path):
+    assert generate("--prompts-file=p.txt", "--dense")[0] == 0
+    before = bytes_of(tmp_path / "videos")
+    (tmp_path / "videos/second-seed0.mp4").write_bytes(bytes(len(before["second-seed0.mp4"])))
+    code, out, err = generate("--prompts-file=p.txt", "--dense")
+    assert (code, err.count(" exists already"), out.count("(replaced)")) == (0, 2, 1), err
+    assert bytes_of(tmp_path / "videos") == before
+
+
+def test_a_video_that_was_copied_still_counts(tmp_path):
+    folder = ItemFolder(tmp_path, tmp_path / "state", "start over")
+    folder.adopt({})
+    (tmp_path / "a").write_text("a")
+    folder.add("a", [tmp_path / "a"], {})
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").write_text("a")
+    assert folder.record("a") is not None
+
+
+@pytest.mark.parametrize("names", [None, "[", '{"a": 1}'])
+def test_lost_names_are_found_in_the_records(names, generate, monkeypatch, tmp_path):
+    (tmp_path / "p.txt").write_text("first\nsecond\nfirst\n")
+    assert generate("--prompts-file=p.txt", "--dense")[0] == 0
+    file = tmp_path / "videos/resume/names.json"
+    before = json.loads(file.read_text())
+    file.unlink() if names is None else file.write_text(names)
+    monkeypatch.setattr(loading, "load_pipeline", lambda options: pytest.fail("loaded"))
+    code, _, err = generate("--prompts-file=p.txt", "--dense")
+    assert code == 0, err
+    assert err.splitlines() == [
+        f"videos/{name}.mp4 exists already"
+        for name in ("first-seed0", "second-seed0", "first-seed0-2")
+    ]
+    assert json.loads(file.read_text()) == before
+
+
+def test_a_folder_that_was_moved_is_reported_where_it_is(tiny_pipeline, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "--model", tiny_pipeline, *SMALL, *SPARSE, "--prompts-file=p.txt"]
+    assert run_cli(*words, "--output=old")[0] == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    more = ["--output=new", "--report=run.json", "--html=page.html"]
+    code, out, err = run_cli(*words, *more)
+    assert code == 0, err
+    assert "page.html" in out
+    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert [run["file"] for run in runs] == [
+        f"new/{name}-seed0.mp4" for name in ("first", "second", "third")
+    ]
+
+
+def test_a_default_name_that_is_taken_meanwhile_is_numbered(generate, monkeypatch, tmp_path):
+    real = generation.generate
+
+    def generate_beside_another_run(*arguments):
+        (tmp_path / "a-seed0.mp4").write_text("of another run")
+        return real(*arguments)
+
+    monkeypatch.setattr(generation, "generate", generate_beside_another_run)
+    code, out, err = generate("--prompt=a", "--dense", "--report=run.json")
+    assert code == 0, err
+    assert "a-seed0-2.mp4\n" in out
+    assert (tmp_path / "a-seed0.mp4").read_text() == "of another run"
+    assert json.loads((tmp_path / "run.json").read_text())["runs"][0]["file"] == "a-seed0-2.mp4"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--schedule=s.json", "--report=s.json"], "--schedule and --report both name 's.json'"),
+        (["--schedule=s.json", "--report=./s.json"], "--schedule and --report both name"),
+        (["--prompts-file=s.json", "--report=s.json"], "--prompts-file and --report both name"),
+    ],
+)
+def test_what_a_run_reads_is_not_replaced(words, message, generate, tmp_path):
+    text = '{"points": [[0, 0.9]]}'
+    (tmp_path / "s.json").write_text(text)
+    prompt = [] if "--prompts-file=s.json" in words else ["--prompt=a"]
+    code, _, err = generate(*prompt, *words)
+    assert (code, message in err) == (2, True), err
+    assert (tmp_path / "s.json").read_text() == text
+
+
+def test_densities_do_not_replace_the_prompts_that_they_are_made_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.json").write_text("a\n")
+    words = ["--model=demo", "--prompts-file=s.json", "--output=s.json", "--preset=fast"]
+    code, _, err = run_cli("calibrate", *words)
+    assert code == 2
+    assert "--prompts-file and --output both name 's.json'" in err
