@@ -83,8 +83,10 @@ def test_a_loss_on_a_cpu_knows_the_dtype(has_amx, dtype, pays, monkeypatch):
     assert f"(estimate); {pays}" in summary_of(dense=[1, 1], sparse=[1.5, 1.5], load=load)
 
 
-@pytest.mark.parametrize(("dense", "sparse"), [([1, 1], []), ([], [1, 1])])
-def test_without_both_kinds_of_steps_there_is_no_estimate(dense, sparse):
+@pytest.mark.parametrize(
+    ("dense", "sparse"), [([1, 1], []), ([], [1, 1]), ([1, 1], [1.01]), ([1, 1], [0.99])]
+)
+def test_without_both_kinds_of_steps_or_a_difference_there_is_no_estimate(dense, sparse):
     text = summary_of(dense, sparse)
     assert "saved" not in text
     assert "lost" not in text

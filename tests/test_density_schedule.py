@@ -129,4 +129,4 @@ def test_what_contradicts_it_is_refused(words, message, generate, tmp_path):
 def test_thresholds_in_the_file_still_contradict_a_preset(generate, tmp_path):
     ThresholdSchedule.constant(0.9).save(tmp_path / "s.json")
     code, _, err = generate("--prompt=a", "--schedule=s.json", "--preset=fast")
-    assert (code, "--schedule and --preset cannot be combined" in err) == (2, True), err
+    assert (code, "got one of thresholds; give only one" in err) == (2, True), err

@@ -262,7 +262,10 @@ def test_a_comparison_of_other_settings_is_refused(compare, monkeypatch):
     for words, difference in (
         (["--prompt=first", "--seeds=1"], "seeds [0] and [1]"),
         (["--prompt=another"], 'prompts ["first"] and ["another"]'),
-        (["--prompt=first", "--thresholds=0.3"], "tau0.6-warmup1-stride8 {"),
+        (
+            ["--prompt=first", "--thresholds=0.3"],
+            "tau0.6-warmup1-stride8 present and absent; tau0.3-warmup1-stride8 absent and present",
+        ),
         (["--prompt=first", "--no-kept-mass"], "--kept-mass true and false"),
     ):
         code, _, err = compare("--no-videos", *words)

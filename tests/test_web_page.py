@@ -308,7 +308,7 @@ def test_a_heat_map_spreads_its_colours_over_what_is_there():
         ]
     ]
     assert HeatMap("one", [["dense"]]).limits == (0, 1)
-    assert HeatMap("one", [[1.0]]).limits == (1.0, 1.1)
+    assert HeatMap("one", [[1.0]]).limits == (0.9, 1.0)
 
 
 def test_a_table_turned():

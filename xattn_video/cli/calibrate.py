@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +15,7 @@ from xattn_video.cli.record import typed_command
 from xattn_video.files import check_output_path
 from xattn_video.options.command import AsJson, command, knob
 from xattn_video.options.groups import calibrated_settings, loading, video_settings
-from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings, shorten_prompt
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.policy.settings import SparseSettings
@@ -139,7 +138,7 @@ def _run(
 
         @contextmanager
         def progress(request: GenerationRequest) -> Iterator[RunProgress]:
-            title = shorten(request.prompt, 50, placeholder="...")
+            title = shorten_prompt(request.prompt, 50)
             with shown.run(f"{next(numbers)}/{len(requests)} {title}", units) as steps:
                 yield steps
 

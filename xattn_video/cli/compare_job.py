@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,7 +17,7 @@ from xattn_video.cli.page_file import PageWish, open_in_browser
 from xattn_video.cli.record import run_record, shaping_record, typed_command
 from xattn_video.errors import require_packages
 from xattn_video.pipelines.item_folder import Attempts
-from xattn_video.pipelines.request import GenerationRequest, check_fps
+from xattn_video.pipelines.request import GenerationRequest, check_fps, shorten_prompt
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.reporting.console import (
@@ -205,9 +204,7 @@ class CompareJob:
             shown.expect(comparison.expected(batch, measure_kept_mass=kept_mass))
         comparison.warm_up(self.requests[: self.details.batch_size], shown.run)
         for first, batch in missing.items():
-            title = (
-                f"{first}/{len(self.requests)} {shorten(batch[0].prompt, 40, placeholder='...')}"
-            )
+            title = f"{first}/{len(self.requests)} {shorten_prompt(batch[0].prompt, 40)}"
             progress = partial(shown.run, prefix=f"{title}: ")
             with attempts.item(batch_key(first), title):
                 for outcomes in comparison.run(

@@ -75,7 +75,7 @@ def generate(
     errors: ErrorsToExitCodes,
     ranks: JobRanks,
 ) -> None:
-    """Generate a video, or one for each line of a prompts file. Run it again to resume."""
+    """Generate a video, or one for each line of a prompts file, which a second run resumes."""
     from xattn_video.pipelines.memory import settle_offload
 
     check_parallel(details.parallel, ranks.count)

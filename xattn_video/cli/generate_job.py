@@ -3,7 +3,6 @@
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from xattn_video.cli.summary import print_outlook, print_summary
 from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
-from xattn_video.pipelines.request import GenerationRequest, check_fps
+from xattn_video.pipelines.request import GenerationRequest, check_fps, shorten_prompt
 from xattn_video.pipelines.run_checks import check_runs, unknown_words
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.pipelines.work_split import WorkSplit
@@ -129,7 +128,8 @@ def run_job(job: GenerateJob) -> None:
         if job.ranks.is_first:
             # Includes the videos that other ranks made.
             _write_page(job, runs | _finished(job))
-            if job.load.model == DEMO and (sparse := job.requests[0].sparse) is not None:
+            sparse = job.requests[0].sparse
+            if missing and job.load.model == DEMO and sparse is not None:
                 print_outlook(output_console(), sparse)
     except KeyboardInterrupt as interruption:
         done = f"{len(runs)} of {len(job.requests)} videos are written"
@@ -254,7 +254,7 @@ def _generate_one(
     from xattn_video.pipelines.generation import generate
 
     request, ranks = job.requests[number], job.ranks
-    title = shorten(request.prompt, 50, placeholder="...")
+    title = shorten_prompt(request.prompt, 50)
     if len(job.requests) > 1:
         title = f"{number + 1}/{len(job.requests)} {title}"
     if not ranks.is_first:

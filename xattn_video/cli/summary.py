@@ -40,7 +40,7 @@ def print_summary(
             lines["ranks"] = f"the busiest rank computes {result.report.imbalance:.2f}x the mean"
     lines["time"] = _time(result)
     saved = result.estimated_seconds_saved
-    if saved is not None:
+    if saved is not None and abs(saved) >= 0.05:
         estimate = f"about {abs(saved):.1f} s compared with dense steps throughout (estimate)"
         if saved >= 0:
             lines["saved"] = estimate

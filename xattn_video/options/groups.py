@@ -206,6 +206,11 @@ def _make_sparse(values: dict[str, Any]) -> SparseSettings | None:
     if values["schedule"] is not None:
         schedule = read_schedule(values["schedule"])
         given[schedule.kind] = schedule
+    if isinstance(given.get("threshold"), ThresholdSchedule) and values["preset"] is not None:
+        raise ValueError(
+            "--preset can be combined with a --schedule of densities, as `xattn-video calibrate` "
+            "writes, got one of thresholds; give only one of them."
+        )
     if not isinstance(given.get("density"), ThresholdSchedule):
         # Densities by layer and head can replace a preset's density.
         check_one_way(ways | {"--preset": values["preset"]})

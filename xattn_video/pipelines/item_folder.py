@@ -276,14 +276,19 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 
 def describe_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """One entry for each setting that differs, such as "seed 0 and 1"."""
+    """An entry for each setting that differs: "seed 0 and 1", or "tau0.9 absent and present"."""
     found = []
     for name in dict.fromkeys((*ours, *theirs)):
         first, second = ours.get(name), theirs.get(name)
         if isinstance(first, dict) and isinstance(second, dict):
             found += describe_differences(first, second)
         elif first != second:
-            found.append(f"{name} {_plain(first)} and {_plain(second)}")
+            if name not in theirs:
+                found.append(f"{name} present and absent")
+            elif name not in ours:
+                found.append(f"{name} absent and present")
+            else:
+                found.append(f"{name} {_plain(first)} and {_plain(second)}")
     return found
 
 

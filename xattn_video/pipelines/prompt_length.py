@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.request import GenerationRequest, shorten_prompt
 
 if TYPE_CHECKING:
     from diffusers import HunyuanVideoPipeline
@@ -54,9 +53,13 @@ def cut_prompts(pipe: "HunyuanVideoPipeline", requests: Iterable[GenerationReque
     """One warning for each prompt that a text encoder cuts."""
     counts = (count for request in requests for count in count_prompt_tokens(pipe, request))
     return [
-        f"the prompt {shorten(count.text, 40, placeholder='...')!r} is cut: Llama reads "
-        f"{min(count.llama, count.llama_limit)} of its {count.llama} tokens, CLIP "
-        f"{min(count.clip, count.clip_limit)} of {count.clip}; put the most important part first."
+        f"the prompt {shorten_prompt(count.text, 40)!r} is cut: Llama reads "
+        f"{_share(count.llama, count.llama_limit)}, CLIP {_share(count.clip, count.clip_limit)}; "
+        "put the most important part first."
         for count in dict.fromkeys(counts)
         if count.is_cut
     ]
+
+
+def _share(count: int, limit: int) -> str:
+    return f"{limit} of {count} tokens" if count > limit else f"all {count} tokens"

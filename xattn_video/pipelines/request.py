@@ -12,6 +12,15 @@ MAX_FPS = 240
 """Most frames per second that players can follow."""
 
 
+def shorten_prompt(prompt: str, length: int) -> str:
+    """The first characters of a prompt, up to a space if there is one, and "..."."""
+    text = " ".join(prompt.split())
+    if len(text) <= length:
+        return text
+    start = text[: length - 3]
+    return f"{start[: start.rfind(' ')] if ' ' in start else start}..."
+
+
 @dataclass(frozen=True, slots=True)
 class VideoSettings:
     """The video's size and how it is sampled; the defaults are HunyuanVideo's own.

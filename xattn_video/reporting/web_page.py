@@ -135,7 +135,9 @@ class HeatMap:
         found = [cell for row in self.cells for cell in row if not isinstance(cell, str)]
         if not found:
             return 0.0, 1.0
-        return round_limits(min(found), max(found), digits=1)
+        low, high = round_limits(min(found), max(found), digits=1)
+        # No density is above 1.
+        return min(low, 0.9), min(high, 1.0)
 
     @property
     def shaded(self) -> list[list[tuple[float | None, str]]]:
