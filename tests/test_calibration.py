@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from hunyuan import HEADS, TEXT_TOKENS, VIDEO_TOKENS
 from oracle import antidiagonal_block_scores, masked_attention
 
 from xattn_video import ThresholdSchedule
+from xattn_video.cli.calibrate import _print
 from xattn_video.measure.calibration import (
     AttentionErrors,
+    Calibration,
+    LayerShares,
     SharePoint,
     allot,
     calibration_of,
@@ -307,3 +311,15 @@ def test_on_a_full_disk_it_fails_and_leaves_the_old_file(kind, calibrate, tmp_pa
         assert (code, out) == (1, "")
         assert err.splitlines()[-1].startswith(f"error: cannot write {str(path)!r}: ")
         assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("d.json", "old")]
+
+
+@pytest.mark.parametrize(
+    ("uniform", "calibrated", "warns"), [(0.2, 0.1, False), (0.2, 0.2, True), (0.0, 0.0, True)]
+)
+def test_densities_that_gain_nothing_are_said_to(uniform, calibrated, warns, capsys):
+    schedule = ThresholdSchedule(((0, 0.1),), kind="density")
+    layers = (LayerShares("a", 0.1, 0.1),)
+    _print(Calibration(schedule, 0.1, uniform, calibrated, layers), Path("d.json"))
+    out, err = capsys.readouterr()
+    assert f"{uniform:.3g} uniform, {calibrated:.3g} calibrated" in " ".join(out.split())
+    assert ("gain nothing here" in err) == warns

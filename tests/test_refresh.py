@@ -76,7 +76,8 @@ def test_the_report_and_its_budget_count_refreshes():
     assert report.density == density
     # One refresh among the sparse steps, and the last step.
     assert report.budget == pytest.approx((3 * density + 2) / 5)
-    assert "budget 0.66 with 2 refreshed" in report.summary()
+    assert "layers sparse and 2 refreshed, density" in report.summary()
+    assert "(budget 0.66)" in report.summary()
 
 
 def test_true_guidance_keeps_a_residual_for_each_of_its_passes():

@@ -74,7 +74,7 @@ def test_the_budget_counts_a_refresh_as_dense():
     assert report.density == pytest.approx((30 + 30 + 20 + 40 + 10 + 30) / 600)
     assert report.budget == pytest.approx((100 + 100 + 20 + 40 + 10 + 100) / 600)
     assert report.summary() == (
-        "3/4 steps x 2/2 layers sparse, density 0.27, budget 0.62 with 2 refreshed, 0 refused"
+        "1/4 steps x 2/2 layers sparse and 2 refreshed, density 0.27 (budget 0.62), 0 refused"
     )
     assert report.to_dict()["refresh_steps"] == [1, 3]
     assert report.to_dict()["forwards"][3]["refreshed"] == [False, True]

@@ -22,6 +22,7 @@ from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     output_console,
     print_labelled,
+    print_warning,
     print_warnings,
     progress_console,
     quiet_libraries,
@@ -33,6 +34,9 @@ from xattn_video.reporting.tables import Table
 if TYPE_CHECKING:
     from xattn_video.measure.calibration import Calibration
     from xattn_video.pipelines.loading import LoadOptions
+
+# The error that calibrated densities remove at least, for them to be worth their file.
+_LEAST_GAIN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +158,8 @@ def _print(found: "Calibration", output: Path) -> None:
         "largest density": lambda layer: f"{layer.largest:.3f}",
     }
     console.print(Table.of(found.layers, columns).terminal(console.width), crop=False)
-    gain = 1 - found.calibrated_error / found.uniform_error
+    # Without an error every block was kept.
+    gain = 1 - found.calibrated_error / found.uniform_error if found.uniform_error else 0.0
     lines = {
         "density": f"{found.density:.3f} of the blocks, uniform or by layer and head",
         "error": f"{found.uniform_error:.3g} uniform, {found.calibrated_error:.3g} calibrated "
@@ -162,3 +167,8 @@ def _print(found: "Calibration", output: Path) -> None:
         "densities": f"{output}; for --schedule, with the same preset or other settings",
     }
     print_labelled(console, lines)
+    if gain < _LEAST_GAIN:
+        print_warning(
+            "Other densities for some heads gain nothing here. Use videos of more blocks (larger, "
+            "longer, or a smaller --block-size) or another --density."
+        )

@@ -119,9 +119,15 @@ def plan_run(
         options: Device, dtype and offload.
 
     Raises:
-        ValueError: The schedule names a layer or a head that the model lacks, or
-            ``refresh_every`` exceeds the number of steps.
+        ValueError: The schedule names a layer or a head that the model lacks,
+            ``refresh_every`` exceeds the number of steps, or the GPUs cannot share the heads.
     """
+    if shape.heads % options.num_gpus:
+        raise ValueError(
+            f"{shape.heads} heads cannot be divided evenly among {options.num_gpus} GPUs, so the "
+            "GPUs cannot generate one video together; use another number of GPUs, or generate "
+            "--prompts-file with --parallel prompts."
+        )
     settings = sparse or SparseSettings()
     grid = shape.grid(video.height, video.width, video.num_frames)
     video_tokens = math.prod(grid)
@@ -141,7 +147,7 @@ def plan_run(
         backend, found = _choose_backend(shape, sparse, options)
         warnings = _sparsity_warnings(sparse, counts, video_tokens, share, options) + found
     warnings += [shortage] if shortage else []
-    warnings += _machine_warnings(shape, options, tflop * video.num_inference_steps)
+    warnings += _slow_cpu(options, tflop * video.num_inference_steps)
     return RunPlan(
         grid=grid,
         video_tokens=video_tokens,
@@ -345,18 +351,11 @@ def _backend_warnings(backend: str, device: torch.device) -> list[str]:
     return [f"Only the portable backend can run, which is slow on a GPU. {reasons}".rstrip()]
 
 
-def _machine_warnings(shape: ModelShape, options: LoadOptions, tflop: float) -> list[str]:
-    """Warnings that the GPUs cannot share a video, or that a CPU would take hours."""
-    warnings = []
-    if shape.heads % options.num_gpus:
-        warnings.append(
-            f"{shape.heads} heads cannot be divided evenly among {options.num_gpus} GPUs, so the "
-            "GPUs cannot generate one video together. Use another number of GPUs, or generate "
-            "--prompts-file with --parallel prompts."
-        )
-    if options.resolved_device.type == "cpu" and tflop >= _SLOW_CPU_TFLOP:
-        warnings.append(
-            f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {tflop / _SLOW_CPU_TFLOP:,.1f} hours "
-            "at 1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
-        )
-    return warnings
+def _slow_cpu(options: LoadOptions, tflop: float) -> list[str]:
+    """A warning that a CPU would take hours."""
+    if options.resolved_device.type != "cpu" or tflop < _SLOW_CPU_TFLOP:
+        return []
+    return [
+        f"{tflop / 1000:,.0f} PFLOP on device 'cpu' take {tflop / _SLOW_CPU_TFLOP:,.1f} hours "
+        "at 1 TFLOP/s, which few CPUs reach. Run it on a GPU; --device cuda plans for one."
+    ]

@@ -147,14 +147,18 @@ class SparsityReport:
 
     def summary(self) -> str:
         """One line, such as "45/50 steps x 60/60 layers sparse, density 0.41, 0 refused"."""
+        # A layer that refreshes its residual runs both dense and sparse.
+        alone = set(self.sparse_steps) - set(self.refresh_steps)
         sparse = (
-            f"{len(self.sparse_steps)}/{len(self.steps)} steps x "
+            f"{len(alone)}/{len(self.steps)} steps x "
             f"{len(self.sparse_layers)}/{len(self.layer_names)} layers sparse"
         )
+        if self.refresh_steps:
+            sparse += f" and {len(self.refresh_steps)} refreshed"
         if self.density is not None:
             what = f"density {self.density:.2f}"
             if self.refresh_steps:
-                what += f", budget {self.budget:.2f} with {len(self.refresh_steps)} refreshed"
+                what += f" (budget {self.budget:.2f})"
         elif self.forwards:
             what = f"dense throughout ({', '.join(self.dense_reasons)})"
         else:
