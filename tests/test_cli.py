@@ -35,6 +35,7 @@ def test_backends_lists_every_backend_with_its_reasons():
         ("--block-size=0", "--block-size must be at least 1 token, got 0"),
         ("--dtype=int4", "--dtype must be one of float32, float16, bfloat16, got 'int4'"),
         ("--device=meta", "--device must be cpu, cuda or cuda:N, got 'meta'"),
+        ("--device=cpu:3", "--device must be cpu, cuda or cuda:N, got 'cpu:3'"),
     ],
 )
 def test_backends_refuses_what_no_problem_has(option, message):

@@ -22,6 +22,7 @@ from xattn_video.errors import FileNotWrittenError
 from xattn_video.files import (
     atomic_path,
     check_output_folder,
+    check_output_path,
     temporary_path,
     user_path,
     write_figure,
@@ -189,6 +190,20 @@ def test_a_file_has_the_permissions_of_any_other(tmp_path):
     (tmp_path / "plain").write_text("")
     write_text(tmp_path / "a.md", "a")
     assert (tmp_path / "a.md").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_is_written_where_a_link_leads(is_there, tmp_path):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk/target", tmp_path / "link.json"
+    if is_there:
+        target.write_text("old")
+    link.symlink_to(target)
+    check_output_path(link, (".json",))
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [file.name for file in target.parent.iterdir()] == ["target"]
 
 
 def test_a_new_file_replaces_none(tmp_path):

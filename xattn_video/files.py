@@ -57,6 +57,8 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
             "give the name of such a file."
         )
     check_output_folder(path.parent, what=what)
+    if path.is_symlink():
+        check_output_folder(Path(os.path.realpath(path)).parent, what=what)
     with _refused(path, what), contextlib.suppress(FileNotFoundError):
         path.lstat()  # finds a name that is too long
     if path.is_dir():
@@ -100,8 +102,9 @@ def _refused(path: Path, what: str) -> Iterator[None]:
 def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """A temporary path in the same folder that replaces ``path`` on success.
 
-    The file is synced to disk first. It has the suffix of ``path``, from which libraries choose
-    the format. Temporary files of killed runs are removed from the folder beforehand.
+    A link stays, and the file that it leads to is replaced. The file is synced to disk first. It
+    has the suffix of ``path``, from which libraries choose the format. Temporary files of killed
+    runs are removed from the folder beforehand.
 
     Args:
         path: The file.
@@ -111,17 +114,17 @@ def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
         FileNotWrittenError: Writing failed; the previous file at ``path`` is unchanged.
         FileExistsError: ``new`` is set and the file exists.
     """
-    path = Path(path)
+    path, target = Path(path), Path(os.path.realpath(path))
     with _told(path), contextlib.ExitStack() as stack:
-        clear_stale(path.parent)
-        temporary = stack.enter_context(temporary_path(path.parent, path.suffix))
+        clear_stale(target.parent)
+        temporary = stack.enter_context(temporary_path(target.parent, path.suffix))
         yield temporary
         _sync(temporary)
         if new:
-            os.link(temporary, path)
+            os.link(temporary, target)
         else:
-            temporary.replace(path)
-        _sync_folder(path.parent)
+            temporary.replace(target)
+        _sync_folder(target.parent)
 
 
 @contextmanager
