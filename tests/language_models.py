@@ -91,6 +91,22 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"sliding_window": 100}),
     "gpt-oss": ("GptOssConfig", {"sliding_window": 100, **_TINY_EXPERTS}),
     "deepseek-v3": ("DeepseekV3Config", _LATENT),
+    # Keys and values of one size, so that the selection alone is refused.
+    "glm-5": (
+        "GlmMoeDsaConfig",
+        {**_LATENT, "v_head_dim": 32, "index_topk": 64, "index_head_dim": 32, "index_n_heads": 2},
+    ),
+    "minimax-m3": (
+        "MiniMaxM3VLTextConfig",
+        {
+            **_TINY_EXPERTS,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 16,
+            "index_topk_blocks": 4,
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+        },
+    ),
 }
 
 
@@ -102,7 +118,7 @@ def tiny_model(name: str) -> PreTrainedModel:
     values = {} if name == "gpt2" else _COMMON
     if name == "gpt2":
         values = {key: _COMMON[key] for key in ("vocab_size", "pad_token_id", "initializer_range")}
-    if name == "deepseek-v3":
+    if name in ("deepseek-v3", "glm-5"):
         values = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     config = getattr(transformers, kind)(**{**values, **changes})
     torch.manual_seed(0)

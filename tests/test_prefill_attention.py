@@ -177,6 +177,8 @@ def test_a_vision_tower_under_the_name_is_that_of_sdpa():
         ("gemma2", "soft-capped scores, as in Gemma 2"),
         ("gpt-oss", "attention sinks, as in gpt-oss"),
         ("deepseek-v3", "values of another size"),
+        ("glm-5", "the model's own selection of tokens"),
+        ("minimax-m3", "the model's own selection of blocks"),
     ],
 )
 @pytest.mark.parametrize("length", [1, 20, 300])
@@ -201,12 +203,21 @@ def test_dropout_is_refused():
         model(**prompt())
 
 
-def test_a_bias_for_positions_is_refused(llama):
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ("position_bias", "a bias for positions"),
+        ("sinks", "attention sinks"),
+        ("indices", "the model's own selection of tokens"),
+        ("block_indices", "the model's own selection of blocks"),
+    ],
+)
+def test_an_argument_that_changes_the_weights_is_refused(llama, argument, what):
     with enable_xattention(llama, 0.9, **SMALL) as handle:
         tensors = torch.randn(3, 1, 4, 20, 16)
-        with pytest.raises(ValueError, match="a bias for positions"):
+        with pytest.raises(ValueError, match=f"does not compute {what}"):
             handle._attention.attend(
-                llama.model.layers[0].self_attn, *tensors, None, position_bias=torch.zeros(1)
+                llama.model.layers[0].self_attn, *tensors, None, **{argument: torch.zeros(1)}
             )
 
 

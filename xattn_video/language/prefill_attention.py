@@ -24,7 +24,10 @@ from xattn_video.ops.selection import compute_selection
 _NOT_COMPUTED = {
     "softcap": "soft-capped scores, as in Gemma 2",
     "s_aux": "attention sinks, as in gpt-oss",
+    "sinks": "attention sinks, as in gpt-oss",
     "position_bias": "a bias for positions",
+    "indices": "the model's own selection of tokens, as in DeepSeek V3.2",
+    "block_indices": "the model's own selection of blocks, as in MiniMax M3",
 }
 _USE_ANOTHER = 'use attn_implementation="eager" or another that computes it'
 _REASON = "_xattn_reason"
