@@ -44,14 +44,16 @@ def test_the_last_row_of_blocks_which_holds_the_question_is_sparse_like_the_othe
 def test_left_padded_items_are_those_of_sdpa(llama, how):
     # The last item's first chunk is padding alone.
     report = assert_as_sdpa(llama, prompt(300, 3, (0, 37, 150)), **HOWS[how])
-    assert set(report.dense_reasons) <= {"short chunk", "decode"}
+    assert set(report.dense_reasons) <= {"short chunk", "decode", "too few tokens"}
 
 
 def test_a_chunk_of_padding_alone_is_counted(llama):
     given = prompt(300, 2, (150, 160))
     with enable_xattention(llama, 0.5, **SMALL) as handle:
         generate(llama, given, prefill_chunk_size=100)
-    assert handle.report().dense_reasons == {"padding alone": 2, "decode": 4}
+    report = handle.report()
+    # In the second chunk they have 50 tokens and 40, and `min_tokens` is 64.
+    assert report.dense_reasons == {"padding alone": 2, "too few tokens": 2, "decode": 4}
 
 
 def test_a_left_padded_item_is_as_it_is_alone(llama):
@@ -63,6 +65,34 @@ def test_a_left_padded_item_is_as_it_is_alone(llama):
         _, single = generate(llama, alone)
     assert handle.report().density < 0.9
     torch.testing.assert_close(together[0][1:], single[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("items", [2, 1])
+def test_an_item_with_few_tokens_runs_dense_as_it_does_alone(llama, side, items):
+    """200 of its 300 tokens are real, and sparse prefill begins at 250."""
+    given = prompt(300, 2)
+    mask = torch.ones_like(given["input_ids"])
+    real = slice(100, None) if side == "left" else slice(200)
+    mask[1] = 0
+    mask[1, real] = 1
+    ids, mask = given["input_ids"][-items:], mask[-items:]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    options = SMALL | {"min_tokens": 250}
+    with torch.no_grad():
+        with enable_xattention(llama, 0.3, **options) as handle:
+            found = llama(ids, attention_mask=mask, position_ids=positions).logits
+        with enable_xattention(llama, 0.3, **options):
+            short, long = llama(ids[-1:, real]).logits, llama(ids[:1]).logits
+    torch.testing.assert_close(found[-1, real], short[0], atol=TOLERANCE, rtol=0)
+    report = handle.report()
+    assert report.dense_reasons == {"too few tokens": 2}
+    tokens = {one.decision: one.tokens for one in report.forwards}
+    if items == 1:
+        assert (report.sparse_layers, tokens) == ((), {"too few tokens": 300})
+    else:
+        torch.testing.assert_close(found[0], long[0], atol=TOLERANCE, rtol=0)
+        assert (report.sparse_layers, tokens) == ((0, 1), {"sparse": 300, "too few tokens": 300})
 
 
 def test_right_padding_changes_no_row_that_is_read(llama):

@@ -29,19 +29,27 @@ class CausalBounds:
         last: One past the last key of each item that is not padding.
         stop: Number of keys up to and including the last query; the rest of a static cache is
             still empty.
-        sparse: Whether there are enough keys for sparse attention. If not, dense attention still
-            needs no mask over all queries and keys.
+        sparse: Whether each item has enough keys for sparse attention. If not, dense attention
+            still needs no mask over all queries and keys.
     """
 
     first: tuple[int, ...]
     last: tuple[int, ...]
     stop: int
-    sparse: bool = True
+    sparse: tuple[bool, ...]
 
     @property
     def padded(self) -> bool:
         """Whether any item has padding."""
         return any(self.first) or any(last != self.stop for last in self.last)
+
+    def rows(self, q_length: int) -> tuple[slice, ...]:
+        """Each item's queries that are not padding, among the last ``q_length``; may be empty."""
+        before = self.stop - q_length
+        return tuple(
+            slice(max(first - before, 0), max(last - before, 0))
+            for first, last in zip(self.first, self.last, strict=True)
+        )
 
     def to_tensor(self) -> Tensor:
         """int64 `[B, 1, 1, 4]`, on the CPU.
@@ -49,8 +57,8 @@ class CausalBounds:
         A 4-D tensor passes through all code that handles masks. Its dtype and shape distinguish
         it from a mask.
         """
-        keys = zip(self.first, self.last, strict=True)
-        rows = [[*both, self.stop, int(self.sparse)] for both in keys]
+        items = zip(self.first, self.last, self.sparse, strict=True)
+        rows = [[first, last, self.stop, int(sparse)] for first, last, sparse in items]
         return torch.tensor(rows)[:, None, None]
 
     @classmethod
@@ -59,8 +67,8 @@ class CausalBounds:
         if mask is None or mask.dtype != torch.int64 or mask.shape[1:] != (1, 1, 4):
             return None
         items = mask[:, 0, 0].tolist()
-        first, last, _, _ = zip(*items, strict=True)
-        return cls(first, last, items[0][2], bool(items[0][3]))
+        first, last, _, sparse = zip(*items, strict=True)
+        return cls(first, last, items[0][2], tuple(map(bool, sparse)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +111,8 @@ def decide_prefill(
     Args:
         request: The mask that transformers requests.
         block_size: With fewer queries, attention runs dense.
-        min_tokens: With fewer keys, attention runs dense; with padding on the left, under one
-            mask for the whole batch.
+        min_tokens: With fewer keys, an item runs dense. If none can have as many and there is
+            padding on the left, all run under one mask.
     """
     if request.q_length == 1:
         return "decode"
@@ -126,9 +134,12 @@ def decide_prefill(
         return "gaps"
     first, last = runs
     if stop >= min_tokens:
-        return CausalBounds(first, last, stop)
+        lengths = (end - start for start, end in zip(first, last, strict=True))
+        return CausalBounds(first, last, stop, tuple(length >= min_tokens for length in lengths))
+    if any(first):
+        return TOO_FEW
     # In causal attention valid rows do not see padding on their right.
-    return TOO_FEW if any(first) else CausalBounds(first, (stop,) * len(first), stop, False)
+    return CausalBounds(first, (stop,) * len(first), stop, (False,) * len(first))
 
 
 def _valid_keys(request: MaskRequest, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

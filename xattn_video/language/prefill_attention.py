@@ -1,6 +1,7 @@
 """Attention under one name of transformers' attention interface, and its mask function."""
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,13 @@ class PrefillAttention:
             block_size=self.settings.sparse.block_size,
             min_tokens=self.settings.min_tokens_on(torch.device(request.device).type),
         )
-        tokens = request.batch_size * request.q_length
         if isinstance(decision, CausalBounds):
-            planned = (self.settings.dense_reason or SPARSE) if decision.sparse else TOO_FEW
-            self.recorder.count_forward(planned, tokens)
+            planned = self.settings.dense_reason or SPARSE
+            items = Counter(planned if sparse else TOO_FEW for sparse in decision.sparse)
+            for one, number in items.items():
+                self.recorder.count_forward(one, number * request.q_length)
             return decision.to_tensor()
-        self.recorder.count_forward(decision, tokens)
+        self.recorder.count_forward(decision, request.batch_size * request.q_length)
         if decision == "gradients":
             self._warn_of_gradients()
         mask = sdpa_mask(**arguments)
@@ -177,21 +179,22 @@ class PrefillAttention:
         """Attention within bounds, `[B, H, Sq, D]`; rows of padding are 0."""
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         key, value = key[:, :, : bounds.stop], value[:, :, : bounds.stop]
-        plan = self._plan(module, query) if bounds.sparse else _LayerPlan(None, TOO_FEW)
+        plan = self._plan(module, query) if any(bounds.sparse) else _LayerPlan(None, TOO_FEW)
         layer = _LayerRun(self, _number(module), plan, scale)
         if not bounds.padded:
-            out = layer.attend(query, key, value)
+            out = layer.attend(query, key, value, bounds.sparse[0])
         else:
             B, H, Sq, _ = query.shape
             out = query.new_zeros(B, Sq, H, value.shape[3]).transpose(1, 2)
-            before = bounds.stop - Sq
-            for number, (first, last) in enumerate(zip(bounds.first, bounds.last, strict=True)):
-                # Only the queries that are not padding; there may be none in this chunk.
-                rows, keys = slice(max(first - before, 0), last - before), slice(first, last)
+            for number, rows in enumerate(bounds.rows(Sq)):
                 if rows.start < rows.stop:
                     item = slice(number, number + 1)
+                    keys = slice(bounds.first[number], bounds.last[number])
                     out[item, :, rows] = layer.attend(
-                        query[item, :, rows], key[item, :, keys], value[item, :, keys]
+                        query[item, :, rows],
+                        key[item, :, keys],
+                        value[item, :, keys],
+                        bounds.sparse[number],
                     )
         layer.record()
         return out
@@ -237,10 +240,13 @@ class _LayerRun:
         self._kept: Tensor | None = None
         self._valid = 0
         self._backend = ""
+        self._reasons: set[str] = set()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention, `[B, H, Sq, D]`."""
-        if self._plan.reason is not None:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, enough: bool) -> Tensor:
+        """Causal attention, `[B, H, Sq, D]`; dense unless there are enough keys."""
+        reason = self._plan.reason if enough else TOO_FEW
+        if reason is not None:
+            self._reasons.add(reason)
             return dense_causal_attention(query, key, value, self._scale)
         sparse, recorder = self._attention.settings.sparse, self._attention.recorder
         scoring = ScoringInputs(
@@ -274,14 +280,14 @@ class _LayerRun:
 
     def record(self) -> None:
         """Count what the layer did."""
-        recorder, reason = self._attention.recorder, self._plan.reason
-        if reason is not None:
-            recorder.count_dense(self._layer, reason)
-        elif self._kept is None:
-            # All rows of all items were padding.
-            recorder.count_dense(self._layer, "padding alone")
-        else:
+        recorder = self._attention.recorder
+        if self._kept is not None:
             recorder.count_sparse(self._layer, self._kept, self._valid, self._backend)
+        elif not self._reasons:
+            # All rows of all items were padding.
+            self._reasons.add("padding alone")
+        for reason in sorted(self._reasons):
+            recorder.count_dense(self._layer, reason)
 
 
 def _has_window(module: nn.Module) -> bool:

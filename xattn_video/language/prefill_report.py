@@ -56,7 +56,8 @@ class PrefillReport:
     """What attention did since it was enabled.
 
     In a model with two kinds of layers, such as full and sliding, a forward pass counts once for
-    each kind.
+    each kind. A batch in which some items have too few tokens counts as sparse and as dense, each
+    with the tokens of its items; a layer that runs such a batch counts both, too.
 
     Attributes:
         forwards: The forward passes, by decision.
