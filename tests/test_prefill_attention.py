@@ -351,6 +351,23 @@ def test_a_layer_with_tau_1_runs_dense(llama):
     assert handle.report().layers[1].dense == {"threshold 1": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "dense_layers"),
+    [("llama", (0, 1), 0), ("llama", (1,), 1), ("gemma3", (1,), 0)],
+)
+def test_a_forward_pass_without_a_sparse_layer_is_not_sparse(name, layers, dense_layers):
+    """Only layer 1 of this Gemma 3 has full attention."""
+    schedule = ThresholdSchedule(((0, 0.3),), layers=dict.fromkeys(layers, ((0, 1.0),)))
+    model = tiny_model(name)
+    with (
+        enable_xattention(model, schedule, dense_layers=dense_layers, **SMALL) as handle,
+        torch.no_grad(),
+    ):
+        model(**prompt())
+    assert handle.report().sparse_tokens == 0
+    assert decisions(handle.report())["threshold 1"] == 1
+
+
 def test_a_share_of_blocks_in_place_of_a_threshold(llama):
     with enable_xattention(llama, density=0.25, **SMALL) as handle, torch.no_grad():
         llama(**prompt())

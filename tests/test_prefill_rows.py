@@ -9,6 +9,7 @@ from language_models import (
     SMALL,
     TOLERANCE,
     assert_as_sdpa,
+    decisions,
     generate,
     prompt,
     tiny_model,
@@ -54,6 +55,20 @@ def test_a_chunk_of_padding_alone_is_counted(llama):
     report = handle.report()
     # In the second chunk they have 50 tokens and 40, and `min_tokens` is 64.
     assert report.dense_reasons == {"padding alone": 2, "too few tokens": 2, "decode": 4}
+    assert decisions(report) == {
+        "padding alone": 1,
+        "too few tokens": 1,
+        "sparse": 1,
+        "decode": 2,
+    }
+
+
+def test_a_batch_of_padding_alone_is_not_sparse(llama):
+    given = prompt(300, 2, (300, 300))
+    with enable_xattention(llama, 0.5, **SMALL) as handle, torch.no_grad():
+        llama(**given)
+    assert handle.report().sparse_tokens == 0
+    assert decisions(handle.report()) == {"padding alone": 1}
 
 
 def test_a_left_padded_item_is_as_it_is_alone(llama):

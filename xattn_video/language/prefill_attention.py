@@ -32,6 +32,7 @@ _NOT_COMPUTED = {
 }
 _USE_ANOTHER = 'use attn_implementation="eager" or another that computes it'
 _REASON = "_xattn_reason"
+_PADDING = "padding alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,8 @@ class PrefillAttention:
             min_tokens=self.settings.min_tokens_on(torch.device(request.device).type),
         )
         if isinstance(decision, CausalBounds):
-            planned = self.settings.dense_reason or SPARSE
-            items = Counter(planned if sparse else TOO_FEW for sparse in decision.sparse)
-            for one, number in items.items():
-                self.recorder.count_forward(one, number * request.q_length)
+            config = arguments["config"].get_text_config(decoder=True)
+            self._count_items(decision, request, self.settings.dense_reason(config) or SPARSE)
             return decision.to_tensor()
         self.recorder.count_forward(decision, request.batch_size * request.q_length)
         if decision == "gradients":
@@ -131,6 +130,17 @@ class PrefillAttention:
             module, query, key, value, attention_mask, **arguments
         )
         return attended
+
+    def _count_items(self, bounds: CausalBounds, request: MaskRequest, planned: str) -> None:
+        """Count a forward pass by what its items do; those with enough keys do the planned."""
+        rows = bounds.rows(request.q_length)
+        items = Counter(
+            planned if sparse else TOO_FEW
+            for sparse, own in zip(bounds.sparse, rows, strict=True)
+            if own.start < own.stop
+        ) or Counter({_PADDING: len(rows)})
+        for decision, number in items.items():
+            self.recorder.count_forward(decision, number * request.q_length)
 
     def _refuse(
         self, module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]
@@ -208,11 +218,7 @@ class PrefillAttention:
             if config is not None:
                 self.settings.check_model(config.num_hidden_layers, heads)
             taus = self.settings.thresholds(layer, heads)
-            reason = None
-            if layer is not None and layer < self.settings.dense_layers:
-                reason = "dense layer"
-            elif all(tau == 1 for tau in taus):
-                reason = self.settings.sparse.keeps_all_reason
+            reason = self.settings.layer_reason(layer, heads)
             threshold = torch.tensor(taus, dtype=torch.float32)[:, None].to(query.device)
             self._plans[place] = _LayerPlan(threshold, reason)
         return self._plans[place]
@@ -285,7 +291,7 @@ class _LayerRun:
             recorder.count_sparse(self._layer, self._kept, self._valid, self._backend)
         elif not self._reasons:
             # All rows of all items were padding.
-            self._reasons.add("padding alone")
+            self._reasons.add(_PADDING)
         for reason in sorted(self._reasons):
             recorder.count_dense(self._layer, reason)
 

@@ -43,7 +43,8 @@ class ForwardCount:
     Attributes:
         decision: ``"sparse"``, or why attention ran dense.
         forwards: Number of forward passes.
-        tokens: Number of their input tokens, padding included.
+        tokens: Number of their input tokens. The padding of an item counts, unless the item has
+            nothing else in the forward pass.
     """
 
     decision: str

@@ -90,11 +90,6 @@ class PrefillSettings:
             threshold = DEFAULT_PREFILL_THRESHOLD
         return cls(SparseSettings.of(threshold, **options), dense_layers)
 
-    @property
-    def dense_reason(self) -> str | None:
-        """Why every layer runs dense with these settings; None if one can run sparse."""
-        return self.sparse.keeps_all_reason if self.sparse.schedule.is_dense else None
-
     def min_tokens_on(self, device_type: str) -> int:
         """Number of tokens from which prefill runs sparse.
 
@@ -118,6 +113,24 @@ class PrefillSettings:
                 "threshold for all."
             )
         return [schedule.threshold(0, layer, head) for head in range(num_heads)]
+
+    def layer_reason(self, layer: int | None, num_heads: int) -> str | None:
+        """Why a layer runs dense with these settings; None if it can run sparse."""
+        if layer is not None and layer < self.dense_layers:
+            return "dense layer"
+        keeps_all = all(tau == 1 for tau in self.thresholds(layer, num_heads))
+        return self.sparse.keeps_all_reason if keeps_all else None
+
+    def dense_reason(self, config: Any) -> str | None:
+        """Why all full-attention layers of a text model run dense; None if one can run sparse."""
+        kinds = getattr(config, "layer_types", None)
+        reason = None
+        for layer in range(config.num_hidden_layers):
+            if kinds is None or kinds[layer] == "full_attention":
+                reason = self.layer_reason(layer, config.num_attention_heads)
+                if reason is None:
+                    return None
+        return reason
 
     def check_config(self, config: Any, name: str) -> None:
         """Check the settings against a text model's configuration.
