@@ -6,7 +6,7 @@ import pytest
 import torch
 from language_models import SMALL, decisions, generate, prompt, tiny_model
 from test_imports import run_without
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
 from xattn_video import (
     ThresholdSchedule,
@@ -179,6 +179,29 @@ def test_a_registered_name_checks_the_layers_of_its_model(llama):
         with pytest.raises(ValueError, match="below the model's 2 layers"), torch.no_grad():
             llama(**prompt())
         llama.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dense_layers": 2}, "must be below the model's 2 layers"),
+        (
+            {"threshold": ThresholdSchedule(((0, 0.9),), layers={2: ((0, 0.8),)})},
+            "names layer 2, but the model has 2 layers",
+        ),
+    ],
+)
+def test_a_registered_name_checks_each_of_its_models(options, text):
+    """A model of three layers, then one of two, whose layers have the same numbers."""
+    model = tiny_model("llama")
+    config = LlamaConfig(**model.config.to_dict() | {"num_hidden_layers": 3})
+    deeper = LlamaForCausalLM(config).eval()
+    with register_attention(**SMALL, **options), torch.no_grad():
+        for one in (deeper, model):
+            one.set_attn_implementation("xattention")
+        deeper(**prompt())
+        with pytest.raises(ValueError, match=text):
+            model(**prompt())
 
 
 def test_the_default_threshold_of_language_is_lower():

@@ -56,7 +56,8 @@ class PrefillAttention:
         self.name = name
         self.settings = settings
         self.recorder = PrefillRecorder()
-        self._plans: dict[tuple[int | None, int, torch.device], _LayerPlan] = {}
+        # By layer, heads, layers of the model and device; models of a name may differ in all.
+        self._plans: dict[tuple[int | None, int, int | None, torch.device], _LayerPlan] = {}
         # Why layers without a mask run dense, by whether a window limits them.
         self._unmasked: dict[bool, str] = {}
         self._warned = False
@@ -212,11 +213,11 @@ class PrefillAttention:
     def _plan(self, module: nn.Module, query: Tensor) -> _LayerPlan:
         """What a layer does; the same for all forward passes."""
         layer, heads = _number(module), query.shape[1]
-        place = layer, heads, query.device
+        layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+        place = layer, heads, layers, query.device
         if place not in self._plans:
-            config = getattr(module, "config", None)
-            if config is not None:
-                self.settings.check_model(config.num_hidden_layers, heads)
+            if layers is not None:
+                self.settings.check_model(layers, heads)
             taus = self.settings.thresholds(layer, heads)
             reason = self.settings.layer_reason(layer, heads)
             threshold = torch.tensor(taus, dtype=torch.float32)[:, None].to(query.device)
