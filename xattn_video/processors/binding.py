@@ -146,7 +146,8 @@ def family_of(model: Any) -> Family:
         for family in FAMILIES
     )
     raise UnsupportedModelError(
-        f"XAttnProcessor does not support {type(model).__name__}; supported models: {known}."
+        f"XAttnProcessor does not support {type(model).__name__}; supported models: {known}; "
+        "for language, give enable_xattention a model that transformers has loaded."
     )
 
 
