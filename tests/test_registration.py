@@ -1,5 +1,6 @@
 """`enable_xattention` on language models, `register_attention`, and what both refuse."""
 
+import re
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from xattn_video import (
     register_attention,
 )
 from xattn_video.errors import MissingPackageError
+from xattn_video.language.prefill_attention import PrefillAttention
 from xattn_video.policy.settings import SparseSettings
 
 
@@ -24,16 +26,25 @@ def llama():
 
 
 def names() -> set[str]:
-    found = {name for name in AttentionInterface() if name.startswith("xattention")}
-    assert found == {n for n in AttentionMaskInterface() if n.startswith("xattention")}
-    return found
+    """The names that run; those that were generated and removed stay in transformers' tables."""
+    attention, masks = (
+        {name for name, of in table.items() if isinstance(owner(of), PrefillAttention)}
+        for table in (AttentionInterface(), AttentionMaskInterface())
+    )
+    assert attention == masks
+    return attention
+
+
+def owner(function):
+    return getattr(function, "__self__", None)
 
 
 def test_it_gives_the_model_a_name_and_takes_it_back(llama):
     llama.set_attn_implementation("eager")
     with enable_xattention(llama, 0.9) as handle:
-        assert llama.config._attn_implementation == handle.name == "xattention-1"
-        assert names() == {"xattention-1"}
+        assert llama.config._attn_implementation == handle.name
+        assert names() == {handle.name}
+        assert re.fullmatch(r"xattention-\d+", handle.name)
     assert llama.config._attn_implementation == "eager"
     assert names() == set()
 
@@ -51,8 +62,8 @@ def test_two_models_have_two_thresholds(llama):
 
 
 def test_what_is_wrapped_is_found(llama):
-    with enable_xattention(torch.compile(llama, backend="eager"), 0.9):
-        assert llama.config._attn_implementation == "xattention-1"
+    with enable_xattention(torch.compile(llama, backend="eager"), 0.9) as handle:
+        assert llama.config._attn_implementation == handle.name
 
 
 def test_enabling_twice_raises(llama):

@@ -49,12 +49,14 @@ class PrefillAttention:
     Attributes:
         name: The registered name.
         settings: When and how prefill is sparse.
+        config: The text configuration of the name's only model; None if any model may use it.
         recorder: Counts what runs.
     """
 
-    def __init__(self, name: str, settings: PrefillSettings) -> None:
+    def __init__(self, name: str, settings: PrefillSettings, config: Any = None) -> None:
         self.name = name
         self.settings = settings
+        self.config = config
         self.recorder = PrefillRecorder()
         # By layer, heads, layers of the model and device; models of a name may differ in all.
         self._plans: dict[tuple[int | None, int, int | None, torch.device], _LayerPlan] = {}

@@ -1,7 +1,9 @@
 """Registers sparse prefill under a name in transformers, and sets it on a model."""
 
+import re
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from xattn_video.errors import MissingPackageError, UnsupportedModelError
 
@@ -18,8 +20,8 @@ from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.policy.schedule import ThresholdLike
 from xattn_video.policy.settings import SparseSettings
 
-# Prefix of the names that `enable_prefill` chooses.
-_PREFIX = "xattention-"
+# The names that `enable_prefill` chooses.
+_GENERATED = re.compile(r"xattention-\d+")
 # transformers treats names that contain one of these specially.
 _OTHERS = ("eager", "sdpa", "flash", "flex", "paged", "/", "|")
 
@@ -53,11 +55,12 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
     def disable(self) -> None:
         """Restore the model's attention and remove the name. A second call does nothing.
 
+        If the previous name was removed meanwhile, the model gets transformers' default.
         No model may still use a name from `register_attention`.
         """
         model, self._model = self._model, None
         if model is not None and _text_config(model)._attn_implementation == self.name:
-            model.set_attn_implementation(_for_text(model, self._previous))
+            model.set_attn_implementation(_for_text(model, _still_registered(self._previous)))
         _unregister(self._attention)
 
     def __exit__(self, *exception: object) -> None:
@@ -102,15 +105,22 @@ def register_attention(
         A handle with ``report()``, and ``disable()``, which removes the name.
 
     Raises:
-        ValueError, TypeError: A setting is out of range or of a wrong type, or transformers
-            reserves the name.
+        ValueError, TypeError: A setting is out of range or of a wrong type, or the name is no
+            string or reserved.
         MissingPackageError: transformers is too old.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'name must be a string, got {name!r}; use "xattention", for example.')
     taken = [other for other in _OTHERS if other in name]
     if not name or taken:
         raise ValueError(
             f"transformers reserves {taken[0] if taken else name!r} in a name, got "
             f'{name!r}; use another name, such as "xattention".'
+        )
+    if _GENERATED.fullmatch(name):
+        raise ValueError(
+            f"enable_xattention gives models names such as {name!r}; use another name, such as "
+            '"xattention".'
         )
     return LanguageHandle(
         PrefillAttention(name, PrefillSettings.of(threshold, dense_layers, **options))
@@ -144,21 +154,21 @@ def enable_prefill(
     config = _text_config(model)
     present = AttentionInterface().get(config._attn_implementation)
     of = getattr(present, "__self__", None)
-    if isinstance(of, PrefillAttention) and of.name.startswith(_PREFIX):
+    # A copy of an enabled model has its name, but a configuration of its own.
+    if isinstance(of, PrefillAttention) and of.config is config:
         raise RuntimeError(
             "XAttention is already enabled on this model; call disable() on its handle first."
         )
     settings = PrefillSettings.of(threshold, dense_layers, **options)
     settings.check_config(config, type(model).__name__)
-    return LanguageHandle(PrefillAttention(_free_name(), settings), model)
+    return LanguageHandle(PrefillAttention(_new_name(), settings, config), model)
 
 
-def _free_name() -> str:
-    """An unused name; the registry is global, so each model with its own settings needs one."""
-    number = 1
-    while f"{_PREFIX}{number}" in AttentionInterface():
-        number += 1
-    return f"{_PREFIX}{number}"
+def _new_name() -> str:
+    """A new name; the registry is global, so each model with its own settings needs one."""
+    # Removed names stay in the registry, so none is given twice.
+    used = sum(_GENERATED.fullmatch(name) is not None for name in AttentionInterface())
+    return f"xattention-{used + 1}"
 
 
 def check_transformers() -> None:
@@ -177,10 +187,33 @@ def _register(attention: PrefillAttention) -> None:
 
 
 def _unregister(attention: PrefillAttention) -> None:
-    """Remove the name unless it was registered again; transformers has no function for that."""
-    if AttentionInterface._global_mapping.get(attention.name) == attention.attend:
+    """Remove the name unless it was registered again; transformers has no function for that.
+
+    The name of one model stays, and refuses to run: copies of the model may still use it.
+    """
+    if AttentionInterface._global_mapping.get(attention.name) != attention.attend:
+        return
+    if attention.config is None:
         del AttentionInterface._global_mapping[attention.name]
         del AttentionMaskInterface._global_mapping[attention.name]
+    else:
+        AttentionInterface.register(attention.name, partial(_refuse, attention.name))
+        AttentionMaskInterface.register(attention.name, partial(_refuse, attention.name))
+
+
+def _refuse(name: str, *arguments: Any, **options: Any) -> NoReturn:
+    """The functions of a name that was removed."""
+    raise RuntimeError(
+        f"{name} was disabled, but this model, a copy of the one that it was enabled on, still "
+        'uses it; call set_attn_implementation("sdpa") or enable_xattention on the copy.'
+    )
+
+
+def _still_registered(name: str | None) -> str | None:
+    """The name if a model can go back to it; None, transformers' own choice, otherwise."""
+    if name is None or _GENERATED.fullmatch(name):
+        return None
+    return name if name == "eager" or name in AttentionInterface() else None
 
 
 def _text_config(model: PreTrainedModel) -> Any:
