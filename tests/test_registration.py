@@ -85,7 +85,7 @@ def test_disabling_leaves_a_later_choice_alone(llama):
 
 def test_the_report_outlives_it(llama):
     with enable_xattention(llama, 0.9, **SMALL) as handle:
-        assert handle.report().summary() == "nothing has run"
+        assert handle.report().summary() == "nothing has run, 0 refused"
         generate(llama, prompt())
     generate(llama, prompt())
     report = handle.report()
@@ -122,7 +122,7 @@ def test_a_name_can_be_registered_anew(llama):
         llama.set_attn_implementation("xattention")
         generate(llama, prompt())
         llama.set_attn_implementation("sdpa")
-    assert first.report().summary() == "nothing has run"
+    assert first.report().summary() == "nothing has run, 0 refused"
     assert second.report().sparse_layers == (0, 1)
 
 
@@ -265,7 +265,7 @@ def test_a_video_transformer_does_not_load_the_language_side(monkeypatch):
 def test_a_language_model_does_not_load_the_video_side(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "xattn_video.processors.enable", None)
     with enable_xattention(llama, 0.9) as handle:
-        assert handle.report().summary() == "nothing has run"
+        assert handle.report().summary() == "nothing has run, 0 refused"
 
 
 def test_without_transformers_it_is_one_line():

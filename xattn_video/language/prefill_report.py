@@ -105,7 +105,7 @@ class PrefillReport:
     def summary(self) -> str:
         """One line, such as "32/32 layers sparse over 32,768 tokens, density 0.21, 0 refused"."""
         if not self.layers and not self.compiled:
-            return "nothing has run"
+            return f"nothing has run, {self.num_refused} refused"
         numbered = sum(one.layer is not None for one in self.layers)
         parts = [
             f"{len(self.sparse_layers)}/{numbered} layers sparse over {self.sparse_tokens:,} "
