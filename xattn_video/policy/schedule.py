@@ -319,15 +319,26 @@ def _points(points: object, path: str) -> Points:
 
 def _tau(value: object, path: str) -> float:
     """A threshold in (0, 1]."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    tau = _number(value)
+    if tau is None:
         raise TypeError(
             f"{path} must be a number in (0, 1], got {value!r}; a threshold may be a float, a "
             "list, a {step: tau} mapping, a callable or a ThresholdSchedule."
         )
-    tau = float(value)
     if not 0 < tau <= 1:
         raise ValueError(f"{path} must lie in (0, 1], got {tau}; try 0.9 or 0.95.")
     return tau
+
+
+def _number(value: object) -> float | None:
+    """The value as a float; None if it is not one number."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    # As tensors and arrays of several numbers do, and tensors without data.
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _index(value: object, path: str) -> int:
