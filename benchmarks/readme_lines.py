@@ -3,7 +3,7 @@
 from benchmarks.causal_table import attention_alone
 from benchmarks.prefill_table import PREFILLS
 from benchmarks.results_files import RESULTS, ResultRow, read_json, read_reports
-from benchmarks.ruler_table import RulerRuns
+from benchmarks.ruler_table import RulerRuns, share_of_all
 
 # A comparison of the command's settings on a CPU.
 FIRST_COMMAND = RESULTS / "first_command" / "two-cores.json"
@@ -31,9 +31,12 @@ def long_context() -> str:
 
 def _speed(file: ResultRow) -> str:
     sparse, dense = file["runs"]["sparse"], file["runs"]["dense"]
+    report = sparse["report"]
+    layers = [one["sparse"] > 0 for one in report["layers"]]
+    share = share_of_all(report["density"], sum(layers), len(layers))
     return (
         f"Speed: {_what(file)} in {sparse['seconds']:.1f} s instead of {dense['seconds']:.1f} s, "
-        f"{file['speedup']:.2f}x as fast, with {sparse['report']['density']:.1%} of the blocks "
+        f"{file['speedup']:.2f}x as fast, with {_blocks(share, report['density'])} "
         f"({file['device']}, random weights){attention_alone(file['tokens'])}."
     )
 
@@ -55,13 +58,20 @@ def _accuracy(runs: RulerRuns | None) -> str:
     parts = []
     for setting in others:
         found = runs.scores(runs.solved, length, setting)
-        parts.append(f"{found.score:.3f} with {setting} ({found.density:.1%} of the blocks)")
+        share = runs.share_of_all(runs.solved, length, setting)
+        parts.append(f"{found.score:.3f} with {setting} ({_blocks(share, found.density)})")
     return (
         f"Accuracy: on the {len(runs.solved)} of RULER's {len(runs.tasks)} tasks that the model "
         f"`{runs.reports[0]['model']}` solves, at {length:,} tokens, "
         f"{runs.scores(runs.solved, length, dense).score:.3f} with dense attention, "
         f"{', '.join(parts)}."
     )
+
+
+def _blocks(share: float | None, density: float | None) -> str:
+    """The share of all layers' blocks, and that of the sparse layers' where some are dense."""
+    of_all = f"{share:.1%} of the blocks"
+    return of_all if share == density else f"{of_all}, {density:.1%} in its sparse layers"
 
 
 def _what(file: ResultRow) -> str:

@@ -1,8 +1,10 @@
 """The table of RULER on docs/long_context.md, from reports of `eval_language.ruler`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import mean
 from typing import Any
 
 from benchmarks.results_files import RESULTS, read_json, read_reports
@@ -15,6 +17,7 @@ _PAPER = RESULTS.parents[1] / "eval_language/data/paper_tables.json"
 _PAPERS_MODEL = "Llama-3.1-8B-Instruct"
 # If dense attention scores less on a task, the task says little about sparse attention.
 _SOLVED = 0.9
+_LAYERS = re.compile(r"(\d+)/(\d+) layers sparse")
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,24 @@ class RulerRuns:
         )
         return PairedScores.of(dense, dense if setting == self.settings[0] else of)
 
+    def share_of_all(self, tasks: Sequence[str], length: int, setting: str) -> float | None:
+        """Share of the blocks of all layers, dense ones included; None for dense attention."""
+        shares = [
+            share_of_all(one["density"], *map(int, _LAYERS.findall(one["attention"])[0]))
+            for one in (self._records[task, length, setting] for task in tasks)
+            if one["density"] is not None
+        ]
+        return mean(shares) if shares else None
+
     def places(self) -> list[str]:
         """The machines and versions of the runs."""
         found = self._records.values()
         return sorted({f"{one['device']}: {describe_versions(one['versions'])}" for one in found})
+
+
+def share_of_all(density: float, sparse_layers: int, layers: int) -> float:
+    """Share of the blocks of all layers, from the density of the sparse ones."""
+    return density * (sparse_layers / layers) + (layers - sparse_layers) / layers
 
 
 def render() -> str:
@@ -104,7 +121,9 @@ def render() -> str:
         rows += [(name, setting, *_cells(runs, tasks, setting)) for setting in runs.settings]
         rows += _paper_rows(runs.lengths) if name == "all solved" else []
     headings = [
-        text for n in runs.lengths for text in (f"{n:,}: score, difference to dense", "density")
+        text
+        for n in runs.lengths
+        for text in (f"{n:,}: score, difference to dense", "density of sparse layers, of all")
     ]
     table = Table(("task", "setting", *headings), tuple(rows), num_left=2)
     first = runs.reports[0]
@@ -113,7 +132,10 @@ def render() -> str:
         "length; in brackets the 95% interval of the paired difference",
         f"solved, which is {_SOLVED} or more with dense attention at every length: "
         f"{', '.join(solved) or 'none'}; not solved: {', '.join(unsolved) or 'none'}",
-        f"the paper's rows are {_PAPERS_MODEL}'s on its own tasks, with a threshold for each head",
+        "density: the share of the blocks of the sparse layers, then of those of all layers, "
+        "dense ones included",
+        f"the paper's rows are {_PAPERS_MODEL}'s on its own tasks, with a threshold for each head "
+        "and the density as printed there",
         *runs.places(),
     ]
     return "\n".join([table.markdown(), "", *(f"- {fact}" for fact in facts)]) + "\n"
@@ -123,7 +145,8 @@ def _cells(runs: RulerRuns, tasks: Sequence[str], setting: str) -> Iterator[str]
     for length in runs.lengths:
         found = runs.scores(tasks, length, setting)
         yield _score(found)
-        yield figure(found.density, ".3f")
+        share = runs.share_of_all(tasks, length, setting)
+        yield "" if share is None else f"{found.density:.3f}, {share:.3f}"
 
 
 def _score(found: PairedScores) -> str:

@@ -8,13 +8,14 @@ import pytest
 from benchmarks import language_demo_tables, readme_lines, ruler_table
 
 LABELS = ("dense", "tau 0.9, stride 8")
+DENSE_LAYERS = "tau 0.9, stride 8, 2 dense layers"
 
 
-def report(length, **changes):
+def report(length, labels=LABELS, **changes):
     """Ten samples: dense attention solves the first task and half of the second."""
     results = []
     for task, wrong in (("niah_multikey_2", 0), ("ruler_vt", 5)):
-        for label in LABELS:
+        for label in labels:
             sparse = label != "dense"
             right = 10 - wrong - sparse
             results.append(
@@ -24,6 +25,9 @@ def report(length, **changes):
                     "scores": {str(n): float(n < right) for n in range(10)},
                     "seconds": 1.5,
                     "density": 2000 / length if sparse else None,
+                    "attention": f"{6 - 2 * (label == DENSE_LAYERS)}/6 layers sparse over 1 token"
+                    if sparse
+                    else None,
                     "device": "a card",
                     "versions": {"torch": "2.11.0"},
                 }
@@ -55,13 +59,13 @@ def test_dense_and_sparse_and_the_papers_figures_stand_in_one_table(committed):
     headings, _, *found = rows(text)
     assert headings[2:] == [
         "8,192: score, difference to dense",
-        "density",
+        "density of sparse layers, of all",
         "16,384: score, difference to dense",
-        "density",
+        "density of sparse layers, of all",
     ]
     dense, sparse, *papers = found[:5]
     assert dense == ["all solved", "dense", "1.000", "", "1.000", ""]
-    assert sparse[1:4:2] == ["tau 0.9, stride 8", "0.244"]
+    assert sparse[1:4:2] == ["tau 0.9, stride 8", "0.244, 0.244"]
     assert sparse[2].startswith("0.900, -0.100 [-0.3000, +0.0000]")
     assert [row[:2] for row in papers] == [
         ["the paper's, of another model", name]
@@ -92,6 +96,19 @@ def test_the_readme_tells_the_longest_length(committed):
         "- Accuracy: on the 1 of RULER's 2 tasks that the model `demo` solves, at 32,768 tokens, "
         "1.000 with dense attention, 0.900 with tau 0.9, stride 8 (6.1% of the blocks)."
     )
+
+
+def test_dense_layers_count_among_all_blocks(committed):
+    """With two of six layers dense, 6.1% of the others' blocks are 37.4% of all."""
+    committed(report(32768, (*LABELS, DENSE_LAYERS)))
+    accuracy = readme_lines.long_context().splitlines()[-1]
+    assert "tau 0.9, stride 8 (6.1% of the blocks), " in accuracy
+    assert accuracy.endswith(f"{DENSE_LAYERS} (37.4% of the blocks, 6.1% in its sparse layers).")
+    assert [row[3] for row in rows(ruler_table.render())[2:5]] == [
+        "",
+        "0.061, 0.061",
+        "0.061, 0.374",
+    ]
 
 
 def test_without_a_report_nothing_is_claimed(committed):

@@ -101,6 +101,8 @@ def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
             f"sparse is {runs[compare].seconds / sparse.seconds:.2f}x as fast as {compare}"
         )
     lines["attention"] = sparse.report.summary()
+    if sparse.report.sparse_layers and not all(one.sparse for one in sparse.report.layers):
+        lines["density"] = "of the sparse layers alone; a dense layer computes all of its blocks"
     if job.speed_only is None:
         lines["answer"] = "; ".join(
             f"{name}: {job.describe_answer(run)}" for name, run in runs.items()
