@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
+from xattn_video.errors import UnsupportedModelError
 from xattn_video.language.model_sources import LanguageSource
 
 _GIB = 2**30
@@ -68,30 +70,33 @@ def plan_prefill(
         chunk_size: Tokens of a forward pass.
         dtype: Dtype of weights, keys and values.
         block_size: Tokens in a block.
+
+    Raises:
+        UnsupportedModelError: Its layers have no static cache.
     """
     config = source.text_config
-    size = dtype.itemsize
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    of_layer = 2 * key_heads * head_dim * size
-    total = tokens + max_new_tokens
-    kept = _kept_tokens(config, total)
-    full_layers = sum(number == total for number in kept)
-    chunk = min(chunk_size, tokens)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    mlp = _MLP_TENSORS * inner + _HIDDEN_TENSORS * config.hidden_size
-    attention = _ATTENTION_TENSORS * heads * head_dim + _HIDDEN_TENSORS * config.hidden_size
-    scores = 4 * _SCORE_TENSORS * heads * -(-chunk // block_size) * -(-total // block_size)
     parameters = source.count_parameters()
+    size = dtype.itemsize
+    total = tokens + max_new_tokens
+    # (tokens that it keeps, bytes of keys and values of a token) of each layer.
+    layers = [
+        (kept, size * of_layer)
+        for kept, of_layer in zip(_kept_tokens(config, total), _key_sizes(config), strict=False)
+    ]
+    chunk = min(chunk_size, tokens)
+    heads = config.num_attention_heads
+    widest = max(_head_dim(layer) for layer in _layer_configs(config))
+    mlp = _MLP_TENSORS * _inner_size(config) + _HIDDEN_TENSORS * config.hidden_size
+    attention = _ATTENTION_TENSORS * heads * widest + _HIDDEN_TENSORS * config.hidden_size
+    scores = 4 * _SCORE_TENSORS * heads * -(-chunk // block_size) * -(-total // block_size)
     return PrefillPlan(
         tokens,
         chunk_size,
         str(dtype).removeprefix("torch."),
         parameters,
-        of_layer * full_layers / 1024,
+        sum(of_token for kept, of_token in layers if kept == total) / 1024,
         parameters * size / _GIB,
-        of_layer * sum(kept) / _GIB,
+        sum(kept * of_token for kept, of_token in layers) / _GIB,
         max(chunk * size * mlp, chunk * size * attention + scores) / _GIB,
     )
 
@@ -133,10 +138,49 @@ def _with_chunk(plan: PrefillPlan, chunk: int) -> PrefillPlan:
 
 
 def _kept_tokens(config: Any, tokens: int) -> list[int]:
-    """Tokens whose keys and values each layer keeps."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    limited = min(tokens, window or tokens)
-    return [limited if kind == "sliding_attention" else tokens for kind in kinds]
+    """Tokens whose keys and values each layer keeps; layers at the end that keep none may lack."""
+    # The cache of the run, before it allocates. Linear and shared layers have no such length.
+    try:
+        layers = StaticCache(config=config, max_cache_len=tokens).layers
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"transformers has no static cache for layers of kind {error}, as in "
+            f"{config.model_type}; use a model with full or sliding attention."
+        ) from None
+    return [getattr(layer, "max_cache_len", 0) for layer in layers]
+
+
+def _key_sizes(config: Any) -> list[int]:
+    """Numbers in the keys and values of a token, in each layer."""
+    return [2 * _key_heads(layer) * _head_dim(layer) for layer in _layer_configs(config)]
+
+
+def _layer_configs(config: Any) -> list[Any]:
+    """The configuration of each layer, which in some models differ in the size of a head."""
+    # None in older versions of transformers where all layers are the same.
+    return list(config.per_layer_config or [config] * config.num_hidden_layers)
+
+
+def _key_heads(config: Any) -> int:
+    """Heads of the keys, and of the values."""
+    # Falcon's later architecture has several, whatever multi_query says.
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        return 1
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
+
+
+def _head_dim(config: Any) -> int:
+    """Size of a head."""
+    size: int = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return size
+
+
+def _inner_size(config: Any) -> int:
+    """Width of the widest MLP; some models list the width of each layer."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return inner if isinstance(inner, int) else max(inner)
