@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from command_line import run_cli
-from language_models import tiny_model
+from language_models import SMALL, prompt, tiny_model
 
+from xattn_video import enable_xattention
 from xattn_video.language.masks import DenseMaskReason
 
 PAGE = (Path(__file__).parents[1] / "docs/long_context.md").read_text(encoding="utf-8")
@@ -21,7 +23,6 @@ def blocks(language: str) -> list[str]:
 
 def test_its_snippets_run_one_after_the_other(monkeypatch):
     """As they stand, but on a tiny model and its prompt."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
     def from_pretrained(name, attn_implementation="sdpa", **_):
@@ -43,6 +44,17 @@ def test_its_snippets_run_one_after_the_other(monkeypatch):
     exec(compile(second, "second", "exec"), namespace)
     assert namespace["model"].config._attn_implementation == "xattention"
     namespace["xattn_video"].register_attention().disable()
+
+
+def test_compiled_layers_run_sparse_as_it_says():
+    assert "If its layers are compiled\none by one, they run sparse and are counted." in PAGE
+    model, given = tiny_model("llama"), prompt()
+    with torch.no_grad(), enable_xattention(model, 0.5, **SMALL) as handle:
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        model(**given)
+    assert handle.report().sparse_layers == (0, 1)
+    assert not handle.report().compiled
 
 
 def commands() -> list[list[str]]:
