@@ -1,7 +1,7 @@
 """`xattn-video prefill`: runs a long prompt through a language model, sparse and dense."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +44,8 @@ def prefill(
     job = prepare_job(prompt, load, settings)
     if not as_json:
         _print_plan(job)
+    if job.shortage is not None and (prompt.plan or prompt.force):
+        print_warning(job.shortage)
     if job.speed_only is not None:
         print_warning(f"Speed and memory only: {job.speed_only}.")
     if job.unknown_needle:
@@ -64,7 +66,7 @@ def prefill(
         typer.echo(json.dumps(record, indent=2))
     else:
         _print_runs(job, runs)
-    _warn_of_dense(runs["sparse"].report, settings.sparse.block_size)
+    _warn_of_dense(job, runs["sparse"].report)
     if prompt.report is not None:
         write_json(prompt.report, record)
 
@@ -77,8 +79,6 @@ def _print_plan(job: "PrefillJob") -> None:
         "memory": _memory(plan, job.free_gib),
     }
     print_labelled(output_console(), lines)
-    if job.shortage is not None:
-        print_warning(job.shortage)
 
 
 def _memory(plan: "PrefillPlan", free: float | None) -> str:
@@ -115,21 +115,30 @@ def _print_runs(job: "PrefillJob", runs: "dict[str, PrefillRun]") -> None:
     console.print(_layers(sparse.report).terminal(console.width), crop=False)
 
 
-def _warn_of_dense(report: "PrefillReport | None", block_size: int) -> None:
+def _warn_of_dense(job: "PrefillJob", report: "PrefillReport | None") -> None:
     if report is not None and not report.sparse_layers:
-        reasons = ", ".join(report.dense_reasons)
-        print_warning(
-            f"Nothing ran sparse ({reasons}); {_remedy(report.dense_reasons, block_size)}."
-        )
+        reasons = report.dense_reasons
+        print_warning(f"Nothing ran sparse ({', '.join(reasons)}); {_remedy(job, reasons)}.")
 
 
-def _remedy(reasons: Iterable[str], block_size: int) -> str:
+def _remedy(job: "PrefillJob", reasons: Container[str]) -> str:
     """How to make a prefill sparse that was dense for these reasons."""
+    block_size = job.settings.sparse.block_size
     if "short chunk" in reasons:
-        return f"use chunks of at least a block, {block_size} tokens"
+        # The last chunk is short in other prompts too.
+        for what, tokens in (("chunks", job.prompt.chunk_size), ("a prompt", job.num_tokens)):
+            if tokens < block_size:
+                return f"use {what} of at least a block, {block_size} tokens"
+    if "too few tokens" in reasons:
+        return "use a longer prompt, or --min-tokens 0 to try it"
+    for what in ("threshold", "density"):
+        if f"{what} 1" in reasons:
+            return f"use a {what} below 1"
+    if "dense layer" in reasons:
+        return "use fewer --dense-layers: the other layers cannot run sparse"
     if "window" in reasons:
         return "every layer of this model sees a limited number of tokens"
-    return "use a longer prompt, or --min-tokens 0 to try it"
+    return "docs/long_context.md explains these reasons"
 
 
 def _agreement(sparse: "PrefillRun", other: "PrefillRun") -> str:

@@ -116,7 +116,8 @@ def describe_prefill_shortage(plan: PrefillPlan, free: float | None) -> str | No
     )
     chunk = plan.chunk_size // 2
     while chunk >= _SMALLEST_CHUNK:
-        if _with_chunk(plan, chunk).peak <= free:
+        # A chunk with room for the whole prompt changes nothing.
+        if chunk < plan.tokens and _with_chunk(plan, chunk).peak <= free:
             return f"{text}--chunk-size {chunk} would fit."
         chunk //= 2
     room = free - plan.weights - plan.work
@@ -125,7 +126,8 @@ def describe_prefill_shortage(plan: PrefillPlan, free: float | None) -> str | No
     fitting -= fitting % (plan.chunk_size if fitting > plan.chunk_size else 1)
     if fitting:
         return f"{text}--tokens {fitting} would fit."
-    halved = ", or --dtype bfloat16," if plan.dtype == "float32" else ""
+    is_enough = plan.dtype == "float32" and plan.peak / 2 <= free
+    halved = ", or --dtype bfloat16," if is_enough else ""
     return f"{text}use a smaller model{halved} or a device with more."
 
 
@@ -134,7 +136,7 @@ def _parts(plan: PrefillPlan) -> str:
 
 
 def _with_chunk(plan: PrefillPlan, chunk: int) -> PrefillPlan:
-    return replace(plan, work=plan.work * chunk / plan.chunk_size)
+    return replace(plan, work=plan.work * chunk / min(plan.chunk_size, plan.tokens))
 
 
 def _kept_tokens(config: Any, tokens: int) -> list[int]:

@@ -47,7 +47,10 @@ class PrefillRun:
     def divergence_from(self, other: "PrefillRun") -> float:
         """KL divergence, in nats, of the first new token's distribution from another run's."""
         ours, theirs = self.logits.log_softmax(-1), other.logits.log_softmax(-1)
-        return float(F.kl_div(ours, theirs, log_target=True, reduction="sum"))
+        found = float(F.kl_div(ours, theirs, log_target=True, reduction="sum"))
+        # Between nearly equal distributions, rounding may leave less than the true minimum. NaN
+        # stays.
+        return 0.0 if found < 0 else found
 
 
 def run_prefill(
