@@ -47,6 +47,20 @@ def told_answers(model: Any, tick: Tick) -> Iterator[None]:
 
 
 @contextmanager
+def without_git(evaluator: Any) -> Iterator[None]:
+    """Keep a harness from asking git for a commit, which prints an error where there is none.
+
+    Args:
+        evaluator: The harness's module `evaluator`.
+    """
+    ask, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
+
+
+@contextmanager
 def quiet_harness() -> Iterator[Shown]:
     """Hide what is printed within, but print each kind of warning once when the block ends.
 

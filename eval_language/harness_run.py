@@ -1,6 +1,7 @@
 """A resumable run of a harness: dense and every sparse setting on the same samples."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,10 +102,12 @@ class Prepared:
     Attributes:
         scorers: {task: (its group, such as a length, and its scorer)}.
         load: Function that loads the argument of the scorers, and the model in it.
+        left_out: The tasks that were asked for and cannot run.
     """
 
     scorers: Mapping[str, tuple[str, Scorer]]
     load: "Callable[[], tuple[Any, PreTrainedModel]]"
+    left_out: tuple[str, ...] = ()
 
 
 def find_model(asked: HarnessOptions, max_tokens: int) -> "LanguageSource":
@@ -151,6 +154,7 @@ def harness_command(
     name: str,
     package: str | None,
     options: type[HarnessOptions],
+    tasks: "Callable[[Any], list[str]]",
     prepare: "Callable[[Any, LoadOptions], Prepared]",
 ) -> typer.Typer:
     """The command that scores a model with a harness.
@@ -159,6 +163,7 @@ def harness_command(
         name: Name of the benchmark in the paper's tables.
         package: The harness as a requirement for pip; None if there is none.
         options: The dataclass of the options.
+        tasks: Function that tells the keys of the scorers from the options alone.
         prepare: Function that loads the tasks and their data.
     """
 
@@ -167,17 +172,20 @@ def harness_command(
             _require(name, package)
         variants = asked.variants()
         quiet_libraries()
-        prepared = prepare(asked, load)
-        check_output_folder(asked.run)
         folder = ItemFolder(asked.run, asked.run, "give another --run, or the same settings")
         about = {
             "benchmark": name,
             "model": asked.model,
-            "tasks": list(prepared.scorers),
+            "tasks": tasks(asked),
             "samples": asked.samples,
             "dtype": str(load.resolved_dtype).removeprefix("torch."),
         }
         settings = {label: one and one.to_dict() for label, one in variants.items()}
+        # Before the prompts, which may take minutes.
+        folder.check({**about, "settings": settings})
+        _check_run(asked.run)
+        prepared = prepare(asked, load)
+        check_output_folder(asked.run)
         folder.adopt({**about, "settings": settings})
         with folder.lock():
             _score(folder, prepared, variants, asked.samples, errors)
@@ -202,6 +210,11 @@ def _require(name: str, package: str) -> None:
         raise MissingPackageError(
             f"{name} needs {module}, which is not installed; pip install '{package}'."
         )
+
+
+def _check_run(folder: Path) -> None:
+    """Raise ValueError if the folder of the run cannot be written; creates nothing."""
+    check_output_folder(next(one for one in (folder, *folder.parents) if os.path.lexists(one)))
 
 
 def _score(
@@ -270,10 +283,16 @@ def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[s
         lead=f"{about['model']}, {about['dtype']}, at most {about['samples']} samples per task. "
         f"{' '.join(sorted(origin))}.",
         tables=(("Measured", table), *papers),
-        notes=tuple(paper["remarks"]),
+        notes=(
+            "Density: of the blocks of the sparse layers alone.",
+            *paper["remarks"],
+            *(f"{task} has no room for an answer and is left out." for task in prepared.left_out),
+        ),
     )
     results = [{"task": task, "setting": label, **one} for (task, label), one in records.items()]
-    write_json(folder.path / "report.json", {**about, "results": results})
+    write_json(
+        folder.path / "report.json", {**about, "tasks": list(prepared.scorers), "results": results}
+    )
     write_text(folder.path / "report.md", page.markdown())
     write_text(folder.path / "report.html", page.html())
     return table
@@ -305,7 +324,7 @@ def _table(
         "score",
         "delta",
         "95% interval",
-        "density of sparse layers",
+        "density",
         "s",
     )
     return Table(headings, tuple(rows), num_left=2)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eval_language.harness_output import Tick, quiet_harness, told_answers
+from eval_language.harness_output import Tick, quiet_harness, told_answers, without_git
 from eval_language.harness_run import Scorer
 from xattn_video.errors import MissingPackageError
 
@@ -81,12 +81,12 @@ def task_scorer(
     """
 
     def score(model: Any, tick: Tick) -> dict[str, float]:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
-        with told_answers(model, tick):
+        with told_answers(model, tick), without_git(evaluator):
             lm = HFLM(pretrained=model, batch_size=1, **options)
-            results = simple_evaluate(
+            results = evaluator.simple_evaluate(
                 lm, tasks=[task], limit=samples, bootstrap_iters=0, task_manager=manager
             )
         return sample_scores(results, lambda one: one[metric or one["metrics"][0]])

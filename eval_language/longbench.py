@@ -24,28 +24,33 @@ _TASKS = (
 )
 
 
+def tasks(asked: HarnessOptions) -> list[str]:
+    """The tasks that are asked for."""
+    return asked.tasks.split(",") if asked.tasks else [f"longbench_{n}" for n in _TASKS.split()]
+
+
 def prepare(asked: HarnessOptions, load: "LoadOptions") -> Prepared:
     """Load the data sets from the hub or its cache."""
     from eval_language.lm_eval_tasks import check_tasks, load_task, task_manager, task_scorer
 
     source = find_model(asked, 0)
     tokenizer = source.load_tokenizer()
-    names = asked.tasks.split(",") if asked.tasks else [f"longbench_{n}" for n in _TASKS.split()]
+    names = tasks(asked)
     manager = task_manager({})
     check_tasks(names, manager)
-    tasks = {}
+    loaded = {}
     for name in names:
         print_message(f"{name}: reading its data")
-        tasks[name] = load_task(name, manager)
+        loaded[name] = load_task(name, manager)
     scorers = {
         name: ("all tasks", task_scorer(task, manager, asked.samples, None, tokenizer=tokenizer))
-        for name, task in tasks.items()
+        for name, task in loaded.items()
     }
 
     return Prepared(scorers, model_loader(source, load))
 
 
-app = harness_command("LongBench", "lm_eval[longbench]>=0.4.13", HarnessOptions, prepare)
+app = harness_command("LongBench", "lm_eval[longbench]>=0.4.13", HarnessOptions, tasks, prepare)
 
 if __name__ == "__main__":
     app()

@@ -36,6 +36,11 @@ class TextOptions(HarnessOptions):
     text: Path | None = knob("A text file.", shown_default="the manual that comes with Python")
 
 
+def tasks(asked: TextOptions) -> list[str]:
+    """The only task."""
+    return [f"loss, {asked.tokens}"]
+
+
 def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
     """Cut the text into samples."""
     from pydoc_data.topics import topics
@@ -68,7 +73,7 @@ def prepare(asked: TextOptions, load: "LoadOptions") -> Prepared:
             tick()
         return losses
 
-    scorers = {f"loss, {asked.tokens}": ("text", score)}
+    scorers = dict.fromkeys(tasks(asked), ("text", score))
     return Prepared(scorers, model_loader(source, load))
 
 
@@ -81,7 +86,7 @@ def _loss(model: Any, ids: "Tensor") -> float:
     return float(F.cross_entropy(out.logits[0, :-1].float(), ids[-scored:]))
 
 
-app = harness_command("Text", None, TextOptions, prepare)
+app = harness_command("Text", None, TextOptions, tasks, prepare)
 
 if __name__ == "__main__":
     app()

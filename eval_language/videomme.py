@@ -6,7 +6,7 @@ python -m eval_language.videomme --run runs/videomme --model Qwen/Qwen2-VL-7B-In
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eval_language.harness_output import Tick, quiet_harness, told_answers
+from eval_language.harness_output import Tick, quiet_harness, told_answers, without_git
 from eval_language.harness_run import (
     HarnessOptions,
     Prepared,
@@ -31,6 +31,11 @@ class VideoOptions(HarnessOptions):
     frames: int = knob("Maximum number of frames per video.", 768)
 
 
+def tasks(asked: VideoOptions) -> list[str]:
+    """The tasks that are asked for."""
+    return (asked.tasks or "videomme,videomme_w_subtitle").split(",")
+
+
 def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
     """Load the data sets from the hub or its cache."""
     from xattn_video.language.model_sources import DEMO
@@ -40,7 +45,7 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
             "the demo language model sees no videos; use a model that does, such as "
             "Qwen/Qwen2-VL-7B-Instruct."
         )
-    names = (asked.tasks or "videomme,videomme_w_subtitle").split(",")
+    names = tasks(asked)
     with quiet_harness():
         with needed_data(names[0]):
             # Its loggers write to what stderr is when they are imported.
@@ -70,15 +75,18 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
 def _scorer(task: str, samples: int) -> Scorer:
     def score(lm: Any, tick: Tick) -> dict[str, float]:
         with told_answers(lm.model, tick):
-            from lmms_eval.evaluator import simple_evaluate
+            from lmms_eval import evaluator
 
-            results = simple_evaluate(lm, tasks=[task], limit=samples, bootstrap_iters=0)
+            with without_git(evaluator):
+                results = evaluator.simple_evaluate(
+                    lm, tasks=[task], limit=samples, bootstrap_iters=0
+                )
         return sample_scores(results, lambda one: one[_METRIC]["score"])
 
     return score
 
 
-app = harness_command("Video-MME", "lmms-eval>=0.7.3", VideoOptions, prepare)
+app = harness_command("Video-MME", "lmms-eval>=0.7.3", VideoOptions, tasks, prepare)
 
 if __name__ == "__main__":
     app()

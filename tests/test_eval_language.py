@@ -22,7 +22,7 @@ def run(name, *arguments):
 
 def ruler(folder, model, *arguments):
     tasks = "--tasks=niah_multikey_2,ruler_vt"
-    wanted = (f"--run={folder}", f"--model={model}", tasks, "--lengths=400", "--samples=6")
+    wanted = (f"--run={folder}", f"--model={model}", tasks, "--lengths=1024", "--samples=6")
     return run("ruler", *wanted, *arguments)
 
 
@@ -32,8 +32,8 @@ def test_every_setting_stands_beside_dense_in_one_table(harnesses, tiny_llm, tmp
     report = json.loads((tmp_path / "run/report.json").read_text())
     results = {(one["task"], one["setting"]): one for one in report["results"]}
     assert len(results) == 6
-    dense = results["niah_multikey_2, 400", "dense"]
-    sparse = results["niah_multikey_2, 400", "tau 0.5, stride 16"]
+    dense = results["niah_multikey_2, 1024", "dense"]
+    sparse = results["niah_multikey_2, 1024", "tau 0.5, stride 16"]
     assert set(dense["scores"]) == {"0", "1", "2", "3", "4", "5"}
     assert dense["density"] is None
     assert 0 < sparse["density"] < 1
@@ -41,13 +41,14 @@ def test_every_setting_stands_beside_dense_in_one_table(harnesses, tiny_llm, tmp
     page = (tmp_path / "run/report.md").read_text()
     rows = [line.split("|")[1:-1] for line in page.splitlines() if "stride 16" in line]
     measured = [cell.strip() for cell in rows[0]]
-    assert measured[:3] == ["niah_multikey_2, 400", "tau 0.5, stride 16", "6"]
+    assert measured[:3] == ["niah_multikey_2, 1024", "tau 0.5, stride 16", "6"]
     assert measured[5].startswith("[")
     # Both tasks together.
-    assert rows[2][0].strip() == "all, 400"
+    assert rows[2][0].strip() == "all, 1024"
     assert rows[2][2].strip() == "12"
     assert "| XAttention, stride 8 | 96.83 |" in page
     assert "84.96 at stride 8" in page
+    assert "Density: of the blocks of the sparse layers alone." in page
     assert (tmp_path / "run/report.html").read_text().count("<table>") == 2
 
 
@@ -74,7 +75,7 @@ def test_a_run_resumes_and_refuses_other_settings(harnesses, tiny_llm, tmp_path)
     assert ruler(folder, tiny_llm, "--settings=0.5:8")[0] == 0
     calls = harnesses("lm_eval").CALLS
     calls.clear()
-    (folder / "items/ruler_vt-400-tau-0.5-stride-8.json").unlink()
+    (folder / "items/ruler_vt-1024-tau-0.5-stride-8.json").unlink()
     assert ruler(folder, tiny_llm, "--settings=0.5:8")[0] == 0
     assert [task for task, _ in calls] == ["ruler_vt"]
     code, _, err = ruler(folder, tiny_llm, "--settings=0.6:8")
@@ -83,9 +84,9 @@ def test_a_run_resumes_and_refuses_other_settings(harnesses, tiny_llm, tmp_path)
 
 
 def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_llm, tmp_path):
-    assert ruler(tmp_path / "run", tiny_llm, "--lengths=300,400", "--settings=0.5:8")[0] == 0
+    assert ruler(tmp_path / "run", tiny_llm, "--lengths=1024,1100", "--settings=0.5:8")[0] == 0
     given = harnesses("lm_eval.tasks").METADATA
-    assert [one["max_seq_lengths"] for one in given] == [[300], [400]]
+    assert [one["max_seq_lengths"] for one in given] == [[1024], [1100]]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
         (["--lengths=-5"], "--lengths must be numbers, got '-5'; use 8192,16384."),
         (["--lengths=4k"], "--lengths must be numbers, got '4k'"),
         (["--lengths=4096"], "the model's context is 2,048 tokens, got a length of 4,096"),
-        (["--lengths=200"], "niah_multikey_2 has no room for an answer in a length of 200"),
+        (["--lengths=0"], "--lengths must be at least 1024, got 0; use 8192,16384."),
+        (["--lengths=2048,64"], "--lengths must be at least 1024, got 64; use 8192,16384."),
         (["--tasks=niah_9"], "lm_eval has no task 'niah_9'"),
         (
             ["--tasks=longbench_lsht"],
@@ -170,14 +172,14 @@ def test_a_user_sees_progress_the_table_and_warnings_that_matter(harnesses, tiny
     code, out, err = ruler(tmp_path / "run", tiny_llm, *words)
     assert code == 0, err
     lines = err.splitlines()
-    assert lines[0] == "ruler_vt, 400: generating prompts"
+    assert lines[0] == "ruler_vt, 1024: generating prompts"
     assert lines[1:7] == [
-        f"  ruler_vt, 400, dense: {number} of 6 samples" for number in range(1, 7)
+        f"  ruler_vt, 1024, dense: {number} of 6 samples" for number in range(1, 7)
     ]
     assert lines[7] == "warning: Truncating 0 tokens from the left. (5 more like this)"
-    assert lines[8].startswith("ruler_vt, 400, dense: ")
+    assert lines[8].startswith("ruler_vt, 1024, dense: ")
     assert len(lines) == 1 + 2 * 8 + 1
-    assert out.startswith("task           setting ")
+    assert out.startswith("task            setting ")
     assert "harness" not in out
     assert "tau 0.5, stride 8" in out
 

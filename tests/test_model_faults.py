@@ -151,7 +151,7 @@ def test_a_fault_is_one_line_in_a_harness(name, fault, folder, harnesses, tmp_pa
     damage(folder)
     app = import_module(f"eval_language.{name}").app
     own = {
-        "ruler": ["--tasks=ruler_vt", "--lengths=400"],
+        "ruler": ["--tasks=ruler_vt", "--lengths=1024"],
         "longbench": ["--tasks=ruler_vt"],
         "perplexity": ["--tokens=512"],
     }[name]

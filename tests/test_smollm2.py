@@ -59,6 +59,6 @@ def test_a_needle_is_found_by_the_real_harness(smollm2, tmp_path):
 
 def test_tasks_of_several_values_need_no_essays(smollm2, tmp_path):
     pytest.importorskip("lm_eval", reason="the harness; pip install 'lm_eval[ruler]'")
-    wanted = ["--tasks=niah_multiquery_repeat", "--lengths=512", "--samples=1"]
+    wanted = ["--tasks=niah_multiquery_repeat", "--lengths=1024", "--samples=1"]
     found = results("ruler", smollm2, tmp_path, *wanted, "--settings=0.9:8")
     assert set(found) == {"dense", "tau 0.9, stride 8"}

@@ -71,7 +71,13 @@ class ItemFolder:
             # Another rank may have written them.
             with suppress(FileExistsError):
                 self._write_settings(settings, new=True)
-        different = describe_differences(self.settings(), settings)
+        self.check(settings)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raise ValueError if the folder has other settings than these; writes nothing."""
+        if not self.settings_file.exists():
+            return
+        different = describe_differences(self.settings(), json.loads(json.dumps(settings)))
         if different:
             raise ValueError(
                 f"{str(self.path)!r} holds a run with other settings: {'; '.join(different)} "
@@ -91,10 +97,10 @@ class ItemFolder:
 
     def has_settings(self, settings: dict[str, Any]) -> bool:
         """Whether the folder belongs to a run with these settings."""
-        try:
-            return not describe_differences(self.settings(), json.loads(json.dumps(settings)))
-        except (OSError, ValueError):
-            return False
+        with suppress(ValueError):
+            self.check(settings)
+            return self.settings_file.exists()
+        return False
 
     def settings(self) -> dict[str, Any]:
         """The run's settings.

@@ -1,7 +1,13 @@
+import os
+
 import torch
 from language_models import video_prompt
 
 IMPLEMENTATIONS = []
+
+
+def get_git_commit_hash():
+    os.write(2, b"fatal: not a git repository\n")
 
 
 def simple_evaluate(lm, tasks, limit, bootstrap_iters):
@@ -12,6 +18,7 @@ def simple_evaluate(lm, tasks, limit, bootstrap_iters):
     with torch.inference_mode():
         lm.model(**video_prompt())
     lm.clean()
+    get_git_commit_hash()
     samples = [
         {"doc_id": number, "videomme_perception_score": {"score": number % 2}}
         for number in range(limit)

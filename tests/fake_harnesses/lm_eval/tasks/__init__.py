@@ -1,12 +1,16 @@
 METADATA = []
 
 
+NO_ROOM = []
+"""Names and lengths of tasks whose prompts have no answer."""
+
+
 class Task(str):
-    """A name, whose prompts have an answer where they are long enough."""
+    """A name, whose prompts have an answer."""
 
     def test_docs(self):
         (length,) = METADATA[-1]["max_seq_lengths"]
-        return [{"outputs": ["an answer"] * (length >= 300)}]
+        return [{"outputs": ["an answer"] * ((str(self), length) not in NO_ROOM)}]
 
 
 class TaskManager:
