@@ -143,6 +143,8 @@ def _planned(name, folder, **changes):
     kind, values = {**_CACHES, "deepseek-v4": ("DeepseekV4Config", {})}[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**{**_COMMON, **values, **changes})
+    if kind == "Gemma4TextConfig" and config.per_layer_config is None:
+        pytest.skip("transformers 5.14 does not tell the sizes of Gemma 4's layers")
     config.save_pretrained(folder)
     source = find_language_model(str(folder), 0)
     plan = plan_prefill(source, 992, 8, 256, torch.float32, 128)

@@ -63,7 +63,6 @@ class ItemFolder:
         Raises:
             ValueError: The folder has other settings.
         """
-        settings = json.loads(json.dumps(settings))
         if overwrite:
             self._list_replaced()
             self.start_over(settings)
