@@ -151,6 +151,7 @@ def test_a_name_that_transformers_reads_otherwise_is_refused(name):
         ({"warmup_steps": 2}, "warmup_steps is not a setting for language models; use threshold"),
         ({"threshold": [0.9, 0.8]}, "a language model has no denoising steps"),
         ({"threshold": lambda step: 0.9}, "a language model has no denoising steps"),
+        ({"threshold": {3: 0.9}}, "one point, at step 0, for each layer or head"),
         (
             {"threshold": SparseSettings(0.9, refresh_every=3)},
             "refresh_every=3 has no effect on a",

@@ -61,11 +61,11 @@ class PrefillSettings:
             if isinstance(schedule, ThresholdSchedule)
             else []
         )
-        if not points or any(len(of_steps) > 1 for of_steps in points):
+        if not points or any([step for step, _ in of_steps] != [0] for of_steps in points):
             raise ValueError(
                 "a language model has no denoising steps, so its threshold cannot differ between "
-                "them; give one value, or a ThresholdSchedule with one point for each layer or "
-                "head."
+                "them; give one value, or a ThresholdSchedule with one point, at step 0, for each "
+                "layer or head."
             )
 
     @classmethod
