@@ -102,9 +102,9 @@ def load_run(path: RunFolder) -> CompleteRun:
     if missing:
         failed = sum(path.failure(item.key) is not None for item in missing)
         raise ValueError(
-            f"{str(path.path)!r} lacks {len(missing)} of {len(items)} videos, {failed} of them "
-            f"failed, such as {missing[0].file_name!r}; run eval_vbench.generate again with the "
-            "settings in settings.json to generate them."
+            f"{str(path.path)!r} lacks {len(missing)} of {len(items)} videos ({failed} failed, "
+            f"{len(missing) - failed} missing or changed), such as {missing[0].file_name!r}; run "
+            "eval_vbench.generate again with the settings in settings.json to generate them."
         )
     return CompleteRun(path, settings, tuple(items), records, read_scores(path))
 

@@ -65,7 +65,7 @@ class RunVideos:
         missing = [item.file_name for item, record in records.items() if record is None]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(items)} videos are missing or truncated: "
+                f"{len(missing)} of {len(items)} videos are missing or changed: "
                 f"{_some(missing)}; run eval_vbench.generate again with the run's settings to "
                 "generate them."
             )

@@ -1,6 +1,7 @@
 """Reports of runs whose scores are made up, so that every figure is known."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -155,13 +156,17 @@ def test_missing_videos_are_named(runs):
     lost.unlink()
     code, _, messages = make_report(runs)
     assert code == 2
-    assert f"lacks 1 of 2 videos, 0 of them failed, such as {lost.name!r}" in messages
+    assert f"lacks 1 of 2 videos (0 failed, 1 missing or changed), such as {lost.name!r}" in messages
     assert "run eval_vbench.generate again" in messages
 
 
 def test_a_broken_copy_is_named(runs):
     copy = runs / "sparse/lossless/0000-0.mkv"
     copy.write_bytes(bytes(copy.stat().st_size))
+    code, _, messages = make_report(runs)
+    assert (code, "1 missing or changed" in messages) == (2, True)
+    # As if it were restored with an old date.
+    os.utime(copy, (0, 0))
     code, _, messages = make_report(runs)
     assert code == 1
     assert f"cannot read '{copy}' as a video" in messages

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 
@@ -152,7 +153,7 @@ def test_a_missing_video_is_refused(run, fake_vbench):
     lost.unlink()
     code, _, messages = score_run(run)
     assert code == 2
-    assert f"1 of 2 videos are missing or truncated: {lost.name!r}; run eval_vbench" in messages
+    assert f"1 of 2 videos are missing or changed: {lost.name!r}; run eval_vbench" in messages
 
 
 def test_a_truncated_video_is_refused(run, fake_vbench):
@@ -160,7 +161,7 @@ def test_a_truncated_video_is_refused(run, fake_vbench):
     short.write_bytes(short.read_bytes()[:-10])
     code, _, messages = score_run(run)
     assert code == 2
-    assert f"1 of 2 videos are missing or truncated: {short.name!r}" in messages
+    assert f"1 of 2 videos are missing or changed: {short.name!r}" in messages
 
 
 def test_a_broken_video_is_refused(run, fake_vbench, tiny_pipeline):
@@ -168,6 +169,10 @@ def test_a_broken_video_is_refused(run, fake_vbench, tiny_pipeline):
     content = bytearray(broken.read_bytes())
     content[-20:] = bytes(20)
     broken.write_bytes(content)
+    code, _, messages = score_run(run)
+    assert (code, "1 of 2 videos are missing or changed: " in messages) == (2, True)
+    # As if it were restored with an old date.
+    os.utime(broken, (0, 0))
     code, _, messages = score_run(run)
     assert code == 2
     assert (

@@ -57,10 +57,10 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
             "give the name of such a file."
         )
     check_output_folder(path.parent, what=what)
-    if path.is_symlink():
-        check_output_folder(Path(os.path.realpath(path)).parent, what=what)
     with _refused(path, what), contextlib.suppress(FileNotFoundError):
         path.lstat()  # finds a name that is too long
+    if path.is_symlink():
+        check_output_folder(Path(os.path.realpath(path)).parent, what=what)
     if path.is_dir():
         raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
 
