@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, HunyuanVideoPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName
 from hunyuan import (
     NUM_LAYERS,
@@ -336,3 +336,40 @@ def test_inductor_runs_it():
     torch.testing.assert_close(generate(pipe, 4), expected, rtol=1e-4, atol=1e-4)
     assert_right(processor, 4)
     torch.compiler.reset()
+
+
+def stop_at_1(pipe, step, timestep, tensors):
+    if step == 1:
+        raise StopHereError
+    return tensors
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_another_pipeline_counts_right_after_an_exception_in_the_bound_one(guidance):
+    bound = tiny_pipeline()
+    options = {"stride": 4, "block_size": 8, "min_tokens": 0}
+    processor = enable_xattention(bound, 0.5, warmup_steps=2, **options).processor
+    with pytest.raises(StopHereError):
+        generate(bound, 6, callback_on_step_end=stop_at_1)
+    other = HunyuanVideoPipeline(
+        **{**bound.components, "scheduler": copy.deepcopy(bound.scheduler)}
+    )
+    negative = prompt((4,), seed=7, prefix="negative_")
+    for seed in range(3):
+        generate(other, 6, seed=seed, true_cfg_scale=guidance, **negative)
+        passes = 2 if guidance > 1 else 1
+        expected = [step for step in range(6) for _ in range(passes)]
+        assert [forward.step for forward in processor.report().forwards] == expected
+        assert len(processor.report().sparse_steps) == 4
+
+
+def test_the_steps_of_a_stopped_generation_are_not_those_of_another_pipeline():
+    bound = tiny_pipeline()
+    options = {"stride": 4, "block_size": 8, "min_tokens": 0, "cooldown_steps": 1}
+    processor = enable_xattention(bound, 0.5, warmup_steps=1, **options).processor
+    with pytest.raises(StopHereError):
+        generate(bound, 4, callback_on_step_end=stop_at_1)
+    with pytest.raises(ValueError, match="needs the number of denoising steps"):
+        generate(HunyuanVideoPipeline(**bound.components), 8)
+    generate(bound, 5)
+    assert states(processor.report()) == ["dense", *["sparse"] * 3, "dense"]

@@ -156,7 +156,9 @@ def test_missing_videos_are_named(runs):
     lost.unlink()
     code, _, messages = make_report(runs)
     assert code == 2
-    assert f"lacks 1 of 2 videos (0 failed, 1 missing or changed), such as {lost.name!r}" in messages
+    assert (
+        f"lacks 1 of 2 videos (0 failed, 1 missing or changed), such as {lost.name!r}" in messages
+    )
     assert "run eval_vbench.generate again" in messages
 
 

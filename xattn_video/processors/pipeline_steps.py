@@ -9,21 +9,33 @@ from xattn_video.policy.steps import SchedulerStep
 class PipelineSteps:
     """The steps of the generation that a Diffusers pipeline is running.
 
-    Another pipeline may share the transformer. A pipeline that an exception stopped appears to be
-    running until it runs again. This object does not keep the pipeline alive.
+    Another pipeline, or a loop, may run the same transformer. A pipeline that an exception stopped
+    appears to be running until it runs again, but the timesteps of others differ from its own.
+    This object does not keep the pipeline alive.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
+        # The pipeline's own timestep, and the one that the transformer got with it.
+        self._current: Any = None
+        self._timestep: float | None = None
 
-    def count(self) -> int | None:
-        """Number of denoising steps of the generation; None if none is running."""
-        num_steps: int | None = getattr(self._running(), "_num_timesteps", None)
+    def count(self, timestep: float) -> int | None:
+        """Number of denoising steps of the generation; None if none is running.
+
+        Args:
+            timestep: The timestep of the forward pass.
+        """
+        num_steps: int | None = getattr(self._running(timestep), "_num_timesteps", None)
         return num_steps
 
-    def current(self) -> SchedulerStep | None:
-        """The scheduler's step; None if no generation is running or the scheduler has none."""
-        scheduler: Any = getattr(self._running(), "scheduler", None)
+    def current(self, timestep: float) -> SchedulerStep | None:
+        """The scheduler's step; None if no generation is running or the scheduler has none.
+
+        Args:
+            timestep: The timestep of the forward pass.
+        """
+        scheduler: Any = getattr(self._running(timestep), "scheduler", None)
         if not hasattr(scheduler, "step_index"):
             return None
         index = scheduler.step_index
@@ -32,8 +44,15 @@ class PipelineSteps:
         # Video-to-video begins in the middle of the scheduler's timesteps.
         return SchedulerStep(index - (getattr(scheduler, "begin_index", None) or 0))
 
-    def _running(self) -> Any:
+    def _running(self, timestep: float) -> Any:
         """The pipeline; None if it is not running a generation."""
         pipeline = self._pipeline()
         # Diffusers' pipelines set it to None before and after their denoising loop.
-        return None if getattr(pipeline, "_current_timestep", None) is None else pipeline
+        current = getattr(pipeline, "_current_timestep", None)
+        if current is not self._current:
+            # Comparing the objects needs no transfer from the device.
+            self._current, self._timestep = current, timestep
+        elif timestep != self._timestep:
+            # It stopped at this step; None is no timestep, so that it stays stopped.
+            self._timestep = None
+        return None if current is None or self._timestep is None else pipeline

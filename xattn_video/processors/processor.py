@@ -183,16 +183,13 @@ class XAttnProcessor(TransformerBound):
                 "no layer of this transformer uses this XAttnProcessor; "
                 "call transformer.set_attn_processor(processor) instead of bind."
             )
-        steps = None if pipeline is None else PipelineSteps(pipeline)
-        if num_steps is None and steps is not None:
-            num_steps = steps.count
         ForwardHook.install(self, transformer)
         self._session = Session(
             transformer,
             family_of(transformer),
             lambda attn: attn.processor is self,
             num_steps,
-            None if steps is None else steps.current,
+            None if pipeline is None else PipelineSteps(pipeline),
         )
         offer_plan(transformer, self._session.family)
         return self

@@ -14,11 +14,12 @@ from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import check_precision
 from xattn_video.policy.decision import Decision, Run, decide
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.policy.steps import ForwardInputs, SchedulerStep, StepTracker
+from xattn_video.policy.steps import ForwardInputs, StepTracker
 from xattn_video.processors.context_parallel import exchange_of
 from xattn_video.processors.families import Family
 from xattn_video.processors.kept import KeptByPass, KeptStore
 from xattn_video.processors.layout import TokenLayout
+from xattn_video.processors.pipeline_steps import PipelineSteps
 from xattn_video.processors.recorder import (
     SLOT_NAME,
     ForwardPass,
@@ -38,7 +39,7 @@ class Session:
         family: Its family.
         serves: Tells whether an attention module uses the processor.
         num_steps: Denoising steps of a generation, or a function that returns them.
-        scheduler_step: A function that returns the step of the running pipeline, or None.
+        pipeline: The steps of the pipeline that runs the transformer; None if it is not known.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Session:
         family: Family,
         serves: Callable[[Any], bool],
         num_steps: NumSteps,
-        scheduler_step: "Callable[[], SchedulerStep | None] | None",
+        pipeline: PipelineSteps | None,
     ) -> None:
         attentions = family.attentions(transformer)
         own = {name: attn for name, attn in attentions.items() if serves(attn)}
@@ -59,7 +60,7 @@ class Session:
         self._kept = KeptStore()
         self._spent: KeptByPass | None = None
         self._num_steps = num_steps
-        self._scheduler_step = scheduler_step
+        self._pipeline = pipeline
         self._num_layers = len(attentions)
         self._positions = [number for number, name in enumerate(attentions) if name in own]
 
@@ -74,13 +75,17 @@ class Session:
     ) -> None:
         """Count the forward pass, decide what every layer does and open its record."""
         transformer: Any = self.transformer()
-        scheduler_step = None if self._scheduler_step is None else self._scheduler_step()
+        pipeline, timestep = self._pipeline, inputs.timestep
+        scheduler_step = None if pipeline is None else pipeline.current(timestep)
         if self.tracker.observe(inputs, scheduler_step):
             self.recorder.start_generation()
             self._kept.clear()
         step = self.tracker.step
         assert step is not None
         config = transformer.config
+        num_steps = self._num_steps() if callable(self._num_steps) else self._num_steps
+        if num_steps is None and pipeline is not None:
+            num_steps = pipeline.count(timestep)
         device = _layer_device(transformer, inputs.device)
         layout = self.family.layout(config, inputs, device)
         run = Run(
@@ -88,7 +93,7 @@ class Session:
             config.num_attention_heads,
             layout.num_video_tokens,
             device.type,
-            self._num_steps() if callable(self._num_steps) else self._num_steps,
+            num_steps,
             inputs.needs_grad,
         )
         decision = decide(settings, step, run)
