@@ -12,7 +12,12 @@
 set -euo pipefail
 
 usage() {
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
+}
+
+refuse() {
+    echo "error: $1" >&2
+    usage >&2
     exit 2
 }
 
@@ -24,13 +29,14 @@ while [[ $# -gt 0 ]]; do
         --num-prompts) num_prompts=${2:?--num-prompts takes a number}; shift 2 ;;
         --vbench-python) vbench_python=${2:?--vbench-python takes a path}; shift 2 ;;
         --) shift; break ;;
-        -*) echo "unknown option $1" >&2; usage ;;
-        *) [[ -z $runs ]] || usage; runs=$1; shift ;;
+        -h | --help) usage; exit ;;
+        -*) refuse "unknown option $1" ;;
+        *) [[ -z $runs ]] || refuse "give one folder for the runs, got $runs and $1"; runs=$1; shift ;;
     esac
 done
-[[ -n $runs ]] || usage
+[[ -n $runs ]] || refuse "give a folder for the runs"
 for number in "$gpus" "$num_prompts"; do
-    [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "not a positive number: $number" >&2; exit 2; }
+    [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "not a positive number: $number"
 done
 
 # Seconds on one H100 for one video, measured on random weights with flash-attn-4. Steps, scoring
@@ -42,9 +48,13 @@ dense=$((50 * 1853 / 100 + other))
 tau_95=$((5 * 1853 / 100 + 45 * 1106 / 100 + other))
 tau_90=$((5 * 1853 / 100 + 45 * 931 / 100 + other))
 total=$(((dense + tau_95 + tau_90) * num_prompts))
+of=""
+if [[ $# -gt 0 ]]; then
+    of=", not of the options after --"
+fi
 cat <<COST
 expected   $num_prompts prompts x 3 runs; on an H100 about $dense s for a dense video,
-           $tau_95 s at tau 0.95, $tau_90 s at tau 0.90 (an estimate from measured steps)
+           $tau_95 s at tau 0.95, $tau_90 s at tau 0.90 (an estimate from measured steps$of)
 time       about $((total / 3600)) GPU hours, $((total / 3600 / gpus)) hours on $gpus GPU(s)
 disk       about $((num_prompts * 3 * 16 / 100)) GiB in $runs, nearly all of it lossless copies
 scoring    not estimated: VBench's dimensions need weights and a GPU

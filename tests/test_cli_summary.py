@@ -84,9 +84,10 @@ def test_a_loss_on_a_cpu_knows_the_dtype(has_amx, dtype, pays, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dense", "sparse"), [([1, 1], []), ([], [1, 1]), ([1, 1], [1.01]), ([1, 1], [0.99])]
+    ("dense", "sparse"),
+    [([1, 1], []), ([], [1, 1]), ([9], [1, 1]), ([1, 1], [1.01]), ([1, 1], [0.99])],
 )
-def test_without_both_kinds_of_steps_or_a_difference_there_is_no_estimate(dense, sparse):
+def test_without_both_kinds_of_warm_steps_or_a_difference_there_is_no_estimate(dense, sparse):
     text = summary_of(dense, sparse)
     assert "saved" not in text
     assert "lost" not in text

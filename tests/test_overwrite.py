@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import SMALL, SPARSE, run_cli
 
+from xattn_video.cli import generate_job
+from xattn_video.errors import FileNotWrittenError
 from xattn_video.pipelines import generation, loading
 from xattn_video.pipelines.item_folder import ItemFolder
 
@@ -167,3 +169,19 @@ def test_densities_do_not_replace_the_prompts_that_they_are_made_from(tmp_path, 
     code, _, err = run_cli("calibrate", *words)
     assert code == 2
     assert "--prompts-file and --output both name 's.json'" in err
+
+
+def test_a_report_that_cannot_be_written_costs_no_video(generate, monkeypatch, tmp_path):
+    def fail(path, content):
+        raise FileNotWrittenError(path, "File too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_job, "write_json", fail)
+        code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
+    assert code == 1
+    assert "failed:" not in err
+    # After every video, and at the end.
+    assert err.count("cannot write 'run.json': File too large") == 4
+    code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
+    assert (code, err.count(" exists already")) == (0, 3)
+    assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) == 3

@@ -193,16 +193,28 @@ def test_the_cost_is_printed_first(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "xattn-run-hunyuan, or in a clone scripts/run_hunyuan.sh:"),
-        (["--tau", "0.9"], "unknown option --tau"),
-        (["--gpus", "0", "runs"], "not a positive number: 0"),
-        (["--num-prompts", "all", "runs"], "not a positive number: all"),
+        ([], "error: give a folder for the runs\n"),
+        (["a", "b"], "error: give one folder for the runs, got a and b\n"),
+        (["--tau", "0.9"], "error: unknown option --tau\n"),
+        (["--gpus", "0", "runs"], "error: not a positive number: 0\n"),
+        (["--num-prompts", "all", "runs"], "error: not a positive number: all\n"),
     ],
 )
 def test_the_script_refuses_what_it_does_not_know(arguments, message):
     done = run_script(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+    assert "xattn-run-hunyuan, or in a clone scripts/run_hunyuan.sh:" in done.stderr
+
+
+def test_the_script_has_a_help_and_says_what_its_plan_leaves_out(tmp_path):
+    done = run_script("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "xattn-run-hunyuan, or in a clone scripts/run_hunyuan.sh:" in done.stdout
+    plan = ("--plan", tmp_path / "runs")
+    left_out = "not of the options after --"
+    assert left_out not in run_script(*plan).stdout
+    assert left_out in run_script(*plan, "--", "--num-inference-steps=10").stdout
 
 
 @pytest.mark.slow

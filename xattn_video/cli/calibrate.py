@@ -159,7 +159,9 @@ def _print(found: "Calibration", output: Path) -> None:
     }
     console.print(Table.of(found.layers, columns).terminal(console.width), crop=False)
     # Without an error every block was kept.
-    gain = 1 - found.calibrated_error / found.uniform_error if found.uniform_error else 0.0
+    gain = 0.0
+    if found.uniform_error:
+        gain = max(gain, 1 - found.calibrated_error / found.uniform_error)
     lines = {
         "density": f"{found.density:.3f} of the blocks, uniform or by layer and head",
         "error": f"{found.uniform_error:.3g} uniform, {found.calibrated_error:.3g} calibrated "

@@ -10,6 +10,7 @@ from rich.console import Console
 from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys, reserved
 from xattn_video.cli.record import generation_record, run_record, shaping_record, typed_command
 from xattn_video.cli.summary import print_outlook, print_summary
+from xattn_video.errors import FileNotWrittenError
 from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
@@ -22,6 +23,7 @@ from xattn_video.reporting.console import (
     output_console,
     print_labelled,
     print_message,
+    print_warning,
     print_warnings,
     progress_console,
     quiet_libraries,
@@ -226,8 +228,8 @@ def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
     job.ranks.meet()
     if job.ranks.is_first and not job.ranks.is_alone:
         attempts.failed = sum(job.folder.failure(key) is not None for key in keys)
-        _write_report(job, _finished(job))
     if job.ranks.is_first:
+        _write_report(job, _finished(job))
         attempts.conclude(len(keys))
 
 
@@ -289,12 +291,18 @@ def _write_one(
     with reserved(video) if job.outputs.is_default else nullcontext(video) as video:
         write_video_or_keep_frames(video, result.frames, job.fps)
     runs[number] = generation_record(request, result, video)
-    if plot is not None and result.report is not None:
-        result.report.plot(plot)
-    if not job.split.by_prompt:
-        _write_report(job, runs)
     if job.folder is not None:
         job.folder.add(prompt_keys(job.requests)[number], [video], {"run": runs[number]})
+    try:
+        if plot is not None and result.report is not None:
+            result.report.plot(plot)
+        if not job.split.by_prompt:
+            _write_report(job, runs)
+    except FileNotWrittenError as error:
+        if job.folder is None:
+            raise
+        # The video is finished, and the report is written again at the end.
+        print_warning(str(error))
     files = {"video": f"{video} (replaced)" if replaced else str(video)}
     files |= {"plot": str(plot)} if plot is not None else {}
     files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}

@@ -112,10 +112,15 @@ class GenerationResult:
 
     @property
     def estimated_seconds_saved(self) -> float | None:
-        """Seconds saved against dense steps only, from medians; None without both kinds."""
-        dense, sparse = self.seconds_per_dense_step, self.seconds_per_sparse_step
-        if dense is None or sparse is None:
+        """Seconds saved against dense steps only, from medians; None without both kinds.
+
+        The first step, which may compile or move weights, says nothing about other dense steps.
+        """
+        warm = [step.seconds for step in self.steps[1:] if step.kind == "dense"]
+        sparse = self.seconds_per_sparse_step
+        if not warm or sparse is None:
             return None
+        dense = statistics.median(warm)
         saved = (dense - sparse) * sum(step.kind == "sparse" for step in self.steps)
         refresh = self.seconds_per_refresh_step
         if refresh is not None:
