@@ -353,3 +353,11 @@ def test_the_plot_shows_small_differences(tmp_path, monkeypatch):
 def test_a_run_is_named_by_what_decides_its_blocks(settings, share, tmp_path):
     run = CompleteRun(RunFolder(tmp_path), {"sparse": settings.to_dict()}, (), {}, {})
     assert run.label == f"{share}, stride 8, warm-up 5"
+
+
+def test_several_ranks_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = invoke(report.app, f"--dense={tmp_path}", f"--sparse={tmp_path}")
+    assert code == 2
+    assert "runs as one process, got 2 ranks; start it without torchrun" in err

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias, get_args
 
 import typer
 
-from xattn_video.pipelines.job_ranks import JobRanks
+from xattn_video.pipelines.job_ranks import JobRanks, launched_count
 from xattn_video.reporting.console import TYPED_OPTIONS, expands_paths, log_choices
 from xattn_video.reporting.endings import ErrorsToExitCodes
 
@@ -132,9 +132,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         TYPED_OPTIONS.set(names)
         ranks = context.obj or JobRanks()
         with ErrorsToExitCodes(values["verbose"], ranks.first_failure) as errors:
-            if not ranks.is_alone and not several:
+            # Scripts do not join the ranks of commands that are for one process.
+            count = max(ranks.count, launched_count())
+            if count > 1 and not several:
                 raise ValueError(
-                    f"{context.command_path} runs as one process, got {ranks.count} ranks; "
+                    f"{context.command_path} runs as one process, got {count} ranks; "
                     "start it without torchrun or accelerate launch."
                 )
             ranks.agree("options", values)

@@ -240,6 +240,12 @@ class JobRanks:
         return str(failure or watch.publish(text))
 
 
+def launched_count() -> int:
+    """Number of processes that a launcher such as torchrun started; 1 without one."""
+    launched = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return int(launched[1]) if all(value.isdecimal() for value in launched) else 1
+
+
 @contextlib.contextmanager
 def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
     """Join the other ranks if a launcher started several; only the first may print.
@@ -250,23 +256,23 @@ def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
     Raises:
         SystemExit: From the block inside, after all ranks know of it; or the ranks cannot connect.
     """
-    launched = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
-    if not all(value.isdecimal() for value in launched.values()) or launched["WORLD_SIZE"] == "1":
+    count = launched_count()
+    if count == 1:
         yield JobRanks()
         return
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    rank, count = int(launched["RANK"]), int(launched["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=_JOIN_MINUTES)))
     except (RuntimeError, ValueError) as error:
         if rank == 0:
             tell(f"the {count} ranks could not connect: {' '.join(str(error).split())}")
         sys.exit(2)
-    local_rank = int(os.environ.get("LOCAL_RANK", launched["RANK"]))
-    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", launched["WORLD_SIZE"]))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     stderr = sys.stderr
 
     def tell_aloud(text: str) -> None:
