@@ -107,15 +107,14 @@ class ItemFolder:
         Raises:
             ValueError: The settings file is invalid or was changed by hand.
         """
-        try:
-            content = json.loads(self.settings_file.read_text(encoding="utf-8"))
-            settings, stated = content["settings"], content["hash"]
-        except (ValueError, KeyError, TypeError) as error:
+        content = read_record(self.settings_file, "settings", "hash")
+        if content is None:
             raise ValueError(
-                f"{self.settings_file} is not a valid settings file ({error}); "
-                "restore it, or start a run in another folder."
-            ) from None
-        if settings_hash(settings) != stated:
+                f"{self.settings_file} is not a valid settings file; restore it, or start a run "
+                "in another folder."
+            )
+        settings: dict[str, Any] = content["settings"]
+        if settings_hash(settings) != content["hash"]:
             raise ValueError(
                 f"{self.settings_file} was changed: its hash does not match its settings; "
                 "restore it, or start a run in another folder."
