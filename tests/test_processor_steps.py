@@ -338,19 +338,23 @@ def test_inductor_runs_it():
     torch.compiler.reset()
 
 
-def stop_at_1(pipe, step, timestep, tensors):
-    if step == 1:
-        raise StopHereError
-    return tensors
+def stop_at(number):
+    def callback(pipe, step, timestep, tensors):
+        if step == number:
+            raise StopHereError
+        return tensors
+
+    return callback
 
 
+@pytest.mark.parametrize("stop", [0, 1, 5])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_another_pipeline_counts_right_after_an_exception_in_the_bound_one(guidance):
+def test_another_pipeline_counts_right_after_an_exception_in_the_bound_one(stop, guidance):
     bound = tiny_pipeline()
     options = {"stride": 4, "block_size": 8, "min_tokens": 0}
     processor = enable_xattention(bound, 0.5, warmup_steps=2, **options).processor
     with pytest.raises(StopHereError):
-        generate(bound, 6, callback_on_step_end=stop_at_1)
+        generate(bound, 6, callback_on_step_end=stop_at(stop))
     other = HunyuanVideoPipeline(
         **{**bound.components, "scheduler": copy.deepcopy(bound.scheduler)}
     )
@@ -368,7 +372,7 @@ def test_the_steps_of_a_stopped_generation_are_not_those_of_another_pipeline():
     options = {"stride": 4, "block_size": 8, "min_tokens": 0, "cooldown_steps": 1}
     processor = enable_xattention(bound, 0.5, warmup_steps=1, **options).processor
     with pytest.raises(StopHereError):
-        generate(bound, 4, callback_on_step_end=stop_at_1)
+        generate(bound, 4, callback_on_step_end=stop_at(1))
     with pytest.raises(ValueError, match="needs the number of denoising steps"):
         generate(HunyuanVideoPipeline(**bound.components), 8)
     generate(bound, 5)

@@ -10,15 +10,16 @@ class PipelineSteps:
     """The steps of the generation that a Diffusers pipeline is running.
 
     Another pipeline, or a loop, may run the same transformer. A pipeline that an exception stopped
-    appears to be running until it runs again, but the timesteps of others differ from its own.
-    This object does not keep the pipeline alive.
+    appears to be running until it runs again, but its own timestep stays the same object while
+    others go on. This object does not keep the pipeline alive.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
-        # The pipeline's own timestep, and the one that the transformer got with it.
+        # The pipeline's own timestep; the one that the transformer got with it, and the
+        # scheduler's step then.
         self._current: Any = None
-        self._timestep: float | None = None
+        self._seen: tuple[float, int | None] | None = None
 
     def count(self, timestep: float) -> int | None:
         """Number of denoising steps of the generation; None if none is running.
@@ -49,10 +50,11 @@ class PipelineSteps:
         pipeline = self._pipeline()
         # Diffusers' pipelines set it to None before and after their denoising loop.
         current = getattr(pipeline, "_current_timestep", None)
+        seen = timestep, getattr(getattr(pipeline, "scheduler", None), "step_index", None)
         if current is not self._current:
             # Comparing the objects needs no transfer from the device.
-            self._current, self._timestep = current, timestep
-        elif timestep != self._timestep:
-            # It stopped at this step; None is no timestep, so that it stays stopped.
-            self._timestep = None
-        return None if current is None or self._timestep is None else pipeline
+            self._current, self._seen = current, seen
+        elif seen != self._seen:
+            # A running pipeline would have another timestep by now; it stays stopped.
+            self._seen = None
+        return None if current is None or self._seen is None else pipeline
