@@ -317,16 +317,7 @@ def _table(
         for (name, part), label in product(parts, labels):
             dense, of = ([records[task, one] for task in part] for one in (labels[0], label))
             rows.append((name, label, *_cells(dense, of if label != labels[0] else dense)))
-    headings = (
-        "task",
-        "setting",
-        "n",
-        "score",
-        "delta",
-        "95% interval",
-        "density",
-        "s",
-    )
+    headings = ("task", "setting", "n", "score", "delta", "95% interval", "density", "s")
     return Table(headings, tuple(rows), num_left=2)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from xattn_video.pipelines.job_ranks import launched_count
+
 T = TypeVar("T")
 
 
@@ -39,14 +41,13 @@ def launched_share(gpus_per_video: int = 1) -> Share:
     Raises:
         ValueError: The processes cannot be divided into such groups.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, num_ranks, local_rank = (os.environ.get(name) for name in names)
-    count = int(num_ranks) if rank is not None and num_ranks is not None else 1
+    count = launched_count()
     if gpus_per_video < 1 or count % gpus_per_video:
         raise ValueError(
             f"gpus_per_video must divide the number of processes, got {gpus_per_video} with "
             f"{count}; start it with torchrun --nproc-per-node N -m -- eval_vbench.generate."
         )
-    if rank is None or num_ranks is None:
+    if count == 1:
         return Share()
-    return Share(int(rank) // gpus_per_video, count // gpus_per_video, int(local_rank or 0))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    return Share(rank // gpus_per_video, count // gpus_per_video, local_rank)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from xattn_video.errors import UnsupportedModelError
-from xattn_video.policy.schedule import ThresholdLike, ThresholdSchedule
+from xattn_video.policy.schedule import Points, ThresholdLike, ThresholdSchedule
 from xattn_video.policy.settings import SparseSettings
 
 DEFAULT_PREFILL_THRESHOLD = 0.9
@@ -56,12 +56,7 @@ class PrefillSettings:
                     f"{source.name}={value!r} has no effect on a language model; remove it."
                 )
         schedule = self.sparse.schedule
-        points = (
-            [schedule.points, *schedule.layers.values(), *schedule.heads.values()]
-            if isinstance(schedule, ThresholdSchedule)
-            else []
-        )
-        if not points or any([step for step, _ in of_steps] != [0] for of_steps in points):
+        if not isinstance(schedule, ThresholdSchedule) or points_of_steps(schedule):
             raise ValueError(
                 "a language model has no denoising steps, so its threshold cannot differ between "
                 "them; give one value, or a ThresholdSchedule with one point, at step 0, for each "
@@ -161,3 +156,13 @@ class PrefillSettings:
         sparse = self.sparse.to_dict()
         used = ("threshold", *PREFILL_FIELDS)
         return {name: sparse[name] for name in used} | {"dense_layers": self.dense_layers}
+
+
+def points_of_steps(schedule: ThresholdSchedule) -> dict[str, Points]:
+    """{place in the schedule: its points} for all that are not one point at step 0."""
+    found: dict[str, Points] = {"points": schedule.points}
+    found |= {f"layers.{layer}": points for layer, points in schedule.layers.items()}
+    found |= {f"heads.{layer}.{head}": one for (layer, head), one in schedule.heads.items()}
+    return {
+        place: points for place, points in found.items() if [step for step, _ in points] != [0]
+    }

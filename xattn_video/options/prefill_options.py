@@ -10,10 +10,11 @@ from xattn_video.language.prefill_settings import (
     MIN_TOKENS_CPU,
     PREFILL_FIELDS,
     PrefillSettings,
+    points_of_steps,
 )
 from xattn_video.options.command import Group, knob, option
 from xattn_video.options.groups import SPARSITY, check_one_way
-from xattn_video.policy.schedule import Points, ThresholdSchedule, read_schedule
+from xattn_video.policy.schedule import ThresholdSchedule, read_schedule
 from xattn_video.policy.settings import MIN_TOKENS_CUDA, SparseSettings
 
 DEFAULT_TOKENS = 131072
@@ -126,13 +127,9 @@ def _make(values: dict[str, Any]) -> PrefillSettings:
 
 def _check_points(schedule: ThresholdSchedule, file: Path) -> None:
     """Raise ValueError unless every layer and head has one point, at step 0."""
-    found: dict[str, Points] = {"points": schedule.points}
-    found |= {f"layers.{layer}": points for layer, points in schedule.layers.items()}
-    found |= {f"heads.{layer}.{head}": one for (layer, head), one in schedule.heads.items()}
-    for path, points in found.items():
-        if [step for step, _ in points] != [0]:
-            raise ValueError(
-                f"{file}: {path} must be one point at step 0, since a language model has no "
-                f"denoising steps, got {[list(point) for point in points]}; write "
-                f"[[0, {points[0][1]:g}]]."
-            )
+    for place, points in points_of_steps(schedule).items():
+        raise ValueError(
+            f"{file}: {place} must be one point at step 0, since a language model has no "
+            f"denoising steps, got {[list(point) for point in points]}; write "
+            f"[[0, {points[0][1]:g}]]."
+        )

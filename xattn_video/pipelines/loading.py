@@ -92,7 +92,7 @@ class LoadOptions:
         with contextlib.suppress(RuntimeError):
             device = torch.device(self.device)
         # Other device types exist, but this package was never run on them.
-        if device is None or device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
+        if device is None or (device.type != "cuda" and str(device) != "cpu"):
             raise ValueError(
                 f"device must be cpu, cuda or cuda:N, got {self.device!r}; use one of these."
             )
