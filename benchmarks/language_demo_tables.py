@@ -7,10 +7,13 @@ from xattn_video.language.model_sources import DEMO_FOLDER
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
-# The forms of scripts/language_training/forms.py and RULER's names for them.
+# RULER's names for the forms of scripts/language_training/forms.py, now and before.
 _RULER = {
     "many_keys": "niah_multikey_2",
     "many_uuids": "niah_multikey_3",
+    "one_key": "niah_single_1",
+    "several_values": "niah_multivalue",
+    "several_keys": "niah_multiquery",
     "few_keys": "niah_single_1, multivalue and multiquery",
     "variable_tracking": "vt",
     "common_words": "cwe",
@@ -42,9 +45,10 @@ def evaluation() -> str:
     shares = record["shares"]
     lengths = list(shares["dense"])
     headings = ("form", "in RULER", *(f"{int(length):,}" for length in lengths))
+    forms = dict.fromkeys(form for length in lengths for form in shares["dense"][length])
     rows = (
-        (form, name, *(_cell(shares, length, form) for length in lengths))
-        for form, name in _RULER.items()
+        (form, _RULER[form], *(_cell(shares, length, form) for length in lengths))
+        for form in forms
     )
     table = Table(headings, tuple(rows), num_left=2).markdown()
     return (

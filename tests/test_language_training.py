@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoTokenizer, LlamaForCausalLM
 
 pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from language_training import forms, training, training_record
+from language_training import forms, training, training_record, training_step
 from language_training.sequences import Batch, Sequences, train_tokenizer
 from language_training.training_step import FoldedAttention, TrainingStep
 
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_plain_optimizers():
     ids = torch.randint(3, 2048, (1, 128))
     shares = torch.zeros(2, 128)
     shares[0, 60:63], shares[1, 70:120] = 1 / 3, 1 / 50
-    loss, right = TrainingStep(found, 128, torch.device("cpu"))(Batch(64, ids, shares), 0.01)
+    loss, right, _ = TrainingStep(found, 128, torch.device("cpu"))(Batch(64, ids, shares), 0.01)
 
     logits = expected(ids.view(2, 64)).logits.flatten(0, 1)
     losses = torch.nn.functional.cross_entropy(logits, ids[0].roll(-1), reduction="none")
@@ -88,10 +88,32 @@ def test_a_step_is_that_of_plain_optimizers():
         assert (one - other).norm() < 0.05 * (other - old).norm()
 
 
+def test_the_entropy_is_that_of_causal_attention(monkeypatch):
+    query, key = torch.randn(3, 4, 32, 16), torch.randn(3, 2, 32, 16)
+    rows = torch.tensor([0, 5, 31])
+    monkeypatch.setattr(training_step.torch, "randint", lambda *_, **__: rows)
+    groups = key.repeat_interleave(2, 1)
+    scores = (query @ groups.mT / 4).masked_fill(torch.ones(32, 32).triu(1).bool(), -torch.inf)
+    expected = torch.distributions.Categorical(logits=scores[:, :, rows]).entropy().mean()
+    torch.testing.assert_close(training_step._entropy(query, key), expected)
+
+
+def test_a_share_of_the_entropy_makes_attention_narrow():
+    torch.manual_seed(0)
+    ids, shares = torch.randint(3, 2048, (1, 128)), torch.full((2, 128), 1 / 128)
+    last = {}
+    for share in (0.0, 3.0):
+        step = TrainingStep(training.make_model(training.SMOKE), 128, torch.device("cpu"))
+        for _ in range(30):
+            *_, entropy = step(Batch(64, ids, shares), 0.02, share)
+        last[share] = entropy.item()
+    assert last[3.0] < 0.5 * last[0.0]
+
+
 def test_a_text_names_a_key_once(monkeypatch):
     monkeypatch.setattr(forms, "_word", lambda: random.choice("abcdefgh"))
     for _ in range(20):
-        for form in (lambda: forms.many_keys(250), lambda: forms.few_keys(900)):
+        for form in (lambda: forms.many_keys(250), lambda: forms.several_values(900)):
             keys = re.findall(r"numbers for (\w) is", "".join(piece.text for piece in form()))
             assert len(set(Counter(keys).values())) == 1
 

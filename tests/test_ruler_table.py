@@ -162,4 +162,4 @@ def test_the_forms_of_the_table_are_those_that_it_learned(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     from language_training.forms import FORMS
 
-    assert [*language_demo_tables._RULER] == [form.__name__ for form in FORMS]
+    assert {form.__name__ for form in FORMS} <= {*language_demo_tables._RULER}

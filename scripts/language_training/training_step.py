@@ -13,6 +13,7 @@ from transformers import AttentionInterface, LlamaForCausalLM
 
 from language_training.sequences import Batch
 
+_SAMPLED_QUERIES = 32
 # Compiled kernels and the memory of the optimizers have to be there before a graph is recorded.
 _RUNS_BEFORE_GRAPH = 3
 
@@ -22,10 +23,15 @@ class FoldedAttention:
 
     All but attention works on single tokens. The model therefore gets the same number of tokens
     at every length, as one row, and its compiled layers never change.
+
+    Attributes:
+        length: Tokens of a sequence.
+        entropies: Of sampled queries' attention in each layer, in nats.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.length = 0
+        self.entropies: list[Tensor] = []
         self._backend = _fastest(device)
 
     @torch.compiler.disable
@@ -34,6 +40,7 @@ class FoldedAttention:
     ) -> tuple[Tensor, None]:
         """Attention of `[1, H, tokens, D]`; returns `[1, tokens, H, D]`."""
         query, key, value = (self._fold(one) for one in (query, key, value))
+        self.entropies.append(_entropy(query, key))
         with sdpa_kernel(self._backend):
             out = _attend(query, key, value)
         return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
@@ -46,6 +53,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def _entropy(query: Tensor, key: Tensor) -> Tensor:
+    """The mean entropy of the attention of a few queries of each sequence, in nats."""
+    length = query.shape[2]
+    rows = torch.randint(length, (_SAMPLED_QUERIES,), device=query.device)
+    sampled = query[:, :, rows] * query.shape[-1] ** -0.5
+    scores = sampled @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    later = torch.arange(length, device=query.device) > rows[:, None]
+    logs = scores.float().masked_fill(later, -1e9).log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1).mean()
 
 
 def _fastest(device: torch.device) -> SDPBackend:
@@ -85,8 +103,8 @@ class TrainingStep:
         # A graph reads and writes these.
         self._ids, self._positions = torch.zeros(2, 1, tokens, dtype=torch.long, device=device)
         self._shares = torch.zeros(2, tokens, device=device)
-        self._rate = torch.zeros((), device=device)
-        self._result = torch.zeros(2, device=device)
+        self._rate, self._entropy = torch.zeros(2, device=device)
+        self._result = torch.zeros(3, device=device)
         self._matrices = [one for one in model.model.layers.parameters() if one.dim() > 1]
         vectors = [one for one in model.parameters() if one.dim() == 1]
         embedding = model.get_input_embeddings().weight
@@ -106,12 +124,22 @@ class TrainingStep:
         self._runs: Counter[int] = Counter()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Learn from a batch; returns the answers' loss and accuracy, `[2]`."""
+    def __call__(self, batch: Batch, rate: float, entropy: float = 0.0) -> Tensor:
+        """Learn from a batch.
+
+        Args:
+            batch: Of sequences.
+            rate: The learning rate.
+            entropy: What a nat of the attention's mean entropy counts in the loss.
+
+        Returns:
+            The answers' loss and accuracy, and the entropy in nats, `[3]`.
+        """
         self._ids.copy_(batch.ids)
         torch.remainder(self._places, batch.length, out=self._positions)
         self._shares.copy_(batch.shares)
         self._rate.fill_(rate)
+        self._entropy.fill_(entropy)
         self._attention.length = batch.length
         if batch.length in self._graphs:
             self._graphs[batch.length].replay()
@@ -139,6 +167,7 @@ class TrainingStep:
         return graph
 
     def _run(self) -> None:
+        self._attention.entropies.clear()
         for optimizer in (self._muon, self._adamw):
             optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._ids.device.type, torch.bfloat16, enabled=self._ids.is_cuda):
@@ -149,7 +178,8 @@ class TrainingStep:
             )
         target = self._ids[0].roll(-1)
         of_answers, of_others = self._shares @ F.cross_entropy(logits, target, reduction="none")
-        (of_answers + 0.3 * of_others).backward()
+        entropy = torch.stack(self._attention.entropies).mean()
+        (of_answers + 0.3 * of_others + self._entropy * entropy).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         before = [one.detach().clone() for one in self._matrices]
         self._muon.step()
@@ -157,5 +187,5 @@ class TrainingStep:
             for old, matrix in zip(before, self._matrices, strict=True):
                 matrix.copy_(old.lerp(matrix, self._rate))
             right = self._shares[0] @ (logits.argmax(-1) == target).float()
-            self._result.copy_(torch.stack((of_answers.detach(), right)))
+            self._result.copy_(torch.stack((of_answers.detach(), right, entropy.detach())))
         self._adamw.step()
