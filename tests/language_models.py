@@ -62,6 +62,21 @@ _LATENT = {
     "v_head_dim": 16,
     "first_k_dense_replace": 2,
 }
+_TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# Attention in every third layer.
+_HYBRID = {
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 4,
+    "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
+    "mamba_d_state": 8,
+}
 # name: the configuration's class, and what differs from the common one.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -90,6 +105,43 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": ("Gemma2Config", {"sliding_window": 100}),
     "gpt-oss": ("GptOssConfig", {"sliding_window": 100, **_TINY_EXPERTS}),
+    "git": ("GitConfig", {"vision_config": _TINY_VISION}),
+    "phi4-multimodal": (
+        "Phi4MultimodalConfig",
+        {
+            "vision_config": {**_TINY_VISION, "crop_size": 28},
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_blocks": 1,
+                "num_attention_heads": 2,
+                "input_size": 8,
+                "ext_pw_out_channel": 32,
+                "nemo_conv_channels": 32,
+                "time_reduction": 4,
+            },
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    ),
+    "zamba": (
+        "ZambaConfig",
+        {**_HYBRID, "attention_hidden_size": 128, "n_mamba_heads": 2},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        {
+            **_HYBRID,
+            "mamba_headdim": 32,
+            "mamba_ngroups": 1,
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "n_mamba_heads": 4,
+        },
+    ),
     "deepseek-v3": ("DeepseekV3Config", _LATENT),
     # Keys and values of one size, so that the selection alone is refused.
     "glm-5": (
@@ -118,7 +170,7 @@ def tiny_model(name: str) -> PreTrainedModel:
     values = {} if name == "gpt2" else _COMMON
     if name == "gpt2":
         values = {key: _COMMON[key] for key in ("vocab_size", "pad_token_id", "initializer_range")}
-    if name in ("deepseek-v3", "glm-5"):
+    if name in ("deepseek-v3", "glm-5", "git", "phi4-multimodal", "zamba", "zamba2"):
         values = {key: value for key, value in _COMMON.items() if key != "head_dim"}
     config = getattr(transformers, kind)(**{**values, **changes})
     torch.manual_seed(0)

@@ -224,6 +224,20 @@ def test_the_diagonal_of_a_cut_last_row_is_forced(block_size, device):
     assert_same_lists(select(scores, 0.5, forced), select_blocks(scores, 0.5, forced=mask))
 
 
+@pytest.mark.parametrize("past", [0, 1, 100, 128, 200])
+def test_every_query_sees_its_own_key(past, device):
+    """A part of a prompt begins anywhere; its rows then lie on two blocks of the diagonal."""
+    Sq, Sk = 300, past + 300
+    forced = ForcedBlocks(Sq, Sk, 64, causal=True)
+    scores = torch.full((1, 1, 5, -(-Sk // 64)), 2.0**-20, device=device)
+    scores[..., 0] = 1.0
+    kept = select(scores, 0.5, forced)
+    queries = torch.arange(Sq, device=device)
+    assert kept.to_mask()[0, 0, queries // 64, (queries + past) // 64].all()
+    mask = forced.to_mask(device).expand_as(scores)
+    assert_same_lists(kept, select_blocks(scores, 0.5, forced=mask))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_not_finite_keeps_all_on_every_path(bad, device):

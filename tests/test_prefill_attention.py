@@ -81,6 +81,35 @@ def test_a_layer_that_is_not_causal_sees_every_key(min_tokens):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_a_layer_without_a_number_runs_sparse_and_is_not_counted_off(name):
+    """Zamba's shared layer has no number, and Zamba 2's has -1."""
+    model, given = tiny_model(name), prompt(300)
+    with torch.no_grad(), enable_xattention(model, 0.5, **SMALL) as handle:
+        model(**given, use_cache=False)
+    report = handle.report()
+    assert report.summary().startswith("2 runs of layers without a number sparse over 300 tokens")
+    assert not report.dense_reasons
+    with (
+        torch.no_grad(),
+        enable_xattention(model, 0.5, dense_layers=1, **SMALL),
+        pytest.raises(ValueError, match="counts layers, but this layer has no layer_idx; leave"),
+    ):
+        model(**given, use_cache=False)
+
+
+def test_nothing_is_sparse_where_every_layer_has_a_window():
+    from transformers import Gemma3ForCausalLM
+
+    config = tiny_model("gemma3").config
+    config.layer_types = ["sliding_attention"] * 2
+    model = Gemma3ForCausalLM(config).eval()
+    with torch.no_grad(), enable_xattention(model, 0.5, **SMALL) as handle:
+        model(**prompt(300))
+    assert handle.report().sparse_tokens == 0
+    assert handle.report().dense_reasons == {"window": 2}
+
+
 def test_a_mask_of_whole_numbers_is_no_bounds(llama):
     given = prompt(40)
     mask = torch.ones(1, 1, 40, 40, dtype=torch.int64)
@@ -184,12 +213,15 @@ def test_a_vision_tower_under_the_name_is_that_of_sdpa():
 @pytest.mark.parametrize("length", [1, 20, 300])
 def test_attention_of_another_kind_is_refused_in_prefill_and_decode(name, what, length):
     model = tiny_model(name)
-    with (
-        enable_xattention(model, 0.9, **SMALL) as handle,
-        pytest.raises(ValueError, match=rf"^xattention-\d+ does not compute {what}.*; use attn_"),
-        torch.no_grad(),
-    ):
-        model(**prompt(length))
+    with xattn_video.register_attention(0.9, name="xattention-any", **SMALL) as handle:
+        model.set_attn_implementation("xattention-any")
+        with (
+            pytest.raises(
+                ValueError, match=f"^xattention-any does not compute {what}.*; use attn_"
+            ),
+            torch.no_grad(),
+        ):
+            model(**prompt(length))
     assert handle.report().summary().endswith(", 1 refused")
 
 

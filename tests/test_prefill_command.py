@@ -319,6 +319,20 @@ def test_a_configuration_that_is_none_is_called_so(tmp_path):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--scoring-precision=float8", 'scoring precision "float8" is not available'),
+        ("--backend=flash4", "attention backend 'flash4' cannot run this problem"),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_refused_before_the_weights(option, message, no_weights):
+    code, _, err = run_cli("prefill", *RANDOM, *SPARSE, option)
+    assert (code, err.count("Traceback")) == (2, 0)
+    assert message in err
+    assert run_cli("prefill", *RANDOM, *SPARSE, option, "--plan")[0] == 0
+
+
 def test_an_older_transformers_is_refused_before_the_plan(monkeypatch):
     monkeypatch.setattr("xattn_video.language.registration._version", "5.3.0")
     code, out, err = run_cli("prefill", *RANDOM)

@@ -254,6 +254,55 @@ def test_a_model_with_attention_of_its_own_is_refused():
     assert names() == set()
 
 
+@pytest.mark.parametrize("name", ["git", "gemma2", "gpt-oss"])
+def test_a_model_that_sdpa_does_not_run_is_refused(name):
+    """GIT's vision tower uses the interface, and its text only the mask."""
+    model = tiny_model(name)
+    with pytest.raises(UnsupportedModelError, match="cannot run with transformers' SDPA"):
+        enable_xattention(model)
+    assert names() == set()
+
+
+def test_only_the_text_gets_the_name_and_all_get_their_own_back():
+    """The configuration of this model's text is the model's own."""
+    model = tiny_model("phi4-multimodal")
+    model.set_attn_implementation({"vision_config": "eager"})
+
+    def given():
+        config = model.config
+        return [
+            one._attn_implementation for one in (config, config.vision_config, config.audio_config)
+        ]
+
+    before = given()
+    with enable_xattention(model) as handle:
+        assert given() == [handle.name, *before[1:]]
+    assert given() == before == ["sdpa", "eager", "sdpa"]
+
+
+def test_a_warm_up_of_denoising_steps_is_refused(llama):
+    with pytest.raises(ValueError, match="warmup_steps=3 has no effect on a language model"):
+        enable_xattention(llama, SparseSettings(0.5, warmup_steps=3))
+    for steps in (SparseSettings(0.5).warmup_steps, 0):
+        enable_xattention(llama, SparseSettings(0.5, warmup_steps=steps)).disable()
+
+
+def test_the_model_of_a_pipeline_is_enabled(llama):
+    from transformers import TextGenerationPipeline
+
+    pipeline = TextGenerationPipeline.__new__(TextGenerationPipeline)
+    pipeline.model = llama
+    with enable_xattention(pipeline) as handle:
+        assert llama.config._attn_implementation == handle.name
+
+
+def test_a_disabled_handle_does_not_begin_again(llama):
+    handle = enable_xattention(llama)
+    handle.disable()
+    with pytest.raises(RuntimeError, match="was disabled; enable or register attention again"):
+        handle.__enter__()
+
+
 def test_a_video_transformer_does_not_load_the_language_side(monkeypatch):
     from hunyuan import tiny_transformer
 

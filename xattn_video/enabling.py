@@ -20,8 +20,8 @@ def enable_xattention(
 
     Args:
         model: A pipeline with a HunyuanVideo transformer, the transformer, or a model of
-            transformers with causal attention, such as Llama or Qwen2-VL. Only a pipeline knows
-            the number of steps, which ``cooldown_steps`` needs.
+            transformers with causal attention, such as Llama or Qwen2-VL, or its pipeline. Only
+            Diffusers' pipeline knows the number of steps, which ``cooldown_steps`` needs.
         threshold: A threshold, a schedule or a whole `SparseSettings`. By default 0.95 for video
             and 0.9 for language.
         options: For video the other arguments of `XAttnProcessor`; for language those of
@@ -51,11 +51,14 @@ def enable_xattention(
 
 
 def _language_model(model: Any) -> Any:
-    """The transformers model inside torch.compile's and PEFT's wrappers; None if there is none."""
+    """The transformers model in a pipeline or a wrapper of torch.compile or PEFT, or None."""
     # No transformers model can exist before this module is imported.
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return None
+    pipelines = sys.modules.get("transformers.pipelines.base")
+    if pipelines is not None and isinstance(model, pipelines.Pipeline):
+        model = model.model
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, modeling.PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()

@@ -29,8 +29,9 @@ def _forced_blocks(
     forced = columns < 0
     if CAUSAL:
         last_query = tl.minimum((m + 1) * BLOCK_SIZE, Sq) - 1
-        diagonal = tl.maximum(last_query + Sk - Sq, 0) // BLOCK_SIZE
-        forced = (columns == 0) | (columns == diagonal)
+        first = tl.maximum(m * BLOCK_SIZE + Sk - Sq, 0) // BLOCK_SIZE
+        last = tl.maximum(last_query + Sk - Sq, 0) // BLOCK_SIZE
+        forced = (columns == 0) | ((columns >= first) & (columns <= last))
     if TEXT:
         first_text_block = num_video_tokens // BLOCK_SIZE
         text_row = (m >= first_text_block) & (m * BLOCK_SIZE < key_length)

@@ -85,7 +85,7 @@ def plan_prefill(
     ]
     chunk = min(chunk_size, tokens)
     heads = config.num_attention_heads
-    widest = max(_head_dim(layer) for layer in _layer_configs(config))
+    widest = max(head_dim(layer) for layer in _layer_configs(config))
     mlp = _MLP_TENSORS * _inner_size(config) + _HIDDEN_TENSORS * config.hidden_size
     attention = _ATTENTION_TENSORS * heads * widest + _HIDDEN_TENSORS * config.hidden_size
     scores = 4 * _SCORE_TENSORS * heads * -(-chunk // block_size) * -(-total // block_size)
@@ -154,7 +154,7 @@ def _kept_tokens(config: Any, tokens: int) -> list[int]:
 
 def _key_sizes(config: Any) -> list[int]:
     """Numbers in the keys and values of a token, in each layer."""
-    return [2 * _key_heads(layer) * _head_dim(layer) for layer in _layer_configs(config)]
+    return [2 * _key_heads(layer) * head_dim(layer) for layer in _layer_configs(config)]
 
 
 def _layer_configs(config: Any) -> list[Any]:
@@ -174,7 +174,7 @@ def _key_heads(config: Any) -> int:
     return heads
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
     """Size of a head."""
     size: int = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads

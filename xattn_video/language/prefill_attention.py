@@ -316,6 +316,6 @@ def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
 
 
 def _number(module: nn.Module) -> int | None:
-    """The number of a layer, if it has one."""
+    """The number of a layer, if it has one; layers that are run several times may have -1."""
     number = getattr(module, "layer_idx", None)
-    return number if isinstance(number, int) else None
+    return number if isinstance(number, int) and number >= 0 else None

@@ -107,10 +107,13 @@ class PrefillReport:
         if not self.layers and not self.compiled:
             return f"nothing has run, {self.num_refused} refused"
         numbered = sum(one.layer is not None for one in self.layers)
-        parts = [
-            f"{len(self.sparse_layers)}/{numbered} layers sparse over {self.sparse_tokens:,} "
-            "tokens"
-        ]
+        layers = f"{len(self.sparse_layers)}/{numbered} layers"
+        others = sum(one.sparse for one in self.layers if one.layer is None)
+        if others:
+            # Towers and shared layers.
+            runs = f"{others} run{'s' * (others > 1)} of layers without a number"
+            layers = f"{layers} and {runs}" if numbered else runs
+        parts = [f"{layers} sparse over {self.sparse_tokens:,} tokens"]
         if self.density is not None:
             parts.append(f"density {self.density:.2f}")
         if self.dense_reasons:

@@ -20,8 +20,10 @@ PREFILL_FIELDS = (
     "scoring_precision",
     "density",
 )
-# What a `SparseSettings` may set. The warm-up is not used, but is on by default.
-_TAKEN = {"threshold", "warmup_steps", *PREFILL_FIELDS}
+# What a `SparseSettings` may set.
+_TAKEN = {"threshold", *PREFILL_FIELDS}
+# Kinds of layers that see a limited number of tokens.
+_WINDOWS = {"sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,9 @@ class PrefillSettings:
             )
         for source in fields(self.sparse):
             value = getattr(self.sparse, source.name)
-            if source.name not in _TAKEN and value != source.default:
+            # The warm-up is on by default, and no warm-up is what a language model has.
+            unused = value == source.default or (source.name == "warmup_steps" and value == 0)
+            if source.name not in _TAKEN and not unused:
                 raise ValueError(
                     f"{source.name}={value!r} has no effect on a language model; remove it."
                 )
@@ -111,6 +115,11 @@ class PrefillSettings:
 
     def layer_reason(self, layer: int | None, num_heads: int) -> str | None:
         """Why a layer runs dense with these settings; None if it can run sparse."""
+        if layer is None and self.dense_layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} counts layers, but this layer has no "
+                "layer_idx; leave dense_layers out."
+            )
         if layer is not None and layer < self.dense_layers:
             return "dense layer"
         keeps_all = all(tau == 1 for tau in self.thresholds(layer, num_heads))
@@ -119,6 +128,8 @@ class PrefillSettings:
     def dense_reason(self, config: Any) -> str | None:
         """Why all full-attention layers of a text model run dense; None if one can run sparse."""
         kinds = getattr(config, "layer_types", None)
+        if kinds is not None and "full_attention" not in kinds and _WINDOWS & {*kinds}:
+            return "window"
         reason = None
         for layer in range(config.num_hidden_layers):
             if kinds is None or kinds[layer] == "full_attention":

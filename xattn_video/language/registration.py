@@ -43,6 +43,9 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
         self._attention = attention
         self._model = model
         self._previous: str | None = None
+        self._disabled = False
+        if model is not None:
+            _check_text_models(model)
         _register(attention)
         if model is not None:
             self._previous = _text_config(model)._attn_implementation
@@ -58,10 +61,16 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
         If the previous name was removed meanwhile, the model gets transformers' default.
         No model may still use a name from `register_attention`.
         """
+        self._disabled = True
         model, self._model = self._model, None
         if model is not None and _text_config(model)._attn_implementation == self.name:
             model.set_attn_implementation(_for_text(model, _still_registered(self._previous)))
         _unregister(self._attention)
+
+    def __enter__(self) -> "LanguageHandle":
+        if self._disabled:
+            raise RuntimeError(f"{self.name} was disabled; enable or register attention again.")
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self.disable()
@@ -144,8 +153,8 @@ def enable_prefill(
         A handle with ``report()`` and ``disable()``; also a context manager.
 
     Raises:
-        UnsupportedModelError: The model is not a causal language model, or its attention cannot
-            be replaced.
+        UnsupportedModelError: The model has an encoder or no attention, or its attention cannot
+            be replaced. A decoder whose layers are not causal runs dense.
         RuntimeError: XAttention is already enabled on the model.
         ValueError, TypeError: A setting is out of range or of a wrong type, or names a layer or a
             head that the model lacks.
@@ -226,8 +235,23 @@ def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def _check_text_models(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError if the attention of a model's text has no SDPA form.
+
+    Eager code that only takes its mask from the interface would read SDPA's as another kind.
+    """
+    config = _text_config(model)
+    for one in model.modules():
+        if isinstance(one, PreTrainedModel) and one.config is config and not one._supports_sdpa:
+            raise UnsupportedModelError(
+                f"{type(one).__name__} cannot run with transformers' SDPA (its attention is eager "
+                "code, or has sinks or soft-capped scores), so its attention cannot be replaced."
+            )
+
+
 def _for_text(model: PreTrainedModel, name: str | None) -> Any:
-    """The argument of `set_attn_implementation` that leaves a vision tower unchanged."""
+    """The argument of `set_attn_implementation` that leaves all other towers unchanged."""
     text = _text_config(model)
     keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
-    return {keys[0]: name} if keys else name
+    # An empty key is the model's own configuration.
+    return {keys[0] if keys else "": name}

@@ -105,11 +105,17 @@ def sink_blocks(key_length: int, *, block_size: int, device: torch.device) -> Te
 def diagonal_blocks(
     query_length: int, key_length: int, *, block_size: int, device: torch.device
 ) -> Tensor:
-    """The block of each row's last query, aligned at the end, `[1, 1, Nq, Nk]`."""
+    """The blocks of each row's first to last query, aligned at the end, `[1, 1, Nq, Nk]`.
+
+    These are two where ``key_length - query_length`` is no multiple of ``block_size``.
+    """
     rows = _block_range(query_length, block_size, device)[:, None]
-    last_query = ((rows + 1) * block_size).clamp(max=query_length) - 1
-    diagonal = (last_query + key_length - query_length).clamp(min=0) // block_size
-    return (_block_range(key_length, block_size, device) == diagonal)[None, None]
+    queries = rows * block_size, ((rows + 1) * block_size).clamp(max=query_length) - 1
+    first, last = (
+        (query + key_length - query_length).clamp(min=0) // block_size for query in queries
+    )
+    columns = _block_range(key_length, block_size, device)
+    return ((columns >= first) & (columns <= last))[None, None]
 
 
 def text_blocks(
