@@ -54,6 +54,13 @@ def test_the_report_outlives_it():
     assert handle.processor.report().summary().startswith("2/3 steps x 4/4 layers sparse")
 
 
+def test_a_disabled_handle_does_not_begin_again():
+    handle = enable_xattention(tiny_transformer())
+    handle.disable()
+    with pytest.raises(RuntimeError, match="was disabled; call enable_xattention again"), handle:
+        pass
+
+
 def test_a_with_block_disables_after_an_error():
     pipe = tiny_pipeline()
     with pytest.raises(ZeroDivisionError), enable_xattention(pipe):

@@ -34,6 +34,11 @@ class XAttentionHandle(AbstractContextManager["XAttentionHandle"]):
             self._transformer.set_attn_processor(self._previous)
             self._previous = None
 
+    def __enter__(self) -> "XAttentionHandle":
+        if self._previous is None:
+            raise RuntimeError("this handle was disabled; call enable_xattention again.")
+        return self
+
     def __exit__(self, *exception: object) -> None:
         self.disable()
 
