@@ -33,7 +33,9 @@ class TextOptions(HarnessOptions):
     """The options of the loss on text."""
 
     tokens: int = knob("Tokens of a sample; the second half is scored.", 4096)
-    text: Path | None = knob("A text file.", shown_default="the manual that comes with Python")
+    text: Path | None = knob(
+        "A text file.", shown_default="the manual that comes with Python", reads=True
+    )
 
 
 def tasks(asked: TextOptions) -> list[str]:

@@ -53,10 +53,10 @@ class ExistingFiles:
     """Two existing videos to compare."""
 
     reference: Path | None = knob(
-        "Reference video to compare with; nothing is generated.", panel=_EXISTING
+        "Reference video to compare with; nothing is generated.", panel=_EXISTING, reads=True
     )
     candidate: Path | None = knob(
-        "Video to compare, of the same size, length and frame rate.", panel=_EXISTING
+        "Video to compare, of the same size, length and frame rate.", panel=_EXISTING, reads=True
     )
 
 
@@ -109,6 +109,7 @@ class _Further:
         "JSON file with a threshold for each step, or with what `xattn-video calibrate` found, "
         "compared in addition to --thresholds and --densities.",
         panel=_GRID,
+        reads=True,
     )
     noise_ceiling: bool = knob(
         "Also compare two dense runs, to show how much identical runs differ.", True, panel=_GRID

@@ -50,7 +50,7 @@ class Prompts:
 
     prompt: str | None = knob("What the video shows.")
     prompts_file: Path | None = knob(
-        "File with one prompt per line; lines that begin with # are comments."
+        "File with one prompt per line; lines that begin with # are comments.", reads=True
     )
 
     def read(self) -> list[str]:

@@ -13,8 +13,8 @@ from xattn_video.reporting.console import TYPED_OPTIONS, expands_paths, log_choi
 from xattn_video.reporting.endings import ErrorsToExitCodes
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
-# Options of files that are read; those of other files are written.
-_READ = {"prompts_file", "schedule", "reference", "candidate", "text"}
+# Marks the option of a file that is read; other files are written.
+_READS = "reads"
 _VERBOSE = "Log decisions, and print the traceback of an error."
 _QUIET = "Print only results, warnings and errors, without progress."
 
@@ -42,7 +42,7 @@ def knob(text: str, default: Any = None, *names: str, **metadata: Any) -> Any:
         text: The help text.
         default: The default; ``...`` if the option must be given.
         names: The names of the option, if they differ from the field's name.
-        metadata: ``panel`` (of the help) and ``shown_default``.
+        metadata: ``panel`` (of the help), ``shown_default``, and ``reads`` (a file that is read).
     """
     metadata |= {"help": text, "names": names}
     return field(default=MISSING if default is ... else default, metadata=metadata)
@@ -66,11 +66,12 @@ def option(source: "Field[Any]", **changes: Any) -> inspect.Parameter:
         rich_help_panel=told.get("panel"),
         show_default=told.get("shown_default", True),
     )
+    mark = _READS if told.get("reads") else None
     return inspect.Parameter(
         told.get("name", source.name),
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[kind, declared],
+        annotation=Annotated[kind, declared, mark],
     )
 
 
@@ -123,6 +124,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     single = [name for name in options if name in inspect.signature(function).parameters]
     options |= group_of(_Messages).options
     names = _typed_names(options.values())
+    reads = {name for name, one in options.items() if _READS in get_args(one.annotation)}
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
@@ -140,7 +142,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     "start it without torchrun or accelerate launch."
                 )
             ranks.agree("options", values)
-            _check_files(values, names)
+            _check_files(values, names, reads)
             arguments = {name: values[name] for name in single}
             arguments |= {name: group.make(values) for name, group in groups.items()}
             arguments |= dict.fromkeys(running, errors) | dict.fromkeys(several, ranks)
@@ -152,11 +154,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return expands_paths(run)
 
 
-def _check_files(values: dict[str, Any], names: dict[str, str]) -> None:
+def _check_files(values: dict[str, Any], names: dict[str, str], reads: set[str]) -> None:
     """Raise ValueError if a file that the command writes is one that it reads."""
     files = {name: path for name, path in values.items() if isinstance(path, Path)}
-    for read in _READ & files.keys():
-        for written in files.keys() - _READ:
+    for read in reads & files.keys():
+        for written in files.keys() - reads:
             if files[read].resolve() == files[written].resolve():
                 raise ValueError(
                     f"{names[read]} and {names[written]} both name {str(files[read])!r}, which "

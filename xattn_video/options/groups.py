@@ -75,6 +75,7 @@ class _Instead:
     schedule: Path | None = knob(
         "JSON file with a threshold for each step, or with what `xattn-video calibrate` found.",
         panel=SPARSITY,
+        reads=True,
     )
     dense: bool = knob("Use dense attention in every step.", False, "--dense", panel=SPARSITY)
 

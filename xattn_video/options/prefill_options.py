@@ -96,7 +96,9 @@ class LongPrompt:
 
 @dataclass(frozen=True, slots=True)
 class _FromFile:
-    schedule: Path | None = knob("JSON file with a threshold for each layer.", panel=SPARSITY)
+    schedule: Path | None = knob(
+        "JSON file with a threshold for each layer.", panel=SPARSITY, reads=True
+    )
 
 
 def prefill_settings() -> Group:
