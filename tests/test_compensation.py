@@ -144,6 +144,12 @@ def test_weights_are_the_norms_of_covariances():
     assert found[0, 1, 1].item() == pytest.approx(covariance.norm().item(), rel=1e-5)
 
 
+def test_weights_take_float64():
+    _, key, value, _ = problem()
+    expected = error_weights(key, value, 32, 4)
+    torch.testing.assert_close(error_weights(key.double(), value.double(), 32, 4), expected)
+
+
 @BOTH
 @pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="needs Triton")
 @pytest.mark.parametrize("head_dim", [16, 48])

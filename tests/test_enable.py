@@ -1,4 +1,5 @@
 import copy
+import threading
 
 import pytest
 import torch
@@ -52,6 +53,52 @@ def test_the_report_outlives_it():
         generate(pipe, 3)
     generate(pipe, 5)
     assert handle.processor.report().summary().startswith("2/3 steps x 4/4 layers sparse")
+
+
+def test_the_processor_set_again_still_knows_its_pipeline():
+    pipe = tiny_pipeline()
+    handle = enable_xattention(pipe, 0.5, refresh_every=3, **OPTIONS)
+    expected, reported = generate(pipe, 6), handle.report().summary()
+    for processors in (handle.processor, dict(pipe.transformer.attn_processors)):
+        pipe.transformer.set_attn_processor(processors)
+        assert handle.report().summary() == reported
+        assert torch.equal(generate(pipe, 6), expected)
+        assert handle.report().summary() == reported
+
+
+def test_a_pass_of_a_second_thread_is_refused():
+    pipe = tiny_pipeline()
+    expected = generate(tiny_pipeline())
+    handle = enable_xattention(pipe, 1.0, **OPTIONS)
+    errors = []
+
+    def run_beside(_, step, *__):
+        # The step's pass is open: the thread runs while a layer does.
+        if step == 1:
+            hook = pipe.transformer.norm_out.register_forward_pre_hook(in_thread)
+            hooks.append(hook)
+        return {}
+
+    def in_thread(*_):
+        hooks.pop().remove()
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+
+    def attempt():
+        try:
+            generate(tiny_pipeline(pipe.transformer))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    hooks = []
+    found = generate(pipe, callback_on_step_end=run_beside)
+    assert errors[0].startswith("this transformer is in a forward pass of another thread")
+    assert torch.allclose(found, expected, atol=1e-5)
+    # The thread of another run may be another one, and may follow an interrupted pass.
+    handle.processor._session._thread = 0
+    handle.processor.reset()
+    assert torch.allclose(generate(pipe), expected, atol=1e-5)
 
 
 def test_a_disabled_handle_does_not_begin_again():

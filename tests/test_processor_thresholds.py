@@ -42,6 +42,10 @@ def test_settings_are_replaced_as_a_whole():
     transformer, processor = with_processor(0.2)
     with pytest.raises(AttributeError, match=r"replace\(processor.settings, threshold=...\)"):
         processor.threshold = 0.99
+    with pytest.raises(
+        TypeError, match=r"settings must be a SparseSettings, got 0\.5; use Sparse"
+    ):
+        processor.settings = 0.5
     found = []
     for threshold in (0.2, 0.99):
         processor.settings = replace(processor.settings, threshold=threshold)

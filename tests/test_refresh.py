@@ -1,6 +1,7 @@
 """Steps that refresh what the layers keep, in whole generations."""
 
 import copy
+import dataclasses
 import pickle
 import weakref
 from types import SimpleNamespace
@@ -244,3 +245,46 @@ def test_too_little_host_memory_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.undo()
     run(transformer)
     assert processor.report().refresh_steps == (0,)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"mask_every": 2}, {"mask_every": 1, "refresh_every": 2}),
+        ({"mask_every": 20, "block_size": 16}, {"block_size": 8}),
+        ({"mask_every": 20, "block_size": 8}, {"block_size": 16}),
+        ({"refresh_every": 6}, {"token_order": "hilbert"}),
+    ],
+)
+def test_settings_replaced_during_a_run_keep_nothing_of_those_before(first, then):
+    options = SMALL | {"warmup_steps": 1, "density": 0.4} | first
+    pipe = tiny_pipeline()
+    processor = enable_xattention(pipe, **options).processor
+    stores = []
+
+    def replace(_, step, *__):
+        stores.extend(id(kept) for _, kept in store_of(processor)._passes.values())
+        if step == 2:
+            processor.settings = dataclasses.replace(processor.settings, **then)
+        return {}
+
+    generate(pipe, 6, callback_on_step_end=replace)
+    if "refresh_every" in then:
+        assert processor.report().refresh_steps
+    # The steps after the second have a store of their own.
+    assert len(set(stores)) == 2
+
+
+@pytest.mark.parametrize("item", [0, 1])
+def test_another_prompt_of_any_item_discards_the_residuals(item):
+    pipe = tiny_pipeline()
+    processor = enable_xattention(pipe, **OPTIONS | {"refresh_every": 6}).processor
+    other = prompt((10, 10), seed=5)["prompt_embeds"]
+
+    def replace(_, step, __, given):
+        given["prompt_embeds"][item] = other[item] if step == 2 else given["prompt_embeds"][item]
+        return given
+
+    inputs = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    generate(pipe, 6, lengths=(10, 10), callback_on_step_end=replace, **inputs)
+    assert processor.report().refresh_steps == (0, 3)

@@ -55,7 +55,8 @@ def error_weights(key: Tensor, value: Tensor, block_size: int, num_blocks: int) 
         norms = covariance_norms(key, value, block_size, num_blocks)
     else:
         _, _, covariances = _moments(key, value, block_size, num_blocks)
-        norms = torch.linalg.vector_norm(covariances, dim=(-2, -1), dtype=torch.float32)
+        exact = torch.promote_types(covariances.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(covariances, dim=(-2, -1), dtype=exact).float()
     weights[..., :num_blocks] = norms
     return weights
 

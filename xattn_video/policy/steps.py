@@ -16,7 +16,7 @@ class ForwardInputs:
         timestep_dtype: Its dtype; in bfloat16 several steps can share one rounded timestep.
         latent_shape: `[C, T, H, W]`.
         latent_sample: Some latents of the first item; they are the same in all passes of a step.
-        text_sample: Some values of its text embedding; they differ between the passes of a step.
+        text_sample: Some values of all items' text; they differ between the passes of a step.
         text_lengths: Valid text tokens of each item.
         text_tokens: Text tokens of an item, padding included.
         device: Device of the latents.
@@ -125,6 +125,7 @@ def _is_second_pass(first: ForwardInputs, last: ForwardInputs, inputs: ForwardIn
         and inputs.latent_shape == last.latent_shape
         and inputs.latent_sample == last.latent_sample
         and inputs.text_sample != first.text_sample
+        and len(inputs.text_lengths) == len(last.text_lengths)
     )
 
 
@@ -133,9 +134,11 @@ def _starts_generation(
 ) -> bool:
     """Whether a generation starts here; ``first`` and ``last`` belong to the previous one."""
     before, now = _comparable(last, inputs)
-    # After a generation of one step; the second guidance pass would have another text.
+    # After a generation of one step; the second guidance pass would have other texts, as many.
     starts_over = (
-        inputs.latent_sample != last.latent_sample or inputs.text_sample == first.text_sample
+        inputs.latent_sample != last.latent_sample
+        or inputs.text_sample == first.text_sample
+        or len(inputs.text_lengths) != len(last.text_lengths)
     )
     # A pipeline's first timestep is float32, the later ones have the model's dtype. One that is
     # float32 in the middle, as a callback can make it, is lower than the first.

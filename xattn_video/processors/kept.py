@@ -48,7 +48,7 @@ class KeptStore:
 
         Args:
             number: Number of the pass within its step.
-            identity: What must not change: sizes, prompts, dtype, device.
+            identity: What must not change: settings, sizes, prompts, dtype, device.
             settings: The settings of sparse attention.
             num_layers: Number of layers that may keep something.
         """

@@ -99,6 +99,11 @@ class XAttnProcessor(TransformerBound):
                 f"an XAttnProcessor has no attribute {name!r}; assign other settings as a whole: "
                 f"processor.settings = dataclasses.replace(processor.settings, {name}=...)."
             )
+        if name == "settings" and not isinstance(value, SparseSettings):
+            raise TypeError(
+                f"settings must be a SparseSettings, got {value!r}; use SparseSettings({value!r}) "
+                "or dataclasses.replace(processor.settings, ...)."
+            )
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +167,8 @@ class XAttnProcessor(TransformerBound):
     ) -> "XAttnProcessor":
         """Start serving a transformer whose layers use this processor.
 
-        `set_attn_processor` calls this.
+        `set_attn_processor` calls this. Without ``num_steps`` and ``pipeline``, those that an
+        earlier call for this transformer gave stay.
 
         Args:
             transformer: A transformer of a supported family.
@@ -184,12 +190,18 @@ class XAttnProcessor(TransformerBound):
                 "call transformer.set_attn_processor(processor) instead of bind."
             )
         ForwardHook.install(self, transformer)
+        family = family_of(transformer)
+        steps = None if pipeline is None else PipelineSteps(pipeline)
+        before = self._session
+        if before is not None and before.is_open_on(transformer) and not (num_steps or steps):
+            attentions = family.attentions(transformer).items()
+            if before.recorder.layer_names == tuple(
+                n for n, attn in attentions if attn.processor is self
+            ):
+                return self
+            num_steps, steps = before.num_steps, before.pipeline
         self._session = Session(
-            transformer,
-            family_of(transformer),
-            lambda attn: attn.processor is self,
-            num_steps,
-            None if pipeline is None else PipelineSteps(pipeline),
+            transformer, family, lambda attn: attn.processor is self, num_steps, steps
         )
         offer_plan(transformer, self._session.family)
         return self

@@ -230,21 +230,24 @@ class Recorder:
         if not self._records:
             return
         latest = self._records[-1]
-        latest.states = tuple(slot.state for slot in self.slots)
         latest.reasons = tuple(slot.reason for slot in self.slots)
         latest.refreshed = tuple(slot.refreshed for slot in self.slots)
         latest.kept = _stacked([slot.kept for slot in self.slots])
         latest.imbalance = _stacked([slot.imbalance for slot in self.slots])
+        # Last, since another thread may report meanwhile: with its states a record is complete.
+        latest.states = tuple(slot.state for slot in self.slots)
 
     def report(self) -> SparsityReport:
         """The report of the latest generation so far; waits for the device."""
-        for record in self._records:
+        # Another thread may run the model and add records.
+        records = tuple(record for record in tuple(self._records) if record.states)
+        for record in records:
             if record.kept is not None:
                 # Stored on the CPU, so that a report after every step copies each number once.
                 record.kept = record.kept.cpu()
             if record.imbalance is not None:
                 record.imbalance = record.imbalance.cpu()
-        runs = tuple(_as_run(record) for record in self._records if record.states)
+        runs = tuple(map(_as_run, records))
         return SparsityReport(self.layer_names, runs, self.num_refused)
 
 

@@ -1,5 +1,6 @@
 """The work of a processor on one transformer: decides what the layers do in each pass."""
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -59,8 +60,11 @@ class Session:
         self._attentions = tuple(own.values())
         self._kept = KeptStore()
         self._spent: KeptByPass | None = None
-        self._num_steps = num_steps
-        self._pipeline = pipeline
+        self.num_steps = num_steps
+        self.pipeline = pipeline
+        # The thread whose forward pass is open.
+        self._thread: int | None = None
+        self._lock = threading.Lock()
         self._num_layers = len(attentions)
         self._positions = [number for number, name in enumerate(attentions) if name in own]
 
@@ -73,9 +77,21 @@ class Session:
         operator: SparseOperator,
         observers: tuple[Observer, ...],
     ) -> None:
-        """Count the forward pass, decide what every layer does and open its record."""
+        """Count the forward pass, decide what every layer does and open its record.
+
+        Raises:
+            RuntimeError: The transformer is in a forward pass of another thread.
+        """
+        with self._lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise RuntimeError(
+                    "this transformer is in a forward pass of another thread, and its XAttention "
+                    "follows one at a time; use a lock, or a copy of the pipeline for each thread "
+                    "(processor.reset() ends a pass that was interrupted)."
+                )
+            self._thread = threading.get_ident()
         transformer: Any = self.transformer()
-        pipeline, timestep = self._pipeline, inputs.timestep
+        pipeline, timestep = self.pipeline, inputs.timestep
         scheduler_step = None if pipeline is None else pipeline.current(timestep)
         if self.tracker.observe(inputs, scheduler_step):
             self.recorder.start_generation()
@@ -83,7 +99,7 @@ class Session:
         step = self.tracker.step
         assert step is not None
         config = transformer.config
-        num_steps = self._num_steps() if callable(self._num_steps) else self._num_steps
+        num_steps = self.num_steps() if callable(self.num_steps) else self.num_steps
         if num_steps is None and pipeline is not None:
             num_steps = pipeline.count(timestep)
         device = _layer_device(transformer, inputs.device)
@@ -127,14 +143,28 @@ class Session:
         )
 
     def end_forward(self) -> None:
-        """Close the record and free what no later step uses. A second call changes nothing."""
+        """Close the record and free what no later step uses. A second call changes nothing.
+
+        Nor does a call in a thread whose pass was refused.
+        """
+        if self._thread not in (None, threading.get_ident()):
+            return
+        self._thread = None
         self.recorder.end_forward()
         if self._spent is not None:
             self._kept.drop(self._spent)
             self._spent = None
 
+    def is_open_on(self, transformer: nn.Module) -> bool:
+        """Whether it follows the transformer, and was not closed."""
+        slots = zip(self._attentions, self.recorder.slots, strict=True)
+        return self.transformer() is transformer and all(
+            getattr(attention, SLOT_NAME, None) is slot for attention, slot in slots
+        )
+
     def reset(self) -> None:
         """Forget the generation, but keep its report."""
+        self._thread = None
         self.tracker.reset()
         self._kept.clear()
 
@@ -157,6 +187,7 @@ class Session:
         if not (settings.keeps_between_steps and decision.any_sparse_output):
             return None
         identity = (
+            settings,
             inputs.latent_shape,
             inputs.dtype,
             inputs.text_lengths,

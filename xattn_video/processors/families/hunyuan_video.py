@@ -56,7 +56,7 @@ def read_forward(transformer: nn.Module, given: Mapping[str, Any]) -> ForwardInp
         # Channel 0 of the last frame holds noisy latents in every variant of the model.
         latents[0, 0, -1].flatten()[:64],
         # One feature of every token, because prompts may begin alike.
-        text[0, :, 0],
+        text[:, :, 0].flatten(),
     )
     read = torch.cat([part.detach().to(latents.device, torch.float32) for part in parts])
     values = iter(read.tolist())
