@@ -200,59 +200,6 @@ def test_a_vision_tower_under_the_name_is_that_of_sdpa():
     assert handle.report().layers[-1].dense == {"not causal": 4}
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("gemma2", "soft-capped scores, as in Gemma 2"),
-        ("gpt-oss", "attention sinks, as in gpt-oss"),
-        ("deepseek-v3", "values of another size"),
-        ("glm-5", "the model's own selection of tokens"),
-        ("minimax-m3", "the model's own selection of blocks"),
-    ],
-)
-@pytest.mark.parametrize("length", [1, 20, 300])
-def test_attention_of_another_kind_is_refused_in_prefill_and_decode(name, what, length):
-    model = tiny_model(name)
-    with xattn_video.register_attention(0.9, name="xattention-any", **SMALL) as handle:
-        model.set_attn_implementation("xattention-any")
-        with (
-            pytest.raises(
-                ValueError, match=f"^xattention-any does not compute {what}.*; use attn_"
-            ),
-            torch.no_grad(),
-        ):
-            model(**prompt(length))
-    assert handle.report().summary().endswith(", 1 refused")
-
-
-def test_dropout_is_refused():
-    model = tiny_model("gpt2").train()
-    with (
-        enable_xattention(model, 0.9, **SMALL),
-        pytest.raises(ValueError, match=r"does not compute dropout; call model\.eval\(\) first"),
-        torch.no_grad(),
-    ):
-        model(**prompt())
-
-
-@pytest.mark.parametrize(
-    ("argument", "what"),
-    [
-        ("position_bias", "a bias for positions"),
-        ("sinks", "attention sinks"),
-        ("indices", "the model's own selection of tokens"),
-        ("block_indices", "the model's own selection of blocks"),
-    ],
-)
-def test_an_argument_that_changes_the_weights_is_refused(llama, argument, what):
-    with enable_xattention(llama, 0.9, **SMALL) as handle:
-        tensors = torch.randn(3, 1, 4, 20, 16)
-        with pytest.raises(ValueError, match=f"does not compute {what}"):
-            handle._attention.attend(
-                llama.model.layers[0].self_attn, *tensors, None, **{argument: torch.zeros(1)}
-            )
-
-
 def test_gaps_packed_positions_and_own_masks_run_dense(llama):
     given = prompt()
     gaps = torch.ones_like(given["input_ids"])

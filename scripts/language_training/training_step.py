@@ -39,7 +39,9 @@ class FoldedAttention:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Attention of `[1, H, tokens, D]`; returns `[1, tokens, H, D]`."""
+        groups = query.shape[1] // key.shape[1]
         query, key, value = (self._fold(one) for one in (query, key, value))
+        key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
         self.entropies.append(_entropy(query, key))
         with sdpa_kernel(self._backend):
             out = _attend(query, key, value)
@@ -50,17 +52,18 @@ class FoldedAttention:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def _entropy(query: Tensor, key: Tensor) -> Tensor:
-    """The mean entropy of the attention of a few queries of each sequence, in nats."""
+    """The mean entropy of the attention of a few queries of each sequence, in nats.
+
+    Query and key are `[B, H, S, D]`.
+    """
     length = query.shape[2]
     rows = torch.randint(length, (_SAMPLED_QUERIES,), device=query.device)
     sampled = query[:, :, rows] * query.shape[-1] ** -0.5
-    scores = sampled @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    scores = sampled @ key.mT
     later = torch.arange(length, device=query.device) > rows[:, None]
     logs = scores.float().masked_fill(later, -1e9).log_softmax(-1)
     return -(logs.exp() * logs).sum(-1).mean()

@@ -44,8 +44,6 @@ class LanguageHandle(AbstractContextManager["LanguageHandle"]):
         self._model = model
         self._previous: str | None = None
         self._disabled = False
-        if model is not None:
-            _check_text_models(model)
         _register(attention)
         if model is not None:
             self._previous = _text_config(model)._attn_implementation
@@ -170,6 +168,7 @@ def enable_prefill(
         )
     settings = PrefillSettings.of(threshold, dense_layers, **options)
     settings.check_config(config, type(model).__name__)
+    _check_text_models(model, config)
     return LanguageHandle(PrefillAttention(_new_name(), settings, config), model)
 
 
@@ -235,12 +234,12 @@ def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _check_text_models(model: PreTrainedModel) -> None:
+def _check_text_models(model: PreTrainedModel, config: Any) -> None:
     """Raise UnsupportedModelError if the attention of a model's text has no SDPA form.
 
     Eager code that only takes its mask from the interface would read SDPA's as another kind.
+    ``config`` is the text's.
     """
-    config = _text_config(model)
     for one in model.modules():
         if isinstance(one, PreTrainedModel) and one.config is config and not one._supports_sdpa:
             raise UnsupportedModelError(
