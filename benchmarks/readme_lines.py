@@ -61,8 +61,8 @@ def _accuracy(runs: RulerRuns | None) -> str:
         share = runs.share_of_all(runs.solved, length, setting)
         parts.append(f"{found.score:.3f} with {setting} ({_blocks(share, found.density)})")
     return (
-        f"Accuracy: on the {len(runs.solved)} of RULER's {len(runs.tasks)} tasks that the model "
-        f"`{runs.reports[0]['model']}` solves, at {length:,} tokens, "
+        f"Accuracy: on the {len(runs.solved)} of the {len(runs.tasks)} RULER tasks run here that "
+        f"the model `{runs.reports[0]['model']}` solves, at {length:,} tokens, "
         f"{runs.scores(runs.solved, length, dense).score:.3f} with dense attention, "
         f"{', '.join(parts)}."
     )

@@ -136,6 +136,8 @@ def render() -> str:
         "dense ones included",
         f"the paper's rows are {_PAPERS_MODEL}'s on its own tasks, with a threshold for each head "
         "and the density as printed there",
+        "the command: `scripts/run_ruler.sh --run runs/ruler --samples "
+        f"{first['samples']} --tasks {','.join(runs.tasks)}`",
         *runs.places(),
     ]
     return "\n".join([table.markdown(), "", *(f"- {fact}" for fact in facts)]) + "\n"

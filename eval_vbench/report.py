@@ -21,7 +21,7 @@ from xattn_video.errors import require_packages
 from xattn_video.files import check_output_folder, write_json, write_text
 from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
-from xattn_video.reporting.console import output_console, print_message
+from xattn_video.reporting.console import output_console, print_message, written_name
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -55,6 +55,7 @@ def main(
     for run in runs:
         check_comparable(reference, run)
     check_output_folder(output)
+    replaced = (output / "report.json").exists()
     errors.running = True
     values, page = _write(reference, runs, output, fidelity, device)
     if as_json:
@@ -62,7 +63,7 @@ def main(
         return
     console = output_console()
     console.print(page, soft_wrap=True)
-    console.print(f"report     {output}", soft_wrap=True)
+    console.print(f"report     {written_name(output, replaced=replaced)}", soft_wrap=True)
 
 
 def _write(

@@ -39,6 +39,8 @@ for number in "$gpus" "$num_prompts"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "not a positive number: $number"
 done
 
+((num_prompts <= 944)) || refuse "the suite has 944 prompts, got $num_prompts"
+
 # Seconds on one H100 for one video, measured on random weights with flash-attn-4. Steps, scoring
 # included (benchmarks/results/step-h100.json): dense 18.53 s, sparse 11.06 s at density 0.445 and
 # 9.31 s at 0.336, near the paper's densities at tau 0.95 and 0.90. Text, decoding and moving the

@@ -33,7 +33,7 @@ GRID_END = "<!-- quality: end -->"
 
 
 def main() -> int:
-    """Write the page; returns 0 if every file existed, else 1."""
+    """Write the page; returns 0, or 1 if it cannot be written."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,18 +45,18 @@ def main() -> int:
         "--grid", type=user_path, help="another page to write the PSNR grid of the first file into"
     )
     arguments = parser.parse_args()
-    present = [path for path in arguments.results if path.is_file()]
-    for path in arguments.results:
-        if path not in present:
-            print(f"{str(path)!r} does not exist; its section is omitted.", file=sys.stderr)
+    results, grid = arguments.results, arguments.grid
     try:
-        write_page(arguments.page, present)
-        if arguments.grid is not None and present:
-            write_between(arguments.grid, GRID_BEGIN, GRID_END, psnr_grid(read_record(present[0])))
+        if grid is not None:
+            # A page without the marks is refused before the other one is written.
+            replace_between(_text_of(grid, GRID_BEGIN, GRID_END), GRID_BEGIN, GRID_END, "")
+        write_page(arguments.page, results)
+        if grid is not None:
+            write_between(grid, GRID_BEGIN, GRID_END, psnr_grid(read_record(results[0])))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if len(present) == len(arguments.results) else 1
+    return 0
 
 
 def write_page(page: Path, results: list[Path]) -> None:
@@ -67,8 +67,12 @@ def write_page(page: Path, results: list[Path]) -> None:
         results: results.json files.
 
     Raises:
-        ValueError: The page lacks the marks, a file holds no results, or two have the same name.
+        ValueError: The page lacks the marks, a file does not exist or holds no results, or two
+            have the same name.
     """
+    missing = [str(path) for path in results if not path.is_file()]
+    if missing:
+        raise ValueError(f"there is no file {missing[0]!r}; nothing was written.")
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need different names, got {', '.join(names)}; rename one.")

@@ -241,6 +241,7 @@ def test_the_file_drives_generate_and_compare_at_the_wanted_density(
 
 
 def test_it_says_what_it_found(calibrate, tmp_path):
+    (tmp_path / "d.json").write_text("old")
     code, out, err = calibrate(
         *WORDS, "--refresh-every=2", "--prompts-file=p.txt", "--output=d.json"
     )
@@ -248,7 +249,7 @@ def test_it_says_what_it_found(calibrate, tmp_path):
     lines = out.splitlines()
     assert lines[0].split() == ["layer", "least", "density", "largest", "density"]
     assert [line.split()[0] for line in lines[4:]] == ["density", "error", "densities"]
-    assert "d.json; for --schedule" in lines[6]
+    assert "d.json (replaced); for --schedule" in lines[6]
     assert "1/2 a red circle" in err
     # A preset's density is the wanted one where none is given.
     words = ("--num-inference-steps=20", "--block-size=16", "--min-tokens=0", "--output=e.json")

@@ -10,6 +10,7 @@ from command_line import run_cli
 from language_models import tiny_model
 from typer.testing import CliRunner
 
+from xattn_video.language.model_faults import one_line
 from xattn_video.language.model_sources import LanguageSource, find_language_model
 
 
@@ -167,6 +168,17 @@ def test_a_fault_is_one_line_in_a_harness(name, fault, folder, harnesses, tmp_pa
     assert text in result.stderr
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.glob("run/items/*.json"))
+
+
+def test_anothers_error_ends_with_a_sentence():
+    first = "We couldn't connect to 'https://huggingface.co' to load the files."
+    assert one_line(OSError(f"{first}\nCheck your connection. {'Read this. ' * 40}")).endswith(
+        "Read this"
+    )
+    assert one_line(OSError(f"{first} {'x' * 300}")) == first.rstrip(".")
+    assert one_line(OSError("y " * 300)).endswith(" [...]")
+    assert len(one_line(OSError(f"{first} {'Read this. ' * 40}"))) <= 200
+    assert one_line(OSError()) == "OSError"
 
 
 def test_damage_in_the_hubs_cache_is_one_line(folder, monkeypatch):

@@ -67,6 +67,15 @@ def test_json_is_what_the_report_holds_and_quiet_hides_the_chunks(tmp_path):
     assert err == "warning: Speed and memory only: the weights are random.\n"
 
 
+def test_a_plan_is_reported_too_and_a_replaced_report_says_so(no_weights, tmp_path):
+    report = tmp_path / "run.json"
+    for replaced in (False, True):
+        code, _, err = run_cli("prefill", *RANDOM, *SPARSE, "--plan", f"--report={report}")
+        assert code == 0, err
+        assert err.endswith(f"run.json{' (replaced)' if replaced else ''}\n")
+        assert json.loads(report.read_text())["runs"] == {}
+
+
 def test_json_of_a_plan_has_no_runs(no_weights):
     code, out, err = run_cli("prefill", *RANDOM, *SPARSE, "--plan", "--json")
     assert code == 0, err

@@ -96,10 +96,23 @@ def test_a_grid_of_psnr_goes_into_a_page_of_its_own(script, page, tmp_path, monk
     )
 
 
-def test_a_missing_run_leaves_its_section_out(script, page, tmp_path, monkeypatch, capsys):
-    assert run(script, monkeypatch, tmp_path / "gone.json", "--page", page) == 1
-    assert "gone.json' does not exist; its section is omitted" in capsys.readouterr().err
-    assert page.read_text() == f"# Before\n\n{script.BEGIN}{script.END}\n\nAfter.\n"
+def test_a_missing_run_changes_no_page(script, page, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    assert run(script, monkeypatch, tmp_path / "a.json", "--page", page) == 0
+    before = page.read_text()
+    assert (
+        run(script, monkeypatch, tmp_path / "a.json", tmp_path / "gone.json", "--page", page) == 1
+    )
+    assert "gone.json'; nothing was written" in capsys.readouterr().err
+    assert page.read_text() == before
+
+
+def test_a_grid_without_marks_changes_no_page(script, page, tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    readme, before = tmp_path / "README.md", page.read_text()
+    readme.write_text("No marks.\n")
+    assert run(script, monkeypatch, tmp_path / "a.json", "--page", page, "--grid", readme) == 1
+    assert (page.read_text(), readme.read_text()) == (before, "No marks.\n")
 
 
 @pytest.mark.parametrize(

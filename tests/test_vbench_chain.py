@@ -198,6 +198,10 @@ def test_the_cost_is_printed_first(tmp_path):
         (["--tau", "0.9"], "error: unknown option --tau\n"),
         (["--gpus", "0", "runs"], "error: not a positive number: 0\n"),
         (["--num-prompts", "all", "runs"], "error: not a positive number: all\n"),
+        (
+            ["--plan", "--num-prompts", "945", "runs"],
+            "error: the suite has 944 prompts, got 945\n",
+        ),
     ],
 )
 def test_the_script_refuses_what_it_does_not_know(arguments, message):

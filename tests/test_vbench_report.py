@@ -66,6 +66,8 @@ def test_a_report_holds_all_that_was_measured(runs):
     give_scores(runs / "sparse", "temporal_flickering", 0.95)
     code, page, messages = make_report(runs)
     assert code == 0, messages
+    assert page.rstrip().endswith("report")
+    assert make_report(runs)[1].rstrip().endswith("report (replaced)")
     values = json.loads((runs / "report/report.json").read_text())
     assert (runs / "report/report.md").read_text() in page
     assert (runs / "report/report.png").stat().st_size > 1000

@@ -26,6 +26,7 @@ from xattn_video.reporting.console import (
     print_warnings,
     progress_console,
     quiet_libraries,
+    written_name,
 )
 from xattn_video.reporting.endings import ErrorsToExitCodes
 from xattn_video.reporting.progress import JobProgress, RunProgress
@@ -75,6 +76,7 @@ def calibrate(
     if not errors.verbose:
         quiet_libraries()
     found = _run(load, requests, sparse)
+    replaced = details.output.exists()
     found.schedule.save(details.output)
     if as_json:
         about = {
@@ -85,7 +87,7 @@ def calibrate(
         }
         typer.echo(json.dumps(about | found.to_dict(), indent=2))
         return
-    _print(found, details.output)
+    _print(found, written_name(details.output, replaced=replaced))
 
 
 def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool) -> None:
@@ -149,7 +151,7 @@ def _run(
         return find_densities(pipe, requests, sparse, progress)
 
 
-def _print(found: "Calibration", output: Path) -> None:
+def _print(found: "Calibration", output: str) -> None:
     """Print the densities of each layer and the expected gain."""
     console = output_console()
     columns = {

@@ -11,7 +11,7 @@ from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys, reserve
 from xattn_video.cli.record import generation_record, run_record, shaping_record, typed_command
 from xattn_video.cli.summary import print_outlook, print_summary
 from xattn_video.errors import FileNotWrittenError
-from xattn_video.files import write_json, write_text
+from xattn_video.files import remove_unused_folders, write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps, shorten_prompt
@@ -27,6 +27,7 @@ from xattn_video.reporting.console import (
     print_warnings,
     progress_console,
     quiet_libraries,
+    written_name,
 )
 from xattn_video.reporting.endings import finishing_first
 from xattn_video.reporting.progress import JobProgress
@@ -127,6 +128,8 @@ def run_job(job: GenerateJob) -> None:
         missing = job.ranks.share("missing prompts", lambda: _find_missing(job, runs))
         if missing:
             _generate_missing(job, missing, runs)
+        else:
+            remove_unused_folders()  # that of the plots
         if job.ranks.is_first:
             # Includes the videos that other ranks made.
             _write_page(job, runs | _finished(job))
@@ -144,7 +147,9 @@ def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int
         runs[number] = record
         plot = job.outputs.plots[number]
         lacks = (
-            "" if plot is None or plot.exists() else f"; {plot} is missing: --overwrite creates it"
+            ""
+            if plot is None or plot.exists()
+            else f"; {plot} is missing: --overwrite generates the video again and draws it"
         )
         print_message(f"{job.outputs.videos[number]} exists already{lacks}")
     _write_report(job, runs)
@@ -303,9 +308,10 @@ def _write_one(
             raise
         # The video is finished, and the report is written again at the end.
         print_warning(str(error))
-    files = {"video": f"{video} (replaced)" if replaced else str(video)}
-    files |= {"plot": str(plot)} if plot is not None else {}
-    files |= {"report": str(job.outputs.report)} if job.outputs.report is not None else {}
+    files = {"video": written_name(video, replaced=replaced)}
+    for what, path in (("plot", plot), ("report", job.outputs.report)):
+        if path is not None:
+            files[what] = written_name(path, replaced=path in job.outputs.existing)
     with shown.paused():
         print_summary(output_console(), request, result, files, job.load)
 
@@ -317,7 +323,8 @@ def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     if job.outputs.html is not None and runs:
         page = generation_web_page(_record(job, runs), typed_command())
         write_text(job.outputs.html, page.html())
-        print_labelled(output_console(), {"page": str(job.outputs.html)})
+        name = written_name(job.outputs.html, replaced=job.outputs.html in job.outputs.existing)
+        print_labelled(output_console(), {"page": name})
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ class Outputs:
     Attributes:
         videos, plots, report, html: The files.
         is_default: Whether the video has the default name, for which no file is replaced.
+        existing: The plots, the report and the page that were there before the run.
     """
 
     videos: tuple[Path, ...]
@@ -33,6 +34,7 @@ class Outputs:
     report: Path | None
     html: Path | None = None
     is_default: bool = False
+    existing: frozenset[Path] = frozenset()
 
     def with_page(self, html: Path) -> "Outputs":
         """The same files and a web page.
@@ -41,7 +43,7 @@ class Outputs:
             ValueError: The page could not be written.
         """
         check_output_path(html, (".html",), what="html")
-        return replace(self, html=html)
+        return replace(self, html=html, existing=self.existing | _existing(html))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,12 @@ def choose_outputs(
     for path in filter(None, plots):
         check_output_path(path, (".png",), what="plot")
     is_default = folder is None and output is None
-    return Outputs(tuple(videos), tuple(plots), report, is_default=is_default)
+    existing = _existing(report, *plots)
+    return Outputs(tuple(videos), tuple(plots), report, is_default=is_default, existing=existing)
+
+
+def _existing(*paths: Path | None) -> frozenset[Path]:
+    return frozenset(path for path in paths if path is not None and path.exists())
 
 
 def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:

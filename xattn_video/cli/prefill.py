@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xattn_video.files import write_json
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading
@@ -38,7 +37,7 @@ def prefill(
     as_json: AsJson = False,
 ) -> None:
     """Prefill a long prompt with a language model: time, memory, density and the answer."""
-    from xattn_video.cli.prefill_job import job_record, prepare_job, run_job
+    from xattn_video.cli.prefill_job import job_record, prepare_job, run_job, write_report
 
     quiet_libraries()
     job = prepare_job(prompt, load, settings)
@@ -56,19 +55,18 @@ def prefill(
     if prompt.plan:
         if as_json:
             typer.echo(json.dumps(job_record(job, {}), indent=2))
+        write_report(job, {})
         return
     job.check_memory()
     model = job.load_model()
     errors.running = True
     runs = run_job(job, model, print_message)
-    record = job_record(job, runs)
     if as_json:
-        typer.echo(json.dumps(record, indent=2))
+        typer.echo(json.dumps(job_record(job, runs), indent=2))
     else:
         _print_runs(job, runs)
     _warn_of_dense(job, runs["sparse"].report)
-    if prompt.report is not None:
-        write_json(prompt.report, record)
+    write_report(job, runs)
 
 
 def _print_plan(job: "PrefillJob") -> None:

@@ -1,7 +1,9 @@
 """Finds what is wrong with a language model's folder, and says it in one line with a remedy."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from xattn_video.checkpoint_files import (
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_LONGEST_FAULT = 200
 # Some tables of positions have two rows more than the context, for padding.
 _SPARE_POSITIONS = 2
 
@@ -121,6 +124,11 @@ def has_position_table(model: PreTrainedModel, context: int) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of another library's error, on one line of at most 200 characters."""
-    text = " ".join(str(error).split())[:200].rstrip(".")
-    return text or type(error).__name__
+    """The first sentences of another library's error, on one line of about 200 characters."""
+    first, *others = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()))
+    text = shorten(first, _LONGEST_FAULT)
+    for sentence in others:
+        if len(text) + len(sentence) >= _LONGEST_FAULT:
+            break
+        text += f" {sentence}"
+    return text.rstrip(".") or type(error).__name__

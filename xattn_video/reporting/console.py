@@ -72,6 +72,11 @@ def print_interruption(done: str = "", by: str = "") -> None:
     message_console().print(text, soft_wrap=True)
 
 
+def written_name(path: Path, *, replaced: bool) -> str:
+    """The name of a written file, and whether it took another one's place."""
+    return f"{path} (replaced)" if replaced else str(path)
+
+
 def print_labelled(console: Console, lines: dict[str, str]) -> None:
     """Print one line for each label; a terminal wraps it, a file keeps it whole."""
     for label, text in lines.items():

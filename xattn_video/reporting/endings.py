@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from xattn_video.errors import BackendUnavailableError, MissingPackageError, XAttentionError
+from xattn_video.files import remove_unused_folders
 from xattn_video.reporting.console import print_error, print_interruption
 
 BAD_ARGUMENT = 2
@@ -216,6 +217,8 @@ class ErrorsToExitCodes:
             sys.stderr.write("".join(traceback.format_exception(error)))
         print_error(self._judge(error, describe(error)))
         bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
+        if bad_argument:
+            remove_unused_folders()
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 
 
