@@ -89,7 +89,8 @@ def check_output_folder(folder: Path, *, what: str = "output") -> None:
 def remove_unused_folders() -> None:
     """Remove the folders that `check_output_folder` has created and that are still empty."""
     while _created_folders:
-        with contextlib.suppress(OSError):
+        # An invalid name is a ValueError, as below.
+        with contextlib.suppress(OSError, ValueError):
             _created_folders.pop().rmdir()
 
 
