@@ -4,7 +4,7 @@
     python -m scripts.write_quality_page benchmarks/results/quality/*.json \\
         --page docs/quality.md --grid README.md
 
-Each file becomes a section, in the given order; a missing file is skipped with a message.
+Each file becomes a section, in the given order; if a file is missing, nothing is written.
 The plots go to `images` next to the page. An existing page keeps its text outside the marks.
 `--grid` also writes the PSNR of the first file, by threshold and warm-up steps, into another page.
 """

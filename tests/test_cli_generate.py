@@ -150,22 +150,15 @@ def test_reports_pages_and_plots_that_are_replaced_say_so(generate, tmp_path):
     assert "a.mkv (replaced)" not in out
 
 
-def test_a_refused_run_leaves_no_folders(generate, tmp_path):
-    (tmp_path / "p.txt").write_text("a red circle\n")
-    before = sorted(tmp_path.rglob("*"))
-    for output in ("--prompt=a --output=x/y/a.mp4", "--prompts-file=p.txt --output=x/y"):
-        code, _, err = generate(*output.split(), "--backend=flash4", *SPARSE)
-        assert code == 2, err
-        assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_plots_of_finished_videos_leave_no_empty_folder(generate, tmp_path):
+def test_a_plot_of_a_finished_video_is_named_with_what_draws_it(generate, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n")
     assert generate("--prompts-file=p.txt", "--output=v", *SPARSE)[0] == 0
-    code, _, err = generate("--prompts-file=p.txt", "--output=v", *SPARSE, "--plot=plots")
+    words = ("--prompts-file=p.txt", "--output=v", *SPARSE, "--plot=plots", "--html=new/p.html")
+    code, out, err = generate(*words)
     assert code == 0, err
     assert "is missing: --overwrite generates the video again" in err.replace("\n", " ")
-    assert not (tmp_path / "plots").exists()
+    assert "page       new/p.html" in out
+    assert (tmp_path / "new/p.html").exists()
 
 
 def test_a_prompts_file_becomes_a_folder(generate, tmp_path):

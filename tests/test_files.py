@@ -1,7 +1,6 @@
 """Files are written whole or not at all, by every writer; paths are expanded."""
 
 import ast
-import contextlib
 import errno
 import json
 import os
@@ -24,7 +23,6 @@ from xattn_video.files import (
     atomic_path,
     check_output_folder,
     check_output_path,
-    remove_unused_folders,
     temporary_path,
     user_path,
     write_figure,
@@ -127,18 +125,6 @@ def test_every_writer_fails_aloud_without_room_and_leaves_the_old_file(
         WRITERS[name](path)
         assert path.read_bytes() != b"old"
         assert names(folder) == [name]
-
-
-def test_folders_that_were_created_and_not_used_are_removed(tmp_path):
-    (tmp_path / "mine").mkdir()
-    for name in ("mine/a/b", "used/c", "mine", "d/\0", f"e/{'n' * 300}"):
-        with contextlib.suppress(ValueError):
-            check_output_folder(tmp_path / name)
-    (tmp_path / "used/file").write_text("x")
-    remove_unused_folders()
-    assert names(tmp_path) == ["mine", "used"]
-    assert names(tmp_path / "mine") == []
-    assert names(tmp_path / "used") == ["file"]
 
 
 def test_a_device_in_the_way_of_a_folder_is_named():

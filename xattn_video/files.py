@@ -26,8 +26,6 @@ _STALE_SECONDS = 24 * 3600
 # One block of most file systems; a full disk still accepts an empty file.
 _BLOCK = bytes(4096)
 # Some file systems cannot sync a folder, and a writable folder need not be readable.
-# In the order in which they were created.
-_created_folders: list[Path] = []
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
@@ -70,28 +68,16 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
 def check_output_folder(folder: Path, *, what: str = "output") -> None:
     """Create ``folder`` if it is missing, and check that files can be written in it.
 
-    `remove_unused_folders` removes what was created and nothing was written to.
-
     Raises:
         ValueError: The folder cannot be created or written.
     """
     with _refused(folder, what):
-        parts = (*reversed(folder.parents), folder)
-        _created_folders.extend(one.absolute() for one in parts if not os.path.lexists(one))
         folder.mkdir(parents=True, exist_ok=True)
         # A test file, because permission bits do not show a read-only or full file system.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(_BLOCK)
             file.flush()
     clear_stale(folder)
-
-
-def remove_unused_folders() -> None:
-    """Remove the folders that `check_output_folder` has created and that are still empty."""
-    while _created_folders:
-        # An invalid name is a ValueError, as below.
-        with contextlib.suppress(OSError, ValueError):
-            _created_folders.pop().rmdir()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from xattn_video.cli.outputs import Outputs, PromptsFolder, prompt_keys, reserve
 from xattn_video.cli.record import generation_record, run_record, shaping_record, typed_command
 from xattn_video.cli.summary import print_outlook, print_summary
 from xattn_video.errors import FileNotWrittenError
-from xattn_video.files import remove_unused_folders, write_json, write_text
+from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps, shorten_prompt
@@ -128,8 +128,6 @@ def run_job(job: GenerateJob) -> None:
         missing = job.ranks.share("missing prompts", lambda: _find_missing(job, runs))
         if missing:
             _generate_missing(job, missing, runs)
-        else:
-            remove_unused_folders()  # that of the plots
         if job.ranks.is_first:
             # Includes the videos that other ranks made.
             _write_page(job, runs | _finished(job))

@@ -138,15 +138,7 @@ class ItemFolder:
                     f"another process is generating into {str(self.path)!r} already; "
                     f"wait for it{self._shared}."
                 ) from None
-            try:
-                yield
-            finally:
-                if not self.settings_file.exists():
-                    # The run was refused before the folder was its own.
-                    (locks / name).unlink(missing_ok=True)
-                    for folder in (locks, self._state):
-                        with suppress(OSError):
-                            folder.rmdir()
+            yield
 
     def add(self, key: str, files: Iterable[Path], record: dict[str, Any]) -> None:
         """Record that an item is finished.

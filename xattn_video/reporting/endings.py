@@ -15,7 +15,6 @@ import typer
 import typer.core
 
 from xattn_video.errors import BackendUnavailableError, MissingPackageError, XAttentionError
-from xattn_video.files import remove_unused_folders
 from xattn_video.reporting.console import print_error, print_interruption
 
 BAD_ARGUMENT = 2
@@ -217,8 +216,6 @@ class ErrorsToExitCodes:
             sys.stderr.write("".join(traceback.format_exception(error)))
         print_error(self._judge(error, describe(error)))
         bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
-        if bad_argument:
-            remove_unused_folders()
         raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
 
 
