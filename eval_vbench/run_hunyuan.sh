@@ -21,7 +21,8 @@ refuse() {
     exit 2
 }
 
-plan=no gpus=1 num_prompts=944 vbench_python="" runs=""
+suite=944
+plan=no gpus=1 num_prompts=$suite vbench_python="" runs=""
 while [[ $# -gt 0 ]]; do
     case $1 in
         --plan) plan=yes; shift ;;
@@ -38,8 +39,7 @@ done
 for number in "$gpus" "$num_prompts"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "not a positive number: $number"
 done
-
-((num_prompts <= 944)) || refuse "the suite has 944 prompts, got $num_prompts"
+((num_prompts <= suite)) || refuse "the suite has $suite prompts, got $num_prompts"
 
 # Seconds on one H100 for one video, measured on random weights with flash-attn-4. Steps, scoring
 # included (benchmarks/results/step-h100.json): dense 18.53 s, sparse 11.06 s at density 0.445 and

@@ -48,8 +48,7 @@ def main() -> int:
     results, grid = arguments.results, arguments.grid
     try:
         if grid is not None:
-            # A page without the marks is refused before the other one is written.
-            replace_between(_text_of(grid, GRID_BEGIN, GRID_END), GRID_BEGIN, GRID_END, "")
+            _check_marks(grid, GRID_BEGIN, GRID_END)
         write_page(arguments.page, results)
         if grid is not None:
             write_between(grid, GRID_BEGIN, GRID_END, psnr_grid(read_record(results[0])))
@@ -77,16 +76,20 @@ def write_page(page: Path, results: list[Path]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need different names, got {', '.join(names)}; rename one.")
     check_output_path(page, (".md",), what="page")
-    # Checks the marks before any plot is drawn.
-    replace_between(_text_of(page, BEGIN, END), BEGIN, END, "")
+    _check_marks(page, BEGIN, END)
     sections = [section(page.parent, path) for path in results]
-    write_between(page, BEGIN, END, "\n" * bool(sections) + "".join(sections))
+    write_between(page, BEGIN, END, "\n" + "".join(sections))
 
 
 def write_between(page: Path, begin: str, end: str, content: str) -> None:
     """Replace the content between two marks of a page, and print the page's name."""
     write_text(page, replace_between(_text_of(page, begin, end), begin, end, content))
     print(f"wrote {page}")
+
+
+def _check_marks(page: Path, begin: str, end: str) -> None:
+    """Raise ValueError if the page lacks its marks, before anything is drawn or written."""
+    replace_between(_text_of(page, begin, end), begin, end, "")
 
 
 def _text_of(page: Path, begin: str, end: str) -> str:

@@ -138,29 +138,6 @@ def test_an_output_given_by_name_is_replaced_and_it_says_so(generate, tmp_path):
     assert imageio.imread(tmp_path / "a.mkv").shape == (9, 64, 64, 3)
 
 
-def test_reports_pages_and_plots_that_are_replaced_say_so(generate, tmp_path):
-    pytest.importorskip("matplotlib")
-    named = ("--output=a.mkv", "--report=r.json", "--html=p.html", "--plot=d.png")
-    for name in ("r.json", "p.html", "d.png"):
-        (tmp_path / name).write_text("old")
-    code, out, err = generate("--prompt=a", *SPARSE, *named)
-    assert code == 0, err
-    for name in ("r.json", "p.html", "d.png"):
-        assert f"{name} (replaced)" in out
-    assert "a.mkv (replaced)" not in out
-
-
-def test_a_plot_of_a_finished_video_is_named_with_what_draws_it(generate, tmp_path):
-    (tmp_path / "p.txt").write_text("a red circle\n")
-    assert generate("--prompts-file=p.txt", "--output=v", *SPARSE)[0] == 0
-    words = ("--prompts-file=p.txt", "--output=v", *SPARSE, "--plot=plots", "--html=new/p.html")
-    code, out, err = generate(*words)
-    assert code == 0, err
-    assert "is missing: --overwrite generates the video again" in err.replace("\n", " ")
-    assert "page       new/p.html" in out
-    assert (tmp_path / "new/p.html").exists()
-
-
 def test_a_prompts_file_becomes_a_folder(generate, tmp_path):
     (tmp_path / "p.txt").write_text("# two\na red circle\n\na blue ring\n")
     code, out, err = generate(

@@ -185,3 +185,15 @@ def test_a_report_that_cannot_be_written_costs_no_video(generate, monkeypatch, t
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert (code, err.count(" exists already")) == (0, 3)
     assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) == 3
+
+
+def test_reports_pages_and_plots_that_are_replaced_say_so(generate, tmp_path):
+    pytest.importorskip("matplotlib")
+    named = ("--output=a.mkv", "--report=r.json", "--html=p.html", "--plot=d.png")
+    for name in ("r.json", "p.html", "d.png"):
+        (tmp_path / name).write_text("old")
+    code, out, err = generate("--prompt=a", *SPARSE, *named)
+    assert code == 0, err
+    for name in ("r.json", "p.html", "d.png"):
+        assert f"{name} (replaced)" in out
+    assert "a.mkv (replaced)" not in out

@@ -308,3 +308,14 @@ def test_what_failed_in_a_comparison_is_tried_again(compare, fail_at, monkeypatc
     assert code == 0, err
     assert "1 of 3 prompts and seeds are already done" in err
     assert results(tmp_path / "o") == results(tmp_path / "whole")
+
+
+def test_a_plot_of_a_finished_video_is_named_with_what_draws_it(generate, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    assert generate("--prompts-file=p.txt", "--output=v", *SPARSE)[0] == 0
+    words = ("--prompts-file=p.txt", "--output=v", *SPARSE, "--plot=plots", "--html=new/p.html")
+    code, out, err = generate(*words)
+    assert code == 0, err
+    assert "is missing: --overwrite generates the video again" in err.replace("\n", " ")
+    assert "page       new/p.html" in out
+    assert (tmp_path / "new/p.html").exists()

@@ -24,8 +24,8 @@ app = typer.Typer(
     epilog='Example: xattn-video generate --model demo --prompt "a red circle moving left to '
     'right over a blue background". '
     "Exit codes: 0 done, 2 invalid argument (nothing was run), 1 the run failed, "
-    "130 it was interrupted (Ctrl-C), 129 its terminal was closed "
-    "(SIGHUP), 143 it was terminated (SIGTERM).",
+    "129 its terminal was closed (SIGHUP), 130 it was interrupted (Ctrl-C), "
+    "143 it was terminated (SIGTERM).",
     cls=OneLineErrors,
     context_settings=CONTEXT_SETTINGS,
     pretty_exceptions_enable=False,

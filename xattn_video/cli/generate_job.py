@@ -309,7 +309,7 @@ def _write_one(
     files = {"video": written_name(video, replaced=replaced)}
     for what, path in (("plot", plot), ("report", job.outputs.report)):
         if path is not None:
-            files[what] = written_name(path, replaced=path in job.outputs.existing)
+            files[what] = job.outputs.name_of(path)
     with shown.paused():
         print_summary(output_console(), request, result, files, job.load)
 
@@ -321,8 +321,7 @@ def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
     if job.outputs.html is not None and runs:
         page = generation_web_page(_record(job, runs), typed_command())
         write_text(job.outputs.html, page.html())
-        name = written_name(job.outputs.html, replaced=job.outputs.html in job.outputs.existing)
-        print_labelled(output_console(), {"page": name})
+        print_labelled(output_console(), {"page": job.outputs.name_of(job.outputs.html)})
 
 
 def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from xattn_video.options.command import knob
 from xattn_video.pipelines.item_folder import ItemFolder
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.video import VIDEO_SUFFIXES
+from xattn_video.reporting.console import written_name
 
 _SLUG_LENGTH = 50
 _DEFAULT_FOLDER = Path("videos")
@@ -34,7 +35,16 @@ class Outputs:
     report: Path | None
     html: Path | None = None
     is_default: bool = False
-    existing: frozenset[Path] = frozenset()
+    existing: frozenset[Path] = field(init=False)
+
+    def __post_init__(self) -> None:
+        named = filter(None, (*self.plots, self.report, self.html))
+        existing = frozenset(path for path in named if path.exists())
+        object.__setattr__(self, "existing", existing)
+
+    def name_of(self, path: Path) -> str:
+        """The name of a written plot, report or page, and whether another one was replaced."""
+        return written_name(path, replaced=path in self.existing)
 
     def with_page(self, html: Path) -> "Outputs":
         """The same files and a web page.
@@ -43,7 +53,7 @@ class Outputs:
             ValueError: The page could not be written.
         """
         check_output_path(html, (".html",), what="html")
-        return replace(self, html=html, existing=self.existing | _existing(html))
+        return replace(self, html=html)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +203,7 @@ def choose_outputs(
     for path in filter(None, plots):
         check_output_path(path, (".png",), what="plot")
     is_default = folder is None and output is None
-    existing = _existing(report, *plots)
-    return Outputs(tuple(videos), tuple(plots), report, is_default=is_default, existing=existing)
-
-
-def _existing(*paths: Path | None) -> frozenset[Path]:
-    return frozenset(path for path in paths if path is not None and path.exists())
+    return Outputs(tuple(videos), tuple(plots), report, is_default=is_default)
 
 
 def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Container
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xattn_video.files import write_json
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.options.command import AsJson, command
 from xattn_video.options.groups import loading
@@ -16,6 +18,7 @@ from xattn_video.reporting.console import (
     print_message,
     print_warning,
     quiet_libraries,
+    written_name,
 )
 from xattn_video.reporting.endings import ErrorsToExitCodes
 from xattn_video.reporting.tables import Table, figure
@@ -37,7 +40,7 @@ def prefill(
     as_json: AsJson = False,
 ) -> None:
     """Prefill a long prompt with a language model: time, memory, density and the answer."""
-    from xattn_video.cli.prefill_job import job_record, prepare_job, run_job, write_report
+    from xattn_video.cli.prefill_job import job_record, prepare_job, run_job
 
     quiet_libraries()
     job = prepare_job(prompt, load, settings)
@@ -53,20 +56,29 @@ def prefill(
             f"{DEMO_NEEDLE}."
         )
     if prompt.plan:
+        record = job_record(job, {})
         if as_json:
-            typer.echo(json.dumps(job_record(job, {}), indent=2))
-        write_report(job, {})
+            typer.echo(json.dumps(record, indent=2))
+        _write_report(prompt.report, record)
         return
     job.check_memory()
     model = job.load_model()
     errors.running = True
     runs = run_job(job, model, print_message)
+    record = job_record(job, runs)
     if as_json:
-        typer.echo(json.dumps(job_record(job, runs), indent=2))
+        typer.echo(json.dumps(record, indent=2))
     else:
         _print_runs(job, runs)
     _warn_of_dense(job, runs["sparse"].report)
-    write_report(job, runs)
+    _write_report(prompt.report, record)
+
+
+def _write_report(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None:
+        replaced = path.exists()
+        write_json(path, record)
+        print_message(f"report     {written_name(path, replaced=replaced)}")
 
 
 def _print_plan(job: "PrefillJob") -> None:

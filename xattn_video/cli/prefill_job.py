@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xattn_video.backends.table import resolve_backend
-from xattn_video.files import check_output_path, write_json
+from xattn_video.files import check_output_path
 from xattn_video.language.kv_memory import (
     PrefillPlan,
     describe_prefill_shortage,
@@ -32,7 +32,6 @@ from xattn_video.options.prefill_options import (
 )
 from xattn_video.pipelines.memory import find_room
 from xattn_video.policy.settings import SparseSettings
-from xattn_video.reporting.console import print_message, written_name
 from xattn_video.reporting.machine import machine_record
 
 if TYPE_CHECKING:
@@ -211,15 +210,6 @@ def run_job(
             on_chunk=tell,
         )
     return runs
-
-
-def write_report(job: PrefillJob, runs: dict[str, PrefillRun]) -> None:
-    """Write the record to the file that was asked for, if any, and print its name."""
-    path = job.prompt.report
-    if path is not None:
-        replaced = path.exists()
-        write_json(path, job_record(job, runs))
-        print_message(f"report     {written_name(path, replaced=replaced)}")
 
 
 def job_record(job: PrefillJob, runs: dict[str, PrefillRun]) -> dict[str, Any]:

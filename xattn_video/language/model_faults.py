@@ -124,7 +124,7 @@ def has_position_table(model: PreTrainedModel, context: int) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The first sentences of another library's error, on one line of about 200 characters."""
+    """The first sentences of another library's error, on one line of at most 200 characters."""
     first, *others = re.split(r"(?<=[.!?]) ", " ".join(str(error).split()))
     text = shorten(first, _LONGEST_FAULT)
     for sentence in others:
