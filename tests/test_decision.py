@@ -108,6 +108,23 @@ def test_blocks_are_chosen_at_every_mth_sparse_step_or_at_refreshes():
     assert chooses(refresh_every=3) == [False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"refresh_every": 2}, [0, 0, 2, 2, 4]),
+        ({"refresh_every": 3, "warmup_steps": 0}, [0, 0, 0, 3, 3]),
+        ({"mask_every": 2}, [0, 1, 1, 3, 3]),
+        ({}, [0, 1, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_what_was_kept_is_due_at_the_first_step_of_a_period(options, expected):
+    settings = SparseSettings(0.9, **{"warmup_steps": 1} | options)
+    decisions = [decide(settings, step, LONG) for step in range(5)]
+    assert [decision.due for decision in decisions] == expected
+    assert [decision.step for decision in decisions] == [0, 1, 2, 3, 4]
+
+
 def test_dense_steps_among_sparse_ones_do_not_count():
     settings = SparseSettings([0.9, 1, 0.9, 1, 0.9, 0.9], warmup_steps=0, refresh_every=2)
     assert refreshes(settings) == [0, 4]

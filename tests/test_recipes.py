@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import SMALL, run_cli
-from diffusers import FirstBlockCacheConfig, HunyuanVideoPipeline
+from diffusers import (
+    FirstBlockCacheConfig,
+    HunyuanVideoPipeline,
+    PyramidAttentionBroadcastConfig,
+)
 from hunyuan import (
+    NUM_LAYERS,
     forward_inputs,
     generate,
     states,
@@ -21,6 +26,8 @@ from hunyuan import (
 from page_code import HUB_ID, NUM_STEPS, blocks_of, run_snippets
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+
+from xattn_video.processors import engine
 
 FOLDER = Path(__file__).parents[1] / "docs/recipes"
 WARM_THEN_SPARSE = ["dense"] * 5 + ["sparse"] * (NUM_STEPS - 5)
@@ -216,7 +223,7 @@ def test_an_adapter_goes_with_casting_and_offloading(adapter, accelerate):
     assert states(processor.report()) == ["dense", "dense", "sparse", "sparse"]
 
 
-# FirstBlockCache.
+# Caches.
 
 
 def test_a_cache_that_never_skips_changes_nothing():
@@ -258,3 +265,31 @@ def test_a_layer_that_a_cache_skips_at_its_first_refresh_refreshes_when_it_next_
     for layer in others:
         assert [run.state for run in layer[:3]] == ["dense", "skipped", "skipped"]
         assert next(run for run in layer[1:] if run.state != "skipped").refreshed
+
+
+@pytest.mark.parametrize("options", [{"refresh_every": 3}, {"mask_every": 3}], ids=str)
+def test_what_was_due_while_a_cache_skipped_the_layer_is_made_at_its_next_run(
+    options, monkeypatch
+):
+    """The cache runs every second step, so it skips the layers at the choice of step 3."""
+    pipe, chosen = tiny_pipeline(), []
+    processor = tiny_processor(density=0.4, threshold=None, **{"warmup_steps": 0} | options)
+    pipe.transformer.set_attn_processor(processor)
+    pipe.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(0, 1001),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    select = engine.select_block_lists
+    monkeypatch.setattr(
+        engine,
+        "select_block_lists",
+        lambda *given: chosen.append(processor.step_index) or select(*given),
+    )
+    assert generate(pipe, 8).isfinite().all()
+    assert states(processor.report()) == ["sparse", "skipped"] * 4
+    assert chosen == [step for step in (0, 4, 6) for _ in range(NUM_LAYERS)]
+    if "refresh_every" in options:
+        assert processor.report().refresh_steps == (0, 4, 6)

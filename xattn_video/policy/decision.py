@@ -50,6 +50,8 @@ class Decision:
         last_sparse: Whether no later step runs sparse; False if unknown, or if nothing is kept
             between steps.
         keeps_all: The reason of a layer that runs dense because it keeps every block.
+        step: The step.
+        due: The first step of the current period; what a layer kept before it is out of date.
     """
 
     reason: DenseReason | None
@@ -59,6 +61,8 @@ class Decision:
     choosing: tuple[bool, ...]
     last_sparse: bool = False
     keeps_all: DenseReason = "threshold 1"
+    step: int = 0
+    due: int = 0
 
     @property
     def sparse(self) -> bool:
@@ -105,12 +109,16 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
     primes = _primes(settings, step, run)
     # A step that primes uses the thresholds of the step after it.
     taus = settings.schedule.per_head(step + primes, run.num_layers, run.num_heads)
-    choosing, last_sparse = [False] * run.num_layers, False
+    choosing, last_sparse, due = [False] * run.num_layers, False, step
     if reason is None or primes:
         choosing = [_skips(layer) for layer in taus]
     if reason is None and settings.keeps_between_steps:
-        for earlier in _steps_since_choice(settings, step, run):
-            before = settings.schedule.per_head(earlier, run.num_layers, run.num_heads)
+        since = _steps_since_choice(settings, step, run)
+        due = since[0] if since else step
+        for earlier in since:
+            # The last warm-up step chose with the thresholds of the step after it.
+            sparse = max(earlier, settings.warmup_steps)
+            before = settings.schedule.per_head(sparse, run.num_layers, run.num_heads)
             choosing = [
                 new and not _skips(layer) for new, layer in zip(choosing, before, strict=True)
             ]
@@ -126,6 +134,8 @@ def decide(settings: SparseSettings, step: int, run: Run) -> Decision:
         tuple(choosing),
         last_sparse,
         settings.keeps_all_reason,
+        step,
+        due,
     )
 
 
@@ -223,11 +233,10 @@ def _primes(settings: SparseSettings, step: int, run: Run) -> bool:
 
 
 def _steps_since_choice(settings: SparseSettings, step: int, run: Run) -> list[int]:
-    """The sparse steps since all layers last chose blocks, that step first; [] if this is one."""
+    """The steps since all layers last chose blocks, that step first; [] if this is one."""
     made = [earlier for earlier in range(step) if _is_sparse(settings, earlier, run)]
     if _primes(settings, settings.warmup_steps - 1, run):
-        # The last warm-up step chose with the thresholds of the step after it.
-        made.insert(0, settings.warmup_steps)
+        made.insert(0, settings.warmup_steps - 1)
     every = settings.refresh_every or settings.mask_every
     return made[len(made) - len(made) % every :]
 

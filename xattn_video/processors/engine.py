@@ -167,31 +167,30 @@ def _attend_sparsely(
 ) -> tuple[Tensor, BlockLists | None]:
     """A layer's output and its blocks; at a refresh the output is dense.
 
-    Reuses the blocks that the layer kept unless it chooses new ones, and adds the residual if one
-    is kept.
+    Reuses the blocks that the layer kept, and adds the residual if one is kept, until both are
+    due. A layer that a cache skipped when they were due makes them at its next run.
     """
-    kept = forward.kept
-    residuals = None if kept is None else kept.residuals
-    if residuals is not None:
-        # A layer that a cache skipped at the refresh has no residual, so it refreshes now.
-        slot.refreshed = slot.refreshes or not residuals.holds(slot.name)
-        if not slot.refreshed:
-            residuals.fetch(slot.name, query.device)
-    blocks = None
-    if kept is not None and not (slot.chooses or slot.refreshed):
-        blocks = kept.blocks(slot.name)
-    chooses = blocks is None
-    out, blocks = forward.operator(query, key, value, threshold, forward, blocks)
-    if kept is not None and chooses and blocks is not None:
+    kept, decision = forward.kept, forward.decision
+    if kept is None:
+        return forward.operator(query, key, value, threshold, forward, None)
+    residuals, due = kept.residuals, kept.made.get(slot.name, -1) < decision.due
+    slot.refreshed = due and residuals is not None
+    if residuals is not None and not due:
+        residuals.fetch(slot.name, query.device)
+    reused = None if due else kept.blocks(slot.name)
+    out, blocks = forward.operator(query, key, value, threshold, forward, reused)
+    if reused is None and blocks is not None:
         kept.keep_blocks(slot.name, blocks)
-    if residuals is None:
-        return out, blocks
-    if not slot.refreshed:
-        return residuals.add(slot.name, out), blocks
-    dense = dense_attention(query, key, value, forward.layout, forward.dense_backend)
-    if not forward.decision.last_sparse:
-        residuals.keep(slot.name, dense, out)
-    return dense, blocks
+    if residuals is not None and due:
+        dense = dense_attention(query, key, value, forward.layout, forward.dense_backend)
+        if not decision.last_sparse:
+            residuals.keep(slot.name, dense, out)
+        out = dense
+    elif residuals is not None:
+        out = residuals.add(slot.name, out)
+    if due:
+        kept.made[slot.name] = decision.step
+    return out, blocks
 
 
 def sparse_attention(

@@ -19,11 +19,13 @@ class KeptByPass:
 
     Attributes:
         residuals: The residuals; None without refreshes.
+        made: The step at which each layer made what it keeps.
     """
 
     def __init__(self, settings: SparseSettings, num_layers: int) -> None:
         refreshes = settings.refresh_every is not None
         self.residuals = PassResiduals(settings.residual, num_layers) if refreshes else None
+        self.made: dict[str, int] = {}
         self._bits: dict[str, tuple[Tensor, int]] = {}
 
     def keep_blocks(self, layer: str, blocks: BlockLists) -> None:

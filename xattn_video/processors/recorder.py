@@ -131,7 +131,6 @@ class LayerSlot:
         fuses: Whether one kernel prepares queries and keys on the layers' device.
         reason: Why the layer must run dense; None if it must run sparse.
         threshold: Tau, a scalar or `[H, 1]`; None if the layer computes no sparse output.
-        refreshes, chooses: Whether it must compute both outputs; whether it must choose blocks.
         state, kept: What it did, and how many blocks it computed, a scalar on the device.
         refreshed: Whether it computed both outputs.
         head_order: The order of heads in the next sparse step; see `HeadExchange`.
@@ -148,8 +147,6 @@ class LayerSlot:
         self.fuses = False
         self.reason: DenseReason | None = None
         self.threshold: Tensor | None = None
-        self.refreshes = False
-        self.chooses = True
         self.state: State = "skipped"
         self.kept: Tensor | None = None
         self.refreshed = False

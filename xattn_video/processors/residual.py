@@ -152,10 +152,6 @@ class PassResiduals:
         self._fetched: dict[str, int] = {}
         self._stages: dict[torch.device, _Stage] = {}
 
-    def holds(self, layer: str) -> bool:
-        """Whether a layer has a residual."""
-        return layer in self._kept
-
     def keep(self, layer: str, dense: Tensor, approximate: Tensor) -> None:
         """Keep the residual of a layer's dense and approximate output, both `[B, S, H, D]`.
 

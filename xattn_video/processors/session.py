@@ -239,8 +239,6 @@ class Session:
         ):
             slot.reason = decision.layer_reason(position)
             slot.threshold = threshold if decision.computes_sparsely(position) else None
-            slot.refreshes = decision.refreshing[position]
-            slot.chooses = decision.choosing[position]
             slot.fuses = fuses
 
 
