@@ -152,10 +152,13 @@ def test_equal_timesteps_with_other_latents_are_the_next_step():
 
 
 def counted(steps):
-    """(step, pass) and whether a generation starts, from the scheduler's count and the inputs."""
+    """(step, pass) and whether a generation starts, from the scheduler's count and the inputs.
+
+    A third value says whether the pipeline's loop is still in the same iteration.
+    """
     tracker, found = StepTracker(), []
-    for index, inputs in steps:
-        starts = tracker.observe(inputs, SchedulerStep(index))
+    for index, inputs, *same_iteration in steps:
+        starts = tracker.observe(inputs, SchedulerStep(index, *same_iteration))
         found.append((tracker.step, tracker.forward_pass, starts))
     return found
 
@@ -168,9 +171,10 @@ def test_the_schedulers_count_is_the_step():
     assert found == [(0, 0, True), (1, 0, False), (2, 0, False), (0, 0, True), (1, 0, False)]
 
 
-def test_the_schedulers_count_and_guidance_are_two_passes_a_step():
-    run = [(index, seen(900.0, 0.0, text=text)) for index in (None,) for text in (0.0, 1.0)]
-    run += [(1, seen(700.0, 1.0, text=text)) for text in (0.0, 1.0)]
+@pytest.mark.parametrize("negative", [0.0, 1.0])
+def test_the_schedulers_count_and_guidance_are_two_passes_a_step(negative):
+    run = [(None, seen(900.0, 0.0), False), (None, seen(900.0, 0.0, text=negative), True)]
+    run += [(1, seen(700.0, 1.0, text=text)) for text in (0.0, negative)]
     found = counted(run)
     assert found == [(0, 0, True), (0, 1, False), (1, 0, False), (1, 1, False)]
 
@@ -186,8 +190,8 @@ def test_latents_that_never_change_are_counted_by_the_scheduler():
 
 def test_a_generation_that_starts_after_one_step_is_new():
     """The first stopped before its scheduler took a step."""
-    for noise in (0.0, 1.0):
-        found = counted([(None, seen(900.0, 0.0)), (None, seen(900.0, noise))])
+    for other in ({"latents": 1.0}, {"text": 1.0}, {}):
+        found = counted([(None, seen(900.0)), (None, seen(900.0, **other))])
         assert found == [(0, 0, True), (0, 0, True)]
 
 

@@ -44,24 +44,29 @@ class SchedulerStep:
 
     Args:
         index: Steps that the scheduler has taken in this generation; None before the first.
+        same_iteration: Whether the pipeline's loop has not advanced since the last forward pass.
     """
 
     index: int | None
+    same_iteration: bool = False
 
 
 class StepTracker:
     """Counts denoising steps by the pipeline's scheduler if known, else by the model's inputs.
 
-    If the scheduler has taken no step yet, a generation begins; afterwards its count is the step.
+    If the scheduler has taken no step yet, a generation begins, except at the guidance pass in the
+    same iteration of the pipeline's loop; afterwards the scheduler's count is the step.
+
     Without a scheduler, the timestep decides. The same timestep is the same step (true
     classifier-free guidance calls the model twice), a lower timestep is the next step, and a
     higher timestep or another latent shape starts a new generation. The same timestep with other
     latents is the next step, because neighbouring steps can have equal timesteps: after rounding
     to bfloat16, and with some schedulers.
 
-    If a run stops at its first step and the next starts from the same noise with another prompt,
-    it is taken for the guidance pass: steps stay right, but the report also lists the earlier
-    pass. Call `reset()` to avoid this.
+    At the first step, only the text then tells the guidance pass from a new run with the same
+    noise. A run with another prompt, after one that stopped there, is taken for the guidance pass:
+    steps stay right, but the report also lists the earlier pass. Call `reset()` to avoid this. A
+    guidance pass with the same text is taken for a new run.
     """
 
     def __init__(self) -> None:
@@ -89,7 +94,7 @@ class StepTracker:
             starts = _starts_generation(first, last, inputs, self.step)
             step = self.step + (not _continues_step(last, inputs))
         elif scheduler.index is None:
-            starts = self.step > 0 or not _is_second_pass(first, last, inputs)
+            starts = self.step > 0 or not _is_second_pass(last, inputs, scheduler)
             step = 0
         else:
             starts = False
@@ -117,14 +122,13 @@ def _stands_still(
     return scheduler.index < step or (scheduler.index == step and now != before)
 
 
-def _is_second_pass(first: ForwardInputs, last: ForwardInputs, inputs: ForwardInputs) -> bool:
-    """Whether ``inputs`` belong to the second guidance pass of the first step."""
-    before, now = _comparable(last, inputs)
+def _is_second_pass(last: ForwardInputs, inputs: ForwardInputs, scheduler: SchedulerStep) -> bool:
+    """Whether ``inputs`` belong to the second guidance pass of the pipeline's first step."""
+    # Another pipeline may run the transformer after an exception stopped this one.
     return (
-        now == before
+        scheduler.same_iteration
         and inputs.latent_shape == last.latent_shape
         and inputs.latent_sample == last.latent_sample
-        and inputs.text_sample != first.text_sample
         and len(inputs.text_lengths) == len(last.text_lengths)
     )
 

@@ -36,12 +36,13 @@ class PipelineSteps:
         Args:
             timestep: The timestep of the forward pass.
         """
+        before = self._current
         scheduler: Any = getattr(self._running(timestep), "scheduler", None)
         if not hasattr(scheduler, "step_index"):
             return None
         index = scheduler.step_index
         if index is None:
-            return SchedulerStep(None)
+            return SchedulerStep(None, self._current is before)
         # Video-to-video begins in the middle of the scheduler's timesteps.
         return SchedulerStep(index - (getattr(scheduler, "begin_index", None) or 0))
 

@@ -155,9 +155,9 @@ class XAttnProcessor(TransformerBound):
         """Start a new generation with the next forward pass.
 
         This is needed only if the processor does not know the pipeline and an interrupted
-        generation is followed by one that starts at a lower timestep. It also helps if a run stops
-        at its first step and the next differs only in the prompt: without `reset`, the next report
-        lists the earlier pass too.
+        generation is followed by one that starts at a lower timestep, or if a run stops at its
+        first step and the next differs only in the prompt: without `reset`, the next report lists
+        the earlier pass too.
         """
         if self._session is not None:
             self._session.reset()
