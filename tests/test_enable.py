@@ -259,6 +259,17 @@ def test_a_copied_pipeline_is_told_how_to_use_its_processor():
     assert states(processor.report()) == ["dense", "sparse", "sparse", "dense"]
 
 
+def test_a_processor_that_gave_a_layer_away_still_knows_the_pipeline():
+    pipe = tiny_pipeline()
+    processor = enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS).processor
+    other = XAttnProcessor(0.5, **OPTIONS)
+    pipe.transformer.transformer_blocks[0].attn.processor = other
+    other.bind(pipe.transformer)
+    generate(pipe, 4)
+    assert states(processor.report()) == ["dense", "sparse", "sparse", "dense"]
+    assert states(other.report()) == ["dense", "sparse", "sparse", "sparse"]
+
+
 def test_a_second_pipeline_is_told_how_to_share_the_processor():
     pipe = tiny_pipeline()
     other = tiny_pipeline(pipe.transformer)

@@ -24,6 +24,12 @@ from xattn_video import (
     XAttnProcessor,
 )
 
+LAYERS = tuple(
+    f"{stack}.{number}"
+    for stack in ("transformer_blocks", "single_transformer_blocks")
+    for number in range(NUM_LAYERS // 2)
+)
+
 
 def test_an_unbound_processor_says_how_to_bind():
     transformer = tiny_transformer()
@@ -97,6 +103,35 @@ def test_a_transformer_that_it_left_does_not_end_its_work_on_another():
     run(second)
     assert processor.step_index == 0
     tiny_processor().unbind(first)
+
+
+def test_a_layer_whose_processor_was_replaced_by_hand_leaves_the_report():
+    transformer, processor = with_processor()
+    stock = tiny_transformer().attn_processors
+    last = transformer.single_transformer_blocks[1].attn
+    run(transformer)
+    last.processor = stock["single_transformer_blocks.1.attn.processor"]
+    for _ in range(2):
+        run(transformer)
+        report = processor.report()
+        assert report.layer_names == LAYERS[:-1]
+        assert states(report) == ["sparse"]
+    last.processor = processor
+    run(transformer)
+    assert processor.report().layer_names == LAYERS
+    assert states(processor.report()) == ["sparse"]
+
+
+def test_a_layer_replaced_in_a_generation_does_not_start_another():
+    transformer, processor = with_processor(warmup_steps=1)
+    run(transformer, timestep=900.0)
+    transformer.transformer_blocks[0].attn.processor = tiny_transformer().attn_processors[
+        "transformer_blocks.0.attn.processor"
+    ]
+    run(transformer, timestep=500.0)
+    assert processor.step_index == 1
+    assert processor.report().layer_names == LAYERS[1:]
+    assert states(processor.report()) == ["sparse"]
 
 
 def test_setting_it_twice_leaves_one_hook():

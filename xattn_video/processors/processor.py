@@ -167,8 +167,9 @@ class XAttnProcessor(TransformerBound):
     ) -> "XAttnProcessor":
         """Start serving a transformer whose layers use this processor.
 
-        `set_attn_processor` calls this. Without ``num_steps`` and ``pipeline``, those that an
-        earlier call for this transformer gave stay.
+        `set_attn_processor` calls this, and so does a forward pass after other layers got or lost
+        the processor; the report then begins anew. Without ``num_steps`` and ``pipeline``, those
+        that an earlier call for this transformer gave stay.
 
         Args:
             transformer: A transformer of a supported family.
@@ -192,16 +193,14 @@ class XAttnProcessor(TransformerBound):
         ForwardHook.install(self, transformer)
         family = family_of(transformer)
         steps = None if pipeline is None else PipelineSteps(pipeline)
-        before = self._session
+        before, tracker = self._session, None
         if before is not None and before.is_open_on(transformer) and not (num_steps or steps):
-            attentions = family.attentions(transformer).items()
-            if before.recorder.layer_names == tuple(
-                n for n, attn in attentions if attn.processor is self
-            ):
+            if before.is_current(transformer):
                 return self
-            num_steps, steps = before.num_steps, before.pipeline
+            num_steps, steps, tracker = before.num_steps, before.pipeline, before.tracker
+            before.close()
         self._session = Session(
-            transformer, family, lambda attn: attn.processor is self, num_steps, steps
+            transformer, family, lambda attn: attn.processor is self, num_steps, steps, tracker
         )
         offer_plan(transformer, self._session.family)
         return self
@@ -238,8 +237,8 @@ class XAttnProcessor(TransformerBound):
                 "torch.export is not supported: which steps are sparse is decided while the "
                 "pipeline runs. Use torch.compile, or export with Diffusers' own processor."
             )
-        if self._session is None or self._session.transformer() is not transformer:
-            # The transformer is a copy, and so is this processor.
+        if self._session is None or not self._session.is_current(transformer):
+            # The transformer is a copy, and so is this processor; or another layer has it now.
             self.bind(transformer)
         session = self._session
         assert session is not None

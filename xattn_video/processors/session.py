@@ -41,6 +41,7 @@ class Session:
         serves: Tells whether an attention module uses the processor.
         num_steps: Denoising steps of a generation, or a function that returns them.
         pipeline: The steps of the pipeline that runs the transformer; None if it is not known.
+        tracker: Counts the steps; anew if not given.
     """
 
     def __init__(
@@ -50,13 +51,15 @@ class Session:
         serves: Callable[[Any], bool],
         num_steps: NumSteps,
         pipeline: PipelineSteps | None,
+        tracker: StepTracker | None = None,
     ) -> None:
         attentions = family.attentions(transformer)
         own = {name: attn for name, attn in attentions.items() if serves(attn)}
         self.transformer = weakref.ref(transformer)
         self.family = family
-        self.tracker = StepTracker()
+        self.tracker = StepTracker() if tracker is None else tracker
         self.recorder = Recorder(tuple(own), tuple(own.values()), family.attention)
+        self._serves = serves
         self._attentions = tuple(own.values())
         self._kept = KeptStore()
         self._spent: KeptByPass | None = None
@@ -65,6 +68,7 @@ class Session:
         # The thread whose forward pass is open.
         self._thread: int | None = None
         self._lock = threading.Lock()
+        self._closed = False
         self._num_layers = len(attentions)
         self._positions = [number for number, name in enumerate(attentions) if name in own]
 
@@ -157,10 +161,13 @@ class Session:
 
     def is_open_on(self, transformer: nn.Module) -> bool:
         """Whether it follows the transformer, and was not closed."""
-        slots = zip(self._attentions, self.recorder.slots, strict=True)
-        return self.transformer() is transformer and all(
-            getattr(attention, SLOT_NAME, None) is slot for attention, slot in slots
-        )
+        return self.transformer() is transformer and not self._closed
+
+    def is_current(self, transformer: nn.Module) -> bool:
+        """Whether it is open on exactly the layers that use the processor now."""
+        attentions = self.family.attentions(transformer).values()
+        own = tuple(filter(self._serves, attentions))
+        return self.is_open_on(transformer) and self._attentions == own
 
     def reset(self) -> None:
         """Forget the generation, but keep its report."""
@@ -170,6 +177,7 @@ class Session:
 
     def close(self) -> None:
         """Remove the slots from the transformer."""
+        self._closed = True
         self.end_forward()
         self._kept.close()
         for attention, slot in zip(self._attentions, self.recorder.slots, strict=True):
