@@ -245,17 +245,29 @@ def test_wrappers_are_taken_off_or_named():
         enable_xattention(torch.nn.DataParallel(transformer))
 
 
-def test_a_copied_pipeline_is_told_how_to_use_its_processor():
+def test_a_copied_pipeline_is_followed_as_the_pipeline_was():
+    pipe = tiny_pipeline()
+    handle = enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
+    twin = copy.deepcopy(copy.deepcopy(pipe))
+    processor = twin.transformer.transformer_blocks[0].attn.processor
+    for _ in range(2):
+        generate(twin, 4)
+        assert states(processor.report()) == ["dense", "sparse", "sparse", "dense"]
+    assert handle.report().steps == ()
+    generate(pipe, 3)
+    assert states(handle.report()) == ["dense", "sparse", "dense"]
+    assert processor.report().steps == (0, 1, 2, 3)
+
+
+def test_a_transformer_copied_without_its_pipeline_is_told_how_to_use_its_processor():
     pipe = tiny_pipeline()
     enable_xattention(pipe, 0.5, cooldown_steps=1, **OPTIONS)
-    twin = copy.deepcopy(pipe)
+    other = tiny_pipeline(copy.deepcopy(pipe.transformer))
     with pytest.raises(ValueError, match=r"enable_xattention\(pipe, .*processor\.bind\("):
-        generate(twin, 4)
-    processor = twin.transformer.transformer_blocks[0].attn.processor
-    with pytest.raises(RuntimeError, match=r"processor\.bind\(pipe\.transformer, pipeline=pipe\)"):
-        enable_xattention(twin)
-    processor.bind(twin.transformer, pipeline=twin)
-    generate(twin, 4)
+        generate(other, 4)
+    processor = other.transformer.transformer_blocks[0].attn.processor
+    processor.bind(other.transformer, pipeline=other)
+    generate(other, 4)
     assert states(processor.report()) == ["dense", "sparse", "sparse", "dense"]
 
 

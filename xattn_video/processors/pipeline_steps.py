@@ -21,6 +21,11 @@ class PipelineSteps:
         self._current: Any = None
         self._seen: tuple[float, int | None] | None = None
 
+    def of_copy(self, memo: dict[int, Any]) -> "PipelineSteps | None":
+        """The steps of the pipeline's copy; None if the deep copy of ``memo`` makes none."""
+        copied = memo.get(id(self._pipeline()))
+        return None if copied is None else PipelineSteps(copied)
+
     def count(self, timestep: float) -> int | None:
         """Number of denoising steps of the generation; None if none is running.
 

@@ -1,5 +1,6 @@
 """XAttention as a Diffusers attention processor."""
 
+import copy
 import inspect
 from typing import Any, ClassVar
 
@@ -33,8 +34,8 @@ class XAttnProcessor(TransformerBound):
     Set one instance on a transformer: ``pipe.transformer.set_attn_processor(XAttnProcessor())``.
     The processor reads the denoising step from the pipeline's scheduler if it knows the pipeline,
     else from the transformer's ``timestep``. One processor serves one transformer; a deep copy is
-    independent. The token refiner runs as usual. `xattn_video.processors.binding` explains how
-    the processor learns its transformer.
+    independent, and follows the copied pipeline if that is copied too. The token refiner runs as
+    usual. `xattn_video.processors.binding` explains how the processor learns its transformer.
 
     Args:
         threshold: Share tau of each row's estimated mass to keep, in (0, 1], by default 0.95; or
@@ -73,6 +74,8 @@ class XAttnProcessor(TransformerBound):
         self.observers: list[Observer] = []
         self.operator: SparseOperator = sparse_attention
         self._session: Session | None = None
+        # What the first binding of a copy knows.
+        self._copied_pipeline: PipelineSteps | None = None
 
     @classmethod
     def from_preset(cls, preset: str, **options: Any) -> "XAttnProcessor":
@@ -108,7 +111,14 @@ class XAttnProcessor(TransformerBound):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy serves no transformer yet. If the transformer was copied too, a hook binds it.
-        return {**self.__dict__, "observers": [], "_session": None}
+        return self.__dict__ | {"observers": [], "_session": None, "_copied_pipeline": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "XAttnProcessor":
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        known = self._copied_pipeline if self._session is None else self._session.pipeline
+        twin._copied_pipeline = None if known is None else known.of_copy(memo)
+        return twin
 
     def __call__(
         self,
@@ -192,8 +202,10 @@ class XAttnProcessor(TransformerBound):
             )
         ForwardHook.install(self, transformer)
         family = family_of(transformer)
-        steps = None if pipeline is None else PipelineSteps(pipeline)
         before, tracker = self._session, None
+        steps = self._copied_pipeline if before is None else None
+        if pipeline is not None:
+            steps = PipelineSteps(pipeline)
         if before is not None and before.is_open_on(transformer) and not (num_steps or steps):
             if before.is_current(transformer):
                 return self
