@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 from diffusers import DDIMPipeline
-from hunyuan import generate, states, tiny_pipeline, tiny_transformer
+from hunyuan import generate, prompt, states, tiny_pipeline, tiny_transformer
 
 from xattn_video import UnsupportedModelError, XAttnProcessor, enable_xattention
 
@@ -243,6 +243,28 @@ def test_wrappers_are_taken_off_or_named():
     handle.disable()
     with pytest.raises(UnsupportedModelError, match=r"DataParallel copies .* model\.module"):
         enable_xattention(torch.nn.DataParallel(transformer))
+
+
+def test_a_negative_prompt_may_be_the_prompt():
+    pipe = tiny_pipeline()
+    processor = enable_xattention(pipe, 0.5, refresh_every=2, **OPTIONS).processor
+    for num_steps in (2, 4, 4):
+        generate(pipe, num_steps, true_cfg_scale=3.0, **prompt(prefix="negative_"))
+        forwards = processor.report().forwards
+        assert [one.step for one in forwards] == [n for n in range(num_steps) for _ in range(2)]
+        assert [one.forward_pass for one in forwards] == [0, 1] * num_steps
+    assert processor.report().refresh_steps == (0, 2)
+
+
+def test_a_run_that_stopped_at_once_is_not_in_the_next_report(monkeypatch):
+    pipe = tiny_pipeline()
+    processor = enable_xattention(pipe, 0.5, **OPTIONS).processor
+    monkeypatch.setattr(pipe.transformer.single_transformer_blocks[1], "forward", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        generate(pipe)
+    monkeypatch.undo()
+    generate(pipe, **prompt(seed=3))
+    assert states(processor.report()) == ["dense", "sparse", "sparse", "sparse"]
 
 
 def test_a_copied_pipeline_is_followed_as_the_pipeline_was():

@@ -135,32 +135,6 @@ def test_true_guidance_runs_two_passes_a_step(dtype):
     assert [forward.forward_pass for forward in processor.report().forwards] == [0, 1] * 4
 
 
-def test_a_negative_prompt_may_be_the_prompt():
-    pipe = tiny_pipeline()
-    options = {"stride": 4, "block_size": 8, "min_tokens": 0}
-    processor = enable_xattention(pipe, 0.5, warmup_steps=1, refresh_every=2, **options).processor
-    for num_steps in (2, 4, 4):
-        generate(pipe, num_steps, true_cfg_scale=3.0, **prompt(prefix="negative_"))
-        forwards = processor.report().forwards
-        assert [one.step for one in forwards] == [n for n in range(num_steps) for _ in range(2)]
-        assert [one.forward_pass for one in forwards] == [0, 1] * num_steps
-    assert processor.report().refresh_steps == (0, 2)
-
-
-def test_a_run_of_the_bound_pipeline_that_stopped_at_once_is_not_in_the_next_report():
-    pipe = tiny_pipeline()
-    options = {"stride": 4, "block_size": 8, "min_tokens": 0}
-    processor = enable_xattention(pipe, 0.5, warmup_steps=1, **options).processor
-    handle = pipe.transformer.single_transformer_blocks[0].register_forward_pre_hook(
-        lambda *_: (_ for _ in ()).throw(StopHereError)
-    )
-    with pytest.raises(StopHereError):
-        generate(pipe)
-    handle.remove()
-    generate(pipe, **prompt((10,), seed=3))
-    assert states(processor.report()) == warm_then_sparse(4, warmup=1)
-
-
 def test_a_batch_of_two_prompts_runs():
     pipe, processor = sparse_pipeline()
     assert generate(pipe, lengths=(10, 4)).shape[0] == 2
