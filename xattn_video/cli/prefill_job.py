@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xattn_video.backends.table import resolve_backend
 from xattn_video.files import check_output_path
 from xattn_video.language.kv_memory import (
     PrefillPlan,
@@ -22,8 +21,6 @@ from xattn_video.language.model_sources import LanguageSource, find_language_mod
 from xattn_video.language.needle import answer_tokens, needle_prompt
 from xattn_video.language.prefill_settings import PrefillSettings
 from xattn_video.language.registration import check_transformers
-from xattn_video.ops.problem import Problem
-from xattn_video.ops.scoring import check_precision
 from xattn_video.options.prefill_options import (
     DEFAULT_NEEDLE,
     DEFAULT_TOKENS,
@@ -151,16 +148,9 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
         tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
     beyond = _check_context(prompt, num_tokens, source, max_new_tokens)
     if not prompt.plan:
-        sparse = settings.sparse
-        problem = Problem(
-            load.resolved_device,
-            load.resolved_dtype,
-            head_dim(config),
-            sparse.block_size,
-            causal=True,
+        settings.sparse.backend_for(
+            load.resolved_device, load.resolved_dtype, head_dim(config), causal=True
         )
-        resolve_backend(sparse.backend, problem)
-        check_precision(sparse.scoring_precision, problem, sparse.stride)
         source.check_files()
     room = find_room(load)
     return PrefillJob(

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from xattn_video.backends.table import resolve_backend
 from xattn_video.ops.blocks import BlockLists
-from xattn_video.ops.problem import Problem
 from xattn_video.pipelines.generation import StepRecord, generate_together
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.policy.schedule import ThresholdSchedule
@@ -173,16 +171,13 @@ class AttentionErrors:
     def _as_sparse(self, seen: AttendedLayer) -> ForwardPass:
         """The forward pass with the settings of sparse attention."""
         settings, layout = self._settings, seen.forward.layout
-        problem = Problem(
-            device=layout.device,
-            dtype=seen.value.dtype,
-            head_dim=seen.value.shape[-1],
-            block_size=settings.block_size,
+        backend = settings.backend_for(
+            layout.device,
+            seen.value.dtype,
+            seen.value.shape[-1],
             causal=layout.causal,
             ragged=layout.ragged,
-            lse=settings.needs_lse,
         )
-        backend = resolve_backend(settings.backend, problem)
         if settings.token_order == "hilbert":
             layout = layout.along_hilbert_curve()
         return replace(seen.forward, settings=settings, layout=layout, backend=backend)

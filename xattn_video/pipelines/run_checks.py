@@ -25,9 +25,6 @@ def check_runs(
         UnsupportedModelError, PipelineLoadError: The model cannot be used.
         BackendUnavailableError: A backend cannot run the model's heads, or the dense steps, here.
     """
-    from xattn_video.backends.table import resolve_backend
-    from xattn_video.ops.problem import Problem
-    from xattn_video.ops.scoring import check_precision
     from xattn_video.pipelines.loading import check_loading
     from xattn_video.pipelines.model_shape import read_model_shape
     from xattn_video.pipelines.run_plan import plan_run
@@ -39,12 +36,7 @@ def check_runs(
     for request in requests:
         sparse = request.sparse
         if sparse is not None:
-            device, dtype = load.resolved_device, load.resolved_dtype
-            problem = Problem(
-                device, dtype, shape.head_dim, sparse.block_size, lse=sparse.needs_lse
-            )
-            resolve_backend(sparse.backend, problem)
-            check_precision(sparse.scoring_precision, problem, sparse.stride)
+            sparse.backend_for(load.resolved_device, load.resolved_dtype, shape.head_dim)
         plan = plan_run(shape, request.video, sparse, load)
         if plan.shortage is not None and not force:
             raise ValueError(f"{plan.shortage} --force runs it anyway.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from xattn_video.policy.schedule import CallableSchedule, ThresholdLike, ThresholdSchedule
 
 if TYPE_CHECKING:
+    import torch
+
     from xattn_video.ops.scoring import Precision
 
 ResidualPlace: TypeAlias = Literal["auto", "device", "host"]
@@ -202,6 +204,31 @@ class SparseSettings:
         if self.min_tokens is not None:
             return self.min_tokens
         return MIN_TOKENS_CUDA if device_type == "cuda" else _MIN_TOKENS_ELSEWHERE
+
+    def backend_for(
+        self,
+        device: "torch.device",
+        dtype: "torch.dtype",
+        head_dim: int,
+        *,
+        causal: bool = False,
+        ragged: bool = False,
+    ) -> str:
+        """The backend that computes sparse attention of such inputs.
+
+        Raises:
+            BackendUnavailableError: The backend cannot run them; lists every reason.
+            ValueError: Their scores cannot be computed in 8 bits, but must be.
+        """
+        from xattn_video.backends.table import resolve_backend
+        from xattn_video.ops.problem import Problem
+        from xattn_video.ops.scoring import check_precision
+
+        problem = Problem(
+            device, dtype, head_dim, self.block_size, causal, ragged, lse=self.needs_lse
+        )
+        check_precision(self.scoring_precision, problem, self.stride)
+        return resolve_backend(self.backend, problem)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -8,11 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from xattn_video.backends.table import resolve_backend
 from xattn_video.errors import BackendUnavailableError
 from xattn_video.kernels.support import device_unsupported_reasons
-from xattn_video.ops.problem import Problem
-from xattn_video.ops.scoring import check_precision
 from xattn_video.policy.decision import Decision, Run, decide
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.policy.steps import ForwardInputs, StepTracker
@@ -218,18 +215,10 @@ class Session:
         device, dtype = layout.device, inputs.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        problem = Problem(
-            device=device,
-            dtype=dtype,
-            head_dim=head_dim,
-            block_size=settings.block_size,
-            causal=layout.causal,
-            ragged=layout.ragged,
-            lse=settings.needs_lse,
-        )
         try:
-            check_precision(settings.scoring_precision, problem, settings.stride)
-            return resolve_backend(settings.backend, problem)
+            return settings.backend_for(
+                device, dtype, head_dim, causal=layout.causal, ragged=layout.ragged
+            )
         except (BackendUnavailableError, ValueError):
             self.recorder.num_refused += 1
             raise
