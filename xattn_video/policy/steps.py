@@ -14,7 +14,7 @@ class ForwardInputs:
     Args:
         timestep: The timestep of the first item.
         timestep_dtype: Its dtype; in bfloat16 several steps can share one rounded timestep.
-        latent_shape: `[C, T, H, W]`.
+        latent_shape: `[C, T, H, W]` of an item; the batch is the number of ``text_lengths``.
         latent_sample: Some latents of the first item; they are the same in all passes of a step.
         text_sample: Some values of all items' text; they differ between the passes of a step.
         text_lengths: Valid text tokens of each item.
