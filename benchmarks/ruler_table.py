@@ -126,7 +126,7 @@ def render() -> str:
         for text in (f"{n:,}: score, difference to dense", "density of sparse layers, of all")
     ]
     table = Table(("task", "setting", *headings), tuple(rows), num_left=2)
-    first = runs.reports[0]
+    first, lengths = runs.reports[0], ",".join(map(str, runs.lengths))
     facts = [
         f"{first['model']}, {first['dtype']}, {first['samples']} samples of each task at each "
         "length; in brackets the 95% interval of the paired difference",
@@ -136,8 +136,8 @@ def render() -> str:
         "dense ones included",
         f"the paper's rows are {_PAPERS_MODEL}'s on its own tasks, with a threshold for each head "
         "and the density as printed there",
-        "the command: `scripts/run_ruler.sh --run runs/ruler --samples "
-        f"{first['samples']} --tasks {','.join(runs.tasks)}`",
+        f"the command: `scripts/run_ruler.sh --run runs/ruler --model {first['model']} --lengths "
+        f"{lengths} --samples {first['samples']} --tasks {','.join(runs.tasks)}`",
         *runs.places(),
     ]
     return "\n".join([table.markdown(), "", *(f"- {fact}" for fact in facts)]) + "\n"
