@@ -9,6 +9,8 @@ import pytest
 from command_line import SMALL, SPARSE
 from launched import LAUNCHERS, ROOT, launch
 
+from xattn_video.cli import generate_job
+
 
 @pytest.fixture
 def words(tiny_pipeline):
@@ -99,6 +101,23 @@ def test_ranks_that_speak_tell_an_error_once(words, generate, tmp_path):
     assert second.err == ""
     assert first.err.count("error: ") == 1
     assert "error: 'v' holds a run with other settings" in first.err
+
+
+def rank_one_refuses(rank):
+    def refuse(load, requests, force):
+        raise ValueError("the memory is too small.")
+
+    if rank == 1:
+        generate_job.check_runs = refuse
+
+
+@pytest.mark.usefixtures("prompts")
+def test_a_folder_is_not_claimed_where_one_rank_refuses(words, tmp_path):
+    asked = [*words, "--dense", "--prompts-file=p.txt", "--parallel=prompts", "--output=v"]
+    first, second = launch(asked, 2, tmp_path, rank_one_refuses)
+    assert first.err == "error: rank 1: the memory is too small.\n"
+    assert second.err == ""
+    assert [path.name for path in (tmp_path / "v/resume").iterdir()] == ["locks"]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -92,26 +92,25 @@ def generate(
         speak()
     folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
     with folder.lock() if folder is not None and ranks.is_first else nullcontext():
-        if not ranks.is_first:
-            # Wait until the first rank has claimed the folder and named the files.
-            ranks.meet()
-        outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
-        if files.html is not None:
-            outputs = outputs.with_page(files.html)
-        job = GenerateJob(
-            load,
-            requests,
-            outputs,
-            details.fps,
-            errors.verbose,
-            details.force,
-            folder,
-            ranks,
-            split,
-        )
-        check_job(job)
+        with ranks.first_ahead():
+            outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
+            if files.html is not None:
+                outputs = outputs.with_page(files.html)
+            job = GenerateJob(
+                load,
+                requests,
+                outputs,
+                details.fps,
+                errors.verbose,
+                details.force,
+                folder,
+                ranks,
+                split,
+            )
+            check_job(job)
+        # What one rank refuses must leave nothing of the others.
+        ranks.meet()
         if ranks.is_first:
             claim_folder(job, files.overwrite)
-            ranks.meet()
         errors.running = True
         run_job(job)

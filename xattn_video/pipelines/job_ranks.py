@@ -96,6 +96,16 @@ class JobRanks:
             self.watch.check()
             time.sleep(0.02)
 
+    @contextlib.contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """A context that the first rank leaves before the others enter it."""
+        if not self.is_first:
+            self.meet()
+        yield
+        # Not in a finally: after an exception the process ends.
+        if self.is_first:
+            self.meet()
+
     def share(self, what: str, value: Callable[[], Any]) -> Any:
         """Give all ranks the first rank's value, which must be JSON; once for each ``what``."""
         import json
