@@ -5,7 +5,6 @@ accelerate launch -m eval_vbench.generate --run runs/xattn-0.95 --threshold 0.95
 torchrun --nproc-per-node 8 -m -- eval_vbench.generate --run runs/dense --dense --gpus-per-video 2
 """
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,7 @@ from eval_vbench.run_folder import RunFolder
 from eval_vbench.sampling_job import RunOptions, SamplingJob
 from xattn_video.options.command import CONTEXT_SETTINGS, command
 from xattn_video.options.groups import loading, sparse_settings, video_settings
-from xattn_video.pipelines.job_ranks import JobRanks, joined_ranks
+from xattn_video.pipelines.job_ranks import JobRanks, joined_ranks, speak
 from xattn_video.pipelines.request import VideoSettings
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import print_error
@@ -53,6 +52,8 @@ def main(
     load = replace(load, num_gpus=count, device=load.device or _device_of(share))
     if count > 1:
         load = ranks.place(replace(load, device=None if load.device != "cpu" else "cpu"))
+    else:
+        speak()
     job = SamplingJob(
         RunFolder(asked.run),
         share,
@@ -85,11 +86,9 @@ def _device_of(share: Share) -> str | None:
 
 
 def run() -> None:
-    """Entry point: processes that share videos join a group, others exchange only files."""
-    if any(word.split("=")[0] == "--gpus-per-video" for word in sys.argv[1:]):
-        with joined_ranks(print_error) as ranks:
-            app(obj=ranks)
-    app()
+    """Entry point, on every rank."""
+    with joined_ranks(print_error) as ranks:
+        app(obj=ranks)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,6 @@ class Share:
 def launched_share(gpus_per_video: int = 1) -> Share:
     """The share that the launcher set for this process, or for a group of neighbours.
 
-    Processes that do not share videos exchange only files. So no process group can time out while
-    one of them works on a long video.
-
     Args:
         gpus_per_video: Number of neighbours that generate each video of their share together.
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from eval_vbench.prompts import VideoItem
-from eval_vbench.run_folder import RunFolder
 from xattn_video.measure.clips import Clip
 from xattn_video.measure.comparison import judge_demo_clip
 from xattn_video.pipelines.expected_work import ExpectedWork
@@ -15,6 +14,7 @@ from xattn_video.pipelines.generation import GenerationResult, StepRecord, gener
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.video import write_video
+from xattn_video.reporting.console import print_message
 from xattn_video.reporting.machine import machine_record
 from xattn_video.reporting.progress import JobProgress
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
     from eval_vbench.sampling_job import SamplingJob
 
-_POLL_SECONDS = 0.5
-
 
 def sample(
     job: "SamplingJob",
     pipe: "HunyuanVideoPipeline",
     items: Sequence[VideoItem],
+    attempts: Attempts,
     shown: JobProgress,
-) -> Attempts:
-    """Generate the missing videos and return the attempts; failures are recorded.
+) -> None:
+    """Generate the missing videos; failures are recorded.
 
     Args:
         job: The rank's part of a run.
         pipe: The loaded pipeline.
         items: The missing videos.
+        attempts: The attempts to generate them.
         shown: The display of the steps.
 
     Raises:
         RunStoppedError: The disk is full, or several videos failed in a row.
     """
-    begun, attempts, work = time.perf_counter(), Attempts(job.run, job.say), ExpectedWork.of(pipe)
+    begun, work = time.perf_counter(), ExpectedWork.of(pipe)
     for number, item in enumerate(items):
         title = f"{number + 1}/{len(items)} {item.file_name}"
         # In a team, a failure on one rank leaves the others waiting, so it ends the job.
@@ -54,11 +54,10 @@ def sample(
             _sample_one(job, pipe, item, on_step)
         mean = (time.perf_counter() - begun) / (number + 1)
         left = len(items) - number - 1
-        job.say(
+        print_message(
             f"{number + 1}/{len(items)} videos, {mean:.1f} s each, "
             f"{format_seconds(mean * left)} left"
         )
-    return attempts
 
 
 def _sample_one(
@@ -81,23 +80,6 @@ def _sample_one(
     for file in files:
         write_video(file, result.frames, job.asked.fps)
     run.add_video(item, files, _record(pipe, item, request, result, job.asked.fps))
-
-
-def settled(run: RunFolder, items: Sequence[VideoItem]) -> bool:
-    """Whether every video is finished or has failed."""
-    return all(
-        run.record(item.key) is not None or run.failure(item.key) is not None for item in items
-    )
-
-
-def wait_for_others(run: RunFolder, items: Sequence[VideoItem]) -> None:
-    """Wait until all ranks are done.
-
-    A launcher ends all ranks as soon as one returns an error, so a rank with failed videos waits
-    for the others before it reports the failures.
-    """
-    while not settled(run, items):
-        time.sleep(_POLL_SECONDS)
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,6 +20,7 @@ from eval_vbench.prompts import (
 from eval_vbench.run_folder import RunFolder
 from xattn_video.files import check_output_folder
 from xattn_video.options.command import knob
+from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, check_fps
 from xattn_video.pipelines.run_checks import check_runs
@@ -80,7 +81,7 @@ class SamplingJob:
         asked: The options of the run.
         video, sparse: As in a request.
         verbose: Whether to show the messages of other libraries.
-        ranks: All ranks that share videos; by default only this one.
+        ranks: All ranks of the run; by default only this one.
         team: The ranks that share each video with this one.
     """
 
@@ -118,7 +119,7 @@ class SamplingJob:
         return video_items(self.prompts, self.asked.videos_per_prompt, self.asked.seed)
 
     def check(self) -> None:
-        """Check for what would fail, and claim the folder for this run.
+        """Check for what would fail, and claim the folder once all ranks have checked.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -128,14 +129,18 @@ class SamplingJob:
         """
         first = self.items[0]
         request = self.request(first)
-        # Only one rank warns.
-        if self.share.rank == 0:
-            print_warnings(check_runs(self.load, [request], self.asked.force))
-        check_output_folder(self.run.path, what="run")
-        check_encoders(
-            self.run.path, (".mp4", ".mkv") if self.asked.lossless else (".mp4",), self.asked.fps
-        )
-        self.run.adopt(self.settings(), self.asked.overwrite)
+        suffixes = (".mp4", ".mkv") if self.asked.lossless else (".mp4",)
+        with self.ranks.first_ahead():
+            warnings = check_runs(self.load, [request], self.asked.force)
+            # Only one rank warns.
+            if self.ranks.is_first:
+                print_warnings(warnings)
+            check_output_folder(self.run.path, what="run")
+            check_encoders(self.run.path, suffixes, self.asked.fps)
+        # What one rank refuses must leave nothing of the others.
+        self.ranks.meet()
+        with self.ranks.first_ahead():
+            self.run.adopt(self.settings(), self.asked.overwrite)
 
     def settings(self) -> dict[str, Any]:
         """Everything that the videos depend on."""
@@ -159,7 +164,7 @@ class SamplingJob:
         Raises:
             RuntimeError: Some videos failed, or the run had to stop.
         """
-        from eval_vbench.sampling import sample, wait_for_others
+        from eval_vbench.sampling import sample
 
         share, items = self.share, self.items
         # Only a single rank has a display; those of several ranks would mix.
@@ -167,17 +172,20 @@ class SamplingJob:
         shown = JobProgress(progress_console() if alone else Console(quiet=True))
         ours = share.of(items)
         missing = [item for item in ours if self.run.record(item.key) is None]
-        self.say(f"{len(ours) - len(missing)} of {len(ours)} videos already exist")
+        print_message(f"{len(ours) - len(missing)} of {len(ours)} videos already exist")
+        attempts = Attempts(self.run, print_message)
         if self._any_missing(missing):
             if not self.verbose:
                 quiet_libraries()
             self.run.forget_failures(item.key for item in missing)
             with shown.running():
-                attempts = sample(self, self._load(missing, shown), missing, shown)
-            if attempts.failed:
-                wait_for_others(self.run, items)
-            attempts.conclude(len(missing))
-        output_console().print(f"{self._prefix}videos     {self.run.videos}", soft_wrap=True)
+                sample(self, self._load(missing, shown), missing, attempts, shown)
+        # A launcher ends all ranks when one has failed, so failures are reported at the end.
+        self.ranks.meet()
+        if self.ranks.is_first:
+            attempts.failed = sum(self.run.failure(item.key) is not None for item in items)
+            attempts.conclude(len(items))
+            output_console().print(f"videos     {self.run.videos}", soft_wrap=True)
 
     def _load(self, missing: list[VideoItem], shown: JobProgress) -> "HunyuanVideoPipeline":
         """Load the model, let the team share it, and announce the work."""
@@ -186,7 +194,7 @@ class SamplingJob:
         from xattn_video.pipelines.prompt_length import cut_prompts
 
         if self.share.num_ranks > 1:
-            self.say(f"loading {self.load.model}")
+            print_message(f"loading {self.load.model}")
         shown.load(self.load.model, downloads=is_on_hub(self.load.model))
         if self.team.team_size > 1:
             self.ranks.connect(self.load.resolved_device)
@@ -203,20 +211,12 @@ class SamplingJob:
 
     def _any_missing(self, missing: list[VideoItem]) -> bool:
         """Whether this rank, or one of those that it joins in a group, has videos to make."""
-        if self.ranks.is_alone:
+        if self.team.team_size == 1:
             return bool(missing)
         return self.ranks.share(
             "any missing",
             lambda: any(self.run.record(item.key) is None for item in self.items),
         )
-
-    @property
-    def _prefix(self) -> str:
-        return f"[{self.share.rank}] " if self.share.num_ranks > 1 else ""
-
-    def say(self, text: str) -> None:
-        """Print a line of progress."""
-        print_message(self._prefix + text)
 
     def request(self, item: VideoItem) -> GenerationRequest:
         """The request for a video."""

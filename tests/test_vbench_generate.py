@@ -4,8 +4,6 @@ import errno
 import fcntl
 import json
 import shutil
-import time
-from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import pytest
@@ -119,17 +117,6 @@ def test_a_video_whose_record_is_broken_is_made_again(content, finished, tiny_pi
     assert RunFolder(folder).record("0000-0")["prompt"]
 
 
-def test_one_rank_of_two_makes_the_same_videos(finished, tiny_pipeline, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        code, _, messages = make_run(folder, tiny_pipeline, *SPARSE)
-        assert code == 0
-        assert f"[{rank}] 0 of 1 videos already exist" in messages
-    assert files_of(folder) == files_of(finished)
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -206,30 +193,6 @@ def test_failures_are_listed_and_tried_again(finished, tiny_pipeline, tmp_path, 
     assert "1 of 2 videos already exist" in messages
     assert run.failure(first.key) is None
     assert files_of(folder) == files_of(finished)
-
-
-def test_a_rank_that_failed_waits_for_the_others(tiny_pipeline, tmp_path, monkeypatch):
-    """Its error would make the launcher end them."""
-    run, waits = RunFolder(tmp_path), []
-
-    def fail(pipe, request, on_step):
-        raise RuntimeError("CUDA out of memory")
-
-    def wait(seconds):
-        waits.append(seconds)
-        assert run.failure(run.expected_items()[0].key) is not None
-        if len(waits) == 2:
-            run.add_failure(run.expected_items()[1].key, "", RuntimeError("of the other rank"))
-
-    monkeypatch.setattr(sampling, "generate", fail)
-    clock = SimpleNamespace(sleep=wait, perf_counter=time.perf_counter)
-    monkeypatch.setattr(sampling, "time", clock)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, messages = make_run(tmp_path, tiny_pipeline, "--dense")
-    assert code == 1
-    assert len(waits) == 2
-    assert "1 of 1 videos failed" in messages
 
 
 def test_a_full_disk_stops_the_run(finished, tiny_pipeline, tmp_path, monkeypatch):
