@@ -45,29 +45,28 @@ def main() -> int:
         "--grid", type=user_path, help="another page to write the PSNR grid of the first file into"
     )
     arguments = parser.parse_args()
-    results, grid = arguments.results, arguments.grid
+    page, grid = arguments.page, arguments.grid
     try:
+        records = read_records(arguments.results)
         if grid is not None:
-            _check_marks(grid, GRID_BEGIN, GRID_END)
-        write_page(arguments.page, results)
+            if grid.resolve() == page.resolve():
+                raise ValueError(f"--grid and --page both name {str(page)!r}; give two pages.")
+            _check_page(grid, GRID_BEGIN, GRID_END, what="grid")
+            table = psnr_grid(next(iter(records.values())))
+        write_page(page, records)
         if grid is not None:
-            write_between(grid, GRID_BEGIN, GRID_END, psnr_grid(read_record(results[0])))
+            write_between(grid, GRID_BEGIN, GRID_END, table)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def write_page(page: Path, results: list[Path]) -> None:
-    """Replace the content between the two marks of the page.
-
-    Args:
-        page: A Markdown file; the plots go to ``images`` beside it.
-        results: results.json files.
+def read_records(results: list[Path]) -> dict[str, dict[str, Any]]:
+    """The content of results.json files, by the name of the run.
 
     Raises:
-        ValueError: The page lacks the marks, a file does not exist or holds no results, or two
-            have the same name.
+        ValueError: A file does not exist or holds no results, or two have the same name.
     """
     missing = [str(path) for path in results if not path.is_file()]
     if missing:
@@ -75,9 +74,24 @@ def write_page(page: Path, results: list[Path]) -> None:
     names = [run_name(path) for path in results]
     if len(set(names)) < len(names):
         raise ValueError(f"the runs need different names, got {', '.join(names)}; rename one.")
-    check_output_path(page, (".md",), what="page")
-    _check_marks(page, BEGIN, END)
-    sections = [section(page.parent, path) for path in results]
+    records = dict(zip(names, map(read_record, results), strict=True))
+    for record in records.values():
+        comparison_rows(record)
+    return records
+
+
+def write_page(page: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Replace the content between the two marks of the page.
+
+    Args:
+        page: A Markdown file; the plots go to ``images`` beside it.
+        records: The content of results.json files, by the name of the run.
+
+    Raises:
+        ValueError: The page lacks the marks, or cannot be written.
+    """
+    _check_page(page, BEGIN, END, what="page")
+    sections = [section(page.parent, name, record) for name, record in records.items()]
     write_between(page, BEGIN, END, "\n" + "".join(sections))
 
 
@@ -87,8 +101,9 @@ def write_between(page: Path, begin: str, end: str, content: str) -> None:
     print(f"wrote {page}")
 
 
-def _check_marks(page: Path, begin: str, end: str) -> None:
-    """Raise ValueError if the page lacks its marks, before anything is drawn or written."""
+def _check_page(page: Path, begin: str, end: str, *, what: str) -> None:
+    """Raise ValueError if the page lacks its marks or cannot be written, before that is tried."""
+    check_output_path(page, (".md",), what=what)
     replace_between(_text_of(page, begin, end), begin, end, "")
 
 
@@ -113,13 +128,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def section(folder: Path, path: Path) -> str:
+def section(folder: Path, name: str, record: dict[str, Any]) -> str:
     """The heading, facts, table and plots of a run; draws the plots in ``folder``."""
-    record = read_record(path)
     rows = comparison_rows(record)
     images = folder / "images"
     images.mkdir(exist_ok=True)
-    plots = write_plots(images / f"quality-{run_name(path)}", rows, record["layer_densities"])
+    plots = write_plots(images / f"quality-{name}", rows, record["layer_densities"])
     links = [plot.relative_to(folder).as_posix() for plot in plots]
     return f"### {comparison_title(record)}\n\n{comparison_text(record, links)}\n"
 

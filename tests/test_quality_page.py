@@ -116,6 +116,40 @@ def test_a_grid_without_marks_changes_no_page(script, page, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("a.json/README.md", "grid cannot be written to"),
+        ("README.txt", "grid must end in .md"),
+        ("new.md", "--grid and --page both name"),
+    ],
+)
+def test_a_grid_that_cannot_be_written_changes_no_page(
+    script, tmp_path, monkeypatch, capsys, grid, message
+):
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    words = [tmp_path / "a.json", "--page", tmp_path / "new.md", "--grid", tmp_path / grid]
+    assert run(script, monkeypatch, *words) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_folder_of_a_grid_is_made(script, page, tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    words = [tmp_path / "a.json", "--page", page, "--grid", tmp_path / "new/grid.md"]
+    assert run(script, monkeypatch, *words) == 0
+    assert "31.2 dB" in (tmp_path / "new/grid.md").read_text()
+
+
+def test_a_run_without_thresholds_has_no_grid(script, page, tmp_path, monkeypatch, capsys):
+    dense, _ = (made := record())["rows"]
+    (tmp_path / "a.json").write_text(json.dumps(made | {"rows": [dense]}))
+    before, words = page.read_text(), [tmp_path / "a.json", "--page", page]
+    assert run(script, monkeypatch, *words, "--grid", tmp_path / "grid.md") == 1
+    assert "a PSNR grid needs rows with a threshold, got none" in capsys.readouterr().err
+    assert page.read_text() == before
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
@@ -125,22 +159,25 @@ def test_a_grid_without_marks_changes_no_page(script, page, tmp_path, monkeypatc
 )
 def test_other_files_are_refused(script, page, tmp_path, monkeypatch, capsys, content, message):
     before = page.read_text()
-    (tmp_path / "a.json").write_text(content)
-    assert run(script, monkeypatch, tmp_path / "a.json", "--page", page) == 1
+    (tmp_path / "a.json").write_text(json.dumps(record()))
+    (tmp_path / "b.json").write_text(content)
+    words = [tmp_path / "a.json", tmp_path / "b.json", "--page", page]
+    assert run(script, monkeypatch, *words) == 1
     assert message in capsys.readouterr().err
     assert page.read_text() == before
+    assert [path.name for path in page.parent.iterdir()] == [page.name]
 
 
-def test_runs_of_one_name_are_refused(script, page, tmp_path):
+def test_runs_of_one_name_are_refused(script, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(record()))
     with pytest.raises(ValueError, match="different names, got a, a"):
-        script.write_page(page, [tmp_path / "a.json", tmp_path / "a.json"])
+        script.read_records([tmp_path / "a.json", tmp_path / "a.json"])
 
 
 def test_a_page_without_marks_is_refused(script, tmp_path):
     (tmp_path / "page.md").write_text("# No marks\n")
     with pytest.raises(ValueError, match="must hold these two lines once"):
-        script.write_page(tmp_path / "page.md", [])
+        script.write_page(tmp_path / "page.md", {})
 
 
 def test_the_page_of_the_docs_has_its_marks(script):

@@ -70,15 +70,17 @@ def psnr_grid(record: Mapping[str, Any]) -> str:
     """PSNR and density by threshold and warm-up at the smallest stride, and the command.
 
     Raises:
-        ValueError: The record does not belong to a comparison.
+        ValueError: The record does not belong to a comparison, or no row has a threshold.
     """
     settings = [(row.method.sparse, row) for row in comparison_rows(record) if row.method.sparse]
-    stride = min(sparse.stride for sparse, _ in settings)
+    stride = min((sparse.stride for sparse, _ in settings), default=0)
     cells = {
         (sparse.threshold, sparse.warmup_steps): _grid_cell(row)
         for sparse, row in settings
         if sparse.stride == stride and isinstance(sparse.threshold, float)
     }
+    if not cells:
+        raise ValueError("a PSNR grid needs rows with a threshold, got none; give another run.")
     taus, warmups = (sorted(set(values)) for values in zip(*cells, strict=True))
 
     def cell(warmup: int, tau: float) -> str:
