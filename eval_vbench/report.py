@@ -24,6 +24,8 @@ from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
 from xattn_video.reporting.console import output_console, print_message, written_name
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 
+_FILES = ("report.md", "report.html", "report.json", "report.png")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -38,7 +40,7 @@ def main(
     sparse: Annotated[list[Path], typer.Option(help="A sparse run; can be repeated.")],
     errors: ErrorsToExitCodes,
     output: Annotated[
-        Path, typer.Option(help="Folder for report.md, report.html, report.json and report.png.")
+        Path, typer.Option(help=f"Folder for {', '.join(_FILES[:-1])} and {_FILES[-1]}.")
     ] = Path("report"),
     fidelity: Annotated[
         bool, typer.Option(help="Measure PSNR, SSIM and the other fidelity metrics.")
@@ -47,6 +49,9 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: VBench's dimensions, fidelity, density, time."""
+    from xattn_video.pipelines.loading import LoadOptions
+
+    device = str(LoadOptions(device=device).resolved_device)
     folders = [dense, *sparse]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice; compare different runs.")
@@ -55,15 +60,17 @@ def main(
     for run in runs:
         check_comparable(reference, run)
     check_output_folder(output)
-    replaced = (output / "report.json").exists()
+    replaced = any((output / name).exists() for name in _FILES)
     errors.running = True
     values, page = _write(reference, runs, output, fidelity, device)
+    written = f"report     {written_name(output, replaced=replaced)}"
     if as_json:
         typer.echo(json.dumps(values, indent=2))
+        print_message(written)
         return
     console = output_console()
     console.print(page, soft_wrap=True)
-    console.print(f"report     {written_name(output, replaced=replaced)}", soft_wrap=True)
+    console.print(written, soft_wrap=True)
 
 
 def _write(

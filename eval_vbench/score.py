@@ -86,6 +86,11 @@ _Videos: TypeAlias = RunVideos | OwnVideos
 @command
 def main(asked: Scored, errors: ErrorsToExitCodes, as_json: AsJson = False) -> None:
     """Score a run or a folder of videos; existing scores are kept."""
+    from xattn_video.pipelines.loading import LoadOptions
+
+    if asked.device is not None:
+        # VBench's environment has a torch of its own, so only the name is checked.
+        LoadOptions(device=asked.device, device_elsewhere=True)
     videos = _videos(asked)
     if videos is not None:
         videos.check()

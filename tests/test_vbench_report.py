@@ -98,6 +98,29 @@ def test_a_report_holds_all_that_was_measured(runs):
     assert f"Device: cpu; diffusers {diffusers.__version__}, torch {torch.__version__}" in page
 
 
+def test_a_file_that_is_replaced_is_said(runs):
+    (runs / "report").mkdir()
+    (runs / "report/report.md").write_text("mine")
+    code, out, err = make_report(runs, "--no-fidelity", "--json")
+    assert code == 0, err
+    assert json.loads(out)["sparse"]
+    assert err == f"report     {runs / 'report'} (replaced)\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("foo", "--device must be cpu, cuda or cuda:N, got 'foo'; use one of these."),
+        ("cuda:99", "device 'cuda:99' does not exist: "),
+    ],
+)
+def test_a_device_that_is_not_there_leaves_nothing(runs, device, message):
+    code, _, err = make_report(runs, f"--device={device}")
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert not (runs / "report").exists()
+
+
 def test_what_was_measured_is_not_measured_again(runs, monkeypatch):
     assert make_report(runs)[0] == 0
     before = json.loads((runs / "report/report.json").read_text())

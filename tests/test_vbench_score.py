@@ -323,6 +323,10 @@ def test_ones_own_videos_are_scored_and_not_scored_again(own, fake_vbench, weigh
             ["--videos=."],
             "'.' contains no video that VBench accepts; expected files that end in .mp4",
         ),
+        (
+            ["--videos=/nowhere", "--device=foo"],
+            "--device must be cpu, cuda or cuda:N, got 'foo'; use one of these.",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(words, message, tmp_path, monkeypatch):
