@@ -21,8 +21,7 @@ refuse() {
     exit 2
 }
 
-suite=944
-plan=no gpus=1 num_prompts=$suite vbench_python="" runs=""
+plan=no gpus=1 suite=gpt_enhanced num_prompts="" videos_per_prompt=1 vbench_python="" runs=""
 while [[ $# -gt 0 ]]; do
     case $1 in
         --plan) plan=yes; shift ;;
@@ -36,10 +35,30 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 [[ -n $runs ]] || refuse "give a folder for the runs"
-for number in "$gpus" "$num_prompts"; do
+
+# The options after -- that decide the number of videos; each may have its value in the next word.
+name="" of=""
+for word in "$@"; do
+    if [[ $word == -* ]]; then
+        name=${word%%=*}
+    fi
+    case $name in
+        --suite) suite=${word#*=} ;;
+        --num-prompts) num_prompts=${word#*=} ;;
+        --videos-per-prompt) videos_per_prompt=${word#*=} ;;
+        *) of=", not of all options after --" ;;
+    esac
+done
+all_prompts=944
+if [[ $suite == demo ]]; then
+    all_prompts=40
+fi
+num_prompts=${num_prompts:-$all_prompts}
+for number in "$gpus" "$num_prompts" "$videos_per_prompt"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "not a positive number: $number"
 done
-((num_prompts <= suite)) || refuse "the suite has $suite prompts, got $num_prompts"
+((num_prompts <= all_prompts)) || refuse "the suite has $all_prompts prompts, got $num_prompts"
+videos=$((num_prompts * videos_per_prompt))
 
 # Seconds on one H100 for one video, measured on random weights with flash-attn-4. Steps, scoring
 # included (benchmarks/results/step-h100.json): dense 18.53 s, sparse 11.06 s at density 0.445 and
@@ -49,16 +68,12 @@ other=60
 dense=$((50 * 1853 / 100 + other))
 tau_95=$((5 * 1853 / 100 + 45 * 1106 / 100 + other))
 tau_90=$((5 * 1853 / 100 + 45 * 931 / 100 + other))
-total=$(((dense + tau_95 + tau_90) * num_prompts))
-of=""
-if [[ $# -gt 0 ]]; then
-    of=", not of the options after --"
-fi
+total=$(((dense + tau_95 + tau_90) * videos))
 cat <<COST
-expected   $num_prompts prompts x 3 runs; on an H100 about $dense s for a dense video,
+expected   $videos videos x 3 runs; on an H100 about $dense s for a dense video,
            $tau_95 s at tau 0.95, $tau_90 s at tau 0.90 (an estimate from measured steps$of)
 time       about $((total / 3600)) GPU hours, $((total / 3600 / gpus)) hours on $gpus GPU(s)
-disk       about $((num_prompts * 3 * 16 / 100)) GiB in $runs, nearly all of it lossless copies
+disk       about $((videos * 3 * 16 / 100)) GiB in $runs, nearly all of it lossless copies
 scoring    not estimated: VBench's dimensions need weights and a GPU
 COST
 if [[ $plan == yes ]]; then
@@ -76,7 +91,7 @@ fi
 
 generate() {
     "${launch[@]}" -m eval_vbench.generate --num-prompts "$num_prompts" \
-        --suite gpt_enhanced --videos-per-prompt 1 --seed 0 \
+        --suite "$suite" --videos-per-prompt "$videos_per_prompt" --seed 0 \
         --height 720 --width 1280 --num-frames 129 --num-inference-steps 50 "$@"
 }
 

@@ -16,6 +16,7 @@ from vbench_runs import SMALL, SPARSE, files_of, invoke
 
 from benchmarks.whole_videos import read_whole_videos
 from eval_vbench import generate, report, score
+from eval_vbench.prompts import load_suite
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-m"]
@@ -182,7 +183,7 @@ def test_the_cost_is_printed_first(tmp_path):
     videos = [int(5 * dense + 45 * step + other) for step in (dense, high, low)]
     done = run_script("--plan", "--gpus", 8, tmp_path / "runs")
     assert done.returncode == 0
-    assert "944 prompts x 3 runs" in done.stdout
+    assert "944 videos x 3 runs" in done.stdout
     seconds = [int(number) for number in re.findall(r"(\d+) s (?:for|at)", done.stdout)]
     assert seconds == pytest.approx(videos, abs=2)
     assert "about 578 GPU hours, 72 hours on 8 GPU(s)" in done.stdout
@@ -202,6 +203,10 @@ def test_the_cost_is_printed_first(tmp_path):
             ["--plan", "--num-prompts", "945", "runs"],
             "error: the suite has 944 prompts, got 945\n",
         ),
+        (
+            ["--plan", "runs", "--", "--suite=demo", "--num-prompts", "41"],
+            "error: the suite has 40 prompts, got 41\n",
+        ),
     ],
 )
 def test_the_script_refuses_what_it_does_not_know(arguments, message):
@@ -216,9 +221,24 @@ def test_the_script_has_a_help_and_says_what_its_plan_leaves_out(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "xattn-run-hunyuan, or in a clone scripts/run_hunyuan.sh:" in done.stdout
     plan = ("--plan", tmp_path / "runs")
-    left_out = "not of the options after --"
-    assert left_out not in run_script(*plan).stdout
-    assert left_out in run_script(*plan, "--", "--num-inference-steps=10").stdout
+    left_out = "not of all options after --"
+    assert left_out not in run_script(*plan, "--", "--suite", "original").stdout
+    assert left_out in run_script(*plan, "--", "--suite=demo", "--num-inference-steps=10").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "videos"),
+    [
+        (["--suite", "demo"], len(load_suite("demo"))),
+        (["--suite=hunyuan"], len(load_suite("hunyuan"))),
+        (["--num-prompts", "3", "--videos-per-prompt=5"], 15),
+        (["--suite=demo", "--num-prompts=2"], 2),
+    ],
+)
+def test_the_plan_counts_the_videos_of_the_options_after_the_dashes(words, videos, tmp_path):
+    done = run_script("--plan", tmp_path / "runs", "--", *words)
+    assert done.stdout.startswith(f"expected   {videos} videos x 3 runs; ")
+    assert f"about {videos * 3 * 16 // 100} GiB" in done.stdout
 
 
 @pytest.mark.slow
