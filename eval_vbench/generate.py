@@ -48,29 +48,34 @@ def main(
     from xattn_video.pipelines.memory import settle_offload
 
     count = asked.gpus_per_video
-    share = launched_share(count)
-    load = replace(load, num_gpus=count, device=load.device or _device_of(share))
-    if count > 1:
-        load = ranks.place(replace(load, device=None if load.device != "cpu" else "cpu"))
-    else:
+    if count == 1:
         speak()
-    job = SamplingJob(
-        RunFolder(asked.run),
-        share,
-        settle_offload(load, video),
-        asked,
-        video,
-        sparse,
-        errors.verbose,
-        ranks,
-        ranks.team(count),
-    )
-    if asked.overwrite and share.num_ranks * count > 1:
-        raise ValueError(
-            "--overwrite replaces the run's videos, which other ranks may be writing, got "
-            f"{share.num_ranks * count} ranks; give another --run, or remove the folder."
+    with ranks.first_ahead():
+        share = launched_share(count)
+        load = replace(load, num_gpus=count, device=load.device or _device_of(share))
+        if count > 1:
+            load = ranks.place(replace(load, device=None if load.device != "cpu" else "cpu"))
+        job = SamplingJob(
+            RunFolder(asked.run),
+            share,
+            settle_offload(load, video),
+            asked,
+            video,
+            sparse,
+            errors.verbose,
+            ranks,
+            ranks.team(count),
         )
-    job.check()
+        if asked.overwrite and share.num_ranks * count > 1:
+            raise ValueError(
+                "--overwrite replaces the run's videos, which other ranks may be writing, got "
+                f"{share.num_ranks * count} ranks; give another --run, or remove the folder."
+            )
+        job.check()
+    # What one rank refuses must leave nothing of the others.
+    ranks.meet()
+    with ranks.first_ahead():
+        job.claim()
     with job.run.lock_rank(share.rank, share.num_ranks) if job.writes else nullcontext():
         errors.running = True
         job.generate()

@@ -119,7 +119,7 @@ class SamplingJob:
         return video_items(self.prompts, self.asked.videos_per_prompt, self.asked.seed)
 
     def check(self) -> None:
-        """Check for what would fail, and claim the folder once all ranks have checked.
+        """Check for what would fail.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -129,18 +129,22 @@ class SamplingJob:
         """
         first = self.items[0]
         request = self.request(first)
-        suffixes = (".mp4", ".mkv") if self.asked.lossless else (".mp4",)
-        with self.ranks.first_ahead():
-            warnings = check_runs(self.load, [request], self.asked.force)
-            # Only one rank warns.
-            if self.ranks.is_first:
-                print_warnings(warnings)
-            check_output_folder(self.run.path, what="run")
-            check_encoders(self.run.path, suffixes, self.asked.fps)
-        # What one rank refuses must leave nothing of the others.
-        self.ranks.meet()
-        with self.ranks.first_ahead():
-            self.run.adopt(self.settings(), self.asked.overwrite)
+        warnings = check_runs(self.load, [request], self.asked.force)
+        # Only one rank warns.
+        if self.ranks.is_first:
+            print_warnings(warnings)
+        check_output_folder(self.run.path, what="run")
+        check_encoders(
+            self.run.path, (".mp4", ".mkv") if self.asked.lossless else (".mp4",), self.asked.fps
+        )
+
+    def claim(self) -> None:
+        """Assign the folder to this run.
+
+        Raises:
+            ValueError: The folder has other settings, or contains other files.
+        """
+        self.run.adopt(self.settings(), self.asked.overwrite)
 
     def settings(self) -> dict[str, Any]:
         """Everything that the videos depend on."""

@@ -53,10 +53,22 @@ def test_what_one_rank_refuses_leaves_nothing_of_any(sabotage, words, tmp_path):
     assert list((tmp_path / "run").glob("*")) == []
 
 
-def test_what_all_ranks_refuse_is_said_once(words, tmp_path):
-    first, second = launch([*words, "--attention-backend=no"], 2, tmp_path, entry=run)
-    assert first.err.startswith("error: unknown attention backend 'no' for the dense steps; ")
-    assert (first.err.count("error: "), second.err) == (1, "")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--height=70", "--height must be a positive multiple of 16 pixels, got 70"),
+        ("--fps=0", "--fps must lie between 1 and 240, got 0"),
+        ("--seed=-1", "--seed must lie between 0 and 2**63 - 1, got -1"),
+        ("--attention-backend=no", "unknown attention backend 'no' for the dense steps"),
+    ],
+)
+def test_what_all_ranks_refuse_is_said_once(option, message, words, tmp_path):
+    first, second = launch([*words, option], 2, tmp_path, entry=run)
+    assert first.err.startswith(f"error: {message}; ")
+    assert (first.err.count("\n"), second.err) == (1, "")
+
+
+def test_other_settings_are_refused_once(words, tmp_path):
     assert [end.code for end in launch(words, 2, tmp_path, entry=run)] == [0, 0]
     first, second = launch([*words, "--seed=1"], 2, tmp_path, entry=run)
     assert first.err.count("error: 'run' holds a run with other settings: seed 0 and 1") == 1

@@ -142,9 +142,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     "start it without torchrun or accelerate launch."
                 )
             ranks.agree("options", values)
-            _check_files(values, names, reads)
-            arguments = {name: values[name] for name in single}
-            arguments |= {name: group.make(values) for name, group in groups.items()}
+            # What all ranks refuse, the first one says.
+            with ranks.first_ahead():
+                _check_files(values, names, reads)
+                arguments = {name: values[name] for name in single}
+                arguments |= {name: group.make(values) for name, group in groups.items()}
             arguments |= dict.fromkeys(running, errors) | dict.fromkeys(several, ranks)
             arguments |= dict.fromkeys(typed, context)
             function(**arguments)
