@@ -10,10 +10,14 @@
 #   scripts/run_demo.sh --paper --plan                      # prints the memory that it needs
 set -euo pipefail
 
-words=(--model demo --dense-layers 2)
+words=(--model demo --dense-layers 2 --chunk-size 32768 --stride 16)
 if [[ ${1-} == --paper ]]; then
     shift
-    words=(--model gradientai/Llama-3-8B-Instruct-Gradient-1048k --tokens 450560)
+    words=(--model gradientai/Llama-3-8B-Instruct-Gradient-1048k --tokens 450560
+        --chunk-size 32768 --stride 16)
+fi
+if [[ " $* " =~ " "(-h|--help)" " ]]; then
+    echo "Options of this script, instead of the defaults below: ${words[*]}"
 fi
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-exec python -m xattn_video prefill "${words[@]}" --chunk-size 32768 --stride 16 "$@"
+exec python -m xattn_video prefill "${words[@]}" "$@"

@@ -6,5 +6,8 @@
 #   scripts/run_longbench.sh --run runs/longbench
 set -euo pipefail
 
-exec python -m eval_language.longbench --model meta-llama/Llama-3.1-8B-Instruct \
-    --settings 0.9:8 --samples 500 "$@"
+words=(--model meta-llama/Llama-3.1-8B-Instruct --settings 0.9:8 --samples 500)
+if [[ " $* " =~ " "(-h|--help)" " ]]; then
+    echo "Options of this script, instead of the defaults below: ${words[*]}"
+fi
+exec python -m eval_language.longbench "${words[@]}" "$@"

@@ -16,4 +16,7 @@ if [[ ${1-} == --paper ]]; then
     words=(--model meta-llama/Llama-3.1-8B-Instruct --settings 0.9:8,0.9:16
         --lengths 4096,8192,16384,32768,65536,131072)
 fi
+if [[ " $* " =~ " "(-h|--help)" " ]]; then
+    echo "Options of this script, instead of the defaults below: ${words[*]}"
+fi
 exec python -m eval_language.ruler "${words[@]}" "$@"

@@ -7,5 +7,8 @@
 #   scripts/run_vllms.sh --run runs/videomme
 set -euo pipefail
 
-exec python -m eval_language.videomme --model Qwen/Qwen2-VL-7B-Instruct \
-    --settings 0.9:16 --dense-layers 3 --samples 2700 "$@"
+words=(--model Qwen/Qwen2-VL-7B-Instruct --settings 0.9:16 --dense-layers 3 --samples 2700)
+if [[ " $* " =~ " "(-h|--help)" " ]]; then
+    echo "Options of this script, instead of the defaults below: ${words[*]}"
+fi
+exec python -m eval_language.videomme "${words[@]}" "$@"

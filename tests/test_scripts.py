@@ -95,6 +95,28 @@ def test_a_full_disk_is_found_before_anything_is_measured(kind, name, tmp_path, 
         assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["demo.sh", "demo.sh --paper", "ruler.sh", "ruler.sh --paper", "longbench.sh", "vllms.sh"],
+)
+def test_the_help_of_a_shell_script_names_the_options_that_it_passes(command, tmp_path):
+    name, *first = command.split()
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\nshift 2\necho $*\n")
+    stub.chmod(0o755)
+
+    def printed(*words):
+        words = ["bash", ROOT / f"scripts/run_{name}", *first, *words]
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(words, env=path, capture_output=True, text=True, check=True)
+        return done.stdout.replace("prefill ", "")
+
+    passed = printed("--run", "runs/help").removesuffix(" --run runs/help\n")
+    for word in ("--help", "-h"):
+        told = f"Options of this script, instead of the defaults below: {passed}\n"
+        assert printed(word) == f"{told}{passed} {word}\n"
+
+
 @pytest.fixture
 def sheet(tmp_path):
     """Run draw_contact_sheet; the words are those of its command line."""
