@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from xattn_video.pipelines.job_ranks import end_group
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchedRanks:
@@ -52,4 +54,4 @@ def launched_ranks(device: torch.device) -> Iterator[LaunchedRanks]:
     # All ranks leave together, so that none ends while another still talks to it.
     ranks.wait()
     # Not after an exception: others may be waiting for this rank, and torchrun ends them.
-    dist.destroy_process_group()
+    end_group()

@@ -36,7 +36,7 @@ from xattn_video.measure.operator_checks import WrongResultError
 from xattn_video.ops.problem import Problem
 from xattn_video.ops.scoring import PRECISIONS, chosen_precision
 from xattn_video.policy.presets import parse_setting
-from xattn_video.processors.context_parallel import exchange_of
+from xattn_video.processors.context_parallel import disable_context_parallel, exchange_of
 from xattn_video.processors.families.hunyuan_video import HUNYUAN_VIDEO
 from xattn_video.reporting.endings import run_script
 
@@ -70,6 +70,7 @@ def main(words: list[str] | None = None) -> None:
             inputs = step_inputs(arguments, transformer.config, ranks.device)
             exchange_ms = time_exchanges(transformer, inputs)
             bench.measure_steps({"gpus": ranks.count, "exchange_ms": exchange_ms})
+            disable_context_parallel(transformer)
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:

@@ -138,6 +138,7 @@ def test_the_inputs_fit_the_transformer():
 
 RANK_OF_TINY_STEPS = """
 import sys
+from pathlib import Path
 import torch
 from benchmarks import step
 from hunyuan import tiny_transformer
@@ -145,6 +146,8 @@ from hunyuan import tiny_transformer
 torch.set_num_threads(1)
 step.random_transformer = lambda device, layers: tiny_transformer().to(torch.bfloat16)
 step.main(sys.argv[1:])
+# Python aborts if it ends while threads of gloo run.
+assert "gloo" not in " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 """
 
 

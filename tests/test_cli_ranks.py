@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import SMALL, SPARSE
-from launched import LAUNCHERS, ROOT, launch
+from launched import LAUNCHERS, ROOT, launch, xattn_video
 
 from xattn_video.cli import generate_job
 
@@ -36,6 +37,21 @@ def test_two_ranks_make_the_video_that_one_makes(words, generate, tmp_path):
     assert "2/4 steps x 3/3 layers sparse" in first.out
     assert "step 4/4  sparse" in first.err
     assert (second.out, second.err) == ("", "")
+
+
+def end_and_name_threads():
+    try:
+        xattn_video()
+    finally:
+        print(*(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
+
+
+def test_no_thread_of_the_group_outlives_it(words, tmp_path):
+    """Python aborts if it ends while threads of gloo run."""
+    asked = [*words, "--prompt=a", "--dense", "--output=a.mp4"]
+    ended = launch(asked, 2, tmp_path, entry=end_and_name_threads)
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    assert all("gloo" not in end.out for end in ended)
 
 
 def test_dense_videos_of_uneven_tokens_are_shared(words, generate, tmp_path):

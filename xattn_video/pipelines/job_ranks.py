@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import os
 import re
@@ -302,8 +303,17 @@ def joined_ranks(tell: Callable[[str], None]) -> Iterator[JobRanks]:
             ranks.meet()
             ranks.watch.stop()
             if dist.is_initialized():
-                dist.destroy_process_group()
+                end_group()
             raise
+
+
+def end_group() -> None:
+    """End the process group and its threads; Python aborts if it ends while gloo's still run."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    # Cycles of modules and their hooks keep its subgroups.
+    gc.collect()
 
 
 def _end_failed(watch: RankWatch, rank: int, code: int, last_line: str) -> None:
