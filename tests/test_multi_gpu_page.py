@@ -1,6 +1,6 @@
 """The Python of docs/multi_gpu.md runs as it stands, on two ranks that share one video."""
 
-import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ def run_page() -> None:
     init = dist.init_process_group
     generator = torch.Generator
     with pytest.MonkeyPatch.context() as patch:
-        replace_hub(Path(os.environ["TINY_PIPELINE"]), patch)
+        replace_hub(Path(sys.argv[1]), patch)
         # A CPU in the place of each GPU.
         patch.setattr(torch.cuda, "set_device", lambda number: None)
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
@@ -37,9 +37,8 @@ def run_page() -> None:
     dist.destroy_process_group()
 
 
-def test_its_snippets_run_on_two_ranks_and_agree(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setenv("TINY_PIPELINE", str(tiny_pipeline))
-    first, second = launch([], 2, tmp_path, seconds=200, entry=run_page)
+def test_its_snippets_run_on_two_ranks_and_agree(tiny_pipeline, tmp_path):
+    first, second = launch([tiny_pipeline], 2, tmp_path, seconds=200, entry=run_page)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.out.startswith("3/8 steps x 3/3 layers sparse")
     assert not second.out
