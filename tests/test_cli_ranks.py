@@ -83,6 +83,8 @@ def test_prompts_are_dealt_out(words, generate, tmp_path):
     runs = json.loads((tmp_path / "run.json").read_text())["runs"]
     assert [run["prompt"] for run in runs] == ["first", "second", "third"]
     assert "[1] " in second.err
+    # Named where it is written: by the first rank, at the end.
+    assert (first.out.count("run.json"), second.out.count("run.json")) == (1, 0)
     min((tmp_path / "both/resume/items").iterdir()).unlink()
     first, second = launch([*words, *asked, "--output=both"], 2, tmp_path)
     assert (first.code, second.code) == (0, 0), first.err

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from command_line import SMALL, SPARSE, run_cli
 
+from xattn_video import SparsityReport
 from xattn_video.cli import generate_job
 from xattn_video.errors import FileNotWrittenError
 from xattn_video.pipelines import generation, loading
@@ -177,11 +178,12 @@ def test_a_report_that_cannot_be_written_costs_no_video(generate, monkeypatch, t
 
     with monkeypatch.context() as patch:
         patch.setattr(generate_job, "write_json", fail)
-        code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
+        code, out, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert code == 1
     assert "failed:" not in err
     # After every video, and at the end.
     assert err.count("cannot write 'run.json': File too large") == 4
+    assert "run.json" not in out
     code, _, err = generate("--prompts-file=p.txt", "--dense", "--report=run.json")
     assert (code, err.count(" exists already")) == (0, 3)
     assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) == 3
@@ -197,3 +199,32 @@ def test_reports_pages_and_plots_that_are_replaced_say_so(generate, tmp_path):
     for name in ("r.json", "p.html", "d.png"):
         assert f"{name} (replaced)" in out
     assert "a.mkv (replaced)" not in out
+
+
+def test_a_plot_that_cannot_be_written_is_not_named_and_the_rest_is(
+    generate, monkeypatch, tmp_path
+):
+    def fail(report, path):
+        raise FileNotWrittenError(path, "File too large")
+
+    monkeypatch.setattr(SparsityReport, "plot", fail)
+    (tmp_path / "p.txt").write_text("first\n")
+    for words, expected in (
+        (("--prompt=a", "--output=a.mp4", "--plot=a.png"), 1),
+        (("--prompts-file=p.txt", "--output=v", "--plot=plots"), 0),
+    ):
+        code, out, err = generate(*words, *SPARSE, "--report=run.json")
+        assert code == expected
+        assert ".mp4" in out
+        assert "run.json" in out
+        assert ".png" not in out
+        assert ".png': File too large" in err
+        assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) == 1
+
+
+def test_a_run_that_makes_nothing_names_the_report_that_it_writes(generate):
+    words = ("--prompts-file=p.txt", "--dense", "--report=run.json")
+    assert generate(*words)[0] == 0
+    code, out, err = generate(*words)
+    assert (code, err.count(" exists already")) == (0, 3)
+    assert out == "report     run.json (replaced)\n"

@@ -23,7 +23,6 @@ from xattn_video.reporting.console import (
     output_console,
     print_labelled,
     print_message,
-    print_warning,
     print_warnings,
     progress_console,
     quiet_libraries,
@@ -150,7 +149,7 @@ def _find_missing(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> list[int
             else f"; {plot} is missing: --overwrite generates the video again and draws it"
         )
         print_message(f"{job.outputs.videos[number]} exists already{lacks}")
-    _write_report(job, runs)
+    print_labelled(output_console(), _write_report(job, runs))
     return [number for number in range(len(job.requests)) if number not in runs]
 
 
@@ -232,7 +231,7 @@ def _conclude(job: GenerateJob, attempts: Attempts, keys: list[str]) -> None:
     if job.ranks.is_first and not job.ranks.is_alone:
         attempts.failed = sum(job.folder.failure(key) is not None for key in keys)
     if job.ranks.is_first:
-        _write_report(job, _finished(job))
+        print_labelled(output_console(), _write_report(job, _finished(job)))
         attempts.conclude(len(keys))
 
 
@@ -296,22 +295,25 @@ def _write_one(
     runs[number] = generation_record(request, result, video)
     if job.folder is not None:
         job.folder.add(prompt_keys(job.requests)[number], [video], {"run": runs[number]})
+    files = {"video": written_name(video, replaced=replaced)}
+    failed = []
     try:
         if plot is not None and result.report is not None:
             result.report.plot(plot)
-        if not job.split.by_prompt:
-            _write_report(job, runs)
+            files["plot"] = job.outputs.name_of(plot)
     except FileNotWrittenError as error:
-        if job.folder is None:
-            raise
-        # The video is finished, and the report is written again at the end.
-        print_warning(str(error))
-    files = {"video": written_name(video, replaced=replaced)}
-    for what, path in (("plot", plot), ("report", job.outputs.report)):
-        if path is not None:
-            files[what] = job.outputs.name_of(path)
+        failed.append(error)
+    try:
+        if not job.split.by_prompt:
+            files |= _write_report(job, runs)
+    except FileNotWrittenError as error:
+        failed.append(error)
     with shown.paused():
         print_summary(output_console(), request, result, files, job.load)
+    if failed and job.folder is None:
+        raise failed[0]
+    # The video is finished, and the report is written again at the end.
+    print_warnings(map(str, failed))
 
 
 def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
@@ -324,11 +326,16 @@ def _write_page(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
         print_labelled(output_console(), {"page": job.outputs.name_of(job.outputs.html)})
 
 
-def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> None:
-    """Write the report; called after every video, so that an interrupted run leaves one."""
-    if job.outputs.report is not None and runs:
-        ranks = {"ranks": job.ranks.count, "ranks_per_video": job.split.ranks_per_video}
-        write_json(job.outputs.report, _record(job, runs) | ranks)
+def _write_report(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> dict[str, str]:
+    """Write the report, and return its line for the summary; none without a report.
+
+    Called after every video, so that an interrupted run leaves a report.
+    """
+    if job.outputs.report is None or not runs:
+        return {}
+    ranks = {"ranks": job.ranks.count, "ranks_per_video": job.split.ranks_per_video}
+    write_json(job.outputs.report, _record(job, runs) | ranks)
+    return {"report": job.outputs.name_of(job.outputs.report)}
 
 
 def _record(job: GenerateJob, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
