@@ -21,7 +21,12 @@ from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
 from xattn_video.pipelines.item_folder import ItemFolder
-from xattn_video.reporting.console import output_console, print_message, quiet_libraries
+from xattn_video.reporting.console import (
+    output_console,
+    print_labelled,
+    print_message,
+    quiet_libraries,
+)
 from xattn_video.reporting.endings import ErrorsToExitCodes, OneLineCommand
 from xattn_video.reporting.machine import describe_versions, machine_record
 from xattn_video.reporting.tables import Table, figure
@@ -192,7 +197,7 @@ def harness_command(
         table = _write(folder, about, prepared, list(variants))
         console = output_console()
         console.print(table.terminal(console.width), crop=False)
-        print_message(f"report     {asked.run / 'report.md'}")
+        print_labelled(console, {"report": str(asked.run / "report.md")})
 
     main.__doc__ = f"Score a language model on {name}, dense and sparse. Run it again to resume."
     main.__annotations__ |= {

@@ -219,6 +219,7 @@ def test_the_file_drives_generate_and_compare_at_the_wanted_density(
     assert found["calibrated_error"] <= found["uniform_error"]
     assert found["prompts"] == ["a red circle", "a blue square"]
     assert found["sparse"]["density"] == 0.25
+    assert (found["output"], found["replaced"]) == ("d.json", False)
     assert len(found["layers"]) == 3
     schedule = ThresholdSchedule.load(tmp_path / "d.json")
     assert (schedule.kind, len(schedule.heads)) == ("density", 3 * HEADS)
@@ -256,8 +257,10 @@ def test_it_says_what_it_found(calibrate, tmp_path):
     assert err.endswith("densities  d.json (replaced)\n")
     # A preset's density is the wanted one where none is given.
     words = ("--num-inference-steps=20", "--block-size=16", "--min-tokens=0", "--output=e.json")
-    code, _, err = calibrate("--preset=quality", *words, "--prompt=a", "-q")
+    (tmp_path / "e.json").write_text("old")
+    code, out, err = calibrate("--preset=quality", *words, "--prompt=a", "-q", "--json")
     assert code == 0, err
+    assert json.loads(out)["replaced"]
     assert ThresholdSchedule.load(tmp_path / "e.json").threshold(0) == 0.15
 
 

@@ -374,6 +374,15 @@ def test_two_files(tmp_path):
     assert "5, 1 identical" in page
 
 
+def test_json_of_two_files_names_the_results_that_are_written(tmp_path):
+    clip = write_clip(tmp_path / "a.mkv")
+    words = ("compare", "--reference", clip, "--candidate", clip, "--json")
+    for more, results in (((), None), (("--output", tmp_path / "o"), str(tmp_path / "o"))):
+        code, out, err = run_cli(*words, *more)
+        assert code == 0, err
+        assert json.loads(out).get("results") == results
+
+
 def test_files_that_lost_detail_are_warned_of(tmp_path):
     reference, candidate = write_clip(tmp_path / "a.mkv"), write_clip(tmp_path / "a.mp4")
     code, _, err = run_cli("compare", "--reference", reference, "--candidate", candidate)

@@ -27,8 +27,9 @@ def ruler(folder, model, *arguments):
 
 
 def test_every_setting_stands_beside_dense_in_one_table(harnesses, tiny_llm, tmp_path):
-    code, _, err = ruler(tmp_path / "run", tiny_llm, "--settings=0.9:8,0.5:16")
+    code, out, err = ruler(tmp_path / "run", tiny_llm, "--settings=0.9:8,0.5:16", "-q")
     assert code == 0, err
+    assert out.endswith(f"report     {tmp_path / 'run/report.md'}\n")
     report = json.loads((tmp_path / "run/report.json").read_text())
     results = {(one["task"], one["setting"]): one for one in report["results"]}
     assert len(results) == 6
@@ -178,7 +179,7 @@ def test_a_user_sees_progress_the_table_and_warnings_that_matter(harnesses, tiny
     ]
     assert lines[7] == "warning: Truncating 0 tokens from the left. (5 more like this)"
     assert lines[8].startswith("ruler_vt, 1024, dense: ")
-    assert len(lines) == 1 + 2 * 8 + 1
+    assert len(lines) == 1 + 2 * 8
     assert out.startswith("task            setting ")
     assert "harness" not in out
     assert "tau 0.5, stride 8" in out

@@ -90,6 +90,7 @@ def test_its_schedule_does_what_it_says(tmp_path, monkeypatch):
     code, out, err = run_cli(*words[1:])
     assert code == 0, err
     (table,) = blocks("text")
+    out = out.removesuffix("\nreport     run.json\n")
     expected, found = (
         [line.split(maxsplit=3) for line in text.splitlines()[-7:]] for text in (table, out)
     )

@@ -61,18 +61,21 @@ def test_random_weights_are_timed_and_marked(tmp_path):
 def test_json_is_what_the_report_holds_and_quiet_hides_the_chunks(tmp_path):
     report = tmp_path / "run.json"
     words = [*RANDOM, *SPARSE, "--json", "-q", f"--report={report}"]
-    code, out, err = run_cli("prefill", *words)
-    assert code == 0, err
-    assert json.loads(out) == json.loads(report.read_text())
-    assert err == "warning: Speed and memory only: the weights are random.\n"
+    for replaced in (False, True):
+        code, out, err = run_cli("prefill", *words)
+        assert code == 0, err
+        written = {"report": str(report), "replaced": replaced}
+        assert json.loads(out) == json.loads(report.read_text()) | written
+        assert err == "warning: Speed and memory only: the weights are random.\n"
 
 
 def test_a_plan_is_reported_too_and_a_replaced_report_says_so(no_weights, tmp_path):
     report = tmp_path / "run.json"
     for replaced in (False, True):
-        code, _, err = run_cli("prefill", *RANDOM, *SPARSE, "--plan", f"--report={report}")
+        words = ("--plan", f"--report={report}", "-q")
+        code, out, err = run_cli("prefill", *RANDOM, *SPARSE, *words)
         assert code == 0, err
-        assert err.endswith(f"run.json{' (replaced)' if replaced else ''}\n")
+        assert out.endswith(f"run.json{' (replaced)' if replaced else ''}\n")
         assert json.loads(report.read_text())["runs"] == {}
 
 

@@ -1,12 +1,14 @@
 """What `xattn-video prefill` says where nothing ran sparse, memory is short or a file is wrong."""
 
 import json
+import sys
 
 import pytest
 import torch
 from command_line import run_cli
 from language_models import tiny_model
 
+from xattn_video.errors import FileNotWrittenError
 from xattn_video.language.kv_memory import describe_prefill_shortage, plan_prefill
 from xattn_video.language.long_prompt import PrefillRun
 from xattn_video.language.model_sources import find_language_model
@@ -144,3 +146,16 @@ def test_a_schedule_has_one_point_at_step_0(schedule, text, tmp_path):
     assert code == 2
     assert err.startswith(f"error: {file}: {text}")
     assert err.count("\n") == 1
+
+
+def test_json_is_printed_where_the_report_cannot_be_written(monkeypatch, tmp_path):
+    def fail(path, content):
+        raise FileNotWrittenError(path, "File too large")
+
+    # Its module: the name in xattn_video.cli is the function.
+    monkeypatch.setattr(sys.modules["xattn_video.cli.prefill"], "write_json", fail)
+    words = [*RANDOM, "--tokens=300", "--json", f"--report={tmp_path / 'run.json'}"]
+    code, out, err = run_cli("prefill", *words)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: cannot write ")
+    assert "report" not in json.loads(out)

@@ -83,6 +83,7 @@ def calibrate(
         about = {
             "command": typed_command(),
             "output": str(details.output),
+            "replaced": replaced,
             "prompts": [request.prompt for request in requests],
             "sparse": sparse.to_dict(),
         }

@@ -95,11 +95,14 @@ class FilesJob:
         lines |= {name: f"not measured: {why}" for name, why in scorer.missing.items()}
         if similarity.plain:
             lines["VMAF"] = f"left out: {VMAF_LEFT_OUT}"
+        written = {}
         if self.folder is not None:
             self._write(self.folder, clips, similarity, scorer.missing)
-            lines["results"] = str(self.folder)
+            written = {"results": str(self.folder)}
+        lines |= written
         if as_json:
-            typer.echo(json.dumps(asdict(similarity) | {"missing": scorer.missing}, indent=2))
+            record = asdict(similarity) | {"missing": scorer.missing} | written
+            typer.echo(json.dumps(record, indent=2))
         else:
             print_labelled(output_console(), lines)
         if self.folder is not None and self.page.html:

@@ -56,29 +56,32 @@ def prefill(
             f"{DEMO_NEEDLE}."
         )
     if prompt.plan:
-        record = job_record(job, {})
-        if as_json:
-            typer.echo(json.dumps(record, indent=2))
-        _write_report(prompt.report, record)
+        _write(prompt.report, job_record(job, {}), as_json)
         return
     job.check_memory()
     model = job.load_model()
     errors.running = True
     runs = run_job(job, model, print_message)
-    record = job_record(job, runs)
-    if as_json:
-        typer.echo(json.dumps(record, indent=2))
-    else:
+    if not as_json:
         _print_runs(job, runs)
     _warn_of_dense(job, runs["sparse"].report)
-    _write_report(prompt.report, record)
+    _write(prompt.report, job_record(job, runs), as_json)
 
 
-def _write_report(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None:
-        replaced = path.exists()
-        write_json(path, record)
-        print_message(f"report     {written_name(path, replaced=replaced)}")
+def _write(path: Path | None, record: dict[str, Any], as_json: bool) -> None:
+    """Write the report and name it; as JSON, print the record too, even if writing fails."""
+    written: dict[str, Any] = {}
+    try:
+        if path is not None:
+            replaced = path.exists()
+            write_json(path, record)
+            written = {"report": str(path), "replaced": replaced}
+            if not as_json:
+                report = written_name(path, replaced=replaced)
+                print_labelled(output_console(), {"report": report})
+    finally:
+        if as_json:
+            typer.echo(json.dumps(record | written, indent=2))
 
 
 def _print_plan(job: "PrefillJob") -> None:
