@@ -9,6 +9,7 @@ from command_line import SMALL, SPARSE, run_cli
 from xattn_video import SparsityReport
 from xattn_video.cli import generate_job
 from xattn_video.errors import FileNotWrittenError
+from xattn_video.files import check_output_path
 from xattn_video.pipelines import generation, loading
 from xattn_video.pipelines.item_folder import ItemFolder
 
@@ -161,6 +162,61 @@ def test_what_a_run_reads_is_not_replaced(words, message, generate, tmp_path):
     code, _, err = generate(*prompt, *words)
     assert (code, message in err) == (2, True), err
     assert (tmp_path / "s.json").read_text() == text
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--report=o/resume/settings.json"],
+        ["--report=o/resume/names.json"],
+        ["--report=o/resume/items/a.json"],
+        ["--report=link.json"],
+        ["--html=o/resume/page.html"],
+        ["--plot=o/resume"],
+        ["--plot=o/resume/new/plots"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_records_of_a_run_are_not_replaced(words, is_new, generate, tmp_path):
+    (tmp_path / "link.json").symlink_to("o/resume/settings.json")
+    (tmp_path / "o/resume/locks").mkdir(parents=True) if not is_new else None
+    code, out, err = generate("--prompts-file=p.txt", "--output=o", *SPARSE, *words)
+    option = words[0].split("=")[0]
+    assert (code, out) == (2, ""), err
+    assert err.startswith(f"error: {option} cannot be written to ")
+    assert err.endswith(f": '{tmp_path / 'o/resume'}' holds the records of a run; use another.\n")
+    assert err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "o/resume").iterdir()] == ["locks"]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--model=demo", "--prompt=a", "--output=o/resume/a.mp4"],
+        ["generate", "--model=demo", "--prompt=a", "--report=o/resume/settings.json"],
+        ["calibrate", "--model=demo", "--prompt=a", "--density=0.2", "--output=run/settings.json"],
+        ["prefill", "--model=demo", "--report=run/items/a.json"],
+        ["compare", "--model=demo", "--prompt=a", "--output=o/resume"],
+    ],
+    ids=lambda words: f"{words[0]} {words[-1]}",
+)
+def test_no_command_replaces_the_records_of_another_run(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("o/resume", "run"):
+        (tmp_path / folder / "locks").mkdir(parents=True)
+    code, _, err = run_cli(*words, "--device=cpu")
+    assert code == 2
+    assert "holds the records of a run; use another." in err
+
+
+def test_files_named_like_records_are_written_where_no_run_is(tmp_path):
+    for name in ("settings.json", "items/a.json", "resume/a.json", "run/report.json"):
+        check_output_path(tmp_path / name, (".json",))
+    (tmp_path / "run/locks").mkdir()
+    check_output_path(tmp_path / "run/report.json", (".json",))
 
 
 def test_densities_do_not_replace_the_prompts_that_they_are_made_from(tmp_path, monkeypatch):

@@ -25,6 +25,11 @@ _PREFIX = ".xattn-video-"
 _STALE_SECONDS = 24 * 3600
 # One block of most file systems; a full disk still accepts an empty file.
 _BLOCK = bytes(4096)
+RECORDS_FOLDER = "resume"
+"""Name of the folder that holds the records of a run alone."""
+# The records of a run (`ItemFolder`), wherever it keeps them. Every run has locks.
+_LOCKS = "locks"
+_RECORDS = ("settings.json", "names.json", "replaced.json", "items", "failures", _LOCKS)
 # Some file systems cannot sync a folder, and a writable folder need not be readable.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
@@ -49,13 +54,16 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
     """Check that ``path`` can be written later; missing parent folders are created now.
 
     Raises:
-        ValueError: The suffix is wrong, ``path`` is a folder, or it cannot be written.
+        ValueError: The suffix is wrong, ``path`` is a folder or among the records of a run, or it
+            cannot be written.
     """
     if path.suffix.lower() not in suffixes:
         raise ValueError(
             f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}; "
             "give the name of such a file."
         )
+    with _refused(path, what):
+        _check_no_record(Path(os.path.realpath(path)))
     check_output_folder(path.parent, what=what)
     with _refused(path, what), contextlib.suppress(FileNotFoundError):
         path.lstat()  # finds a name that is too long
@@ -63,6 +71,14 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
         check_output_folder(Path(os.path.realpath(path)).parent, what=what)
     if path.is_dir():
         raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
+
+
+def _check_no_record(path: Path) -> None:
+    """Raise ValueError if a file would be among the records of a run."""
+    for folder in path.parents:
+        is_record = folder.name == RECORDS_FOLDER or path.relative_to(folder).parts[0] in _RECORDS
+        if is_record and (folder / _LOCKS).is_dir():
+            raise ValueError(f"{str(folder)!r} holds the records of a run")
 
 
 def check_output_folder(folder: Path, *, what: str = "output") -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.cli.outputs import ResumableFolder, default_name
-from xattn_video.files import check_output_folder, write_json, write_text
+from xattn_video.files import check_output_folder, check_output_path, write_json, write_text
 from xattn_video.pipelines.video import write_video, write_video_or_keep_frames
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def check_new_results(folder: Path, overwrite: bool) -> None:
     Raises:
         ValueError: The folder cannot be written, or it holds results and ``overwrite`` is False.
     """
-    check_output_folder(folder)
+    check_output_path(folder / "results.json", (".json",))
     if (folder / "results.json").exists() and not overwrite:
         raise ValueError(
             f"{str(folder)!r} already holds results.json; choose another --output, "

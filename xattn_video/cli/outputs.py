@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from xattn_video.files import check_output_folder, check_output_path, read_record, write_json
+from xattn_video.files import (
+    RECORDS_FOLDER,
+    check_output_folder,
+    check_output_path,
+    read_record,
+    write_json,
+)
 from xattn_video.options.command import knob
 from xattn_video.pipelines.item_folder import ItemFolder
 from xattn_video.pipelines.request import GenerationRequest
@@ -80,7 +86,7 @@ class Prompts:
 
 
 class ResumableFolder(ItemFolder):
-    """An output folder of a command; its records are in its subfolder ``resume``.
+    """An output folder of a command; its records are in a subfolder.
 
     Args:
         path: The folder, created if it is missing.
@@ -92,7 +98,7 @@ class ResumableFolder(ItemFolder):
     def __init__(self, path: Path) -> None:
         check_output_folder(path)
         remedy = "give another --output, the same settings, or --overwrite to start over"
-        super().__init__(path, path / "resume", remedy)
+        super().__init__(path, path / RECORDS_FOLDER, remedy)
 
 
 class PromptsFolder(ResumableFolder):
