@@ -360,7 +360,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     arguments = ("--prompt=a", f"--output={tmp_path / 'a.mp4'}", "--model=some/model")
     code, _, err = run_cli("generate", *arguments)
-    assert code == 1
+    assert code == 2
     assert "cannot load 'some/model' from the hub: the hub cannot be reached" in err
     assert "--model demo" in err
     assert err.count("\n") == 1

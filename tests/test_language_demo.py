@@ -68,7 +68,7 @@ def test_a_folder_of_that_name_is_another_model(tmp_path, monkeypatch):
 def test_an_installation_without_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("xattn_video.language.model_sources.DEMO_FOLDER", tmp_path / "demo")
     code, out, err = run_cli("prefill", "--model=demo")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert f"files are missing, expected {tmp_path / 'demo/config.json'}; reinstall" in err
     assert err.count("\n") == 1
 

@@ -191,6 +191,19 @@ def test_damage_in_the_hubs_cache_is_one_line(folder, monkeypatch):
     assert err.endswith("; download it again.\n")
 
 
+def test_weights_that_the_hub_does_not_give_are_one_line(folder, harnesses, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your connection.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    run = [f"--run={tmp_path / 'run'}", f"--model={folder}", "--device=cpu", "--tokens=512", "-q"]
+    result = CliRunner().invoke(import_module("eval_language.perplexity").app, run)
+    for code, _, err in (prefill(folder), (result.exit_code, "", result.stderr)):
+        assert code == 2, err
+        assert f"the weights of '{folder}' cannot be loaded: We couldn't connect to " in err
+        assert err.splitlines()[-1].startswith("error: ")
+
+
 def test_whole_weights_are_read_beside_a_stale_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"one": "gone"}}')
     assert prefill(folder)[0] == 0

@@ -23,7 +23,8 @@ app = typer.Typer(
     help="HunyuanVideo with block-sparse attention (XAttention).",
     epilog='Example: xattn-video generate --model demo --prompt "a red circle moving left to '
     'right over a blue background". '
-    "Exit codes: 0 done, 2 invalid argument (nothing was run), 1 the run failed, "
+    "Exit codes: 0 done, 2 an argument is invalid, or a model, backend or package cannot be used "
+    "(nothing was run), 1 the run failed, "
     "129 its terminal was closed (SIGHUP), 130 it was interrupted (Ctrl-C), "
     "143 it was terminated (SIGTERM).",
     cls=OneLineErrors,

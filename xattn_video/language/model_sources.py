@@ -144,7 +144,7 @@ class LanguageSource:
         """The model in evaluation mode, on its device.
 
         Raises:
-            ValueError: The weights are damaged, or not those of the configuration.
+            ValueError: The weights are damaged, missing, or not those of the configuration.
         """
         if self.is_random:
             torch.manual_seed(0)
@@ -167,6 +167,10 @@ class LanguageSource:
         except SafetensorError as error:
             raise ValueError(
                 f"the weights of {self.name!r} are damaged: {one_line(error)}; {DOWNLOAD_AGAIN}."
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"the weights of {self.name!r} cannot be loaded: {one_line(error)}."
             ) from None
         check_loaded(self.name, found)
         return model.eval()

@@ -14,10 +14,15 @@ from typing import Any, NoReturn, cast
 import typer
 import typer.core
 
-from xattn_video.errors import BackendUnavailableError, MissingPackageError, XAttentionError
+from xattn_video.errors import (
+    BackendUnavailableError,
+    MissingPackageError,
+    PipelineLoadError,
+    XAttentionError,
+)
 from xattn_video.reporting.console import print_error, print_interruption
 
-BAD_ARGUMENT = 2
+REFUSED = 2
 FAILED = 1
 # The exit code of shells after Ctrl-C: 128 + 2. Other signals have 128 + their number.
 INTERRUPTED = 130
@@ -28,9 +33,15 @@ _PATIENCE_SECONDS = 5.0
 _VERBOSE_ADVICE = "; run again with --verbose for the traceback."
 # Some releases of typer vendor click and others depend on it; this works with both.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
-# A backend that cannot run is a bad argument, because "auto" always finds one; a missing package
-# is known before anything runs.
-_BAD_ARGUMENTS = (ValueError, TypeError, BackendUnavailableError, MissingPackageError)
+# What is unusable or missing before anything runs is refused, as a bad argument is.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    BackendUnavailableError,
+    MissingPackageError,
+    PipelineLoadError,
+    FileNotFoundError,
+)
 
 
 class _OneLineUsageErrors:
@@ -60,7 +71,7 @@ class _OneLineUsageErrors:
             sys.exit(FAILED)
         except _UsageError as error:
             print_error(_describe_usage(error))
-            sys.exit(BAD_ARGUMENT)
+            sys.exit(REFUSED)
         except typer.Abort:
             print_interruption()
             sys.exit(INTERRUPTED)
@@ -215,8 +226,8 @@ class ErrorsToExitCodes:
         if self.verbose:
             sys.stderr.write("".join(traceback.format_exception(error)))
         print_error(self._judge(error, describe(error)))
-        bad_argument = not self.running and isinstance(error, _BAD_ARGUMENTS)
-        raise typer.Exit(BAD_ARGUMENT if bad_argument else FAILED) from None
+        refused = not self.running and isinstance(error, _REFUSALS)
+        raise typer.Exit(REFUSED if refused else FAILED) from None
 
 
 def _without_advice(error: BaseException, text: str) -> str:
