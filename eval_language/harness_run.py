@@ -176,6 +176,7 @@ def harness_command(
         if package is not None:
             _require(name, package)
         variants = asked.variants()
+        _refuse_random(asked.model)
         quiet_libraries()
         folder = ItemFolder(asked.run, asked.run, "give another --run, or the same settings")
         about = {
@@ -214,6 +215,16 @@ def _require(name: str, package: str) -> None:
     if find_spec(module) is None:
         raise MissingPackageError(
             f"{name} needs {module}, which is not installed; pip install '{package}'."
+        )
+
+
+def _refuse_random(model: str) -> None:
+    from xattn_video.language.model_sources import RANDOM
+
+    if model.startswith(RANDOM):
+        raise ValueError(
+            f"model {model!r} has random weights, whose answers mean nothing; use demo, a hub ID, "
+            "a folder or a .gguf file."
         )
 
 

@@ -41,6 +41,17 @@ def test_lengths_that_are_too_short_are_refused_before_prompts(no_prompts, tiny_
     assert "--lengths must be at least 1024, got 1023; use 8192,16384." in err
 
 
+@pytest.mark.parametrize("name", ["ruler", "longbench", "videomme", "perplexity"])
+def test_random_weights_are_refused(name, no_prompts, tmp_path):
+    code, _, err = run(name, f"--run={tmp_path / 'run'}", "--model=random:tiny")
+    assert code == 2, err
+    assert err.startswith(
+        "error: model 'random:tiny' has random weights, whose answers mean nothi"
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_task_without_room_is_left_out_and_told(harnesses, tiny_llm, tmp_path):
     harnesses("lm_eval.tasks").NO_ROOM.append(("ruler_vt", 1024))
     words = ("--settings=0.5:8", "--lengths=1024,1100")

@@ -204,3 +204,13 @@ def test_pickled_and_quantised_weights_are_left_to_diffusers(model):
     (model / "vae/diffusion_pytorch_model.safetensors").unlink()
     torch.save({}, model / "vae/diffusion_pytorch_model.bin")
     check_model_files(model)
+
+
+@pytest.mark.parametrize("name", ["", "folder/file.txt"])
+def test_neither_nothing_nor_a_file_is_a_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file.txt").touch()
+    code, _, err = run_cli("plan", "--model", name)
+    assert code == 2
+    assert err.startswith(f"error: model {name!r} is neither a folder nor a hub ID; expected")

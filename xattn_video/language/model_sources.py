@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -27,6 +28,7 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 """The folder of the small trained model that ships with the package."""
 RANDOM = "random:"
+_HUB_EXAMPLE = "Qwen/Qwen2.5-7B-Instruct-1M"
 # The errors that transformers raises on invalid values in a configuration.
 _BAD_VALUES = (
     KeyError,
@@ -242,13 +244,13 @@ def find_language_model(name: str, max_tokens: int) -> LanguageSource:
     except (OSError, *_BAD_VALUES) as error:
         if is_folder:
             raise ValueError(describe_bad_config(Path(where), error)) from None
-        if Path(name).is_file():
+        if "gguf_file" in options:
             raise ValueError(
                 f"{name!r} cannot be read: {one_line(error)}; {DOWNLOAD_AGAIN}."
             ) from None
         raise ValueError(
-            f"{name!r} is no folder of a model, no .gguf file, not {DEMO!r}, no {RANDOM}SHAPE, "
-            f"and the hub does not give it: {one_line(error)}."
+            f"model {name!r} is neither a folder nor a .gguf file, and the hub does not give it: "
+            f"{one_line(error)}."
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
@@ -266,6 +268,14 @@ def _shape(name: str) -> tuple[str, dict[str, Any]]:
     return _SHAPES[name]
 
 
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _where(name: str) -> tuple[str, dict[str, Any]]:
     """The folder or hub ID, and transformers' keyword arguments to read it."""
     if name == DEMO:
@@ -278,7 +288,13 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
         return str(DEMO_FOLDER), {"local_files_only": True}
     path = Path(name)
     if path.suffix != ".gguf":
-        if path.is_dir() and not (path / "config.json").is_file():
+        is_folder = name != "" and path.is_dir()
+        if path.is_file() or not (is_folder or _is_hub_id(name)):
+            raise ValueError(
+                f"model {name!r} is neither a folder, a .gguf file nor a hub ID; expected "
+                f"{DEMO!r}, a folder, a .gguf file, or an ID such as {_HUB_EXAMPLE!r}."
+            )
+        if is_folder and not (path / "config.json").is_file():
             raise ValueError(
                 f"the folder {name!r} has no config.json; give a folder that save_pretrained "
                 "wrote, or a .gguf file in it."

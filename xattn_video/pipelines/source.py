@@ -80,7 +80,8 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, DEMO_DIR)
     folder = user_path(name)
     try:
-        is_folder = folder.is_dir()
+        # An empty name would be the current folder.
+        is_folder, is_file = name != "" and folder.is_dir(), folder.is_file()
     except OSError as error:
         raise ValueError(
             f"cannot read the model {name!r}: {error.strerror}; "
@@ -88,7 +89,7 @@ def find_model(name: str) -> ModelSource:
         ) from None
     if is_folder:
         return ModelSource(name, folder)
-    if _HUB_ID.fullmatch(name):
+    if _HUB_ID.fullmatch(name) and not is_file:
         return ModelSource(name, None)
     raise ValueError(
         f"model {name!r} is neither a folder nor a hub ID; "
