@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_cli
 from diffusers import HunyuanVideoPipeline
 from page_code import SMALL, blocks_of, run_snippets
 from typer.testing import CliRunner
@@ -89,6 +90,14 @@ def test_readme_and_messages_name_the_same_models(tmp_path):
 def test_its_schedule_is_one():
     (schedule,) = map(json.loads, blocks("json"))
     assert ThresholdSchedule.from_dict(schedule).threshold(49) == 0.98
+
+
+def test_its_schedule_names_layers_and_heads_that_the_demo_model_has(tmp_path):
+    (text,) = blocks("json")
+    (tmp_path / "plan.json").write_text(text)
+    words = ("--model=demo", "--device=cpu", f"--schedule={tmp_path / 'plan.json'}")
+    code, _, err = run_cli("plan", *words)
+    assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
