@@ -5,7 +5,7 @@ import torch
 from language_models import SMALL, prompt, tiny_model
 
 import xattn_video
-from xattn_video import enable_xattention
+from xattn_video import UnsupportedModelError, enable_xattention
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,20 @@ def test_attention_of_another_kind_is_refused_in_prefill_and_decode(name, what, 
             pytest.raises(
                 ValueError, match=f"^xattention-any does not compute {what}.*; use attn_"
             ),
+            torch.no_grad(),
+        ):
+            model(**prompt(length))
+    assert handle.report().summary().endswith(", 1 refused")
+
+
+@pytest.mark.parametrize("length", [1, 20, 300])
+def test_a_model_that_takes_only_its_mask_from_the_interface_is_refused(length):
+    """GIT's text would add the mask to its scores."""
+    model = tiny_model("git")
+    with xattn_video.register_attention(0.9, name="xattention-any", **SMALL) as handle:
+        model.set_attn_implementation("xattention-any")
+        with (
+            pytest.raises(UnsupportedModelError, match="GitForCausalLM does not use transf"),
             torch.no_grad(),
         ):
             model(**prompt(length))

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from xattn_video.backends.table import resolve_backend
+from xattn_video.errors import UnsupportedModelError
 from xattn_video.language.causal_dense import dense_causal_attention
 from xattn_video.language.masks import TOO_FEW, CausalBounds, MaskRequest, decide_prefill
 from xattn_video.language.prefill_report import SPARSE, PrefillRecorder
@@ -65,10 +67,15 @@ class PrefillAttention:
         self._warned = False
 
     def make_mask(self, **arguments: Any) -> Tensor | None:
-        """The bounds of plain causal attention, see `CausalBounds.to_tensor`, or SDPA's mask."""
+        """The bounds of plain causal attention, see `CausalBounds.to_tensor`, or SDPA's mask.
+
+        Raises:
+            UnsupportedModelError: The model takes its mask from here, but not its attention.
+        """
         if torch.compiler.is_compiling():
             self.recorder.compiled = True
             return sdpa_mask(**arguments)
+        self._refuse_eager_code(type(arguments["config"]))
         request = MaskRequest.of(arguments)
         decision = decide_prefill(
             request,
@@ -165,6 +172,19 @@ class PrefillAttention:
             self.recorder.num_refused += 1
             raise ValueError(
                 f"{self.name} does not compute {found} ({type(module).__name__}); {_USE_ANOTHER}."
+            )
+
+    def _refuse_eager_code(self, config: type) -> None:
+        """Raise UnsupportedModelError for a model that would read the mask as one of another kind.
+
+        transformers lets a model of any class use a registered name.
+        """
+        model = AutoModelForCausalLM._model_mapping.get(config, None)
+        if model and not (model._supports_sdpa or model._supports_attention_backend):
+            self.recorder.num_refused += 1
+            raise UnsupportedModelError(
+                f"{model.__name__} does not use transformers' attention interface, so {self.name} "
+                'cannot replace its attention; use attn_implementation="eager".'
             )
 
     def _dense_reason(
