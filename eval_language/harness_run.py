@@ -1,7 +1,6 @@
 """A resumable run of a harness: dense and every sparse setting on the same samples."""
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import typer
 
 from eval_language.harness_output import Tick
 from xattn_video.errors import MissingPackageError
-from xattn_video.files import check_output_folder, write_json, write_text
+from xattn_video.files import check_writable, write_json, write_text
 from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
@@ -189,9 +188,8 @@ def harness_command(
         settings = {label: one and one.to_dict() for label, one in variants.items()}
         # Before the prompts, which may take minutes.
         folder.check({**about, "settings": settings})
-        _check_run(asked.run)
+        check_writable(asked.run)
         prepared = prepare(asked, load)
-        check_output_folder(asked.run)
         folder.adopt({**about, "settings": settings})
         with folder.lock():
             _score(folder, prepared, variants, asked.samples, errors)
@@ -226,11 +224,6 @@ def _refuse_random(model: str) -> None:
             f"model {model!r} has random weights, whose answers mean nothing; use demo, a hub ID, "
             "a folder or a .gguf file."
         )
-
-
-def _check_run(folder: Path) -> None:
-    """Raise ValueError if the folder of the run cannot be written; creates nothing."""
-    check_output_folder(next(one for one in (folder, *folder.parents) if os.path.lexists(one)))
 
 
 def _score(

@@ -132,7 +132,6 @@ def section(folder: Path, name: str, record: dict[str, Any]) -> str:
     """The heading, facts, table and plots of a run; draws the plots in ``folder``."""
     rows = comparison_rows(record)
     images = folder / "images"
-    images.mkdir(exist_ok=True)
     plots = write_plots(images / f"quality-{name}", rows, record["layer_densities"])
     links = [plot.relative_to(folder).as_posix() for plot in plots]
     return f"### {comparison_title(record)}\n\n{comparison_text(record, links)}\n"

@@ -23,6 +23,7 @@ from xattn_video.files import (
     atomic_path,
     check_output_folder,
     check_output_path,
+    check_writable,
     temporary_path,
     user_path,
     write_figure,
@@ -127,9 +128,25 @@ def test_every_writer_fails_aloud_without_room_and_leaves_the_old_file(
         assert names(folder) == [name]
 
 
-def test_a_device_in_the_way_of_a_folder_is_named():
+@pytest.mark.parametrize("check", [check_output_folder, check_writable])
+def test_a_device_in_the_way_of_a_folder_is_named(check):
     with pytest.raises(ValueError, match="'/dev/null' is a file, not a folder; use another"):
-        check_output_folder(Path("/dev/null/videos"))
+        check(Path("/dev/null/videos"))
+
+
+def test_a_check_creates_no_folder_and_a_writer_does(tmp_path):
+    path = tmp_path / "new/folder/a.json"
+    check_output_path(path, (".json",))
+    assert names(tmp_path) == []
+    write_json(path, {})
+    assert names(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, f"new/{'n' * 300}/folder", "new/\0"])
+def test_folders_that_cannot_have_their_name_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"output cannot be written to .*; use another"):
+        check_writable(tmp_path / name)
+    assert names(tmp_path) == []
 
 
 def test_what_cannot_be_written_is_told_in_one_line(tmp_path):

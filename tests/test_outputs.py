@@ -1,6 +1,7 @@
 """Where prompts come from and how files are named."""
 
 import pytest
+from command_line import SMALL, run_cli
 
 from xattn_video.cli.outputs import default_name, read_prompts, reserved, unused_path
 
@@ -52,3 +53,30 @@ def test_taken_names_are_numbered(tmp_path):
     (tmp_path / "a.mp4").write_text("")
     taken = {tmp_path / "a-2.mp4"}
     assert unused_path(tmp_path, "a", ".mp4", taken) == tmp_path / "a-3.mp4"
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "--prompt=a", "--output=x/a.mp4", "--report=y/a.json", "--html=z/a.html"],
+        ["generate", "--prompt=a", "--output=x/a.mp4", "--plot=y/z/a.png"],
+        ["generate", "--prompts-file=p.txt", "--output=x", "--plot=y", "--html=x/a.html"],
+        ["compare", "--prompt=a", "--output=x"],
+        ["calibrate", "--prompt=a", "--density=0.2", "--output=x/a.json"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_refused_command_creates_no_folder(words, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\n")
+    code, _, err = run_cli(*words, *SMALL, "--model", tiny_pipeline, "--backend=flash4")
+    assert code == 2, err
+    assert "attention backend 'flash4' cannot run this problem" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+def test_a_refused_prefill_creates_no_folder(tmp_path):
+    words = ("--model=random:tiny", "--tokens=300", "--backend=flash4", "--device=cpu")
+    code, _, err = run_cli("prefill", *words, f"--report={tmp_path / 'x/a.json'}")
+    assert (code, list(tmp_path.iterdir())) == (2, []), err

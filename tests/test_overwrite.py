@@ -186,9 +186,9 @@ def test_the_records_of_a_run_are_not_replaced(words, is_new, generate, tmp_path
     option = words[0].split("=")[0]
     assert (code, out) == (2, ""), err
     assert err.startswith(f"error: {option} cannot be written to ")
-    assert err.endswith(f": '{tmp_path / 'o/resume'}' holds the records of a run; use another.\n")
+    assert err.endswith(": 'o/resume' holds the records of the run; use another.\n")
     assert err.count("\n") == 1
-    assert [path.name for path in (tmp_path / "o/resume").iterdir()] == ["locks"]
+    assert (tmp_path / "o").exists() is not is_new
 
 
 @pytest.mark.usefixtures("no_model")
@@ -215,7 +215,7 @@ def test_no_command_replaces_the_records_of_another_run(words, tmp_path, monkeyp
 def test_files_named_like_records_are_written_where_no_run_is(tmp_path):
     for name in ("settings.json", "items/a.json", "resume/a.json", "run/report.json"):
         check_output_path(tmp_path / name, (".json",))
-    (tmp_path / "run/locks").mkdir()
+    (tmp_path / "run/locks").mkdir(parents=True)
     check_output_path(tmp_path / "run/report.json", (".json",))
 
 

@@ -91,11 +91,6 @@ def test_an_unknown_suffix_is_refused(tmp_path):
         check_output_path(tmp_path / "a.gif", VIDEO_SUFFIXES)
 
 
-def test_missing_folders_are_made(tmp_path):
-    check_output_path(tmp_path / "new" / "deep" / "a.mp4", VIDEO_SUFFIXES)
-    assert (tmp_path / "new" / "deep").is_dir()
-
-
 def test_a_folder_in_the_files_place_is_refused(tmp_path):
     (tmp_path / "a.mp4").mkdir()
     with pytest.raises(ValueError, match="is a folder; give the name of a file"):

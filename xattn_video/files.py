@@ -51,7 +51,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "output") -> None:
-    """Check that ``path`` can be written later; missing parent folders are created now.
+    """Check that ``path`` can be written later; creates nothing.
 
     Raises:
         ValueError: The suffix is wrong, ``path`` is a folder or among the records of a run, or it
@@ -64,11 +64,11 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
         )
     with _refused(path, what):
         _check_no_record(Path(os.path.realpath(path)))
-    check_output_folder(path.parent, what=what)
+    check_writable(path.parent, what=what)
     with _refused(path, what), contextlib.suppress(FileNotFoundError):
         path.lstat()  # finds a name that is too long
     if path.is_symlink():
-        check_output_folder(Path(os.path.realpath(path)).parent, what=what)
+        check_writable(Path(os.path.realpath(path)).parent, what=what)
     if path.is_dir():
         raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
 
@@ -89,11 +89,30 @@ def check_output_folder(folder: Path, *, what: str = "output") -> None:
     """
     with _refused(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, what=what)
+    clear_stale(folder)
+
+
+def check_writable(folder: Path, *, what: str = "output") -> None:
+    """Check that files can be written in ``folder`` once it is created; creates nothing.
+
+    Raises:
+        ValueError: The folder cannot be created or written.
+    """
+    nearest = existing_folder(folder)
+    with _refused(folder, what):
+        for name in folder.relative_to(nearest).parts:
+            with contextlib.suppress(FileNotFoundError):
+                (nearest / name).lstat()  # finds a name that is too long
         # A test file, because permission bits do not show a read-only or full file system.
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(_BLOCK)
             file.flush()
-    clear_stale(folder)
+
+
+def existing_folder(folder: Path) -> Path:
+    """``folder``, or the nearest of its parents that exists."""
+    return next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
 
 
 @contextmanager
@@ -118,9 +137,9 @@ def _refused(path: Path, what: str) -> Iterator[None]:
 def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """A temporary path in the same folder that replaces ``path`` on success.
 
-    A link stays, and the file that it leads to is replaced. The file is synced to disk first. It
-    has the suffix of ``path``, from which libraries choose the format. Temporary files of killed
-    runs are removed from the folder beforehand.
+    Missing parent folders are created. A link stays, and the file that it leads to is replaced.
+    The file is synced to disk first. It has the suffix of ``path``, from which libraries choose
+    the format. Temporary files of killed runs are removed from the folder beforehand.
 
     Args:
         path: The file.
@@ -132,6 +151,7 @@ def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """
     path, target = Path(path), Path(os.path.realpath(path))
     with _told(path), contextlib.ExitStack() as stack:
+        target.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(target.parent)
         temporary = stack.enter_context(temporary_path(target.parent, path.suffix))
         yield temporary

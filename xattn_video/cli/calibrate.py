@@ -22,7 +22,6 @@ from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     output_console,
     print_labelled,
-    print_message,
     print_warning,
     print_warnings,
     progress_console,
@@ -77,7 +76,7 @@ def calibrate(
     if not errors.verbose:
         quiet_libraries()
     found = _run(load, requests, sparse)
-    written = written_name(details.output, replaced=details.output.exists())
+    replaced = details.output.exists()
     found.schedule.save(details.output)
     if as_json:
         about = {
@@ -88,9 +87,8 @@ def calibrate(
             "sparse": sparse.to_dict(),
         }
         typer.echo(json.dumps(about | found.to_dict(), indent=2))
-        print_message(f"densities  {written}")
         return
-    _print(found, written)
+    _print(found, written_name(details.output, replaced=replaced))
 
 
 def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool) -> None:

@@ -91,26 +91,28 @@ def generate(
     if split.by_prompt:
         speak()
     folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
+    paths = (files.output, files.report, files.plot, files.html)
+    with ranks.first_ahead():
+        job = GenerateJob(
+            load,
+            requests,
+            choose_outputs(requests, folder, *paths),
+            details.fps,
+            errors.verbose,
+            details.force,
+            folder,
+            ranks,
+            split,
+        )
+        check_job(job)
+    # What one rank refuses must leave nothing of the others.
+    ranks.meet()
     with folder.lock() if folder is not None and ranks.is_first else nullcontext():
         with ranks.first_ahead():
-            outputs = choose_outputs(requests, folder, files.output, files.report, files.plot)
-            if files.html is not None:
-                outputs = outputs.with_page(files.html)
-            job = GenerateJob(
-                load,
-                requests,
-                outputs,
-                details.fps,
-                errors.verbose,
-                details.force,
-                folder,
-                ranks,
-                split,
-            )
-            check_job(job)
-        # What one rank refuses must leave nothing of the others.
-        ranks.meet()
-        if ranks.is_first:
-            claim_folder(job, files.overwrite)
+            if folder is not None:
+                # Another run may have written there before the lock.
+                job = replace(job, outputs=choose_outputs(requests, folder, *paths))
+            if ranks.is_first:
+                claim_folder(job, files.overwrite)
         errors.running = True
         run_job(job)

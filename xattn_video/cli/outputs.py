@@ -1,18 +1,19 @@
 """The prompts to run, and the files to write for them."""
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from xattn_video.files import (
     RECORDS_FOLDER,
-    check_output_folder,
     check_output_path,
+    check_writable,
     read_record,
     write_json,
 )
@@ -39,8 +40,8 @@ class Outputs:
     videos: tuple[Path, ...]
     plots: tuple[Path | None, ...]
     report: Path | None
-    html: Path | None = None
-    is_default: bool = False
+    html: Path | None
+    is_default: bool
     existing: frozenset[Path] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,15 +52,6 @@ class Outputs:
     def name_of(self, path: Path) -> str:
         """The name of a written plot, report or page, and whether another one was replaced."""
         return written_name(path, replaced=path in self.existing)
-
-    def with_page(self, html: Path) -> "Outputs":
-        """The same files and a web page.
-
-        Raises:
-            ValueError: The page could not be written.
-        """
-        check_output_path(html, (".html",), what="html")
-        return replace(self, html=html)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +81,14 @@ class ResumableFolder(ItemFolder):
     """An output folder of a command; its records are in a subfolder.
 
     Args:
-        path: The folder, created if it is missing.
+        path: The folder; its lock creates it.
 
     Raises:
         ValueError: The folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
-        check_output_folder(path)
+        check_writable(path)
         remedy = "give another --output, the same settings, or --overwrite to start over"
         super().__init__(path, path / RECORDS_FOLDER, remedy)
 
@@ -155,6 +147,16 @@ class PromptsFolder(ResumableFolder):
                 names[key] = path.name
         return [self.path / names[key] for key in prompt_keys(requests)]
 
+    def check_output(self, path: Path, suffixes: tuple[str, ...], what: str = "output") -> None:
+        """Check a file of a run as `check_output_path` does, also against the records to come."""
+        records = self.settings_file.parent
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(records)):
+            raise ValueError(
+                f"{what} cannot be written to {str(path)!r}: {str(records)!r} holds the records "
+                "of the run; use another."
+            )
+        check_output_path(path, suffixes, what=what)
+
     def _names(self) -> dict[str, str]:
         """{key of a prompt: the name of its video}, from the list of names and from records."""
         recorded = {record["key"]: next(iter(record["files"])) for record in self._records()}
@@ -179,37 +181,42 @@ def choose_outputs(
     output: Path | None,
     report: Path | None,
     plot: Path | None,
+    html: Path | None,
 ) -> Outputs:
     """Name every file and check that it can be written; only named files are overwritten.
 
     Args:
         requests: One request for each video.
         folder: Folder of the videos of a prompts file, or None; with it ``plot`` is a folder.
-        output, report, plot: The paths as given.
+        output, report, plot, html: The paths as given.
 
     Raises:
         ValueError: A file could not be written.
     """
+    check = check_output_path
     if folder is not None:
         _check_is_folder(plot, (".png",), "plot")
+        check = folder.check_output
         videos = folder.videos(requests)
     elif output is None:
-        check_output_folder(Path())
+        check_writable(Path())
         first = requests[0]
         videos = [unused_path(Path(), default_name(first.prompt, first.seed), ".mp4", set())]
     else:
         videos = [output]
     for video in videos:
-        check_output_path(video, VIDEO_SUFFIXES)
+        check(video, VIDEO_SUFFIXES)
     if report is not None:
-        check_output_path(report, (".json",), what="report")
+        check(report, (".json",), what="report")
     plots: list[Path | None] = [plot] * len(videos)
     if plot is not None and folder is not None:
         plots = [plot / f"{video.stem}.png" for video in videos]
     for path in filter(None, plots):
-        check_output_path(path, (".png",), what="plot")
+        check(path, (".png",), what="plot")
+    if html is not None:
+        check(html, (".html",), what="html")
     is_default = folder is None and output is None
-    return Outputs(tuple(videos), tuple(plots), report, is_default=is_default)
+    return Outputs(tuple(videos), tuple(plots), report, html, is_default)
 
 
 def _check_is_folder(path: Path | None, suffixes: tuple[str, ...], what: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from xattn_video.errors import NO_ROOM, FileNotWrittenError, MissingPackageError
-from xattn_video.files import atomic_path, temporary_path
+from xattn_video.files import atomic_path, existing_folder, temporary_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,9 @@ def _keep_frames(path: Path, frames: "NDArray[np.uint8]") -> Path | None:
 
 
 def check_encoders(folder: Path, suffixes: Iterable[str], fps: int) -> None:
-    """Write tiny videos in ``folder`` with the real ffmpeg, and remove them.
+    """Write tiny videos with the real ffmpeg, and remove them.
+
+    They are written in ``folder``, or in the nearest of its parents that exists.
 
     Raises:
         MissingPackageError: ffmpeg is missing, cannot be run or lacks the encoder.
@@ -119,7 +121,7 @@ def check_encoders(folder: Path, suffixes: Iterable[str], fps: int) -> None:
     shape = (_PROBE_FRAMES, 16, 16, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     for suffix in dict.fromkeys(suffixes):
-        with temporary_path(folder, suffix) as path:
+        with temporary_path(existing_folder(folder), suffix) as path:
             try:
                 _encode(path, frames, fps)
                 _check_written(path, frames)
