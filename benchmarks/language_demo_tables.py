@@ -7,17 +7,13 @@ from xattn_video.language.model_sources import DEMO_FOLDER
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
-# RULER's names for the forms of scripts/language_training/forms.py, now and before.
+# RULER's names for the forms of scripts/language_training/forms.py.
 _RULER = {
     "many_keys": "niah_multikey_2",
     "many_uuids": "niah_multikey_3",
     "one_key": "niah_single_1",
     "several_values": "niah_multivalue",
     "several_keys": "niah_multiquery",
-    "few_keys": "niah_single_1, multivalue and multiquery",
-    "variable_tracking": "vt",
-    "common_words": "cwe",
-    "coded_words": "fwe",
 }
 
 

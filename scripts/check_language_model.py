@@ -3,8 +3,8 @@
     python scripts/check_language_model.py --folder xattn_video/language/demo
 
 It generates the prompts, needs the package wonderwords for their words, and downloads nothing. An
-answer is right if each of its tokens is the most likely one. The shares and the SHA-256 of the
-weights are written to `evaluation.json` in the folder.
+answer is right if each of its tokens is the most likely one; values of one key may come in any
+order. The shares and the SHA-256 of the weights are written to `evaluation.json` in the folder.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoTokenizer, LlamaForCausalLM
 pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from language_training import forms, training, training_record, training_step
-from language_training.sequences import Batch, Sequences, train_tokenizer
+from language_training.sequences import END, Batch, Encoder, Sequences, train_tokenizer
 from language_training.training_step import FoldedAttention, TrainingStep
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,40 @@ def test_an_answer_counts_where_it_is_predicted(tmp_path):
     assert all(answer in text for answer in answers)
 
 
+def test_the_values_of_a_key_come_in_any_order(tmp_path):
+    train_tokenizer(tmp_path, 20)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    pieces = [
+        forms.Piece("The special magic numbers for TV-set are"),
+        forms.Piece(forms._answer(["TV-set"], ["1234567", "2345678", "3456789"]), True, True),
+        forms.Piece(forms._answer(["one", "TV-set"], ["4567890", "5678901"]), True),
+    ]
+    text = Encoder(tmp_path).encode(pieces)
+    found = {
+        tokenizer.decode(text.ids[place]): [tokenizer.decode(one) for one in others]
+        for place, others in text.others.items()
+    }
+    assert found == {"12": ["23", "34"], "23": ["34"], "34": []}
+    assert all(text.answers[place] for place in text.others)
+    assert text.ids[-1] == END
+
+
+def test_another_right_token_is_as_right():
+    torch.manual_seed(0)
+    model = training.make_model(training.SMOKE)
+    ids, others = torch.randint(3, 2048, (1, 128)), torch.zeros(3, 128, dtype=torch.long)
+    logits = model(ids).logits[0]
+    shares = torch.zeros(2, 128)
+    shares[0, 60], shares[1, 70] = 1, 1
+    others[1, 60] = logits[60].argmax()
+    loss, right, _ = TrainingStep(model, 128, torch.device("cpu"))(
+        Batch(128, ids, shares, others), 0.01
+    )
+    either = logits[60].softmax(-1)[torch.stack((ids[0, 61], others[1, 60]))].sum()
+    torch.testing.assert_close(loss, -either.log())
+    assert right == 1
+
+
 def test_a_step_is_that_of_plain_optimizers():
     torch.manual_seed(0)
     found = training.make_model(training.SMOKE)
@@ -67,7 +101,8 @@ def test_a_step_is_that_of_plain_optimizers():
     ids = torch.randint(3, 2048, (1, 128))
     shares = torch.zeros(2, 128)
     shares[0, 60:63], shares[1, 70:120] = 1 / 3, 1 / 50
-    loss, right, _ = TrainingStep(found, 128, torch.device("cpu"))(Batch(64, ids, shares), 0.01)
+    batch = Batch(64, ids, shares, torch.zeros(3, 128, dtype=torch.long))
+    loss, right, _ = TrainingStep(found, 128, torch.device("cpu"))(batch, 0.01)
 
     logits = expected(ids.view(2, 64)).logits.flatten(0, 1)
     losses = torch.nn.functional.cross_entropy(logits, ids[0].roll(-1), reduction="none")
@@ -100,11 +135,12 @@ def test_the_entropy_is_that_of_causal_attention(monkeypatch):
 def test_a_share_of_the_entropy_makes_attention_narrow():
     torch.manual_seed(0)
     ids, shares = torch.randint(3, 2048, (1, 128)), torch.full((2, 128), 1 / 128)
+    batch = Batch(64, ids, shares, torch.zeros(3, 128, dtype=torch.long))
     last = {}
     for share in (0.0, 3.0):
         step = TrainingStep(training.make_model(training.SMOKE), 128, torch.device("cpu"))
         for _ in range(30):
-            *_, entropy = step(Batch(64, ids, shares), 0.02, share)
+            *_, entropy = step(batch, 0.02, share)
         last[share] = entropy.item()
     assert last[3.0] < 0.5 * last[0.0]
 

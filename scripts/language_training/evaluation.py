@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from language_training.forms import FORMS
-from language_training.sequences import Encoder
+from language_training.sequences import Encoded, Encoder
 from language_training.training_record import weights_digest
 from xattn_video import enable_xattention
 from xattn_video.files import write_json
@@ -35,7 +35,7 @@ def write_evaluation(folder: Path, device: str, lengths: list[int], samples: int
 def evaluate(
     model: LlamaForCausalLM, folder: Path, lengths: list[int], samples: int
 ) -> dict[str, Any]:
-    """The share of first answers whose every token is the likeliest, by setting, length, form."""
+    """The share of first answers whose likeliest tokens are right, by setting, length and form."""
     encoder = Encoder(folder)
     result: dict[str, Any] = {"dense": {}, "0.9": {}}
     for length in lengths:
@@ -52,27 +52,30 @@ def evaluate(
     return result
 
 
-def _prompt(encoder: Encoder, form: Any, length: int) -> tuple[list[int], int]:
-    """A prompt with its first answer, and the answer's number of tokens."""
+def _prompt(encoder: Encoder, form: Any, length: int) -> Encoded:
+    """A prompt with its first answer."""
     while True:
         pieces = form(length)
         first = next(index for index, piece in enumerate(pieces) if piece.is_answer)
-        ids, answers = encoder.encode(pieces[: first + 1])
-        if len(ids) <= length:
-            return ids, sum(answers)
+        text = encoder.encode(pieces[: first + 1])
+        if len(text.ids) <= length:
+            return text
 
 
-def _share(
-    model: LlamaForCausalLM, prompts: list[tuple[list[int], int]], setting: str
-) -> dict[str, float]:
+def _share(model: LlamaForCausalLM, prompts: list[Encoded], setting: str) -> dict[str, float]:
     right, density = 0, 1.0
     handle = None
     if setting != "dense":
         handle = enable_xattention(model, threshold=float(setting), min_tokens=0)
-    for ids, count in prompts:
-        tokens = torch.tensor([ids], device=model.device)
+    for text in prompts:
+        tokens = torch.tensor([text.ids], device=model.device)
+        count = sum(text.answers)
         logits = model(tokens, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
-        right += int((logits.argmax(-1) == tokens[0, -count:]).all())
+        places = range(len(text.ids) - count, len(text.ids))
+        right += all(
+            one == text.ids[place] or one in text.others.get(place, [])
+            for place, one in zip(places, logits.argmax(-1).tolist(), strict=True)
+        )
     if handle is not None:
         density = handle.report().density
         handle.disable()

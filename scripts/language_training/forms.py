@@ -24,10 +24,17 @@ _ORDINALS = ("first", "second", "third", "fourth")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of text, and whether the model has to give it."""
+    """A piece of text.
+
+    Attributes:
+        text: Of the piece.
+        is_answer: Whether the model has to give it.
+        any_order: Whether the values of the answer may come in any order.
+    """
 
     text: str
     is_answer: bool = False
+    any_order: bool = False
 
 
 @cache
@@ -69,7 +76,7 @@ def _ask(kind: str, keys: list[str], values: list[str], *, short: bool) -> list[
     Args:
         kind: What the values are: numbers or uuids.
         keys: The keys that are asked for.
-        values: One value for each key, or all values of a single key in the order of the text.
+        values: One value for each key, or all values of a single key.
         short: Leave the question out and begin with the answer's first words.
     """
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
@@ -81,7 +88,7 @@ def _ask(kind: str, keys: list[str], values: list[str], *, short: bool) -> list[
     question = "" if short else f"{begin} the {what} {asked}? "
     return [
         Piece(f"\n{question}The {what} {asked} {end}"),
-        Piece(_answer(keys, values), True),
+        Piece(_answer(keys, values), True, any_order=len(values) > len(keys)),
     ]
 
 
@@ -157,12 +164,10 @@ def _few_keys(room: int, *, values_each: int, together: int, most: int = 32) -> 
     table = {key: [_number() for _ in range(values_each)] for key in _distinct(_word, keys)}
     needles = [(key, value) for key, values in table.items() for value in values]
     random.shuffle(needles)
-    # Values of a key are asked for in the order of the text.
-    found = {key: [value for other, value in needles if other == key] for key in table}
     questions: list[list[Piece]] = []
     while len(questions) < keys // together:
         asked = random.sample(list(table), together)
-        values = [value for key in asked for value in found[key]]
+        values = [value for key in asked for value in table[key]]
         questions.append(_ask("numbers", asked, values, short=bool(questions)))
     taken = 110 + 38 * len(needles) + 25 * len(questions)
     sentences = (room - taken) / _GRASS_TOKENS * random.uniform(0.7, 1.0)
@@ -181,11 +186,11 @@ def many_uuids(room: int) -> list[Piece]:
 # Each form, its share, and the tokens that it needs at least. Chains of variables and counted
 # words are not learned at this size, and their large losses hide those of the other forms.
 FORMS: dict[Callable[[int], list[Piece]], tuple[float, int]] = {
-    many_keys: (0.3, 0),
-    many_uuids: (0.16, 400),
+    many_keys: (0.18, 0),
+    many_uuids: (0.22, 400),
     one_key: (0.06, 200),
-    several_values: (0.38, 260),
-    several_keys: (0.1, 420),
+    several_values: (0.42, 260),
+    several_keys: (0.12, 420),
 }
 
 

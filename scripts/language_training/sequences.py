@@ -26,11 +26,28 @@ class Batch(NamedTuple):
         ids: Tokens, `[1, tokens]`.
         shares: What the prediction of each next token counts in the loss of answers and in that
             of other tokens, `[2, tokens]` float32; the sum of each row is 1.
+        others: Tokens that are as right as the next one, `[3, tokens]`; padding where there are
+            fewer.
     """
 
     length: int
     ids: Tensor
     shares: Tensor
+    others: Tensor
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text.
+
+    Attributes:
+        ids: Tokens.
+        answers: Which of them belong to answers.
+        others: By place of a token, the tokens that are as right there.
+    """
+
+    ids: list[int]
+    answers: list[bool]
+    others: dict[int, list[int]]
 
 
 def train_tokenizer(folder: Path, samples: int) -> None:
@@ -77,36 +94,47 @@ class Encoder:
 
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._grass = self._tokenizer.encode("\n" + GRASS).ids
+        vocabulary = self._tokenizer.get_vocab()
+        self._space = self._tokenizer.encode(" 1").ids[0]
+        self._digits = {place for token, place in vocabulary.items() if token.isdecimal()}
 
-    def encode(self, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them belong to answers; an answer ends the text."""
+    def encode(self, pieces: list[Piece]) -> Encoded:
+        """Tokens of a text; an answer ends it."""
         grass = "\n" + GRASS
-        others = iter(
+        encoded = iter(
             self._tokenizer.encode_batch_fast([p.text for p in pieces if p.text != grass])
         )
-        ids: list[int] = []
-        answers: list[bool] = []
+        text = Encoded([], [], {})
         for piece in pieces:
-            new = self._grass if piece.text == grass else next(others).ids
+            new = self._grass if piece.text == grass else next(encoded).ids
             if piece.is_answer:
                 new = [*new, END]
-            ids += new
-            answers += [piece.is_answer] * len(new)
-        return ids, answers
+            if piece.any_order:
+                values = [at for at in range(1, len(new)) if self._begins_value(new, at)]
+                for index, at in enumerate(values):
+                    later = [new[other] for other in values[index + 1 :]]
+                    text.others[len(text.ids) + at] = later
+            text.ids.extend(new)
+            text.answers.extend([piece.is_answer] * len(new))
+        return text
+
+    def _begins_value(self, ids: list[int], at: int) -> bool:
+        return ids[at - 1] == self._space and ids[at] in self._digits
 
 
-def repeated(length: int) -> tuple[list[int], list[bool]]:
+def repeated(length: int) -> Encoded:
     """A random string, then again, whole or as pieces in another order."""
     count = random.randrange(8, length // 2 + 1)
     few = random.random() < 0.3
     first = np.random.randint(3, 40 if few else VOCABULARY, count).tolist()
     if random.random() < 0.5:
-        return first + first, [False] * (count + 1) + [True] * (count - 1)
+        return Encoded(first + first, [False] * (count + 1) + [True] * (count - 1), {})
     size = random.randrange(4, 9)
     pieces = [first[i : i + size] for i in range(0, count, size)]
     random.shuffle(pieces)
     known = [at > 1 for piece in pieces for at in range(len(piece))]
-    return first + [one for piece in pieces for one in piece], [False] * count + known
+    again = [one for piece in pieces for one in piece]
+    return Encoded(first + again, [False] * count + known, {})
 
 
 class Sequences(IterableDataset[Batch]):
@@ -142,10 +170,15 @@ class Sequences(IterableDataset[Batch]):
         rows = self._tokens // length
         ids = np.zeros((rows, length + 1), np.int64)
         answers = np.zeros((rows, length + 1), bool)
+        others = np.full((3, rows, length + 1), PADDING)
         for row in range(rows):
-            one, answered = self._sequence(encoder, length)
-            ids[row, : len(one)] = one
-            answers[row, : len(one)] = answered
+            one = self._sequence(encoder, length)
+            size = min(len(one.ids), length)
+            ids[row, :size] = one.ids[:size]
+            answers[row, :size] = one.answers[:size]
+            for place, some in one.others.items():
+                if place < size:
+                    others[: len(some), row, place] = some
         answer = answers[:, 1:]
         other = (ids[:, 1:] != PADDING) & ~answer & (np.random.random(answer.shape) < 0.1)
         shares = np.stack([one / max(1, one.sum()) for one in (answer.ravel(), other.ravel())])
@@ -153,19 +186,19 @@ class Sequences(IterableDataset[Batch]):
             length,
             torch.from_numpy(ids[:, :length].reshape(1, -1)),
             torch.from_numpy(shares.astype(np.float32)),
+            torch.from_numpy(others[:, :, 1:].reshape(3, -1)),
         )
 
-    def _sequence(self, encoder: Encoder, length: int) -> tuple[list[int], list[bool]]:
+    def _sequence(self, encoder: Encoder, length: int) -> Encoded:
         if length < _SHORTEST_FORM or random.random() < self._copies:
             if random.random() < 0.5:
                 return repeated(min(length, 1024))
-            ids, answers = encoder.encode(copied_needles(min(length, 1024)))
-            return ids[:length], answers[:length]
-        ids, answers = encoder.encode(random_form(length))
+            return encoder.encode(copied_needles(min(length, 1024)))
+        text = encoder.encode(random_form(length))
         # A text that came out too long loses its first question before its head.
-        while not any(answers[:length]):
-            ids, answers = encoder.encode(random_form(int(length * 0.8)))
-        return ids[:length], answers[:length]
+        while not any(text.answers[:length]):
+            text = encoder.encode(random_form(int(length * 0.8)))
+        return text
 
 
 def batches(dataset: Sequences, workers: int) -> Iterator[Batch]:

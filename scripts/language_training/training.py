@@ -50,12 +50,12 @@ class LanguagePlan:
         Stage(60, 64, 1.0, enough=0.8),
         Stage(3, 128, 0.5),
         Stage(6, 256, 0.3),
-        # Which of several values comes first is learned slowly, and best in short texts.
-        Stage(14, 512, 0.1, enough=0.998),
-        Stage(10, 1024, 0.1, enough=0.998),
-        Stage(12, 2048, 0.05, enough=0.998),
+        # That a key has several values is learned slowly, and best in short texts.
+        Stage(22, 512, 0.1, enough=0.998),
+        Stage(8, 1024, 0.1, enough=0.998),
+        Stage(10, 2048, 0.05, enough=0.998),
         Stage(16, 8192, 0.05, enough=0.998),
-        Stage(12, 16384, 0.05, enough=0.998),
+        Stage(10, 16384, 0.05, enough=0.998),
         Stage(34, 32768, 0.05, enough=2.0),
     )
 
@@ -65,11 +65,13 @@ class LanguagePlan:
 LONGER = LanguagePlan(
     learning_rate=2e-3,
     stages=(
-        Stage(6, 512, 0.05, enough=2.0, entropy=0.1),
-        Stage(8, 2048, 0.05, enough=2.0, entropy=0.1),
-        Stage(14, 8192, 0.05, enough=2.0, entropy=0.1),
-        Stage(16, 16384, 0.05, enough=2.0, entropy=0.1),
-        Stage(56, 32768, 0.05, enough=2.0, entropy=0.1),
+        Stage(5, 512, 0.05, enough=2.0),
+        Stage(7, 1024, 0.05, enough=2.0),
+        Stage(10, 2048, 0.05, enough=2.0, entropy=0.02),
+        Stage(12, 4096, 0.05, enough=2.0, entropy=0.02),
+        Stage(14, 8192, 0.05, enough=2.0, entropy=0.02),
+        Stage(17, 16384, 0.05, enough=2.0, entropy=0.02),
+        Stage(35, 32768, 0.05, enough=2.0, entropy=0.02),
     ),
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, LlamaForCausalLM
 
-from language_training.sequences import Batch
+from language_training.sequences import PADDING, Batch
 
 _SAMPLED_QUERIES = 32
 # Compiled kernels and the memory of the optimizers have to be there before a graph is recorded.
@@ -106,6 +106,7 @@ class TrainingStep:
         # A graph reads and writes these.
         self._ids, self._positions = torch.zeros(2, 1, tokens, dtype=torch.long, device=device)
         self._shares = torch.zeros(2, tokens, device=device)
+        self._others = torch.zeros(3, tokens, dtype=torch.long, device=device)
         self._rate, self._entropy = torch.zeros(2, device=device)
         self._result = torch.zeros(3, device=device)
         self._matrices = [one for one in model.model.layers.parameters() if one.dim() > 1]
@@ -141,6 +142,7 @@ class TrainingStep:
         self._ids.copy_(batch.ids)
         torch.remainder(self._places, batch.length, out=self._positions)
         self._shares.copy_(batch.shares)
+        self._others.copy_(batch.others)
         self._rate.fill_(rate)
         self._entropy.fill_(entropy)
         self._attention.length = batch.length
@@ -179,8 +181,11 @@ class TrainingStep:
                 .logits[0]
                 .float()
             )
-        target = self._ids[0].roll(-1)
-        of_answers, of_others = self._shares @ F.cross_entropy(logits, target, reduction="none")
+        next_ids = self._ids[0].roll(-1)
+        targets = torch.cat((next_ids[None], self._others)).T
+        none = torch.cat((torch.zeros_like(next_ids)[None], self._others == PADDING)).T.bool()
+        likely = logits.gather(1, targets).masked_fill(none, -torch.inf).logsumexp(-1)
+        of_answers, of_others = self._shares @ (logits.logsumexp(-1) - likely)
         entropy = torch.stack(self._attention.entropies).mean()
         (of_answers + 0.3 * of_others + self._entropy * entropy).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -189,6 +194,7 @@ class TrainingStep:
         with torch.no_grad():
             for old, matrix in zip(before, self._matrices, strict=True):
                 matrix.copy_(old.lerp(matrix, self._rate))
-            right = self._shares[0] @ (logits.argmax(-1) == target).float()
+            is_right = (logits.argmax(-1, keepdim=True) == targets) & ~none
+            right = self._shares[0] @ is_right.any(-1).float()
             self._result.copy_(torch.stack((of_answers.detach(), right, entropy.detach())))
         self._adamw.step()
