@@ -55,14 +55,21 @@ def _accuracy(runs: RulerRuns | None) -> str:
         return "Accuracy: not measured on a trained model yet."
     length = runs.lengths[-1]
     dense, *others = runs.settings
+    name = f"the model `{runs.reports[0]['model']}`"
+    if runs.solved == runs.tasks:
+        where = f"{name} on all {len(runs.tasks)} RULER tasks run here"
+    else:
+        where = (
+            f"on the {len(runs.solved)} of the {len(runs.tasks)} RULER tasks run here that "
+            f"{name} solves"
+        )
     parts = []
     for setting in others:
         found = runs.scores(runs.solved, length, setting)
         share = runs.share_of_all(runs.solved, length, setting)
         parts.append(f"{found.score:.3f} with {setting} ({_blocks(share, found.density)})")
     return (
-        f"Accuracy: on the {len(runs.solved)} of the {len(runs.tasks)} RULER tasks run here that "
-        f"the model `{runs.reports[0]['model']}` solves, at {length:,} tokens, "
+        f"Accuracy: {where}, at {length:,} tokens, "
         f"{runs.scores(runs.solved, length, dense).score:.3f} with dense attention, "
         f"{', '.join(parts)}."
     )
