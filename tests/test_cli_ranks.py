@@ -135,7 +135,7 @@ def test_a_folder_is_not_claimed_where_one_rank_refuses(words, tmp_path):
     first, second = launch(asked, 2, tmp_path, rank_one_refuses)
     assert first.err == "error: rank 1: the memory is too small.\n"
     assert second.err == ""
-    assert [path.name for path in (tmp_path / "v/resume").iterdir()] == ["locks"]
+    assert not (tmp_path / "v").exists()
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
