@@ -134,6 +134,20 @@ def test_a_layer_replaced_in_a_generation_does_not_start_another():
     assert states(processor.report()) == ["sparse"]
 
 
+def test_layers_that_another_processor_had_are_served_again():
+    transformer, processor = with_processor()
+    other = tiny_processor()
+    layers = [part for part in transformer.modules() if getattr(part, "processor", 0) is processor]
+    run(transformer)
+    for one in (other, processor):
+        for layer in layers:
+            layer.processor = one
+        one.bind(transformer)
+    for _ in range(2):
+        run(transformer)
+        assert states(processor.report()) == ["sparse"]
+
+
 def test_setting_it_twice_leaves_one_hook():
     transformer, processor = with_processor()
     transformer.set_attn_processor(processor)

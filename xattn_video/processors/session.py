@@ -161,10 +161,18 @@ class Session:
         return self.transformer() is transformer and not self._closed
 
     def is_current(self, transformer: nn.Module) -> bool:
-        """Whether it is open on exactly the layers that use the processor now."""
+        """Whether it is open on exactly the layers that use the processor now, by its slots."""
         attentions = self.family.attentions(transformer).values()
         own = tuple(filter(self._serves, attentions))
-        return self.is_open_on(transformer) and self._attentions == own
+        return (
+            self.is_open_on(transformer)
+            and self._attentions == own
+            # Another processor may have had the layers in between.
+            and all(
+                getattr(attention, SLOT_NAME, None) is slot
+                for attention, slot in zip(own, self.recorder.slots, strict=True)
+            )
+        )
 
     def reset(self) -> None:
         """Forget the generation, but keep its report."""
