@@ -74,9 +74,9 @@ def main(
         job.check()
     # What one rank refuses must leave nothing of the others.
     ranks.meet()
-    with ranks.first_ahead():
-        job.claim()
     with job.run.lock_rank(share.rank, share.num_ranks) if job.writes else nullcontext():
+        with ranks.first_ahead():
+            job.claim()
         errors.running = True
         job.generate()
 

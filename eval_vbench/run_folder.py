@@ -46,9 +46,15 @@ class RunFolder(ItemFolder):
         Raises:
             ValueError: The folder has other settings, or contains other files.
         """
+        self.check_adoption(settings, overwrite)
+        super().adopt(settings, overwrite)
+
+    def check_adoption(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Raise ValueError if `adopt` would; writes nothing."""
         if not self.settings_file.exists():
             self._require_empty()
-        super().adopt(settings, overwrite)
+        elif not overwrite:
+            self.check(settings)
 
     def settings(self) -> dict[str, Any]:
         """The run's settings.

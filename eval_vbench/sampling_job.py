@@ -18,7 +18,7 @@ from eval_vbench.prompts import (
     video_items,
 )
 from eval_vbench.run_folder import RunFolder
-from xattn_video.files import check_output_folder
+from xattn_video.files import check_writable
 from xattn_video.options.command import knob
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
@@ -119,7 +119,7 @@ class SamplingJob:
         return video_items(self.prompts, self.asked.videos_per_prompt, self.asked.seed)
 
     def check(self) -> None:
-        """Check for what would fail.
+        """Check for what would fail; creates nothing.
 
         Raises:
             ValueError, UnsupportedModelError, PipelineLoadError: The model, a setting or the
@@ -133,13 +133,14 @@ class SamplingJob:
         # Only one rank warns.
         if self.ranks.is_first:
             print_warnings(warnings)
-        check_output_folder(self.run.path, what="run")
+        check_writable(self.run.path, what="run")
         check_encoders(
             self.run.path, (".mp4", ".mkv") if self.asked.lossless else (".mp4",), self.asked.fps
         )
+        self.run.check_adoption(self.settings(), self.asked.overwrite)
 
     def claim(self) -> None:
-        """Assign the folder to this run.
+        """Assign the folder to this run, under the lock: another process may be writing there.
 
         Raises:
             ValueError: The folder has other settings, or contains other files.

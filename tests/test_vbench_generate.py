@@ -159,13 +159,18 @@ def test_videos_of_unknown_origin_are_refused(tiny_pipeline, tmp_path):
     code, _, messages = make_run(tmp_path, tiny_pipeline, "--dense")
     assert code == 2
     assert "so their settings are unknown (such as 'cat-0.mp4'); give an empty folder" in messages
+    assert [path.name for path in tmp_path.iterdir()] == ["videos"]
 
 
-def test_two_processes_do_not_share_a_rank(finished, tiny_pipeline):
+@pytest.mark.parametrize("words", [SPARSE, ["--dense", "--overwrite"]])
+def test_two_processes_do_not_share_a_rank(words, finished, tiny_pipeline):
+    run = RunFolder(finished)
+    before = run.settings(), run.record("0000-0")
     with (finished / "locks/rank-0").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        code, _, messages = make_run(finished, tiny_pipeline, *SPARSE)
+        code, _, messages = make_run(finished, tiny_pipeline, *words)
     assert code == 2
+    assert (run.settings(), run.record("0000-0")) == before
     assert "another process is generating into" in messages
     assert "use several GPUs with accelerate launch" in messages
 
@@ -262,6 +267,11 @@ def test_bad_arguments_touch_nothing(tiny_pipeline, tmp_path, option, message):
     assert code == 2
     assert message in messages
     assert not folder.exists()
+
+
+def test_a_backend_that_is_refused_touches_nothing(tiny_pipeline, tmp_path):
+    code, _, messages = make_run(tmp_path / "run", tiny_pipeline, *SPARSE, "--backend=flash4")
+    assert (code, list(tmp_path.iterdir())) == (2, []), messages
 
 
 def test_the_settings_are_readable(finished):
