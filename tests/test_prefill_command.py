@@ -284,6 +284,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(monkeypatch):
         (["--model=none.gguf"], "there is no file 'none.gguf'; give the path of a .gguf file."),
         (["--model=."], "the folder '.' has no config.json; give a folder that save_pretrained"),
         (["--model="], "model '' is neither a folder, a .gguf file nor a hub ID; expected 'demo'"),
+        ([f"--model={'n' * 300}"], "nnn': File name too long; give a readable folder, a .gguf"),
         (["--model=no/such/model"], "model 'no/such/model' is neither a folder, a .gguf file nor"),
         (["--model=no/model"], "model 'no/model' is neither a folder nor a .gguf file, and the"),
         (["--model={folder}/config.json"], "config.json' is neither a folder, a .gguf file nor"),

@@ -288,8 +288,15 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
         return str(DEMO_FOLDER), {"local_files_only": True}
     path = Path(name)
     if path.suffix != ".gguf":
-        is_folder = name != "" and path.is_dir()
-        if path.is_file() or not (is_folder or _is_hub_id(name)):
+        try:
+            # An empty name would be the current folder.
+            is_folder, is_file = name != "" and path.is_dir(), path.is_file()
+        except OSError as error:
+            raise ValueError(
+                f"cannot read the model {name!r}: {error.strerror}; give a readable folder, a "
+                ".gguf file or a hub ID."
+            ) from None
+        if is_file or not (is_folder or _is_hub_id(name)):
             raise ValueError(
                 f"model {name!r} is neither a folder, a .gguf file nor a hub ID; expected "
                 f"{DEMO!r}, a folder, a .gguf file, or an ID such as {_HUB_EXAMPLE!r}."
