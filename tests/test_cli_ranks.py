@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,34 @@ def test_ranks_that_speak_tell_an_error_once(words, generate, tmp_path):
     assert second.err == ""
     assert first.err.count("error: ") == 1
     assert "error: 'v' holds a run with other settings" in first.err
+
+
+def rank_zero_is_late(rank):
+    module = sys.modules["xattn_video.cli.generate"]
+    check = module.check_parallel
+
+    def check_late(*given):
+        time.sleep(1)
+        check(*given)
+
+    if rank == 0:
+        module.check_parallel = check_late
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--prompt=a", "--parallel=no"], "--parallel must be one of auto, ulysses, cfg, prompts"),
+        (["--prompt=a", "--parallel=prompts"], "--parallel prompts needs --prompts-file"),
+        (["--prompts-file=empty.txt"], "the prompts file 'empty.txt' contains no prompt"),
+    ],
+    ids=str,
+)
+def test_what_all_ranks_refuse_is_said_by_the_first(asked, message, words, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    first, second = launch([*words, *asked, "--output=v"], 2, tmp_path, rank_zero_is_late)
+    assert first.err.startswith(f"error: {message}")
+    assert (first.err.count("\n"), second.err) == (1, "")
 
 
 def rank_one_refuses(rank):

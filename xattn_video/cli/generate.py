@@ -78,21 +78,22 @@ def generate(
     """Generate a video, or one for each line of a prompts file, which a second run resumes."""
     from xattn_video.pipelines.memory import settle_offload
 
-    check_parallel(details.parallel, ranks.count)
-    load = ranks.place(load)
-    requests = tuple(
-        GenerationRequest(prompt, details.negative_prompt, details.seed, video, sparse)
-        for prompt in prompts.read()
-    )
+    with ranks.first_ahead():
+        check_parallel(details.parallel, ranks.count)
+        load = ranks.place(load)
+        requests = tuple(
+            GenerationRequest(prompt, details.negative_prompt, details.seed, video, sparse)
+            for prompt in prompts.read()
+        )
     ranks.agree("prompts", {"prompts": [request.prompt for request in requests]})
-    num_prompts = None if prompts.prompts_file is None else len(requests)
-    split = choose_split(details.parallel, ranks.count, load.model, video, num_prompts)
-    load = settle_offload(replace(load, num_gpus=split.ranks_per_pass), video)
-    if split.by_prompt:
-        speak()
-    folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
     paths = (files.output, files.report, files.plot, files.html)
     with ranks.first_ahead():
+        num_prompts = None if prompts.prompts_file is None else len(requests)
+        split = choose_split(details.parallel, ranks.count, load.model, video, num_prompts)
+        load = settle_offload(replace(load, num_gpus=split.ranks_per_pass), video)
+        if split.by_prompt:
+            speak()
+        folder = None if prompts.prompts_file is None else PromptsFolder(files.output)
         job = GenerateJob(
             load,
             requests,
