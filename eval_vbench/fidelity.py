@@ -50,7 +50,6 @@ def measure_fidelity(
         if measures is None:
             clips = (read_clip(run.lossless_video(item)) for run in (dense, sparse))
             measures = asdict(scorer.score(*clips))
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(file, {**key, "measures": measures})
             say(f"{sparse.path.name}: {number + 1}/{len(items)} pairs measured")
         found[item.key] = measures

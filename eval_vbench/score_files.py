@@ -33,7 +33,6 @@ class Score:
 
 def write_score_file(folder: Path, score: Score) -> None:
     """Write a score to its file in a folder."""
-    folder.mkdir(exist_ok=True)
     write_json(folder / f"{score.dimension}.json", asdict(score))
 
 

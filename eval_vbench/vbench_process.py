@@ -23,7 +23,7 @@ from eval_vbench.score_files import (
     videos_digest,
     write_score_file,
 )
-from xattn_video.files import check_output_folder, read_record, write_json
+from xattn_video.files import check_writable, read_record, write_json
 from xattn_video.pipelines.item_folder import file_digest
 
 # In this dimension VBench omits videos in which it finds no object.
@@ -172,8 +172,8 @@ def run_vbench(
             )
         if done.returncode:
             # On a full disk VBench fails as it prints, which the log cannot say.
-            check_output_folder(log.parent, what="scores")
-            check_output_folder(Path(folder), what="VBench's result")
+            check_writable(log.parent, what="scores")
+            check_writable(Path(folder), what="VBench's result")
             raise ScoringError(f"{_ending(done.returncode)}: {_last_line(log)}; see {log}.")
         result = Path(folder, f"{dimension}_eval_results.json")
         if not result.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.cli.outputs import ResumableFolder, default_name
-from xattn_video.files import check_output_folder, check_output_path, write_json, write_text
+from xattn_video.files import check_output_path, write_json, write_text
 from xattn_video.pipelines.video import write_video, write_video_or_keep_frames
 
 if TYPE_CHECKING:
@@ -159,7 +159,6 @@ class ResultsFolder:
         measurement = outcome.measurement
         name = f"{number:03}-{default_name(measurement.prompt, measurement.seed)}"
         folder = self.folder / "videos" / name
-        check_output_folder(folder)
         files = [folder / f"{measurement.method.name}.mkv"]
         fps = round(outcome.clip.fps)
         write_video_or_keep_frames(files[0], outcome.clip.frames, fps)

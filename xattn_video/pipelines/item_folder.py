@@ -155,7 +155,6 @@ class ItemFolder:
             }
             for file in files
         }
-        self._items.mkdir(exist_ok=True)
         write_json(self._item_file(key), {"key": key, "files": sums, **record})
         self.forget_failures([key])
         self._remove_replaced(kept=sums)
@@ -178,7 +177,6 @@ class ItemFolder:
 
     def add_failure(self, key: str, name: str, error: Exception) -> None:
         """Record that an item failed."""
-        self.failures.mkdir(exist_ok=True)
         content = {"key": key, "prompt": name, "error": describe_error(error)}
         write_json(self._failure_file(key), content)
 
@@ -195,7 +193,6 @@ class ItemFolder:
         return str((read_record(file, "error") or {"error": "unknown"})["error"])
 
     def _write_settings(self, settings: dict[str, Any], *, new: bool = False) -> None:
-        self._state.mkdir(parents=True, exist_ok=True)
         content = {"hash": settings_hash(settings), "settings": settings}
         write_json(self.settings_file, content, new=new)
 
