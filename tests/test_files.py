@@ -142,6 +142,13 @@ def test_a_check_creates_no_folder_and_a_writer_does(tmp_path):
     assert names(path.parent) == ["a.json"]
 
 
+@pytest.mark.parametrize("name", ["file/a.json", "file/new/a.json"])
+def test_a_file_in_the_place_of_a_folder_is_a_failure_to_write(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotWrittenError, match="Not a directory; no part of it is left"):
+        write_json(tmp_path / name, {}, new=True)
+
+
 @pytest.mark.parametrize("name", ["n" * 300, f"new/{'n' * 300}/folder", "new/\0"])
 def test_folders_that_cannot_have_their_name_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"output cannot be written to .*; use another"):

@@ -151,7 +151,9 @@ def atomic_path(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """
     path, target = Path(path), Path(os.path.realpath(path))
     with _told(path), contextlib.ExitStack() as stack:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        # A file in the place of the folder is told below, and not as an existing ``path``.
+        with contextlib.suppress(FileExistsError):
+            target.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(target.parent)
         temporary = stack.enter_context(temporary_path(target.parent, path.suffix))
         yield temporary
