@@ -188,7 +188,8 @@ class SamplingJob:
         # A launcher ends all ranks when one has failed, so failures are reported at the end.
         self.ranks.meet()
         if self.ranks.is_first:
-            attempts.failed = sum(self.run.failure(item.key) is not None for item in items)
+            unfinished = [item for item in items if self.run.record(item.key) is None]
+            attempts.failed = sum(self.run.failure(item.key) is not None for item in unfinished)
             attempts.conclude(len(items))
             output_console().print(f"videos     {self.run.videos}", soft_wrap=True)
 

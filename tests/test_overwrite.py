@@ -207,15 +207,18 @@ def test_no_command_replaces_the_records_of_another_run(words, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for folder in ("o/resume", "run"):
         (tmp_path / folder / "locks").mkdir(parents=True)
+        (tmp_path / folder / "settings.json").touch()
     code, _, err = run_cli(*words, "--device=cpu")
     assert code == 2
     assert "holds the records of a run; use another." in err
 
 
 def test_files_named_like_records_are_written_where_no_run_is(tmp_path):
+    (tmp_path / "locks").mkdir()
     for name in ("settings.json", "items/a.json", "resume/a.json", "run/report.json"):
         check_output_path(tmp_path / name, (".json",))
     (tmp_path / "run/locks").mkdir(parents=True)
+    (tmp_path / "run/settings.json").touch()
     check_output_path(tmp_path / "run/report.json", (".json",))
 
 

@@ -198,6 +198,9 @@ def test_failures_are_listed_and_tried_again(finished, tiny_pipeline, tmp_path, 
     assert "1 of 2 videos already exist" in messages
     assert run.failure(first.key) is None
     assert files_of(folder) == files_of(finished)
+    # The run ended between a video's record and the removal of its failure.
+    run.add_failure(first.key, first.file_name, RuntimeError("CUDA out of memory"))
+    assert make_run(folder, tiny_pipeline, *SPARSE)[0] == 0
 
 
 def test_a_full_disk_stops_the_run(finished, tiny_pipeline, tmp_path, monkeypatch):

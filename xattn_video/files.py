@@ -27,9 +27,9 @@ _STALE_SECONDS = 24 * 3600
 _BLOCK = bytes(4096)
 RECORDS_FOLDER = "resume"
 """Name of the folder that holds the records of a run alone."""
-# The records of a run (`ItemFolder`), wherever it keeps them. Every run has locks.
-_LOCKS = "locks"
-_RECORDS = ("settings.json", "names.json", "replaced.json", "items", "failures", _LOCKS)
+# The records of a run (`ItemFolder`), wherever it keeps them. Every run has the first two.
+_RECORDS = ("settings.json", "locks", "names.json", "replaced.json", "items", "failures")
+_NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 # Some file systems cannot sync a folder, and a writable folder need not be readable.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
@@ -77,7 +77,7 @@ def _check_no_record(path: Path) -> None:
     """Raise ValueError if a file would be among the records of a run."""
     for folder in path.parents:
         is_record = folder.name == RECORDS_FOLDER or path.relative_to(folder).parts[0] in _RECORDS
-        if is_record and (folder / _LOCKS).is_dir():
+        if is_record and all((folder / name).exists() for name in _RECORDS[:2]):
             raise ValueError(f"{str(folder)!r} holds the records of a run")
 
 
@@ -123,9 +123,10 @@ def _refused(path: Path, what: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         # An invalid name, such as one with a NUL, is a ValueError.
         reason, number = getattr(error, "strerror", error), getattr(error, "errno", None)
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            parts = (path, *path.parents)
-            blocking = next(part for part in parts if os.path.lexists(part) and not part.is_dir())
+        parts = (path, *path.parents)
+        # A link that leads nowhere is in the place of a folder too.
+        blocking = next((part for part in parts if os.path.lexists(part)), path)
+        if number in _NO_FOLDER and not blocking.is_dir():
             reason = f"{str(blocking)!r} is a file, not a folder"
         raise ValueError(
             f"{what} cannot be written to {str(path)!r}: {reason}; "

@@ -112,8 +112,8 @@ class Encoder:
             if piece.any_order:
                 values = [at for at in range(1, len(new)) if self._begins_value(new, at)]
                 for index, at in enumerate(values):
-                    later = [new[other] for other in values[index + 1 :]]
-                    text.others[len(text.ids) + at] = later
+                    later = {new[other] for other in values[index + 1 :]} - {new[at]}
+                    text.others[len(text.ids) + at] = sorted(later)
             text.ids.extend(new)
             text.answers.extend([piece.is_answer] * len(new))
         return text
