@@ -15,7 +15,7 @@ import typer
 
 from eval_language.harness_output import Tick
 from xattn_video.errors import MissingPackageError
-from xattn_video.files import check_writable, write_json, write_text
+from xattn_video.files import check_no_record, check_writable, write_json, write_text
 from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
@@ -93,9 +93,12 @@ class HarnessOptions:
                 label += f", {dense_layers} dense layer{'s' * (dense_layers != 1)}"
             if label in variants:
                 raise ValueError(f"settings must differ, got {label} twice; give each once.")
-            variants[label] = PrefillSettings.of(
-                tau, dense_layers, stride=stride, min_tokens=self.min_tokens
-            )
+            try:
+                variants[label] = PrefillSettings.of(
+                    tau, dense_layers, stride=stride, min_tokens=self.min_tokens
+                )
+            except ValueError as error:
+                raise ValueError(f"settings {text!r}: {error}") from None
         return variants
 
 
@@ -188,10 +191,11 @@ def harness_command(
         settings = {label: one and one.to_dict() for label, one in variants.items()}
         # Before the prompts, which may take minutes.
         folder.check({**about, "settings": settings})
-        check_writable(asked.run)
+        check_no_record(asked.run, what="run")
+        check_writable(asked.run, what="run")
         prepared = prepare(asked, load)
-        folder.adopt({**about, "settings": settings})
         with folder.lock():
+            folder.adopt({**about, "settings": settings})
             _score(folder, prepared, variants, asked.samples, errors)
         table = _write(folder, about, prepared, list(variants))
         console = output_console()

@@ -206,7 +206,10 @@ def probe_environment(python: Path) -> Environment:
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"{str(python)!r} fails: {last}; {remedy}.") from None
-    found = json.loads(answer.stdout)
+    try:
+        found = json.loads(answer.stdout)
+    except ValueError:
+        raise ValueError(f"{str(python)!r} is no Python with VBench; {remedy}.") from None
     if found["vbench"] != VBENCH_VERSION:
         version = found["vbench"]
         has = "has no vbench" if version is None else f"has vbench {version}"

@@ -101,7 +101,7 @@ def test_the_harness_measures_prompts_with_the_models_tokenizer(harnesses, tiny_
         (["--settings=0.9:8:1:1"], "got '0.9:8:1:1'; use 0.9:8,0.9:16."),
         (["--samples=0"], "--samples must be at least 1, got 0; use 100."),
         (["--settings=0.9:8,0.90:8"], "--settings must differ, got tau 0.9, stride 8 twice;"),
-        (["--settings=2:8"], "threshold must lie in (0, 1], got 2.0"),
+        (["--settings=2:8"], "settings '2:8': threshold must lie in (0, 1], got 2.0"),
         (
             ["--settings=\uff10.\uff19:\uff18"],
             "DENSE_LAYERS, got '\uff10.\uff19:\uff18'; use 0.9:8,0.9:16.",

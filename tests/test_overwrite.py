@@ -200,6 +200,8 @@ def test_the_records_of_a_run_are_not_replaced(words, is_new, generate, tmp_path
         ["calibrate", "--model=demo", "--prompt=a", "--density=0.2", "--output=run/settings.json"],
         ["prefill", "--model=demo", "--report=run/items/a.json"],
         ["compare", "--model=demo", "--prompt=a", "--output=o/resume"],
+        ["generate", "--model=demo", "--prompt=a", "--output=run/videos/a.mp4"],
+        ["generate", "--model=demo", "--prompts-file=p.txt", "--output=run/videos"],
     ],
     ids=lambda words: f"{words[0]} {words[-1]}",
 )
@@ -208,6 +210,7 @@ def test_no_command_replaces_the_records_of_another_run(words, tmp_path, monkeyp
     for folder in ("o/resume", "run"):
         (tmp_path / folder / "locks").mkdir(parents=True)
         (tmp_path / folder / "settings.json").touch()
+    (tmp_path / "p.txt").write_text("a\n")
     code, _, err = run_cli(*words, "--device=cpu")
     assert code == 2
     assert "holds the records of a run; use another." in err

@@ -208,6 +208,15 @@ def test_packages_that_are_missing_are_named_before_anything_is_measured(runs, m
     assert "pip install matplotlib." in make_report(runs, "--no-fidelity")[2]
 
 
+@pytest.mark.parametrize("folder", ["videos", "items"])
+def test_a_report_is_not_written_among_the_files_of_a_run(folder, runs):
+    before = sorted(runs.rglob("*"))
+    code, _, messages = make_report(runs, f"--output={runs / 'dense' / folder}")
+    assert code == 2
+    assert "holds the records of a run; use another." in messages
+    assert sorted(runs.rglob("*")) == before
+
+
 def test_no_run_and_the_same_run_are_refused(runs):
     code, _, messages = invoke(report.app, f"--dense={runs}", f"--sparse={runs / 'sparse'}")
     assert code == 2

@@ -204,6 +204,7 @@ def test_another_vbench_is_refused(run, monkeypatch, tmp_path):
     [
         ("/nowhere/python", "cannot run '/nowhere/python': No such file or directory"),
         ("/bin/false", "'/bin/false' fails: no message"),
+        ("/bin/true", "'/bin/true' is no Python with VBench"),
     ],
 )
 def test_an_environment_that_cannot_run_is_refused(run, python, message):

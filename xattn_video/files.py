@@ -28,7 +28,11 @@ _BLOCK = bytes(4096)
 RECORDS_FOLDER = "resume"
 """Name of the folder that holds the records of a run alone."""
 # The records of a run (`ItemFolder`), wherever it keeps them. Every run has the first two.
-_RECORDS = ("settings.json", "locks", "names.json", "replaced.json", "items", "failures")
+_RECORDS = (
+    *("settings.json", "locks", "names.json", "replaced.json", "items", "failures"),
+    # Of a run of eval_vbench, which counts the files of these folders.
+    *("videos", "lossless", "unfinished", "scores"),
+)
 _NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 # Some file systems cannot sync a folder, and a writable folder need not be readable.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
@@ -62,8 +66,7 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
             f"{what} must end in {' or '.join(suffixes)}, got {str(path)!r}; "
             "give the name of such a file."
         )
-    with _refused(path, what):
-        _check_no_record(Path(os.path.realpath(path)))
+    check_no_record(path, what=what)
     check_writable(path.parent, what=what)
     with _refused(path, what), contextlib.suppress(FileNotFoundError):
         path.lstat()  # finds a name that is too long
@@ -73,12 +76,19 @@ def check_output_path(path: Path, suffixes: tuple[str, ...], *, what: str = "out
         raise ValueError(f"{what} {str(path)!r} is a folder; give the name of a file.")
 
 
-def _check_no_record(path: Path) -> None:
-    """Raise ValueError if a file would be among the records of a run."""
-    for folder in path.parents:
-        is_record = folder.name == RECORDS_FOLDER or path.relative_to(folder).parts[0] in _RECORDS
-        if is_record and all((folder / name).exists() for name in _RECORDS[:2]):
-            raise ValueError(f"{str(folder)!r} holds the records of a run")
+def check_no_record(path: Path, *, what: str = "output") -> None:
+    """Check that a file or folder is not among the records and videos of a run.
+
+    Raises:
+        ValueError: It is.
+    """
+    with _refused(path, what):
+        path = Path(os.path.realpath(path))
+        for folder in path.parents:
+            name = path.relative_to(folder).parts[0]
+            is_record = folder.name == RECORDS_FOLDER or name in _RECORDS
+            if is_record and all((folder / name).exists() for name in _RECORDS[:2]):
+                raise ValueError(f"{str(folder)!r} holds the records of a run")
 
 
 def check_output_folder(folder: Path, *, what: str = "output") -> None:

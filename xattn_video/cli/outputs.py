@@ -12,6 +12,7 @@ from typing import Any
 
 from xattn_video.files import (
     RECORDS_FOLDER,
+    check_no_record,
     check_output_path,
     check_writable,
     read_record,
@@ -88,6 +89,7 @@ class ResumableFolder(ItemFolder):
     """
 
     def __init__(self, path: Path) -> None:
+        check_no_record(path)
         check_writable(path)
         remedy = "give another --output, the same settings, or --overwrite to start over"
         super().__init__(path, path / RECORDS_FOLDER, remedy)

@@ -137,6 +137,7 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
                 "a needle is for a trained model to find, and the weights are random; leave "
                 "--needle out."
             )
+        beyond: str | None = "the weights are random"
         torch.manual_seed(0)
         tokens = torch.randint(config.vocab_size, (1, num_tokens))
     else:
@@ -145,8 +146,9 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
         max_new_tokens = answer_tokens(tokenizer, needle)
         if prompt.tokens is None and source.context is not None:
             num_tokens = min(num_tokens, source.context - max_new_tokens)
+        # Before the prompt, which takes minutes where it is far too long.
+        beyond = _check_context(prompt, num_tokens, source, max_new_tokens)
         tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
-    beyond = _check_context(prompt, num_tokens, source, max_new_tokens)
     if not prompt.plan:
         settings.sparse.backend_for(
             load.resolved_device, load.resolved_dtype, head_dim(config), causal=True
@@ -170,7 +172,7 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
             settings.sparse.block_size,
         ),
         room.gpu if load.resolved_device.type == "cuda" else room.host,
-        "the weights are random" if source.is_random else beyond,
+        beyond,
     )
 
 
