@@ -9,6 +9,7 @@ order. The shares and the SHA-256 of the weights are written to `evaluation.json
 
 import argparse
 
+from xattn_video.errors import require_packages
 from xattn_video.files import user_path
 from xattn_video.reporting.endings import run_script
 
@@ -25,6 +26,7 @@ def main() -> int:
         "--lengths", type=int, nargs="+", default=[1024, 8192, 16384, 32768], metavar="TOKENS"
     )
     arguments = parser.parse_args()
+    require_packages("RULER's texts", "wonderwords")
     import torch
 
     from language_training.evaluation import write_evaluation

@@ -4,7 +4,7 @@
 
 It makes RULER's forms by itself, needs the package wonderwords for their words, and downloads
 nothing. First it learns mostly to copy repeated random strings, then answers in texts that grow
-from 64 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
+from 128 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
 on with a finished model, from 512 tokens. The folder gets the weights in bfloat16, the
 tokenizer, `TRAINING.json` and `evaluation.json`.
 """
@@ -18,6 +18,7 @@ import sys
 import time
 from typing import Any
 
+from xattn_video.errors import require_packages
 from xattn_video.files import user_path
 from xattn_video.reporting.endings import run_script
 
@@ -25,6 +26,7 @@ from xattn_video.reporting.endings import run_script
 def main() -> int:
     """Train, save and evaluate."""
     arguments = _parse_arguments()
+    require_packages("RULER's texts", "wonderwords")
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -88,11 +90,22 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model, for a quick check on a CPU"
     )
-    parser.add_argument("--samples", type=int, default=10, help="of the evaluation, for each form")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 8192, 16384, 32768], metavar="TOKENS"
+        "--samples", type=int, help="of the evaluation, for each form; 10, or 1 with --smoke"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="of the evaluation; 1024 8192 16384 32768, or 512 with --smoke",
+    )
+    arguments = parser.parse_args()
+    arguments.samples = arguments.samples or (1 if arguments.smoke else 10)
+    arguments.lengths = arguments.lengths or (
+        [512] if arguments.smoke else [1024, 8192, 16384, 32768]
+    )
+    return arguments
 
 
 if __name__ == "__main__":
