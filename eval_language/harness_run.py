@@ -15,7 +15,7 @@ import typer
 
 from eval_language.harness_output import Tick
 from xattn_video.errors import MissingPackageError
-from xattn_video.files import check_no_record, check_writable, write_json, write_text
+from xattn_video.files import check_run_folder, write_json, write_text
 from xattn_video.measure.paired_scores import PairedScores, Record
 from xattn_video.options.command import CONTEXT_SETTINGS, command, knob
 from xattn_video.options.groups import loading
@@ -191,8 +191,7 @@ def harness_command(
         settings = {label: one and one.to_dict() for label, one in variants.items()}
         # Before the prompts, which may take minutes.
         folder.check({**about, "settings": settings})
-        check_no_record(asked.run, what="run")
-        check_writable(asked.run, what="run")
+        check_run_folder(asked.run, what="run")
         prepared = prepare(asked, load)
         with folder.lock():
             folder.adopt({**about, "settings": settings})

@@ -18,7 +18,7 @@ from eval_vbench.report_web import report_web_page
 from eval_vbench.run_comparison import CompleteRun, check_comparable, compare, load_run
 from eval_vbench.run_folder import RunFolder
 from xattn_video.errors import require_packages
-from xattn_video.files import check_no_record, check_writable, write_json, write_text
+from xattn_video.files import check_run_folder, write_json, write_text
 from xattn_video.measure.similarity import VMAF_LEFT_OUT, Scorer
 from xattn_video.options.command import CONTEXT_SETTINGS, AsJson, command
 from xattn_video.reporting.console import output_console, print_message, written_name
@@ -59,8 +59,7 @@ def main(
     reference, *runs = (load_run(RunFolder(folder)) for folder in folders)
     for run in runs:
         check_comparable(reference, run)
-    check_no_record(output)
-    check_writable(output)
+    check_run_folder(output)
     replaced = any((output / name).exists() for name in _FILES)
     errors.running = True
     values, page = _write(reference, runs, output, fidelity, device)

@@ -18,7 +18,7 @@ from eval_vbench.prompts import (
     video_items,
 )
 from eval_vbench.run_folder import RunFolder
-from xattn_video.files import check_no_record, check_writable
+from xattn_video.files import check_run_folder
 from xattn_video.options.command import knob
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
@@ -133,8 +133,7 @@ class SamplingJob:
         # Only one rank warns.
         if self.ranks.is_first:
             print_warnings(warnings)
-        check_no_record(self.run.path, what="run")
-        check_writable(self.run.path, what="run")
+        check_run_folder(self.run.path, what="run")
         check_encoders(
             self.run.path, (".mp4", ".mkv") if self.asked.lossless else (".mp4",), self.asked.fps
         )

@@ -13,7 +13,6 @@ from command_line import run_cli
 from language_models import tiny_model
 
 from benchmarks import decode
-from xattn_video.cli import prefill_job
 from xattn_video.cli.prefill_job import PrefillJob
 from xattn_video.language import needle as needles
 from xattn_video.language.long_prompt import run_prefill
@@ -307,13 +306,6 @@ def test_bad_input_is_one_line(options, text, tiny_llm, tmp_path, monkeypatch):
     assert err.count("\n") == 1
     assert text in err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_prompt_far_too_long_is_refused_before_it_is_made(tiny_llm, monkeypatch):
-    monkeypatch.setattr(prefill_job, "needle_prompt", lambda *_: pytest.fail("was made"))
-    code, _, err = run_cli("prefill", f"--model={tiny_llm}", "--tokens=999999999", "--device=cpu")
-    assert code == 2
-    assert "the model's context is 2,048 tokens, got 999,999,999" in err
 
 
 def test_beyond_the_context_is_marked(tiny_llm):

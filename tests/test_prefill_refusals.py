@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from command_line import run_cli
 from language_models import SMALL, prompt, tiny_model
 
 import xattn_video
 from xattn_video import UnsupportedModelError, enable_xattention
+from xattn_video.cli import prefill_job
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,10 @@ def test_an_argument_that_changes_the_weights_is_refused(llama, argument, what):
             handle._attention.attend(
                 llama.model.layers[0].self_attn, *tensors, None, **{argument: torch.zeros(1)}
             )
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_made(tiny_llm, monkeypatch):
+    monkeypatch.setattr(prefill_job, "needle_prompt", lambda *_: pytest.fail("was made"))
+    code, _, err = run_cli("prefill", f"--model={tiny_llm}", "--tokens=999999999", "--device=cpu")
+    assert code == 2
+    assert "the model's context is 2,048 tokens, got 999,999,999" in err

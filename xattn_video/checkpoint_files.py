@@ -11,6 +11,26 @@ DOWNLOAD_AGAIN = "download it again"
 _LFS_POINTER = b"version https://git-lfs"
 
 
+def folder_or_file(name: str, path: Path, others: str) -> tuple[bool, bool]:
+    """Whether the name of a model is that of a folder, and whether it is that of a file.
+
+    Args:
+        name: The name as given.
+        path: The path that it stands for.
+        others: What else than a folder the error names.
+
+    Raises:
+        ValueError: The path cannot be read.
+    """
+    try:
+        # An empty name would be the current folder.
+        return name != "" and path.is_dir(), path.is_file()
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the model {name!r}: {error.strerror}; give a readable folder{others}."
+        ) from None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 

@@ -91,6 +91,17 @@ def check_no_record(path: Path, *, what: str = "output") -> None:
                 raise ValueError(f"{str(folder)!r} holds the records of a run")
 
 
+def check_run_folder(folder: Path, *, what: str = "output") -> None:
+    """Check that files can be written in a folder, and that it is no part of another run.
+
+    Raises:
+        ValueError: The folder is among the records and videos of a run, or cannot be created or
+            written.
+    """
+    check_no_record(folder, what=what)
+    check_writable(folder, what=what)
+
+
 def check_output_folder(folder: Path, *, what: str = "output") -> None:
     """Create ``folder`` if it is missing, and check that files can be written in it.
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from xattn_video.files import (
     RECORDS_FOLDER,
-    check_no_record,
     check_output_path,
+    check_run_folder,
     check_writable,
     read_record,
     write_json,
@@ -89,8 +89,7 @@ class ResumableFolder(ItemFolder):
     """
 
     def __init__(self, path: Path) -> None:
-        check_no_record(path)
-        check_writable(path)
+        check_run_folder(path)
         remedy = "give another --output, the same settings, or --overwrite to start over"
         super().__init__(path, path / RECORDS_FOLDER, remedy)
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from xattn_video.checkpoint_files import DOWNLOAD_AGAIN, read_json
+from xattn_video.checkpoint_files import DOWNLOAD_AGAIN, folder_or_file, read_json
 from xattn_video.errors import MissingPackageError
 from xattn_video.language.model_faults import (
     check_loaded,
@@ -288,14 +288,7 @@ def _where(name: str) -> tuple[str, dict[str, Any]]:
         return str(DEMO_FOLDER), {"local_files_only": True}
     path = Path(name)
     if path.suffix != ".gguf":
-        try:
-            # An empty name would be the current folder.
-            is_folder, is_file = name != "" and path.is_dir(), path.is_file()
-        except OSError as error:
-            raise ValueError(
-                f"cannot read the model {name!r}: {error.strerror}; give a readable folder, a "
-                ".gguf file or a hub ID."
-            ) from None
+        is_folder, is_file = folder_or_file(name, path, ", a .gguf file or a hub ID")
         if is_file or not (is_folder or _is_hub_id(name)):
             raise ValueError(
                 f"model {name!r} is neither a folder, a .gguf file nor a hub ID; expected "

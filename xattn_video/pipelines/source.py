@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video.checkpoint_files import read_json
+from xattn_video.checkpoint_files import folder_or_file, read_json
 from xattn_video.errors import PipelineLoadError, UnsupportedModelError
 from xattn_video.files import user_path
 
@@ -79,14 +79,7 @@ def find_model(name: str) -> ModelSource:
 
         return ModelSource(name, DEMO_DIR)
     folder = user_path(name)
-    try:
-        # An empty name would be the current folder.
-        is_folder, is_file = name != "" and folder.is_dir(), folder.is_file()
-    except OSError as error:
-        raise ValueError(
-            f"cannot read the model {name!r}: {error.strerror}; "
-            "give a readable folder or a hub ID."
-        ) from None
+    is_folder, is_file = folder_or_file(name, folder, " or a hub ID")
     if is_folder:
         return ModelSource(name, folder)
     if _HUB_ID.fullmatch(name) and not is_file:
