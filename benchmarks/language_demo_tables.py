@@ -1,9 +1,9 @@
-"""The tables of docs/language_demo_model.md, from what lies beside the model's weights."""
+"""The tables of docs/language_demo_model.md, from what a training writes beside the weights."""
 
+from pathlib import Path
 from typing import Any
 
 from benchmarks.results_files import read_json
-from xattn_video.language.model_sources import DEMO_FOLDER
 from xattn_video.reporting.machine import describe_versions
 from xattn_video.reporting.tables import Table
 
@@ -17,9 +17,9 @@ _RULER = {
 }
 
 
-def training() -> str:
+def training(folder: Path) -> str:
     """A row for each call of the training script."""
-    record = _read("TRAINING.json")
+    record = _read(folder / "TRAINING.json")
     if record is None:
         return "No weights are committed yet.\n"
     columns = {
@@ -33,9 +33,9 @@ def training() -> str:
     return f"{table}\n\n- {total:.1f} minutes in all; {describe_versions(record['versions'])}\n"
 
 
-def evaluation() -> str:
+def evaluation(folder: Path) -> str:
     """A row for each form: the share of right answers by length, dense and sparse."""
-    record = _read("evaluation.json")
+    record = _read(folder / "evaluation.json")
     if record is None:
         return "No evaluation is committed yet.\n"
     shares = record["shares"]
@@ -62,6 +62,5 @@ def _cell(shares: dict[str, Any], length: str, form: str) -> str:
     return f"{dense['right']:.2f} / {sparse['right']:.2f}, {sparse['density']:.2f}"
 
 
-def _read(name: str) -> dict[str, Any] | None:
-    path = DEMO_FOLDER / name
+def _read(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None

@@ -26,18 +26,21 @@ from benchmarks import (
 )
 from benchmarks.benchmark_page import IMAGES, render_page, render_readme_table
 from benchmarks.figures import draw_figures
-from benchmarks.results_files import ResultFile, read_results
+from benchmarks.results_files import RESULTS, ResultFile, read_results
 from benchmarks.several_gpus import parts_record
 from benchmarks.several_gpus import tables as several_gpus_tables
 from benchmarks.step_tables import render_presets, render_steps
 from benchmarks.whole_videos import WholeVideo, full_size_record, read_whole_videos
 from xattn_video.files import user_path, write_figure, write_json, write_text
+from xattn_video.language.model_sources import DEMO_FOLDER
 from xattn_video.reporting.endings import run_script
 from xattn_video.reporting.pages import replace_between
 
 FULL_SIZE = Path("xattn_video/measure/full_size.json")
 MARKS = "<!-- {}: begin, written by benchmarks.write_page -->\n", "<!-- {}: end -->"
 """Marks around each generated table in a page that people write."""
+_AGAIN = RESULTS / "language_demo"
+"""Of the language demo's training from scratch, with the script as it is."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -102,8 +105,10 @@ def marked_tables(files: list[ResultFile], videos: list[WholeVideo]) -> dict[str
             "ruler": ruler_table.render(),
         },
         "docs/language_demo_model.md": {
-            "training": language_demo_tables.training(),
-            "evaluation": language_demo_tables.evaluation(),
+            "training": language_demo_tables.training(DEMO_FOLDER),
+            "evaluation": language_demo_tables.evaluation(DEMO_FOLDER),
+            "training again": language_demo_tables.training(_AGAIN),
+            "evaluation again": language_demo_tables.evaluation(_AGAIN),
         },
         **recipe_tables.tables(videos),
     }

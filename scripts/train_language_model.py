@@ -4,7 +4,7 @@
 
 It makes RULER's forms by itself, needs the package wonderwords for their words, and downloads
 nothing. First it learns mostly to copy repeated random strings, then answers in texts that grow
-from 128 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
+from 256 to 32,768 tokens. `--minutes` is the wall time of the training alone; `--start-from` goes
 on with a finished model, from 512 tokens. The folder gets the weights in bfloat16, the
 tokenizer, `TRAINING.json` and `evaluation.json`.
 """

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoTokenizer, LlamaForCausalLM
 
-pytest.importorskip("wonderwords", reason="of the harness; pip install 'lm_eval[ruler]'")
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from language_training import forms, training, training_record, training_step
 from language_training.sequences import END, Batch, Encoder, Sequences, train_tokenizer

@@ -143,14 +143,13 @@ def test_reports_that_do_not_belong_together_are_refused(reports, text, committe
         ruler_table.render()
 
 
-def test_the_demo_models_page_shows_what_lies_beside_its_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_demo_tables, "DEMO_FOLDER", tmp_path)
-    assert language_demo_tables.training() == "No weights are committed yet.\n"
-    assert language_demo_tables.evaluation() == "No evaluation is committed yet.\n"
+def test_the_demo_models_page_shows_what_lies_beside_its_weights(tmp_path):
+    assert language_demo_tables.training(tmp_path) == "No weights are committed yet.\n"
+    assert language_demo_tables.evaluation(tmp_path) == "No evaluation is committed yet.\n"
     call = {"command": "a b", "device": "a card", "steps": 1234, "training_seconds": 90}
     versions = {"versions": {"torch": "2.11.0"}}
     (tmp_path / "TRAINING.json").write_text(json.dumps({"calls": [call, call], **versions}))
-    _, _, first, second = rows(text := language_demo_tables.training())
+    _, _, first, second = rows(text := language_demo_tables.training(tmp_path))
     assert first == second == ["`a b`", "a card", "1,234", "1.5"]
     assert "- 3.0 minutes in all; torch 2.11.0" in text
     shares = {
@@ -164,7 +163,7 @@ def test_the_demo_models_page_shows_what_lies_beside_its_weights(tmp_path, monke
     }
     record = {"shares": shares, "samples": 20, "dtype": "bfloat16", "device": "a card"}
     (tmp_path / "evaluation.json").write_text(json.dumps(record | versions))
-    headings, _, keys, uuids, *_ = rows(text := language_demo_tables.evaluation())
+    headings, _, keys, uuids, *_ = rows(text := language_demo_tables.evaluation(tmp_path))
     assert headings == ["form", "in RULER", "256", "8,192"]
     assert keys == ["many_keys", "niah_multikey_2", "1.00 / 0.95, 0.30", "1.00 / 0.95, 0.30"]
     assert uuids[2:] == ["", "1.00 / 0.95, 0.30"]

@@ -188,7 +188,7 @@ def many_uuids(room: int) -> list[Piece]:
 FORMS: dict[Callable[[int], list[Piece]], tuple[float, int]] = {
     many_keys: (0.18, 0),
     many_uuids: (0.22, 400),
-    one_key: (0.06, 200),
+    one_key: (0.06, 256),
     several_values: (0.42, 260),
     several_keys: (0.12, 420),
 }

@@ -14,8 +14,8 @@ from language_training.forms import GRASS, Piece, copied_needles, random_form
 
 VOCABULARY = 2048
 PADDING, BEGIN, END = 0, 1, 2
-# One needle and its question.
-_SHORTEST_FORM = 128
+# Shorter texts have one needle, which is found without its key.
+_SHORTEST_FORM = 256
 
 
 class Batch(NamedTuple):

@@ -48,8 +48,8 @@ class LanguagePlan:
     stages: tuple[Stage, ...] = (
         # Repeated random strings alone are not learned for long: the text of needles leads.
         Stage(60, 64, 1.0, enough=0.8),
-        Stage(3, 128, 0.5),
-        Stage(6, 256, 0.3),
+        # Mostly many keys: that a value belongs to its key is learned before anything else.
+        Stage(20, 256, 0.3, enough=0.99),
         # That a key has several values is learned slowly, and best in short texts.
         Stage(22, 512, 0.1, enough=0.998),
         Stage(8, 1024, 0.1, enough=0.998),
@@ -83,7 +83,7 @@ SMOKE = LanguagePlan(
     key_heads=2,
     tokens=3072,
     learning_rate=3e-3,
-    stages=(Stage(60, 64, 1.0, enough=0.7), Stage(30, 128, 0.4), Stage(10, 192, 0.2, enough=2)),
+    stages=(Stage(60, 64, 1.0, enough=0.7), Stage(30, 256, 0.4), Stage(10, 384, 0.2, enough=2)),
 )
 
 
