@@ -112,6 +112,9 @@ def _write(
     command_line = shlex.join(["python", "-m", "eval_vbench.report", *sys.argv[1:]])
     web_page = report_web_page(dense, results, notes, plot, command_line, scorer is not None)
     write_text(output / "report.html", web_page.html())
+    if not plotted:
+        # Of an earlier report.
+        (output / "report.png").unlink(missing_ok=True)
     return values, page
 
 

@@ -98,6 +98,15 @@ def test_a_report_holds_all_that_was_measured(runs):
     assert f"Device: cpu; diffusers {diffusers.__version__}, torch {torch.__version__}" in page
 
 
+def test_a_plot_does_not_outlive_its_report(runs, monkeypatch):
+    plot = runs / "report/report.png"
+    assert make_report(runs, "--no-fidelity")[0] == 0
+    assert plot.exists()
+    monkeypatch.setattr(report, "plot_report", lambda *_: False)
+    assert make_report(runs, "--no-fidelity")[0] == 0
+    assert not plot.exists()
+
+
 def test_a_file_that_is_replaced_is_said(runs):
     (runs / "report").mkdir()
     (runs / "report/report.md").write_text("mine")
