@@ -137,10 +137,20 @@ def render() -> str:
         f"the paper's rows are {_PAPERS_MODEL}'s on its own tasks, with a threshold for each head "
         "and the density as printed there",
         f"the command: `scripts/run_ruler.sh --run runs/ruler --model {first['model']} --lengths "
-        f"{lengths} --samples {first['samples']} --tasks {','.join(runs.tasks)}`",
+        f"{lengths} --samples {first['samples']} --tasks {','.join(runs.tasks)} --settings "
+        f"{_as_option(runs.settings)}`",
         *runs.places(),
     ]
     return "\n".join([table.markdown(), "", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+def _as_option(settings: Sequence[str]) -> str:
+    """The sparse settings as `--settings` takes them, such as 0.9:8:2."""
+    found = (
+        re.fullmatch(r"tau ([\d.]+), stride (\d+)(?:, (\d+) dense layers?)?", name)
+        for name in settings
+    )
+    return ",".join(":".join(filter(None, one.groups())) for one in found if one)
 
 
 def _cells(runs: RulerRuns, tasks: Sequence[str], setting: str) -> Iterator[str]:

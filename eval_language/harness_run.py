@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from xattn_video.language.prefill_settings import PrefillSettings
     from xattn_video.pipelines.loading import LoadOptions
 
+_REPORTS = ("report.json", "report.md", "report.html")
 _PAPER = Path(__file__).parent / "data" / "paper_tables.json"
 Scorer = Callable[[Any, Tick], dict[str, float]]
 """Function that runs one task with the loaded model and returns {sample: score}."""
@@ -191,6 +192,7 @@ def harness_command(
         settings = {label: one and one.to_dict() for label, one in variants.items()}
         # Before the prompts, which may take minutes.
         folder.check({**about, "settings": settings})
+        _refuse_other_reports(folder)
         check_run_folder(asked.run, what="run")
         prepared = prepare(asked, load)
         with folder.lock():
@@ -209,6 +211,15 @@ def harness_command(
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(cls=OneLineCommand, context_settings=CONTEXT_SETTINGS)(command(main))
     return app
+
+
+def _refuse_other_reports(folder: ItemFolder) -> None:
+    """Raise ValueError for a folder with a report of something else, which would be replaced."""
+    others = [name for name in _REPORTS if (folder.path / name).exists()]
+    if others and not folder.settings_file.exists():
+        raise ValueError(
+            f"{str(folder.path)!r} holds {others[0]} and no run; give another --run, or move it."
+        )
 
 
 def _require(name: str, package: str) -> None:
@@ -302,11 +313,11 @@ def _write(folder: ItemFolder, about: Record, prepared: Prepared, labels: list[s
         ),
     )
     results = [{"task": task, "setting": label, **one} for (task, label), one in records.items()]
-    write_json(
-        folder.path / "report.json", {**about, "tasks": list(prepared.scorers), "results": results}
-    )
-    write_text(folder.path / "report.md", page.markdown())
-    write_text(folder.path / "report.html", page.html())
+    content = {**about, "tasks": list(prepared.scorers), "results": results}
+    values, text, web = (folder.path / name for name in _REPORTS)
+    write_json(values, content)
+    write_text(text, page.markdown())
+    write_text(web, page.html())
     return table
 
 

@@ -128,6 +128,8 @@ def _lengths(asked: RulerOptions) -> list[int]:
         raise ValueError(
             f"lengths must be at least {_SHORTEST}, got {min(lengths)}; use 8192,16384."
         )
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"lengths must differ, got {asked.lengths!r}; give each once.")
     return lengths
 
 

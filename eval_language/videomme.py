@@ -3,6 +3,8 @@
 python -m eval_language.videomme --run runs/videomme --model Qwen/Qwen2-VL-7B-Instruct
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +54,7 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
             from lmms_eval.tasks import TaskManager, get_task_dict
         manager = TaskManager()
         for name in names:
-            with needed_data(name):
+            with needed_data(name), _last_try():
                 get_task_dict([name], manager)
 
     @quiet_harness()
@@ -70,6 +72,18 @@ def prepare(asked: VideoOptions, load: "LoadOptions") -> Prepared:
         return lm, lm.model
 
     return Prepared({name: (name, _scorer(name, asked.samples)) for name in names}, loaded)
+
+
+@contextmanager
+def _last_try() -> Iterator[None]:
+    """Raise the error of the last try where the harness tried a download several times."""
+    try:
+        yield
+    except Exception as error:
+        # Tenacity's, a package that only this harness needs.
+        if hasattr(error, "last_attempt"):
+            error.last_attempt.result()
+        raise
 
 
 def _scorer(task: str, samples: int) -> Scorer:

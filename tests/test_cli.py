@@ -1,5 +1,7 @@
 """The command line as a whole, and its short commands."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import SMALL, run_cli
 
 from xattn_video.pipelines.source import HUNYUAN_VIDEO
@@ -151,6 +154,35 @@ def test_results_that_a_full_disk_cuts_short_are_no_success(unbuffered, tmp_path
         assert run.returncode == 1
         assert len(run.stderr.splitlines()) == 1, run.stderr
         assert run.stderr.startswith("error: ")
+
+
+@UNBUFFERED
+def test_closed_streams_do_not_fail_a_command(unbuffered):
+    run = run_printing_to("/dev/null >&-", "plan", "--model=demo", unbuffered=unbuffered)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "the run ended early because the reader"),
+        (OSError(errno.ENOSPC, "No space left on device"), "not all results could be printed: No"),
+    ],
+)
+def test_a_run_that_cannot_print_says_so(error, message, monkeypatch, capsys):
+    from xattn_video.reporting.endings import ErrorsToExitCodes
+
+    class Unwritable(io.StringIO):
+        def flush(self):
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Unwritable())
+    errors = ErrorsToExitCodes(verbose=False)
+    errors.running = True
+    with pytest.raises(typer.Exit) as ended, errors:
+        raise error
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 @UNBUFFERED

@@ -1,5 +1,6 @@
 """What `xattn-video generate` writes and says."""
 
+import errno
 import json
 import os
 import re
@@ -104,14 +105,33 @@ def test_prompts_beyond_the_demo_models_words_are_warned_of():
     assert unknown_words([known]) == []
 
 
+@pytest.mark.parametrize(("side", "warned"), [(128, True), (256, False)])
+def test_a_size_that_the_demo_model_was_not_trained_on_is_warned_of(side, warned):
+    from xattn_video.pipelines.loading import LoadOptions
+    from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+    from xattn_video.pipelines.run_checks import check_runs
+
+    video = VideoSettings(height=side, width=side, num_frames=33)
+    request = GenerationRequest("a", None, 0, video, sparse=None)
+    warnings = check_runs(LoadOptions("demo", device="cpu"), [request])
+    assert ("the demo model was trained on 256x256" in " ".join(warnings)) == warned
+
+
+def test_a_prompt_that_comes_again_is_warned_of(generate, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\na\n")
+    code, _, err = generate("--prompts-file=p.txt", "--dense")
+    assert code == 0
+    assert "warning: 1 prompt repeats an earlier one, and so will the video: " in err
+
+
 def test_the_demo_tells_what_it_does_not_show(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--height=32", "--width=32", "--num-frames=1", "--num-inference-steps=2"]
     words = ["generate", "--model=demo", "--prompt=a red circle", "--device=cpu", *size]
     code, out, err = run_cli(*words, "--warmup-steps=1")
     assert code == 0, err
-    assert "`xattn-video demo --open` compares it with dense attention" in out
-    assert re.search(r"^full size +1\.\d\dx speed at full size; ", out, re.MULTILINE)
+    assert "`xattn-video demo --open` compares a sparse video with a dense one" in out
+    assert re.search(r"^full size +1\.\d\dx speed measured at full size; ", out, re.MULTILINE)
     sparse = ["--warmup-steps=0", "--density=0.1", "--refresh-every=2", "--compensation=means"]
     code, out, err = run_cli(*words, *sparse)
     assert code == 0, err
@@ -235,6 +255,48 @@ def test_an_interruption_of_a_plot_counts_the_video(generate, monkeypatch, tmp_p
     assert code == 130
     assert err.splitlines()[-1] == "interrupted; 1 of 1 videos are written."
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_an_interruption_counts_the_videos_of_other_ranks(
+    generate, stop_at_the_second, monkeypatch, tmp_path
+):
+    from xattn_video.cli import generate_job
+
+    real = generate_job._finished
+
+    def with_another(job):
+        return real(job) | {2: {}}
+
+    stop_at_the_second(KeyboardInterrupt())
+    (tmp_path / "p.txt").write_text("first\nsecond\nthird\n")
+    monkeypatch.setattr(
+        generate_job,
+        "_find_missing",
+        lambda *_: monkeypatch.setattr(generate_job, "_finished", with_another) or [0, 1, 2],
+    )
+    code, _, err = generate("--prompts-file=p.txt", "--dense")
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 2 of 3 videos are written."
+
+
+def test_results_that_cannot_be_printed_end_a_run_and_lose_no_video(
+    generate, monkeypatch, tmp_path
+):
+    from xattn_video.cli import generate_job
+
+    def fail(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    (tmp_path / "p.txt").write_text("first\nsecond\n")
+    with monkeypatch.context() as broken:
+        broken.setattr(generate_job, "print_summary", fail)
+        code, _, err = generate("--prompts-file=p.txt", "--dense")
+    assert code == 1
+    assert "failed" not in err
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
+    code, out, _ = generate("--prompts-file=p.txt", "--dense")
+    assert code == 0
+    assert out.count("video ") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")

@@ -48,7 +48,9 @@ def test_it_makes_a_page_and_videos_and_ends_with_the_truth(opened, tmp_path):
     psnr = record["rows"][1]["psnr"]
     assert re.search(rf"^picture +{psnr:.1f} dB PSNR against dense; SSIM 0\.\d+; ", out, re.M)
     assert re.search(r"^speed here +\d\.\d\dx speed of a sparse step on this machine; ", out, re.M)
-    assert re.search(r"^full size +1\.\d\dx speed at full size; HunyuanVideo, ", out, re.M)
+    assert re.search(
+        r"^full size +1\.\d\dx speed measured at full size; HunyuanVideo, ", out, re.M
+    )
     assert re.search(r"^page +xattn-demo/results\.html$", out, re.M)
 
     # The same command shows the same page, and makes nothing again.

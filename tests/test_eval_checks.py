@@ -41,6 +41,41 @@ def test_lengths_that_are_too_short_are_refused_before_prompts(no_prompts, tiny_
     assert "--lengths must be at least 1024, got 1023; use 8192,16384." in err
 
 
+def test_lengths_that_repeat_are_refused(no_prompts, tiny_llm, tmp_path):
+    words = [f"--run={tmp_path / 'run'}", f"--model={tiny_llm}", "--lengths=2048,1024,2048"]
+    code, _, err = run("ruler", *words)
+    assert code == 2
+    assert "--lengths must differ, got '2048,1024,2048'; give each once." in err
+
+
+def test_a_report_of_something_else_is_not_replaced(no_prompts, tiny_llm, tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    code, _, err = run("ruler", f"--run={tmp_path}", f"--model={tiny_llm}", "--lengths=2048")
+    assert code == 2
+    assert "holds report.md and no run; give another --run, or move it." in err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
+        ("report.md", "mine")
+    ]
+
+
+def test_data_that_several_tries_did_not_get_is_one_line(harnesses, tmp_path, monkeypatch):
+    class RetryError(Exception):
+        @property
+        def last_attempt(self):
+            return self
+
+        def result(self):
+            raise FileNotFoundError("no network")
+
+    def get_task_dict(*_):
+        raise RetryError
+
+    monkeypatch.setattr(harnesses("lmms_eval.tasks"), "get_task_dict", get_task_dict)
+    code, _, err = run("videomme", f"--run={tmp_path / 'run'}", "--model=any", "--tasks=videomme")
+    assert code == 2
+    assert err.startswith("error: the data of videomme is not available: no network; ")
+
+
 @pytest.mark.parametrize("name", ["ruler", "longbench", "videomme", "perplexity"])
 def test_random_weights_are_refused(name, no_prompts, tmp_path):
     code, _, err = run(name, f"--run={tmp_path / 'run'}", "--model=random:tiny")

@@ -93,9 +93,10 @@ def test_the_rows_of_items_in_a_later_chunk():
 def test_bounds_pass_as_a_mask(sparse):
     three = CausalBounds((0, 17, 3), (300, 300, 200), 300, sparse)
     mask = three.to_tensor()
-    assert (mask.dtype, mask.shape) == (torch.int64, (3, 1, 1, 4))
+    assert (mask.dtype, mask.shape) == (torch.int64, (3, 1, 1, 5))
     assert CausalBounds.of(mask) == three
     assert CausalBounds.of(None) is None
-    assert CausalBounds.of(torch.ones(1, 1, 4, 4, dtype=torch.bool)) is None
-    assert CausalBounds.of(torch.zeros(1, 1, 4, 4)) is None
-    assert CausalBounds.of(torch.zeros(1, 1, 4, 4, dtype=torch.int64)) is None
+    assert CausalBounds.of(torch.ones(1, 1, 1, 5, dtype=torch.bool)) is None
+    assert CausalBounds.of(torch.zeros(1, 1, 5, 5)) is None
+    # A user's mask for five keys.
+    assert CausalBounds.of(torch.ones(2, 1, 1, 5, dtype=torch.int64)) is None

@@ -77,8 +77,22 @@ def test_a_layer_that_is_not_causal_sees_every_key(min_tokens):
         expected = model(**given).logits
         with enable_xattention(model, 0.5, **SMALL | {"min_tokens": min_tokens}) as handle:
             found = model(**given).logits
+    assert handle.report().summary().startswith("0/2 layers sparse over 0 tokens, ")
     assert "not causal 2" in handle.report().summary()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1000])
+def test_a_later_chunk_of_a_layer_that_is_not_causal_is_causal(min_tokens):
+    """As SDPA's mask of such a chunk is; PaliGemma's layers are not causal either."""
+    model, ids = tiny_model("llama"), prompt(300)["input_ids"]
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.set_attn_implementation("sdpa")
+    expected = hidden_states(model, ids, 100)
+    with enable_xattention(model, 1.0, **SMALL | {"min_tokens": min_tokens}):
+        found = hidden_states(model, ids, 100)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["zamba", "zamba2"])

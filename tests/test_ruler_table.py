@@ -77,8 +77,8 @@ def test_dense_and_sparse_and_the_papers_figures_stand_in_one_table(committed):
     assert "solved, which is 0.9 or more with dense attention at every length: niah_mu" in text
     assert "not solved: ruler_vt" in text
     assert "demo, bfloat16, 10 samples" in text
-    command = "--model demo --lengths 8192,16384 --samples 10 --tasks niah_multikey_2,ruler_vt`"
-    assert command in text
+    command = "--model demo --lengths 8192,16384 --samples 10 --tasks niah_multikey_2,ruler_vt"
+    assert f"{command} --settings 0.9:8`" in text
     assert "- a card: torch 2.11.0" in text
 
 

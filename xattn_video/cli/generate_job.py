@@ -1,6 +1,7 @@
 """Runs `xattn-video generate` after its arguments have been checked."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -98,9 +99,19 @@ def check_job(job: GenerateJob) -> None:
     warnings = check_runs(job.load, job.requests[:1], job.force)
     if job.load.model == DEMO:
         warnings += unknown_words([request.prompt for request in job.requests])
+    warnings += _repeated_prompts(job.requests)
     # Only one rank warns.
     if job.ranks.is_first:
         print_warnings(warnings)
+
+
+def _repeated_prompts(requests: Sequence[GenerationRequest]) -> list[str]:
+    """A warning if a prompts file holds a prompt twice: all videos have the same seed."""
+    repeated = len(requests) - len({request.prompt for request in requests})
+    if not repeated:
+        return []
+    noun = "prompt repeats" if repeated == 1 else "prompts repeat"
+    return [f"{repeated} {noun} an earlier one, and so will the video: all have the same seed."]
 
 
 def claim_folder(job: GenerateJob, overwrite: bool) -> None:
@@ -134,7 +145,9 @@ def run_job(job: GenerateJob) -> None:
             if missing and job.load.model == DEMO and sparse is not None:
                 print_outlook(output_console(), sparse)
     except KeyboardInterrupt as interruption:
-        done = f"{len(runs)} of {len(job.requests)} videos are written"
+        # Includes the videos that other ranks made.
+        written = runs | _finished(job)
+        done = f"{len(written)} of {len(job.requests)} videos are written"
         raise type(interruption)(done) from None
 
 

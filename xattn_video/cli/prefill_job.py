@@ -46,7 +46,8 @@ class PrefillJob:
         prompt, load, settings: The options as given.
         source: The model.
         tokenizer: Its tokenizer; None with random weights.
-        tokens: The prompt, int64 `[1, S]`.
+        num_tokens: Number of tokens in the prompt.
+        tokens: The prompt, int64 `[1, S]`; empty if it will not run, as the memory is too small.
         max_new_tokens: Tokens to generate.
         plan: The planned memory.
         free_gib: Free memory of the device in GiB; None if unknown.
@@ -58,16 +59,12 @@ class PrefillJob:
     settings: PrefillSettings
     source: LanguageSource
     tokenizer: Any
+    num_tokens: int
     tokens: Tensor
     max_new_tokens: int
     plan: PrefillPlan
     free_gib: float | None
     speed_only: str | None
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens in the prompt."""
-        return self.tokens.shape[1]
 
     @property
     def needle(self) -> str:
@@ -138,8 +135,6 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
                 "--needle out."
             )
         beyond: str | None = "the weights are random"
-        torch.manual_seed(0)
-        tokens = torch.randint(config.vocab_size, (1, num_tokens))
     else:
         tokenizer = source.load_tokenizer()
         needle = _needle(prompt, source)
@@ -148,30 +143,41 @@ def prepare_job(prompt: LongPrompt, load: "LoadOptions", settings: PrefillSettin
             num_tokens = min(num_tokens, source.context - max_new_tokens)
         # Before the prompt, which takes minutes where it is far too long.
         beyond = _check_context(prompt, num_tokens, source, max_new_tokens)
-        tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
     if not prompt.plan:
         settings.sparse.backend_for(
             load.resolved_device, load.resolved_dtype, head_dim(config), causal=True
         )
         source.check_files()
     room = find_room(load)
+    free_gib = room.gpu if load.resolved_device.type == "cuda" else room.host
+    plan = plan_prefill(
+        source,
+        num_tokens,
+        max_new_tokens,
+        prompt.chunk_size,
+        load.resolved_dtype,
+        settings.sparse.block_size,
+    )
+    runs = not prompt.plan and prompt.force
+    if describe_prefill_shortage(plan, free_gib) is not None and not runs:
+        # Only the plan is needed, and the prompt alone may not fit.
+        tokens = torch.empty(1, 0, dtype=torch.long)
+    elif tokenizer is None:
+        torch.manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (1, num_tokens))
+    else:
+        tokens = needle_prompt(tokenizer, num_tokens, needle, prompt.depth)
     return PrefillJob(
         prompt,
         load,
         settings,
         source,
         tokenizer,
+        num_tokens,
         tokens,
         max_new_tokens,
-        plan_prefill(
-            source,
-            num_tokens,
-            max_new_tokens,
-            prompt.chunk_size,
-            load.resolved_dtype,
-            settings.sparse.block_size,
-        ),
-        room.gpu if load.resolved_device.type == "cuda" else room.host,
+        plan,
+        free_gib,
         beyond,
     )
 

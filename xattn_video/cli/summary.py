@@ -57,7 +57,7 @@ def print_outlook(console: Console, sparse: "SparseSettings") -> None:
     from xattn_video.measure.verdict import full_size_figure
 
     lines = {
-        "picture": "`xattn-video demo --open` compares it with dense attention",
+        "picture": "`xattn-video demo --open` compares a sparse video with a dense one",
         "full size": full_size_figure(sparse).line,
     }
     print_labelled(console, lines)

@@ -18,6 +18,8 @@ DenseMaskReason: TypeAlias = Literal[
 ]
 
 TOO_FEW: Literal["too few tokens"] = "too few tokens"
+# In bounds that travel as a mask.
+_MARK = 0x58415454
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +54,24 @@ class CausalBounds:
         )
 
     def to_tensor(self) -> Tensor:
-        """int64 `[B, 1, 1, 4]`, on the CPU.
+        """int64 `[B, 1, 1, 5]`, on the CPU.
 
-        A 4-D tensor passes through all code that handles masks. Its dtype and shape distinguish
-        it from a mask.
+        A 4-D tensor passes through all code that handles masks. Its dtype, its shape and a number
+        in it distinguish it from a mask.
         """
         items = zip(self.first, self.last, self.sparse, strict=True)
-        rows = [[first, last, self.stop, int(sparse)] for first, last, sparse in items]
+        rows = [[first, last, self.stop, int(sparse), _MARK] for first, last, sparse in items]
         return torch.tensor(rows)[:, None, None]
 
     @classmethod
     def of(cls, mask: Tensor | None) -> "CausalBounds | None":
         """The bounds that `to_tensor` wrote; None for a real mask."""
-        if mask is None or mask.dtype != torch.int64 or mask.shape[1:] != (1, 1, 4):
+        if mask is None or mask.dtype != torch.int64 or mask.shape[1:] != (1, 1, 5):
             return None
         items = mask[:, 0, 0].tolist()
-        first, last, _, sparse = zip(*items, strict=True)
+        first, last, _, sparse, marks = zip(*items, strict=True)
+        if set(marks) != {_MARK}:
+            return None
         return cls(first, last, items[0][2], tuple(map(bool, sparse)))
 
 

@@ -124,8 +124,8 @@ class PrefillAttention:
         self._refuse(module, key, value, arguments)
         bounds = CausalBounds.of(attention_mask)
         if bounds is not None:
-            causal = _is_causal(module, arguments)
-            if causal or bounds.padded or bounds.stop != key.shape[2]:
+            whole = query.shape[2] == bounds.stop == key.shape[2] and not bounds.padded
+            if not whole or _is_causal(module, arguments):
                 scale = arguments.get("scaling")
                 out = self._attend_within(module, query, key, value, bounds, scale)
                 return out.transpose(1, 2), None

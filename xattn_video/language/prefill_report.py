@@ -87,7 +87,9 @@ class PrefillReport:
 
     @property
     def sparse_tokens(self) -> int:
-        """Input tokens of the forward passes that were decided sparse."""
+        """Input tokens of the sparse forward passes; none if no layer could follow."""
+        if not any(one.sparse for one in self.layers):
+            return 0
         return sum(one.tokens for one in self.forwards if one.decision == SPARSE)
 
     @property

@@ -55,10 +55,10 @@ class FullSize:
         """The speed-up at full size, for a reader who ran something smaller."""
         return Figure(
             f"{self.dense_seconds / self.sparse_seconds:.2f}x",
-            "speed at full size",
+            "speed measured at full size",
             f"{self.video}, {self.device}: {self.sparse_seconds:.0f} s per video instead of "
-            f"{self.dense_seconds:.0f} s, density {self.density:.2f}; {self.weights} weights, "
-            "so this shows speed only",
+            f"{self.dense_seconds:.0f} s, with density {self.density:.2f}; other settings have "
+            f"another density and speed. {self.weights.capitalize()} weights show speed only",
         )
 
 

@@ -241,7 +241,7 @@ class Attempts:
 
     @contextmanager
     def item(self, key: str, name: str) -> Iterator[None]:
-        """A context that makes one item; records the failure if it raises.
+        """A context that makes one item; records the failure if it raises before it is finished.
 
         Raises:
             RunStoppedError: The disk is full, or several items failed in a row.
@@ -250,6 +250,9 @@ class Attempts:
             yield
             self._in_a_row = 0
         except (RuntimeError, OSError, ValueError, MemoryError) as error:
+            if self._folder.record(key) is not None:
+                # The item is finished, and its results could not be printed.
+                raise
             _stop_if_full(error, self._folder.path)
             self._folder.add_failure(key, name, error)
             self.failed, self._in_a_row, self._last = self.failed + 1, self._in_a_row + 1, error

@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from xattn_video.pipelines.request import GenerationRequest
+from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.pipelines.source import DEMO
 
 if TYPE_CHECKING:
     from xattn_video.pipelines.loading import LoadOptions
+
+# Of a square frame.
+_LEAST_DEMO_SIDE = 256
 
 
 def check_runs(
@@ -41,7 +45,17 @@ def check_runs(
         if plan.shortage is not None and not force:
             raise ValueError(f"{plan.shortage} --force runs it anyway.")
         warnings += plan.warnings
+    if load.model == DEMO and any(_is_small(request.video) for request in requests):
+        side = _LEAST_DEMO_SIDE
+        warnings.append(
+            f"the demo model was trained on {side}x{side} pixels and more; smaller videos may not "
+            "show what the prompt says."
+        )
     return list(dict.fromkeys(warnings))
+
+
+def _is_small(video: VideoSettings) -> bool:
+    return video.height * video.width < _LEAST_DEMO_SIDE**2
 
 
 def unknown_words(prompts: Sequence[str]) -> list[str]:

@@ -105,6 +105,10 @@ class ThresholdSchedule:
         """
         if isinstance(value, ThresholdSchedule | CallableSchedule):
             return value
+        if isinstance(value, Mapping | Sequence) and not value:
+            raise TypeError(
+                f"the threshold must hold at least one tau, got {value!r}; write 0.95 for one tau."
+            )
         if isinstance(value, Mapping):
             return cls.piecewise(value)
         if isinstance(value, Sequence) and not isinstance(value, str):

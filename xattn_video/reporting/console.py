@@ -26,14 +26,20 @@ TYPED_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("typed_options"
 _PROGRESS = logging.getLogger("xattn_video.progress")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError; rich would end the process without a word."""
+        raise
+
+
 def output_console() -> Console:
     """A console for results, on stdout; plain text if stdout is not a terminal."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return _Console(highlight=False, markup=False, emoji=False)
 
 
 def message_console() -> Console:
     """A console for warnings and errors, on stderr."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def progress_console() -> Console:

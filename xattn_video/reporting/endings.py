@@ -51,6 +51,7 @@ class _OneLineUsageErrors:
         """Run the command and exit, unless ``standalone_mode`` is False."""
         exits = options.pop("standalone_mode", True)
         options["standalone_mode"] = False
+        _open_closed_streams()
         run = super().main  # type: ignore[misc]
         if not exits:
             return run(*args, **options)
@@ -64,10 +65,7 @@ class _OneLineUsageErrors:
             # The reader of a pipe has closed it.
             sys.exit(FAILED)
         except OSError as error:
-            print_error(
-                f"not all results could be printed: {error.strerror}; free space, or print "
-                "elsewhere."
-            )
+            print_error(_describe_printing(error))
             sys.exit(FAILED)
         except _UsageError as error:
             print_error(_describe_usage(error))
@@ -100,6 +98,33 @@ def _whole_output() -> Iterator[None]:
         except OSError:
             # Otherwise the rest of the buffer would fail again when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Give Python a stdout and a stderr if the caller has closed them; what is printed is lost."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = io.BufferedWriter(io.FileIO(os.devnull, "w"))
+            setattr(sys, name, io.TextIOWrapper(nowhere, encoding="utf-8"))
+
+
+def _describe_printing(error: OSError) -> str:
+    if isinstance(error, BrokenPipeError):
+        return (
+            "the run ended early because the reader of its output did; let it read to the end, "
+            "or print into a file."
+        )
+    return f"not all results could be printed: {error.strerror}; free space, or print elsewhere."
+
+
+def _printing_failure(error: Exception) -> str:
+    """The text of an error of stdout, which still holds what it could not write; else ""."""
+    if isinstance(error, OSError) and not isinstance(error, XAttentionError):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            return _describe_printing(error)
+    return ""
 
 
 class OneLineErrors(_OneLineUsageErrors, typer.core.TyperGroup):
@@ -221,12 +246,18 @@ class ErrorsToExitCodes:
                 raise typer.Exit(128 + error.number) from None
             print_interruption(str(error))
             raise typer.Exit(INTERRUPTED) from None
-        if not isinstance(error, Exception) or isinstance(error, typer.Exit | BrokenPipeError):
+        if not isinstance(error, Exception) or isinstance(error, typer.Exit):
+            return
+        if isinstance(error, BrokenPipeError) and not self.running:
+            # As after `| head`.
             return
         if self.verbose:
             sys.stderr.write("".join(traceback.format_exception(error)))
-        print_error(self._judge(error, describe(error)))
-        refused = not self.running and isinstance(error, _REFUSALS)
+        print_error(self._judge(error, _printing_failure(error) or describe(error)))
+        # Models are loaded before anything else runs.
+        refused = isinstance(error, PipelineLoadError) or (
+            not self.running and isinstance(error, _REFUSALS)
+        )
         raise typer.Exit(REFUSED if refused else FAILED) from None
 
 
