@@ -138,19 +138,15 @@ def render() -> str:
         "and the density as printed there",
         f"the command: `scripts/run_ruler.sh --run runs/ruler --model {first['model']} --lengths "
         f"{lengths} --samples {first['samples']} --tasks {','.join(runs.tasks)} --settings "
-        f"{_as_option(runs.settings)}`",
+        f"{','.join(map(_as_option, runs.settings[1:]))}`",
         *runs.places(),
     ]
     return "\n".join([table.markdown(), "", *(f"- {fact}" for fact in facts)]) + "\n"
 
 
-def _as_option(settings: Sequence[str]) -> str:
-    """The sparse settings as `--settings` takes them, such as 0.9:8:2."""
-    found = (
-        re.fullmatch(r"tau ([\d.]+), stride (\d+)(?:, (\d+) dense layers?)?", name)
-        for name in settings
-    )
-    return ",".join(":".join(filter(None, one.groups())) for one in found if one)
+def _as_option(setting: str) -> str:
+    """A sparse setting as `--settings` takes it, such as 0.9:8:2: the numbers in its name."""
+    return ":".join(re.findall(r"\d[\d.]*", setting))
 
 
 def _cells(runs: RulerRuns, tasks: Sequence[str], setting: str) -> Iterator[str]:

@@ -151,7 +151,7 @@ def test_what_all_ranks_refuse_is_said_by_the_first(asked, message, words, tmp_p
 
 
 def rank_one_refuses(rank):
-    def refuse(load, requests, force):
+    def refuse(load, requests, force, prompts):
         raise ValueError("the memory is too small.")
 
     if rank == 1:

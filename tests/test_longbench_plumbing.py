@@ -4,13 +4,11 @@ The scores mean nothing: the demo model has not learned to answer such questions
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from harness_scripts import run_script
 
-ROOT = Path(__file__).parents[1]
 for package in ("lm_eval", "jieba", "fuzzywuzzy", "rouge"):
     pytest.importorskip(package, reason="of the harness; pip install 'lm_eval[longbench]'")
 
@@ -40,18 +38,10 @@ def make_data(folder: Path, *tasks: str) -> None:
 @pytest.mark.slow
 def test_the_script_runs_to_its_table(tmp_path):
     make_data(tmp_path / "Xnhyacinth/LongBench", "qasper", "passage_retrieval_en")
-    words = [ROOT / "scripts/run_longbench.sh", "--run", "run", "--model", "demo", "--samples=2"]
-    words += ["--tasks=longbench_qasper,longbench_passage_retrieval_en", "--device=cpu"]
-    words += ["--settings=0.9:8:2", "--min-tokens=0"]
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    options = {"capture_output": True, "text": True, "check": False}
-    done = subprocess.run(["bash", *words], cwd=tmp_path, env=environment, **options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "  longbench_qasper, dense: 2 of 2 samples" in done.stderr
-    results = json.loads((tmp_path / "run/report.json").read_text())["results"]
-    assert [0 < (one["density"] or 0) < 1 for one in results] == [False, True] * 2
+    words = ["--model=demo", "--samples=2", "--settings=0.9:8:2", "--min-tokens=0"]
+    words += ["--tasks=longbench_qasper,longbench_passage_retrieval_en"]
+    messages, report = run_script("run_longbench.sh", tmp_path, *words)
+    assert "  longbench_qasper, dense: 2 of 2 samples" in messages
+    densities = [one["density"] or 0 for one in report["results"]]
+    assert [0 < density < 1 for density in densities] == [False, True] * 2
     assert "longbench_passage_retrieval_en" in (tmp_path / "run/report.md").read_text()

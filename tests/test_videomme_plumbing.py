@@ -5,14 +5,12 @@ belong in an environment of their own (docs/long_context.md).
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from harness_scripts import run_script
 
-ROOT = Path(__file__).parents[1]
 for package in ("torchvision", "lmms_eval", "decord", "qwen_vl_utils"):
     pytest.importorskip(package, reason="of the harness of Video-MME")
 
@@ -113,20 +111,10 @@ def make_data(home: Path, work: Path) -> None:
 def test_the_script_runs_to_its_table(tmp_path):
     make_model(tmp_path / "model")
     make_data(tmp_path / "home", tmp_path)
-    words = [ROOT / "scripts/run_vllms.sh", "--run", "run", "--model", "model", "--dtype=float32"]
-    words += ["--device=cpu", "--frames=64", "--samples=1", "--tasks=videomme"]
-    words += ["--dense-layers=1"]
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    options = {"capture_output": True, "text": True, "check": False}
-    done = subprocess.run(["bash", *words], cwd=tmp_path, env=environment, **options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "  videomme, dense: 1 of 1 samples" in done.stderr
-    assert "Model Responding" not in done.stderr
-    report = json.loads((tmp_path / "run/report.json").read_text())
+    words = ["--model=model", "--dtype=float32", "--frames=64", "--samples=1", "--tasks=videomme"]
+    messages, report = run_script("run_vllms.sh", tmp_path, *words, "--dense-layers=1")
+    assert "  videomme, dense: 1 of 1 samples" in messages
+    assert "Model Responding" not in messages
     dense, sparse = report["results"]
     assert dense["density"] is None
     assert 0 < sparse["density"] < 1

@@ -16,8 +16,8 @@ from xattn_video.files import check_output_path
 from xattn_video.options.command import AsJson, command, knob
 from xattn_video.options.groups import calibrated_settings, loading, video_settings
 from xattn_video.pipelines.request import GenerationRequest, VideoSettings, shorten_prompt
-from xattn_video.pipelines.run_checks import check_runs, unknown_words
-from xattn_video.pipelines.source import DEMO, is_on_hub
+from xattn_video.pipelines.run_checks import check_runs
+from xattn_video.pipelines.source import is_on_hub
 from xattn_video.policy.settings import SparseSettings
 from xattn_video.reporting.console import (
     output_console,
@@ -106,7 +106,7 @@ def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bo
     assert sparse is not None
     # Calibration keeps residuals of few tokens, in host memory, so they need no check.
     unkept = replace(first, sparse=replace(sparse, refresh_every=None))
-    warnings = check_runs(load, [unkept], force)
+    warnings = check_runs(load, [unkept], force, [request.prompt for request in requests])
     shape = read_model_shape(find_model(load.model))
     video, device = first.video, load.resolved_device.type
     counts = planned_steps(shape, video, sparse, device)
@@ -118,8 +118,6 @@ def _check(load: "LoadOptions", requests: Sequence[GenerationRequest], force: bo
             why_all_dense(sparse, unkept_counts, tokens, device)
             or "no step runs sparse between refreshes; run more steps."
         )
-    if load.model == DEMO:
-        warnings += unknown_words([request.prompt for request in requests])
     print_warnings(warnings)
 
 

@@ -18,7 +18,7 @@ from xattn_video.cli.record import run_record, shaping_record, typed_command
 from xattn_video.errors import require_packages
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.request import GenerationRequest, check_fps, shorten_prompt
-from xattn_video.pipelines.run_checks import check_runs, unknown_words
+from xattn_video.pipelines.run_checks import check_runs
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.reporting.console import (
     output_console,
@@ -91,10 +91,8 @@ class CompareJob:
             check_encoders(self.folder, VIDEO_SUFFIXES, self.details.fps)
         sparse = [method.sparse for method in self.methods if method.sparse is not None]
         requests = [replace(self.requests[0], sparse=settings) for settings in sparse]
-        warnings = check_runs(self.load, requests, self.details.force)
-        if self.load.model == DEMO:
-            warnings += unknown_words([request.prompt for request in self.requests])
-        print_warnings(warnings)
+        prompts = [request.prompt for request in self.requests]
+        print_warnings(check_runs(self.load, requests, self.details.force, prompts))
 
     def settings(self) -> dict[str, Any]:
         """Everything that the results depend on, including the device for the times."""

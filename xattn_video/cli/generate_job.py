@@ -16,7 +16,7 @@ from xattn_video.files import write_json, write_text
 from xattn_video.pipelines.item_folder import Attempts
 from xattn_video.pipelines.job_ranks import JobRanks
 from xattn_video.pipelines.request import GenerationRequest, check_fps, shorten_prompt
-from xattn_video.pipelines.run_checks import check_runs, unknown_words
+from xattn_video.pipelines.run_checks import check_runs
 from xattn_video.pipelines.source import DEMO, is_on_hub
 from xattn_video.pipelines.work_split import WorkSplit
 from xattn_video.policy.report import require_matplotlib
@@ -96,18 +96,17 @@ def check_job(job: GenerateJob) -> None:
     if any(job.outputs.plots):
         require_matplotlib()
     # The requests share everything but the prompt.
-    warnings = check_runs(job.load, job.requests[:1], job.force)
-    if job.load.model == DEMO:
-        warnings += unknown_words([request.prompt for request in job.requests])
-    warnings += _repeated_prompts(job.requests)
+    prompts = [request.prompt for request in job.requests]
+    warnings = check_runs(job.load, job.requests[:1], job.force, prompts)
+    warnings += _repeated(prompts)
     # Only one rank warns.
     if job.ranks.is_first:
         print_warnings(warnings)
 
 
-def _repeated_prompts(requests: Sequence[GenerationRequest]) -> list[str]:
+def _repeated(prompts: Sequence[str]) -> list[str]:
     """A warning if a prompts file holds a prompt twice: all videos have the same seed."""
-    repeated = len(requests) - len({request.prompt for request in requests})
+    repeated = len(prompts) - len(set(prompts))
     if not repeated:
         return []
     noun = "prompt repeats" if repeated == 1 else "prompts repeat"

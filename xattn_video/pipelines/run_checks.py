@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from xattn_video.pipelines.request import GenerationRequest, VideoSettings
+from xattn_video.pipelines.request import GenerationRequest
 from xattn_video.pipelines.source import DEMO
 
 if TYPE_CHECKING:
@@ -14,7 +14,10 @@ _LEAST_DEMO_SIDE = 256
 
 
 def check_runs(
-    load: "LoadOptions", requests: Sequence[GenerationRequest], force: bool = False
+    load: "LoadOptions",
+    requests: Sequence[GenerationRequest],
+    force: bool = False,
+    prompts: Sequence[str] = (),
 ) -> list[str]:
     """Check for everything that would fail; return warnings of what would have no effect.
 
@@ -22,6 +25,7 @@ def check_runs(
         load: How the model will be loaded.
         requests: One request for each kind of run.
         force: Warn instead of raising if the run cannot fit in memory.
+        prompts: All prompts; the demo model understands few.
 
     Raises:
         ValueError: The run cannot fit in memory, the scoring precision is not available, the
@@ -45,17 +49,20 @@ def check_runs(
         if plan.shortage is not None and not force:
             raise ValueError(f"{plan.shortage} --force runs it anyway.")
         warnings += plan.warnings
-    if load.model == DEMO and any(_is_small(request.video) for request in requests):
-        side = _LEAST_DEMO_SIDE
-        warnings.append(
-            f"the demo model was trained on {side}x{side} pixels and more; smaller videos may not "
-            "show what the prompt says."
-        )
+    if load.model == DEMO:
+        warnings += _small_videos(requests) + unknown_words(prompts)
     return list(dict.fromkeys(warnings))
 
 
-def _is_small(video: VideoSettings) -> bool:
-    return video.height * video.width < _LEAST_DEMO_SIDE**2
+def _small_videos(requests: Sequence[GenerationRequest]) -> list[str]:
+    """A warning if the demo model was not trained on such small frames."""
+    least = min(request.video.height * request.video.width for request in requests)
+    if least >= _LEAST_DEMO_SIDE**2:
+        return []
+    return [
+        f"the demo model was trained on {_LEAST_DEMO_SIDE}x{_LEAST_DEMO_SIDE} pixels and more; "
+        "smaller videos may not show what the prompt says."
+    ]
 
 
 def unknown_words(prompts: Sequence[str]) -> list[str]:
